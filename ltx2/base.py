@@ -1,0 +1,60 @@
+"""What every file may use: the user-facing error and the checkpoint configuration base."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any, Callable, ClassVar, Optional
+
+import mlx.core as mx
+
+Trace = Callable[[str, mx.array], None]
+
+
+class UserError(Exception):
+    """A user's mistake in one line: what was given, what is allowed, what to type."""
+
+
+@dataclasses.dataclass
+class Config:
+    """A section of the JSON configuration that travels with a checkpoint.
+
+    Subclasses declare the keys they use as fields. `FIXED` lists keys whose listed
+    values are the only ones this code implements, `UNUSED` keys that change nothing.
+    """
+
+    FIXED: ClassVar[dict[str, tuple]] = {}
+    UNUSED: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def from_dict(cls, section: dict[str, Any]):
+        """Read a section; unknown keys are reported, unknown architectures refused."""
+        name = cls.__name__
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for key, allowed in cls.FIXED.items():
+            if key in section and section[key] not in allowed:
+                raise UserError(
+                    f"{name}: {key} is {section[key]!r}, but only "
+                    f"{' or '.join(map(repr, allowed))} is implemented"
+                )
+        missing = [
+            key
+            for key, f in fields.items()
+            if f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+            and key not in section
+        ]
+        if missing:
+            raise UserError(f"{name}: the checkpoint's config lacks {missing}")
+        unknown = section.keys() - fields.keys() - cls.FIXED.keys() - cls.UNUSED
+        if unknown:
+            report = {key: section[key] for key in sorted(unknown)}
+            warnings.warn(f"{name}: unknown configuration keys ignored: {report}")
+        return cls(**{key: section[key] for key in fields if key in section})
+
+
+def traced(trace: Optional[Trace], name: str, x: mx.array) -> mx.array:
+    """Hand `x` to the trace callback, if there is one, and return it."""
+    if trace is not None:
+        trace(name, x)
+    return x
