@@ -1,0 +1,185 @@
+"""The layers that the transformer, the text connectors and the decoders share."""
+
+from __future__ import annotations
+
+import math
+from typing import Optional, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+Rope = tuple[mx.array, mx.array]  # cos and sin, each (heads, T, head_dim / 2)
+
+
+def rms_norm(x: mx.array, eps: float = 1e-6) -> mx.array:
+    """RMS-normalise the last axis, without weight."""
+    return mx.fast.rms_norm(x, None, eps)
+
+
+def rope_table(
+    positions: np.ndarray,
+    dim: int,
+    heads: int,
+    max_pos: Sequence[int],
+    theta: float = 10000.0,
+) -> Rope:
+    """Rotary tables of `positions` (axes, T), float32, each (heads, T, dim / heads / 2).
+
+    Every axis gets the same dim // (2 * axes) frequencies from pi/2 to theta * pi/2,
+    interleaved (t, h, w of one band side by side); what is missing to dim / 2 is
+    filled with zero angles in front. The grid is float64, the angles are float32, as
+    the model was trained: numpy, because MLX computes float64 sines in float32 on CPU.
+    """
+    axes = len(positions)
+    grid = theta ** np.linspace(0.0, 1.0, dim // (2 * axes)) * (np.pi / 2)
+    scale = np.asarray(max_pos, np.float32)[:, None]
+    fraction = positions.astype(np.float32) / scale * np.float32(2) - np.float32(1)
+    angles = fraction.T[:, None, :] * grid.astype(np.float32)[:, None]
+    angles = angles.reshape(positions.shape[1], -1)
+    angles = np.pad(angles, ((0, 0), (dim // 2 - angles.shape[1], 0)))
+    angles = angles.reshape(len(angles), heads, -1).swapaxes(0, 1)
+    return mx.array(np.cos(angles)), mx.array(np.sin(angles))
+
+
+@mx.compile
+def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Rotate the two halves of each head of `x` (B, heads, T, head_dim)."""
+    a, b = mx.split(x, 2, axis=-1)
+    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with q/k norms over the whole width and, from 2.3 on, gated
+    heads: each head's output times 2 sigmoid(logit of the query-side input)."""
+
+    def __init__(
+        self,
+        query_dim: int,
+        heads: int,
+        head_dim: int,
+        context_dim: Optional[int] = None,
+        gated: bool = False,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        inner = heads * head_dim
+        self.heads = heads
+        self.to_q = nn.Linear(query_dim, inner)
+        self.to_k = nn.Linear(context_dim or query_dim, inner)
+        self.to_v = nn.Linear(context_dim or query_dim, inner)
+        self.q_norm = nn.RMSNorm(inner, eps)
+        self.k_norm = nn.RMSNorm(inner, eps)
+        self.to_out = [nn.Linear(inner, query_dim)]
+        if gated:
+            self.to_gate_logits = nn.Linear(query_dim, heads)
+
+    def _split(self, x: mx.array) -> mx.array:
+        return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
+
+    def keys_values(
+        self, context: mx.array, rope: Optional[Rope] = None
+    ) -> tuple[mx.array, mx.array]:
+        """Keys and values of `context` (B, S, context_dim), each (B, heads, S, d)."""
+        k = self._split(self.k_norm(self.to_k(context)))
+        v = self._split(self.to_v(context))
+        return (rotate(k, *rope) if rope else k), v
+
+    def __call__(
+        self,
+        x: mx.array,
+        keys_values: Optional[tuple[mx.array, mx.array]] = None,
+        rope: Optional[Rope] = None,
+        mask: Optional[mx.array] = None,
+        values_only: bool = False,
+    ) -> mx.array:
+        """Attend from `x` (B, T, query_dim) to itself, or to given keys and values.
+
+        `values_only` is the STG perturbation: attention is replaced by its values,
+        head by head; gate and output projection still apply.
+        """
+        if values_only:
+            out = self._split(self.to_v(x))
+        else:
+            q = self._split(self.q_norm(self.to_q(x)))
+            q = rotate(q, *rope) if rope else q
+            k, v = keys_values or self.keys_values(x, rope)
+            scale = 1 / math.sqrt(q.shape[-1])
+            out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        if "to_gate_logits" in self:
+            gate = 2 * mx.sigmoid(self.to_gate_logits(x))
+            out = out * gate.swapaxes(1, 2)[..., None]
+        return self.to_out[0](out.swapaxes(1, 2).flatten(2))
+
+
+class GELU(nn.Module):
+    """A projection followed by the tanh-approximated GELU."""
+
+    def __init__(self, dim: int, hidden: int, bias: bool = True):
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return nn.gelu_approx(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, Linear with four times the width inside."""
+
+    def __init__(self, dim: int, bias: bool = True):
+        super().__init__()
+        # The checkpoint counts a dropout between the two layers.
+        down = nn.Linear(4 * dim, dim, bias=bias)
+        self.net = [GELU(dim, 4 * dim, bias), nn.Identity(), down]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+def sinusoid(timesteps: mx.array, dim: int = 256) -> mx.array:
+    """Sinusoidal embedding of `timesteps` (N,), float32, cosines first: (N, dim)."""
+    half = dim // 2
+    freqs = mx.exp(-math.log(10000) / half * mx.arange(half, dtype=mx.float32))
+    angles = timesteps.astype(mx.float32)[:, None] * freqs
+    return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+
+
+class TimestepMLP(nn.Module):
+    """Linear, SiLU, Linear."""
+
+    def __init__(self, dim_in: int, dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim_in, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.linear_2(nn.silu(self.linear_1(x)))
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoid (float32, 256) and MLP: timesteps (N,) to (N, dim)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.timestep_embedder = TimestepMLP(256, dim)
+
+    def __call__(self, timesteps: mx.array) -> mx.array:
+        dtype = self.timestep_embedder.linear_1.bias.dtype
+        return self.timestep_embedder(sinusoid(timesteps).astype(dtype))
+
+
+class AdaLayerNormSingle(nn.Module):
+    """Timesteps (N,) to `rows` modulation rows (N, rows, dim) and the embedding (N, dim)."""
+
+    def __init__(self, dim: int, rows: int):
+        super().__init__()
+        self.rows = rows
+        self.emb = TimestepEmbedding(dim)
+        self.linear = nn.Linear(dim, rows * dim)
+
+    def __call__(self, timesteps: mx.array) -> tuple[mx.array, mx.array]:
+        embedded = self.emb(timesteps)
+        rows = self.linear(nn.silu(embedded))
+        return rows.reshape(len(timesteps), self.rows, -1), embedded
