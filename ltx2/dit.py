@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Container, Optional
+from typing import Any, Container, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -489,6 +489,11 @@ class CaptionProjection(TimestepMLP):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear_2(nn.gelu_approx(self.linear_1(x)))
+
+
+def complete(section: dict[str, Any], shapes: dict[str, tuple]) -> dict[str, Any]:
+    """The `transformer` section with what only the tensors tell: the audio's width."""
+    return {"audio_in_channels": shapes["audio_patchify_proj.weight"][1], **section}
 
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:

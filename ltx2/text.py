@@ -1,0 +1,280 @@
+"""Prompt to contexts: all hidden states of Gemma, feature extraction, connectors.
+
+Gemma runs through mlx-lm, which this file alone knows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterable, Optional
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .base import Config, Trace, UserError, traced
+from .layers import Attention, FeedForward, rms_norm, rope_table
+
+MAX_TOKENS = 1024  # of a prompt, and the length of every context
+UNUSED_KEYS = ()
+
+
+class TextEncoder:
+    """Gemma 3 from a folder in Hugging Face layout, quantised or not, without LM head.
+
+    With `frugal`, weights are read layer by layer and dropped behind, so that one layer
+    is held at a time; such an encoder answers once.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: Optional[mx.Dtype] = None, frugal: bool = False
+    ):
+        from mlx_lm.utils import load_model  # seconds, and lowers the open-file limit
+        from tokenizers import Tokenizer
+
+        folder = Path(folder)
+        for name in ("config.json", "tokenizer.json"):
+            if not (folder / name).is_file():
+                raise UserError(f"text encoder {folder} has no {name}")
+        config = json.loads((folder / "config.json").read_text())
+        if config.get("model_type") not in ("gemma3", "gemma3_text"):
+            raise UserError(
+                f"text encoder {folder} is a {config.get('model_type')!r}, "
+                "but LTX-2 reads Gemma 3 (12B): try mlx-community/gemma-3-12b-it-4bit"
+            )
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.bos = self.tokenizer.token_to_id("<bos>")
+        model, _ = load_model(folder, lazy=True, model_config=_for_mlx_lm(config))
+        self.model = getattr(model, "language_model", model).model
+        self.frugal = frugal
+        if dtype is not None:
+            self.model.set_dtype(dtype)
+        if not frugal:
+            mx.eval(self.model.parameters())
+        # An encoder whose long-range layers lost their scaling answers, but wrongly.
+        pattern = self.model.sliding_window_pattern
+        for i, layer in enumerate(self.model.layers):
+            want = 1.0 if (i + 1) % pattern else 1 / 8
+            if not math.isclose(layer.self_attn.rope.scale, want):
+                raise UserError(
+                    f"text encoder {folder}: layer {i} has RoPE scale "
+                    f"{layer.self_attn.rope.scale}, Gemma 3 has {want}: "
+                    "its config.json lacks rope_scaling"
+                )
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Token ids with BOS in front and no EOS, at most 1024."""
+        ids = self.tokenizer.encode(prompt.strip()).ids
+        if ids[:1] != [self.bos]:
+            ids = [self.bos] + ids
+        if len(ids) > MAX_TOKENS:
+            warnings.warn(
+                f"the prompt has {len(ids)} tokens; "
+                f"the last {len(ids) - MAX_TOKENS} are not read"
+            )
+        return ids[:MAX_TOKENS]
+
+    def __call__(
+        self, prompts: Iterable[str], trace: Optional[Trace] = None
+    ) -> list[list[mx.array]]:
+        """All hidden states of each prompt: embeddings, layer outputs, the last normed.
+
+        Only real tokens are run; each state is (1, tokens, D).
+        """
+        gemma = self.model
+        tokens = [mx.array([self.tokenize(prompt)]) for prompt in prompts]
+        scale = math.sqrt(gemma.args.hidden_size)
+        states = [[gemma.embed_tokens(ids) * scale] for ids in tokens]
+        layers = list(gemma.layers)
+        if self.frugal:
+            gemma.layers = []
+        for i in range(len(layers)):
+            layer, layers[i] = layers[i], None
+            for s in states:
+                s.append(layer(s[-1], "causal", None))
+            mx.eval([s[-1] for s in states])
+        for s in states:
+            s[-1] = gemma.norm(s[-1])
+            for i, x in enumerate(s):
+                traced(trace, f"gemma.{i}", x)
+        return states
+
+
+def _for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
+    """What mlx-lm would misread: the vocabulary size and the newer RoPE spelling."""
+    text = dict(config.get("text_config", config))
+    ropes = text.get("rope_parameters") or {}
+    full, local = ropes.get("full_attention"), ropes.get("sliding_attention")
+    if full and local:
+        text["rope_scaling"] = {"rope_type": "linear", "factor": full.get("factor", 1)}
+        text["rope_theta"] = full["rope_theta"]
+        text["rope_local_base_freq"] = local["rope_theta"]
+    if "text_config" not in config:
+        return text
+    vocabulary = {k: text[k] for k in ("vocab_size",) if k in text}
+    return {"text_config": text, **vocabulary}
+
+
+@dataclass
+class TextConfig(Config):
+    """What the text side reads of a checkpoint's `transformer` section."""
+
+    caption_channels: int
+    connector_num_attention_heads: int
+    connector_attention_head_dim: int
+    connector_num_layers: int
+    audio_connector_num_attention_heads: Optional[int] = None  # None: as video
+    audio_connector_attention_head_dim: Optional[int] = None
+    audio_connector_num_layers: Optional[int] = None
+    connector_num_learnable_registers: int = 128
+    connector_positional_embedding_max_pos: list = field(default_factory=lambda: [4096])
+    connector_apply_gated_attention: bool = False
+    connector_ff_bias: bool = True
+    text_encoder_norm_type: Optional[str] = None
+    # Not in the section: how many hidden states the encoder has, by the tensors' shape.
+    encoder_states: int = 49
+
+    FIXED = {
+        "connector_norm_output": (True,),
+        "use_embeddings_connector": (True,),
+        "text_encoder_norm_type": ("per_token_rms", None),
+    }
+
+    @classmethod
+    def from_dict(cls, section: dict[str, Any]) -> TextConfig:
+        own = cls.__dataclass_fields__.keys() | cls.FIXED.keys()
+        return super().from_dict({k: v for k, v in section.items() if k in own})
+
+
+class TextConnectors(nn.Module):
+    """Hidden states of one prompt to the contexts of the two streams."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = c = config
+        video = (c.connector_num_attention_heads, c.connector_attention_head_dim)
+        audio = (
+            c.audio_connector_num_attention_heads or video[0],
+            c.audio_connector_attention_head_dim or video[1],
+        )
+        self.text_embedding_projection = FeatureExtractor(
+            c, video[0] * video[1], audio[0] * audio[1]
+        )
+        layers = c.connector_num_layers
+        self.video_embeddings_connector = Connector(c, *video, layers)
+        self.audio_embeddings_connector = Connector(
+            c, *audio, c.audio_connector_num_layers or layers
+        )
+
+    def __call__(
+        self,
+        states: list[mx.array],
+        length: int = MAX_TOKENS,
+        trace: Optional[Trace] = None,
+    ) -> tuple[mx.array, mx.array]:
+        """Contexts (1, length, D) of video and audio from states (1, tokens, D)."""
+        video, audio = self.text_embedding_projection(states)
+        traced(trace, "text.video_features", video)
+        traced(trace, "text.audio_features", audio)
+        video = self.video_embeddings_connector(video, length)
+        audio = self.audio_embeddings_connector(audio, length)
+        return (
+            traced(trace, "text.video_context", video),
+            traced(trace, "text.audio_context", audio),
+        )
+
+
+class FeatureExtractor(nn.Module):
+    """All hidden states of a token as one vector, normalised and projected.
+
+    2.0: each state brought to a range of 8 over the whole prompt, one projection for
+    both streams. From 2.3 on: each state RMS-normalised by token, scaled to keep its
+    variance through the projection, one projection a stream.
+    """
+
+    def __init__(self, c: TextConfig, video_dim: int, audio_dim: int):
+        super().__init__()
+        self.hidden = c.caption_channels
+        width = self.hidden * c.encoder_states
+        if c.text_encoder_norm_type == "per_token_rms":
+            self.video_aggregate_embed = nn.Linear(width, video_dim)
+            self.audio_aggregate_embed = nn.Linear(width, audio_dim)
+        else:
+            self.aggregate_embed = nn.Linear(width, video_dim, bias=False)
+
+    def __call__(self, states: list[mx.array]) -> tuple[mx.array, mx.array]:
+        dtype = self.dtype
+        x = mx.stack([s.astype(mx.float32) for s in states], axis=-1)
+        if "aggregate_embed" in self:
+            low, high = x.min(axis=(1, 2), keepdims=True), x.max((1, 2), keepdims=True)
+            x = 8 * (x - x.mean((1, 2), keepdims=True)) / (high - low + 1e-6)
+            features = self.aggregate_embed(x.flatten(2).astype(dtype))
+            return features, features
+        x = x * mx.rsqrt(mx.mean(x * x, axis=2, keepdims=True) + 1e-6)
+        x = x.flatten(2)  # the layer index runs fastest
+        return tuple(
+            embed((x * math.sqrt(embed.bias.size / self.hidden)).astype(dtype))
+            for embed in (self.video_aggregate_embed, self.audio_aggregate_embed)
+        )
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        one = self.get("aggregate_embed") or self.video_aggregate_embed
+        return one.weight.dtype
+
+
+class ConnectorBlock(nn.Module):
+    """Self-attention and feed-forward, each behind a weightless norm."""
+
+    def __init__(self, c: TextConfig, heads: int, head_dim: int):
+        super().__init__()
+        dim = heads * head_dim
+        gated = c.connector_apply_gated_attention
+        self.attn1 = Attention(dim, heads, head_dim, gated=gated)
+        self.ff = FeedForward(dim, c.connector_ff_bias)
+
+    def __call__(self, x: mx.array, rope) -> mx.array:
+        x = x + self.attn1(rms_norm(x), rope=rope)
+        return x + self.ff(rms_norm(x))
+
+
+class Connector(nn.Module):
+    """A small transformer over the prompt's tokens, filled up with learnt registers."""
+
+    def __init__(self, c: TextConfig, heads: int, head_dim: int, layers: int):
+        super().__init__()
+        self.heads, self.dim = heads, heads * head_dim
+        self.max_pos = c.connector_positional_embedding_max_pos
+        self.learnable_registers = mx.zeros(
+            (c.connector_num_learnable_registers, self.dim)
+        )
+        self.transformer_1d_blocks = [
+            ConnectorBlock(c, heads, head_dim) for _ in range(layers)
+        ]
+
+    def __call__(self, x: mx.array, length: int) -> mx.array:
+        """(1, tokens, D) to (1, length, D); a register's place is absolute."""
+        registers = self.learnable_registers.astype(x.dtype)
+        filling = registers[mx.arange(x.shape[1], length) % len(registers)]
+        x = mx.concatenate([x, filling[None]], axis=1)
+        positions = np.arange(length, dtype=np.float32)[None]
+        rope = rope_table(positions, self.dim, self.heads, self.max_pos)
+        rope = tuple(table.astype(x.dtype) for table in rope)
+        for block in self.transformer_1d_blocks:
+            x = block(x, rope)
+        return rms_norm(x)
+
+
+def complete(section: dict[str, Any], shapes: dict[str, tuple]) -> dict[str, Any]:
+    """The `transformer` section with what only the tensors tell: the encoder's depth."""
+    widths = [s[1] for name, s in shapes.items() if name.endswith("_embed.weight")]
+    return {**section, "encoder_states": widths[0] // section["caption_channels"]}
+
+
+def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Official names are the module's names."""
+    return weights
