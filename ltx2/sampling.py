@@ -45,11 +45,12 @@ def shifted_sigmas(steps: int, tokens: int = 4096) -> tuple[float, ...]:
     The shift's exponent is linear in the tokens, 0.95 at 1024 and 2.05 at 4096, which
     is also what the reference uses for every size.
     """
-    shift = 0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024)
-    s = np.linspace(1.0, 0.0, steps + 1, dtype=np.float32)[:-1].astype(np.float64)
-    s = math.exp(shift) / (math.exp(shift) + (1 / s - 1))
-    s = 1 - (1 - s) * (1 - 0.1) / (1 - s[-1])
-    return tuple(np.append(s, 0.0).astype(np.float32).tolist())
+    shift = math.exp(0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024))
+    one, shift = np.float32(1), np.float32(shift)
+    s = np.linspace(1, 0, steps + 1, dtype=np.float32)[:-1]
+    s = shift / (shift + (one / s - one))
+    s = one - (one - s) / ((one - s[-1]) / np.float32(1 - 0.1))
+    return tuple(np.append(s, np.float32(0)).tolist())
 
 
 # Guidance
