@@ -1,0 +1,45 @@
+"""Fixtures every test may use: small checkpoints and the reference's numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+import checkpoints
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Callable[..., Path]:
+    """`checkpoint("ltx-2.3")`: a path, built once a session (`checkpoints.build`)."""
+    built: dict[str, Path] = {}
+
+    def get(name: str, seed: int = 0, **changes: Any) -> Path:
+        key = json.dumps([name, seed, changes], sort_keys=True)
+        if key not in built:
+            folder = tmp_path_factory.mktemp("checkpoint")
+            built[key] = checkpoints.build(name, folder, seed, **changes)
+        return built[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, Any]]:
+    """`golden("ltx-2/vae_decode")`: what the reference took and gave.
+
+    Arrays by key, `in.*`, `mid.*` and `out.*`, float32 and channels-first as in torch;
+    the settings of the run under "info" (see golden/README.md).
+    """
+
+    def get(name: str) -> dict[str, Any]:
+        with safe_open(GOLDEN / f"{name}.safetensors", framework="numpy") as file:
+            arrays: dict[str, Any] = {k: file.get_tensor(k) for k in file.keys()}
+            return arrays | {"info": json.loads(file.metadata()["info"])}
+
+    return get
