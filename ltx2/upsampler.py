@@ -1,0 +1,135 @@
+"""The latent upsamplers: twice the frames, or 2 or 1.5 times the height and width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .base import Config, UserError
+
+UNUSED_KEYS = ()
+
+
+@dataclass
+class UpsamplerConfig(Config):
+    """The configuration in an upsampler's file."""
+
+    in_channels: int
+    mid_channels: int
+    num_blocks_per_stage: int
+    spatial_upsample: bool
+    temporal_upsample: bool
+    spatial_scale: float
+    rational_resampler: bool  # means nothing in a temporal one
+
+    FIXED = {
+        "_class_name": ("LatentUpsampler",),
+        "dims": (3,),
+        "spatial_scale": (1.0, 1.5, 2.0),
+    }
+
+    def __post_init__(self):
+        if self.spatial_upsample == self.temporal_upsample:
+            raise UserError(
+                "upsampler: spatial_upsample and temporal_upsample are both "
+                f"{self.spatial_upsample}, but only one of them is implemented"
+            )
+
+
+class Conv3d(nn.Conv3d):
+    """3x3x3, zero-padded; in time by hand, for which Metal has a faster convolution."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, 3, padding=(0, 1, 1))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(mx.pad(x, [(0, 0), (1, 1), (0, 0), (0, 0), (0, 0)]))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, pytorch_compatible=True)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = Conv3d(channels, channels)
+        self.norm1 = group_norm(channels)
+        self.conv2 = Conv3d(channels, channels)
+        self.norm2 = group_norm(channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        h = nn.silu(self.norm1(self.conv1(x)))
+        return nn.silu(x + self.norm2(self.conv2(h)))
+
+
+def shuffle(x: mx.array, time: int = 1, space: int = 1) -> mx.array:
+    """Spread channels (c, time, space, space) of `x` (B, F, H, W, C) over the axes."""
+    b, f, h, w, _ = x.shape
+    x = x.reshape(b, f, h, w, -1, time, space, space)
+    x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(b, f * time, h * space, w * space, -1)
+
+
+def per_frame(conv2d, x: mx.array, *args) -> mx.array:
+    """A function of frames (N, H, W, C) on `x` (B, F, H, W, C)."""
+    return mx.unflatten(conv2d(x.flatten(0, 1), *args), 0, x.shape[:2])
+
+
+def blur_down(frames: mx.array, kernel: mx.array, stride: int) -> mx.array:
+    channels = frames.shape[-1]
+    kernel = mx.broadcast_to(kernel, (channels, 5, 5, 1))
+    return mx.conv2d(frames, kernel, stride, padding=2, groups=channels)
+
+
+class LatentUpsampler(nn.Module):
+    """Un-normalised latents (B, F, H, W, C) to (B, F, sH, sW, C) or (B, 2F - 1, H, W, C).
+
+    The group norms see all frames at once: a clip cannot be upsampled in pieces.
+    """
+
+    def __init__(self, config: UpsamplerConfig):
+        super().__init__()
+        self.config = config
+        channels, blocks = config.mid_channels, range(config.num_blocks_per_stage)
+        self.initial_conv = Conv3d(config.in_channels, channels)
+        self.initial_norm = group_norm(channels)
+        self.res_blocks = [ResBlock(channels) for _ in blocks]
+        self.up, self.down = config.spatial_scale.as_integer_ratio()
+        if config.temporal_upsample:
+            self.upsampler = [Conv3d(channels, 2 * channels)]
+        elif config.rational_resampler:
+            conv = nn.Conv2d(channels, self.up**2 * channels, 3, padding=1)
+            blur = {"kernel": mx.zeros((1, 5, 5, 1))}
+            self.upsampler = {"conv": conv, "blur_down": blur}
+        else:
+            self.upsampler = [nn.Conv2d(channels, 4 * channels, 3, padding=1)]
+        self.post_upsample_res_blocks = [ResBlock(channels) for _ in blocks]
+        self.final_conv = Conv3d(channels, config.in_channels)
+
+    def resample(self, x: mx.array) -> mx.array:
+        if self.config.temporal_upsample:
+            # The first latent frame stands for one video frame, the others for eight.
+            return shuffle(self.upsampler[0](x), time=2)[:, 1:]
+        if not self.config.rational_resampler:
+            return shuffle(per_frame(self.upsampler[0], x), space=2)
+        x = shuffle(per_frame(self.upsampler["conv"], x), space=self.up)
+        if self.down == 1:  # the file carries a kernel all the same
+            return x
+        return per_frame(blur_down, x, self.upsampler["blur_down"]["kernel"], self.down)
+
+    def __call__(self, latents: mx.array) -> mx.array:
+        x = nn.silu(self.initial_norm(self.initial_conv(latents)))
+        for block in self.res_blocks:
+            x = block(x)
+        x = self.resample(x)
+        for block in self.post_upsample_res_blocks:
+            x = block(x)
+        return self.final_conv(x)
+
+
+def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Official tensors to MLX layouts; the names are the same."""
+    return {k: w.moveaxis(1, -1) if w.ndim > 1 else w for k, w in weights.items()}
