@@ -93,6 +93,9 @@ class DiTConfig(Config):
         "audio_connector_num_layers connector_ff_bias text_encoder_norm_type".split()
     )
 
+    def __post_init__(self):
+        self.audio_in_channels = self.audio_in_channels or self.audio_out_channels
+
     @property
     def video_dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
@@ -298,10 +301,9 @@ class DiT(nn.Module):
         super().__init__()
         self.config = c = config
         rows = 9 if c.cross_attention_adaln else 6
-        audio_in = c.audio_in_channels or c.audio_out_channels
         for prefix, dim, channels_in, channels_out in (
             ("", c.video_dim, c.in_channels, c.out_channels),
-            ("audio_", c.audio_dim, audio_in, c.audio_out_channels),
+            ("audio_", c.audio_dim, c.audio_in_channels, c.audio_out_channels),
         ):
             self[prefix + "patchify_proj"] = nn.Linear(channels_in, dim)
             self[prefix + "adaln_single"] = AdaLayerNormSingle(dim, rows)
@@ -323,8 +325,8 @@ class DiT(nn.Module):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The dtype of the activations: that of the layers that are never quantised."""
-        return self.patchify_proj.bias.dtype
+        """The dtype of the activations: that of the tables, which are never quantised."""
+        return self.scale_shift_table.dtype
 
     def video_rope(self, bounds: np.ndarray) -> tuple[Rope, Rope]:
         """Self- and cross-modal tables of token bounds (3, T, 2): seconds, pixels."""

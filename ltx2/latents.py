@@ -186,16 +186,20 @@ def condition(state: LatentState, items: Iterable[Conditioning]) -> LatentState:
 
 @dataclass(frozen=True)
 class Replace:
-    """Latent frames (1, f, H, W, C) held in place from latent frame `at` on."""
+    """Latents held in place from latent frame or audio token `at` on: video
+    (1, f, H, W, C) or audio (1, t, mel, C)."""
 
     latents: mx.array
     at: int = 0
     strength: float = 1.0
 
     def __call__(self, state: LatentState) -> LatentState:
-        _, _, height, width, _ = self.latents.shape
-        start = self.at * height * width
-        return state.replace_tokens(start, video_tokens(self.latents), self.strength)
+        if self.latents.ndim == 4:
+            tokens, tokens_each = audio_to_tokens(self.latents), 1
+        else:
+            _, _, height, width, _ = self.latents.shape
+            tokens, tokens_each = video_tokens(self.latents), height * width
+        return state.replace_tokens(self.at * tokens_each, tokens, self.strength)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,131 @@
+"""LoRAs as side paths beside any linear layer, quantised or not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from .base import UserError
+
+# diffusers' names of what the official files call otherwise.
+DIFFUSERS_NAMES = {
+    "proj_in": "patchify_proj",
+    "audio_proj_in": "audio_patchify_proj",
+    "time_embed": "adaln_single",
+    "audio_time_embed": "audio_adaln_single",
+    "prompt_adaln": "prompt_adaln_single",
+    "audio_prompt_adaln": "audio_prompt_adaln_single",
+    "av_cross_attn_video_scale_shift": "av_ca_video_scale_shift_adaln_single",
+    "av_cross_attn_audio_scale_shift": "av_ca_audio_scale_shift_adaln_single",
+    "av_cross_attn_video_a2v_gate": "av_ca_a2v_gate_adaln_single",
+    "av_cross_attn_audio_v2a_gate": "av_ca_v2a_gate_adaln_single",
+}
+KEY = re.compile(
+    r"(?P<style>diffusion_model|transformer)\.(?P<path>.+)\."
+    r"(?P<part>lora_A\.weight|lora_B\.weight|lora_down\.weight|lora_up\.weight|alpha)"
+)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Factors by module path: A (r, in), B (out, r), with any alpha / r folded into B."""
+
+    name: str
+    factors: dict[str, tuple[mx.array, mx.array]]
+    metadata: dict[str, str]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Lora:
+        """Read a LoRA in official, ComfyUI or diffusers key style, lazily.
+
+        Raises UserError for a file that is no LoRA or has keys of no known style.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"LoRA {path}: no such file")
+        try:
+            tensors, metadata = mx.load(str(path), "safetensors", return_metadata=True)
+        except RuntimeError:
+            raise UserError(f"LoRA {path} is not a safetensors file") from None
+        parts: dict[str, dict[str, mx.array]] = {}
+        for key, tensor in tensors.items():
+            match = KEY.fullmatch(key.removeprefix("model."))
+            if match is None:
+                raise UserError(f"LoRA {path} has {key}, which names no LoRA factor")
+            module = match["path"]
+            if match["style"] == "transformer":
+                head, _, rest = module.partition(".")
+                module = f"{DIFFUSERS_NAMES.get(head, head)}.{rest}".rstrip(".")
+            part = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
+            name = part.get(match["part"], match["part"][5:6])
+            parts.setdefault(module, {})[name] = tensor
+        factors = {}
+        for module, p in parts.items():
+            if not {"A", "B"} <= p.keys():
+                raise UserError(f"LoRA {path} lacks one factor of {module}")
+            a, b = p["A"], p["B"]
+            if "alpha" in p:
+                b = b * (p["alpha"].astype(b.dtype) / a.shape[0])
+            factors[module] = (a, b)
+        return cls(path.name, factors, metadata)
+
+    def check(self, model: nn.Module) -> None:
+        """Every factor pair must fit a linear layer of the model, or UserError."""
+        layers = dict(model.named_modules())
+        for path, (a, b) in self.factors.items():
+            layer = layers.get(path)
+            shape = None if layer is None else linear_shape(layer)
+            if shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
+                raise UserError(
+                    f"LoRA {self.name} changes {path} by "
+                    f"{b.shape[0]}x{b.shape[1]} times {a.shape[0]}x{a.shape[1]}, but the "
+                    f"model has {'no such layer' if shape is None else '%dx%d' % shape}: "
+                    "it was made for another generation"
+                )
+
+
+def linear_shape(layer: nn.Module) -> Optional[tuple[int, int]]:
+    """Outputs and inputs of a linear layer, or None for any other layer."""
+    if isinstance(layer, SidePath):
+        return linear_shape(layer.linear)
+    if isinstance(layer, nn.QuantizedLinear):
+        return len(layer.weight), layer.scales.shape[1] * layer.group_size
+    return layer.weight.shape if isinstance(layer, nn.Linear) else None
+
+
+class SidePath(nn.Module):
+    """A linear layer and the sum of its LoRAs beside it: x W + (x A^T) B^T."""
+
+    def __init__(self, linear: nn.Module, a: mx.array, b: mx.array):
+        super().__init__()
+        self.linear, self.lora_a, self.lora_b = linear, a, b
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.linear(x)
+        side = (x @ self.lora_a.T.astype(x.dtype)) @ self.lora_b.T.astype(x.dtype)
+        return y + side
+
+
+def attach(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
+    """Put these LoRAs, each with a strength, beside the model's linear layers; whatever
+    was attached before is removed, and the layers themselves are never touched."""
+    layers = dict(model.named_modules())
+    changed = {k: m.linear for k, m in layers.items() if isinstance(m, SidePath)}
+    paths: dict[str, list[tuple[mx.array, mx.array]]] = {}
+    for lora, strength in loras:
+        lora.check(model)
+        if strength != 0:
+            for path, (a, b) in lora.factors.items():
+                paths.setdefault(path, []).append((a, b * strength))
+    for path, factors in paths.items():
+        a = mx.concatenate([a for a, _ in factors], axis=0)
+        b = mx.concatenate([b for _, b in factors], axis=1)
+        changed[path] = SidePath(changed.get(path, layers[path]), a, b)
+    model.update_modules(tree_unflatten(list(changed.items())))
+    mx.eval([m.parameters() for m in changed.values()])

@@ -1,0 +1,558 @@
+"""What can be asked for, its limits, the defaults by model, and the tables of stages."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Mapping, Optional, Union
+
+from . import media
+from .base import UserError
+from .latents import SPACE_SCALE, TIME_SCALE, audio_tokens, latent_frames
+from .sampling import (
+    DISTILLED_SIGMAS,
+    REFINE_SIGMAS,
+    SAMPLERS,
+    Guidance,
+    shifted_sigmas,
+)
+
+NEGATIVE_PROMPT = (
+    "low quality, blurry, distorted, flickering, watermark, text on screen, "
+    "muffled sound, noise, clipping, silence"
+)
+STAGES = ("one", "two", "hq")
+MAX_FRAMES, MAX_SIDE = 2049, 4096
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture that the video shows at a frame: an index, -1 the last, "1.5s" a time."""
+
+    path: str
+    frame: Union[int, str] = 0
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA with its strength, in all stages or in one (1, 2)."""
+
+    path: str
+    strength: float = 1.0
+    stage: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to make. None: the model's default, or what the input clip says."""
+
+    prompt: str
+    negative_prompt: Optional[str] = None
+    height: Optional[int] = None
+    width: Optional[int] = None
+    num_frames: Optional[int] = None
+    fps: Optional[float] = None
+    seed: int = 10
+    # Sampling; of guidance, what is given replaces the model's default.
+    stages: Optional[str] = None  # STAGES
+    steps: Optional[int] = None
+    sigmas: Optional[tuple[float, ...]] = None
+    sampler: Optional[str] = None
+    video_guidance: Union[Guidance, Mapping[str, Any], None] = None
+    audio_guidance: Union[Guidance, Mapping[str, Any], None] = None
+    loras: tuple[LoraFile, ...] = ()
+    distilled_lora: Optional[LoraFile] = None  # what makes a dev model refine
+    temporal_upsample: bool = False
+    # Inputs
+    images: tuple[Image, ...] = ()
+    keyframes: bool = False  # guide at every image, frame 0 too, instead of showing it
+    image_crf: Optional[int] = None
+    audio: Optional[str] = None
+    audio_start: float = 0.0
+    video: Optional[str] = None
+    retake: Optional[tuple[float, float]] = None  # seconds
+    retake_streams: tuple[str, ...] = ("video", "audio")
+    extend: Optional[float] = None  # seconds, negative: before the clip
+    reference_strength: float = 1.0
+    # Outputs
+    no_audio: bool = False
+    audio_only: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One denoising loop: size, schedule and everything that differs between stages."""
+
+    name: str
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    sigmas: tuple[float, ...]
+    sampler: str = "euler"
+    guidance: Mapping[str, Guidance] = field(default_factory=dict)  # by stream
+    noise_scale: float = 1.0
+    upsampler: Optional[str] = None  # what brings the last stage's latents to this size
+    loras: tuple[LoraFile, ...] = ()
+    references: bool = True  # reference clips take part
+    keeps_audio: bool = True  # its sound is the result's
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        return (
+            latent_frames(self.num_frames),
+            self.height // SPACE_SCALE,
+            self.width // SPACE_SCALE,
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request with every default filled in and every limit checked."""
+
+    request: Request
+    negative_prompt: Optional[str]  # None: no pass needs it
+    stages: tuple[Stage, ...]
+    streams: tuple[str, ...]
+    audio_tokens: int
+    images: tuple[Image, ...]  # with frames as indices
+    image_crf: int
+    clip: Optional[media.Media]  # of the input video
+    clip_frames: int  # how many of its frames are read, at the first stage's rate
+    notes: tuple[str, ...]  # what was done to the inputs
+
+
+def default_guidance(source: Any, stages: str = "one") -> dict[str, Guidance]:
+    """The dev models' guidance by stream, the reference's constants; the STG block was
+    chosen for 48 blocks."""
+    if stages == "hq":
+        video = Guidance(3.0, 0.0, (), 3.0, 0.45)
+        return {"video": video, "audio": replace(video, cfg_scale=7, rescale_scale=1)}
+    last = source.config["transformer"]["num_layers"] - 1
+    video = Guidance(3.0, 1.0, (min(28 if source.version >= (2, 3) else 29, last),))
+    video = replace(video, modality_scale=3.0, rescale_scale=0.7)
+    return {"video": video, "audio": replace(video, cfg_scale=7.0)}
+
+
+def plan(r: Request, source: Any) -> Job:
+    """Check a request against a model (`weights.Source`), fill in defaults and lay out
+    the stages; raises UserError for whatever cannot be done, reads no weights."""
+    distilled = source.kind == "distilled"
+    if r.stages not in (None, *STAGES):
+        raise UserError(f"stages is {r.stages!r}: choose of {', '.join(STAGES)}")
+    upsamplers = [n for n in source.components if n.startswith("spatial_upsampler")]
+    single = r.retake or r.extend or r.audio_only
+    kind = r.stages or ("two" if distilled and upsamplers and not single else "one")
+    check_combinations(r, kind, distilled, upsamplers, source)
+    check_range("seed", r.seed, 0, 2**63 - 1)
+
+    r, clip, clip_frames, notes = fit_clip(r)
+    upsampler = None if kind == "one" else upsamplers[0]
+    scale = 1 if kind == "one" else spatial_scale(source, upsampler)
+    check_size("height", r.height, scale, source)
+    check_size("width", r.width, scale, source)
+    check_frames(r.num_frames)
+    check_range("fps", r.fps, 1, 120)
+    images = tuple(place_image(image, r) for image in r.images)
+
+    streams = (
+        ("audio",) if r.audio_only else ("video", "audio")[: 1 if r.no_audio else 2]
+    )
+    frozen = frozen_streams(r, clip)
+    guidance = {} if distilled else default_guidance(source, kind)
+    for name in ("video", "audio"):
+        asked = getattr(r, f"{name}_guidance")
+        if isinstance(asked, Guidance):
+            guidance[name] = asked
+        elif asked and name in guidance:
+            guidance[name] = replace(guidance[name], **asked)
+        if name not in streams or name in frozen:
+            guidance.pop(name, None)
+    if len(streams) == 1:  # nothing to be isolated from
+        guidance = {k: replace(g, modality_scale=1.0) for k, g in guidance.items()}
+    for name, g in guidance.items():
+        check_guidance(name, g, source.config["transformer"]["num_layers"])
+    negative = r.negative_prompt
+    if not any(g.cfg_scale != 1 for g in guidance.values()):
+        if negative is not None:
+            raise UserError(
+                "a negative prompt was given, but nothing reads it without guidance: "
+                "drop it" + ("" if distilled else ", or set a CFG scale other than 1")
+            )
+    elif negative is None:
+        negative = NEGATIVE_PROMPT
+
+    sampler = r.sampler or default_sampler(source, kind)
+    if sampler not in SAMPLERS:
+        raise UserError(f"sampler is {sampler!r}: choose of {', '.join(SAMPLERS)}")
+    loras = lambda n: tuple(l for l in r.loras if l.stage in (None, n))
+    refers = r.video is not None and not single
+    height, width = round(r.height / scale), round(r.width / scale)
+    first = Stage(
+        "stage1",
+        height,
+        width,
+        r.num_frames,
+        r.fps,
+        first_sigmas(r, source, kind, height, width),
+        sampler,
+        guidance,
+        loras=loras(1),
+    )
+    stages = [first]
+    if kind != "one":
+        # A reference's LoRA has done its work in the first stage.
+        second = () if refers else loras(2)
+        if kind == "hq" or not distilled:
+            weak, strong = (0.25, 0.5) if kind == "hq" else (None, 1.0)
+            lora = r.distilled_lora
+            if weak is not None:
+                first = replace(lora, strength=lora.strength * weak)
+                stages[0] = replace(stages[0], loras=(*stages[0].loras, first))
+            second += (replace(lora, strength=lora.strength * strong),)
+        stages.append(
+            Stage(
+                "stage2",
+                r.height,
+                r.width,
+                r.num_frames,
+                r.fps,
+                REFINE_SIGMAS,
+                "res_2s" if kind == "hq" else "euler",
+                noise_scale=REFINE_SIGMAS[0],
+                upsampler=upsampler,
+                loras=second,
+                references=False,
+                keeps_audio=distilled or r.keyframes,
+            )
+        )
+    if r.temporal_upsample:
+        last = stages[-1]
+        stages.append(
+            replace(
+                last,
+                name=f"stage{len(stages) + 1}",
+                num_frames=2 * last.num_frames - 1,
+                fps=2 * last.fps,
+                sigmas=REFINE_SIGMAS,
+                sampler="euler",
+                guidance={},
+                noise_scale=REFINE_SIGMAS[0],
+                upsampler="temporal_upsampler",
+                references=False,
+                keeps_audio=False,
+            )
+        )
+    return Job(
+        r,
+        negative,
+        tuple(stages),
+        streams,
+        audio_tokens(r.num_frames, r.fps),
+        images,
+        crf(r, source),
+        clip,
+        clip_frames,
+        tuple(notes),
+    )
+
+
+def default_sampler(source: Any, stages: str) -> str:
+    """The reference's choice for the first stage."""
+    if stages == "hq":
+        return "res_2s"
+    ancestral = source.kind == "distilled" and source.version >= (2, 5)
+    return "euler_ancestral" if ancestral else "euler"
+
+
+def first_sigmas(
+    r: Request, source: Any, stages: str, height: int, width: int
+) -> tuple[float, ...]:
+    """The first stage's schedule: given, distilled, or shifted."""
+    if r.sigmas is not None:
+        if r.steps is not None:
+            raise UserError("steps and sigmas were both given: drop one")
+        return check_sigmas(r.sigmas)
+    if source.kind == "distilled":
+        own = len(DISTILLED_SIGMAS) - 1
+        if r.steps not in (None, own):
+            raise UserError(
+                f"steps is {r.steps}, but a distilled model has its own {own} steps: "
+                "drop it, or give sigmas"
+            )
+        return DISTILLED_SIGMAS
+    steps = r.steps
+    if steps is None:
+        steps = 15 if stages == "hq" else 30 if source.version >= (2, 3) else 40
+    check_range("steps", steps, 1, 1000)
+    if stages != "hq":
+        return shifted_sigmas(steps)
+    # The only pipeline of the reference that counts its tokens.
+    tokens = latent_frames(r.num_frames) * height * width // SPACE_SCALE**2
+    return shifted_sigmas(steps, tokens)
+
+
+def crf(r: Request, source: Any) -> int:
+    """How strongly images are compressed first: as the model's training frames were."""
+    if r.image_crf is None:
+        return 18 if source.version >= (2, 4) else 33
+    check_range("image_crf", r.image_crf, 0, 51)
+    return r.image_crf
+
+
+def spatial_scale(source: Any, upsampler: str) -> Fraction:
+    scale = source.config[upsampler]["spatial_scale"]
+    return Fraction(scale).limit_denominator(4)
+
+
+def frozen_streams(r: Request, clip: Optional[media.Media]) -> tuple[str, ...]:
+    """The streams that are given whole and only listened to."""
+    if r.audio:
+        return ("audio",)
+    if r.retake:
+        kept = {"video", "audio"} - set(r.retake_streams)
+        return tuple(k for k in kept if k == "video" or clip.has_audio)
+    return ()
+
+
+def place_image(image: Image, r: Request) -> Image:
+    """An image with its frame as an index."""
+    frame = image.frame
+    if isinstance(frame, str):
+        try:
+            frame = round(float(frame.removesuffix("s")) * r.fps)
+        except ValueError:
+            raise UserError(
+                f"image {image.path}: {image.frame!r} is no frame: "
+                "try an index as 24, -1 for the last, or a time as 1.5s"
+            ) from None
+    if frame < 0:
+        frame += r.num_frames
+    if not 0 <= frame < r.num_frames:
+        raise UserError(
+            f"image {image.path} is for frame {image.frame}, "
+            f"but the video has frames 0 to {r.num_frames - 1}"
+        )
+    check_range(f"image {image.path}: strength", image.strength, 0, 1)
+    media.load_image(image.path)
+    return replace(image, frame=frame)
+
+
+def fit_clip(r: Request) -> tuple[Request, Optional[media.Media], int, list[str]]:
+    """The request with size, length and rate, the clip, how much of it is read, and what
+    was done to it. A clip's own size and rate are kept as far as the model can."""
+    if r.video is None:
+        size = (r.height or 512, r.width or 768)
+        r = replace(r, height=size[0], width=size[1], fps=r.fps or 24.0)
+        return replace(r, num_frames=r.num_frames or 121), None, 0, []
+    clip = media.probe(r.video)
+    if not clip.has_video:
+        raise UserError(f"{r.video} has no picture: sound alone goes with audio")
+    notes = []
+    fps = float(r.fps or clip.fps)
+    there = clip.num_frames if fps == clip.fps else math.floor(clip.duration * fps)
+    frames = (max(there, 1) - 1) // TIME_SCALE * TIME_SCALE + 1
+    legal = lambda side: max(side // SPACE_SCALE * SPACE_SCALE, 2 * SPACE_SCALE)
+    height = r.height or legal(clip.height)
+    width = r.width or legal(clip.width)
+    if (height, width) != (clip.height, clip.width):
+        notes.append(
+            f"{r.video}: {clip.width}x{clip.height} resized and cropped "
+            f"to {width}x{height}"
+        )
+    if fps != clip.fps:
+        notes.append(
+            f"{r.video}: {float(clip.fps):g} brought to {fps:g} frames a second"
+        )
+    total = r.num_frames or frames
+    if r.extend:
+        check_range("extend", abs(r.extend), 1 / fps, MAX_FRAMES / fps)
+        total = frames + max(round(abs(r.extend) * fps / TIME_SCALE), 1) * TIME_SCALE
+    frames = min(frames, total)
+    if frames != there:
+        notes.append(f"{r.video}: {frames} of {there} frames are read (8k+1)")
+    if r.retake:
+        start, end = r.retake
+        seconds = frames / fps
+        if not 0 <= start < end or start >= seconds:
+            raise UserError(
+                f"retake is {start:g}-{end:g}, but the clip lasts from 0 to "
+                f"{seconds:.2f} s: give a start before an end inside it"
+            )
+    r = replace(r, height=height, width=width, num_frames=total, fps=fps)
+    return r, clip, frames, notes
+
+
+def check_combinations(
+    r: Request, stages: str, distilled: bool, upsamplers: list[str], source: Any
+) -> None:
+    """Refuse what does not go together, with the reason."""
+
+    def refuse(condition: Any, reason: str) -> None:
+        if condition:
+            raise UserError(reason)
+
+    guided = [g for g in (r.video_guidance, r.audio_guidance) if g]
+    refuse(
+        distilled and any(not isinstance(g, Guidance) or g.active for g in guided),
+        "guidance was given, but this is a distilled model, which was trained "
+        "without: drop the guidance settings, or use a dev model",
+    )
+    refuse(r.no_audio and r.audio_only, "no_audio and audio_only were both given")
+    refuse(r.no_audio and r.audio, "audio was given together with no_audio: drop one")
+    refuse(
+        r.no_audio and r.audio_guidance,
+        "audio guidance was given together with no_audio: drop one",
+    )
+    refuse(
+        r.audio and r.audio_guidance,
+        "audio guidance was given, but the sound is given too and is not changed",
+    )
+    refuse(
+        r.audio_only and (r.images or r.video or r.audio or r.video_guidance),
+        "audio_only makes sound from text alone: drop images, video, audio "
+        "and video guidance",
+    )
+    refuse(
+        r.audio_only and stages != "one",
+        f"audio_only has no picture to refine: drop stages={stages}",
+    )
+    refuse(
+        r.video and r.audio,
+        "both a video and an audio file were given: the video's own sound is used",
+    )
+    refuse(
+        not r.video and (r.retake or r.extend),
+        "retake and extend change a clip: give it with video",
+    )
+    refuse(r.retake and r.extend, "retake and extend were both given: do one first")
+    refuse(
+        (r.retake or r.extend) and stages != "one",
+        f"retake and extend work in one stage, at the clip's size: drop stages={stages}",
+    )
+    refuse(
+        (r.retake or r.extend) and r.images,
+        "images were given, but retake and extend take their picture from the clip",
+    )
+    refuse(
+        r.retake and r.no_audio and "video" not in r.retake_streams,
+        "this retake would change nothing: the sound is off and the picture kept",
+    )
+    refuse(
+        r.video and not (r.retake or r.extend) and not r.loras,
+        "a video without retake or extend is a reference, which only an IC-LoRA "
+        "understands: give one with lora",
+    )
+    refuse(
+        not r.retake_streams or set(r.retake_streams) - {"video", "audio"},
+        f"retake_streams is {r.retake_streams}: choose of video, audio",
+    )
+    refuse(r.keyframes and not r.images, "keyframes was given, but there are no images")
+    check_range("reference_strength", r.reference_strength, 0, 1)
+    check_range("audio_start", r.audio_start, 0, 86400)
+    refuse(
+        stages != "one" and not upsamplers,
+        f"stages={stages} needs a latent upsampler and this model has none: "
+        "give its file with upsampler",
+    )
+    refuse(
+        stages == "hq" and distilled,
+        "stages=hq is for dev models: a distilled model uses stages=two",
+    )
+    needs_lora = stages != "one" and not distilled
+    refuse(
+        needs_lora and r.distilled_lora is None,
+        f"stages={stages} of a dev model refines with the distilled LoRA: "
+        "give its file with distilled_lora",
+    )
+    refuse(
+        r.distilled_lora is not None and not needs_lora,
+        "distilled_lora was given, but only the two stages of a dev model use it",
+    )
+    refuse(
+        r.temporal_upsample and "temporal_upsampler" not in source.components,
+        "temporal_upsample needs a temporal latent upsampler and this model has none: "
+        "give its file with upsampler",
+    )
+    refuse(
+        r.temporal_upsample and (r.audio_only or r.retake or r.extend),
+        "temporal_upsample works on a new video, not on sound, retake or extend",
+    )
+    refuse(
+        r.temporal_upsample and not distilled and r.distilled_lora is None,
+        "temporal_upsample refines with few steps, which a dev model cannot: "
+        "use two stages with its distilled LoRA, or a distilled model",
+    )
+    count = 1 if stages == "one" else 2
+    for lora in r.loras:
+        refuse(
+            lora.stage is not None and not 1 <= lora.stage <= count,
+            f"LoRA {lora.path} is for stage {lora.stage}, but there are {count}",
+        )
+        refuse(
+            lora.strength == 0,
+            f"LoRA {lora.path} has strength 0, which has no effect: drop it",
+        )
+        check_range(f"LoRA {lora.path}: strength", lora.strength, -10, 10)
+    for path in (r.audio, *(l.path for l in r.loras)):
+        refuse(path and not Path(path).is_file(), f"{path}: no such file")
+
+
+# Limits, each said in one line with the nearest value that would do
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    if not (isinstance(value, (int, float)) and low <= value <= high):
+        raise UserError(f"{name} is {value}, allowed are {low:g} to {high:g}")
+
+
+def check_size(name: str, value: int, scale: Union[int, Fraction], source: Any) -> None:
+    """A side must be whole latents in every stage; reflected borders need two."""
+    multiple = SPACE_SCALE * Fraction(scale).numerator
+    reflect = source.config["vae"].get("spatial_padding_mode", "reflect") == "reflect"
+    low = max(multiple, 2 * SPACE_SCALE) if reflect else multiple
+    high = MAX_SIDE // multiple * multiple
+    if not isinstance(value, int) or value % multiple or not low <= value <= high:
+        nearest = min(max(round(value / multiple) * multiple, low), high)
+        two = ", since two stages are made" if multiple > SPACE_SCALE else ""
+        raise UserError(
+            f"{name} is {value}, but it must be a multiple of {multiple} "
+            f"from {low} to {high}{two}: try {nearest}"
+        )
+
+
+def check_frames(value: int) -> None:
+    good = isinstance(value, int) and value % TIME_SCALE == 1
+    if not good or not 1 <= value <= MAX_FRAMES:
+        nearest = max(round((value - 1) / TIME_SCALE), 0) * TIME_SCALE + 1
+        raise UserError(
+            f"num_frames is {value}, but it must be 8k+1 from 1 to {MAX_FRAMES}: "
+            f"try {min(nearest, MAX_FRAMES)}"
+        )
+
+
+def check_guidance(stream: str, g: Guidance, blocks: int) -> None:
+    for name in ("cfg_scale", "stg_scale", "modality_scale"):
+        check_range(f"{stream} {name}", getattr(g, name), -100, 100)
+    check_range(f"{stream} rescale_scale", g.rescale_scale, 0, 1)
+    check_range(f"{stream} skip_step", g.skip_step, 0, 1000)
+    wrong = [b for b in g.stg_blocks or () if not 0 <= b < blocks]
+    if wrong:
+        raise UserError(
+            f"{stream} stg_blocks has {wrong[0]}, "
+            f"but the model's blocks are 0 to {blocks - 1}"
+        )
+
+
+def check_sigmas(sigmas: tuple[float, ...]) -> tuple[float, ...]:
+    s = tuple(float(v) for v in sigmas)
+    falling = all(a > b for a, b in zip(s, s[1:]))
+    if len(s) < 2 or not falling or not 0 <= s[-1] < s[0] <= 1:
+        raise UserError(
+            f"sigmas are {s}, but they must fall from at most 1 to at least 0, "
+            "as in 1,0.9,0.7,0.4,0"
+        )
+    return s
