@@ -7,7 +7,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional, Union
+from typing import Any, Iterator, Mapping, Optional, Sequence, Union
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -211,6 +211,21 @@ class Pipeline:
     def plan(self, request: Request) -> Job:
         """What a request comes to with this model; raises UserError if it cannot."""
         return plan(request, self.source)
+
+    def describe(self, job: Job) -> str:
+        """The model, the size and the stages of a job, for people."""
+        source, r = self.source, job.request
+        assumed = ", assumed: no name tells" if source.kind_assumed else ""
+        lines = [
+            f"LTX-2 {source.model_version} ({source.kind}{assumed}), seed {r.seed}"
+        ]
+        for stage in job.stages:
+            lines.append(
+                f"{stage.name}: {stage.width}x{stage.height}, {stage.num_frames} frames "
+                f"at {stage.fps:g}, {len(stage.sigmas) - 1} steps of {stage.sampler}, "
+                f"{'guided' if stage.guidance else 'not guided'}"
+            )
+        return "\n".join(lines)
 
     def component(self, name: str) -> nn.Module:
         """A part of the model, loaded once."""
@@ -508,7 +523,11 @@ class Pipeline:
             guard = FrameGuard()
             with meter.phase("video"):
                 shape = latents["video"].shape
-                drawn = noise("vae", shape) if self.vae.config.timestep_conditioning else None
+                drawn = (
+                    noise("vae", shape)
+                    if self.vae.config.timestep_conditioning
+                    else None
+                )
                 mark = trace and (lambda k, v: trace(f"video.{k}", v))
                 for frames in self.vae.decode_stream(
                     latents["video"], noise=drawn, trace=mark
@@ -557,12 +576,15 @@ def load(
     model: str,
     text_encoder: Optional[str] = None,
     kind: Optional[str] = None,
-    dtype: Optional[mx.Dtype] = None,
+    dtype: Union[mx.Dtype, str, None] = None,
+    upsamplers: Sequence[str] = (),
 ) -> Pipeline:
     """A pipeline from an official file, a folder, a converted folder or a Hub repo.
 
-    `kind` ("dev" or "distilled") overrides what the file name says; weights are read
-    when a phase needs them. Raises UserError when the files do not fit together.
+    `kind` ("dev" or "distilled") overrides what the file name says, `upsamplers` those
+    beside the model, `dtype` (bfloat16) is of the text side and the transformer. Weights
+    are read when a phase needs them. Raises UserError when files do not fit together.
     """
-    source = weights.open_model(model, kind=kind)
+    dtype = getattr(mx, dtype) if isinstance(dtype, str) else dtype
+    source = weights.open_model(model, kind, upsamplers=upsamplers)
     return Pipeline(source, text_encoder, dtype or mx.bfloat16)
