@@ -94,7 +94,7 @@ def log_mel(waveform: mx.array) -> mx.array:
     samples, edge = waveform.shape[1], N_FFT // 2
     if samples <= edge:
         raise UserError(
-            f"the sound is too short: {samples} samples of {edge + 1} (32 ms)"
+            f"the sound has {samples} samples at 16 kHz, it needs {edge + 1} (32 ms)"
         )
     # Reflected at both ends, so that frames are centred on multiples of the hop.
     index = np.abs(np.arange(-edge, samples + edge))
@@ -135,8 +135,8 @@ class ResBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Each row and bin twice, a convolution, and the first row dropped: T rows to 2 T - 1,
-    as many as the encoder made T from."""
+    """Each row and bin twice, a convolution, and without the first row: 2 T - 1 rows, of
+    which the encoder makes T."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -73,11 +73,6 @@ def shuffle(x: mx.array, time: int = 1, space: int = 1) -> mx.array:
     return x.reshape(b, f * time, h * space, w * space, -1)
 
 
-def per_frame(conv2d, x: mx.array, *args) -> mx.array:
-    """A function of frames (N, H, W, C) on `x` (B, F, H, W, C)."""
-    return mx.unflatten(conv2d(x.flatten(0, 1), *args), 0, x.shape[:2])
-
-
 def blur_down(frames: mx.array, kernel: mx.array, stride: int) -> mx.array:
     channels = frames.shape[-1]
     kernel = mx.broadcast_to(kernel, (channels, 5, 5, 1))
@@ -98,27 +93,27 @@ class LatentUpsampler(nn.Module):
         self.initial_norm = group_norm(channels)
         self.res_blocks = [ResBlock(channels) for _ in blocks]
         self.up, self.down = config.spatial_scale.as_integer_ratio()
+        conv = nn.Conv2d(channels, self.up**2 * channels, 3, padding=1)
         if config.temporal_upsample:
             self.upsampler = [Conv3d(channels, 2 * channels)]
         elif config.rational_resampler:
-            conv = nn.Conv2d(channels, self.up**2 * channels, 3, padding=1)
             blur = {"kernel": mx.zeros((1, 5, 5, 1))}
             self.upsampler = {"conv": conv, "blur_down": blur}
         else:
-            self.upsampler = [nn.Conv2d(channels, 4 * channels, 3, padding=1)]
+            self.upsampler = [conv]
         self.post_upsample_res_blocks = [ResBlock(channels) for _ in blocks]
         self.final_conv = Conv3d(channels, config.in_channels)
 
     def resample(self, x: mx.array) -> mx.array:
         if self.config.temporal_upsample:
-            # The first latent frame stands for one video frame, the others for eight.
+            # The first frame is one video frame, the others eight: it is not doubled.
             return shuffle(self.upsampler[0](x), time=2)[:, 1:]
-        if not self.config.rational_resampler:
-            return shuffle(per_frame(self.upsampler[0], x), space=2)
-        x = shuffle(per_frame(self.upsampler["conv"], x), space=self.up)
-        if self.down == 1:  # the file carries a kernel all the same
-            return x
-        return per_frame(blur_down, x, self.upsampler["blur_down"]["kernel"], self.down)
+        rational = self.config.rational_resampler
+        conv = self.upsampler["conv"] if rational else self.upsampler[0]
+        frames = shuffle(conv(x.flatten(0, 1))[None], space=self.up)[0]
+        if self.down > 1:  # the rational x2 file has a kernel too, for nothing
+            frames = blur_down(frames, self.upsampler["blur_down"]["kernel"], self.down)
+        return mx.unflatten(frames, 0, x.shape[:2])
 
     def __call__(self, latents: mx.array) -> mx.array:
         x = nn.silu(self.initial_norm(self.initial_conv(latents)))

@@ -1,0 +1,33 @@
+"""What tests against the reference's numbers share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+
+def channels_last(x: np.ndarray) -> mx.array:
+    """A golden in torch's layout (B, C, ...) as (B, ..., C)."""
+    return mx.array(np.moveaxis(x, 1, -1))
+
+
+def relative_error(ours: mx.array, reference: mx.array) -> float:
+    """The largest difference beside the largest value of the reference."""
+    assert ours.shape == reference.shape
+    return (mx.abs(ours - reference).max() / mx.abs(reference).max()).item()
+
+
+def read(path: Path, section: str = "") -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """A checkpoint's configuration and tensors as stored, or one component's."""
+    weights, metadata = mx.load(str(path), return_metadata=True)
+    config = json.loads(metadata["config"])
+    prefix = section and f"{section}."
+    return config[section] if section else config, {
+        key.removeprefix(prefix): w
+        for key, w in weights.items()
+        if key.startswith(prefix)
+    }

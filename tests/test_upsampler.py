@@ -1,0 +1,63 @@
+"""The latent upsamplers: frames twice, height and width twice or 1.5 times."""
+
+import mlx.core as mx
+import pytest
+from parity import channels_last, read, relative_error
+
+from ltx2 import upsampler
+from ltx2.base import UserError
+from ltx2.upsampler import LatentUpsampler, UpsamplerConfig
+
+# checkpoint -> the model it is for
+UPSAMPLERS = {
+    "temporal-x2": "ltx-2",
+    "spatial-x2-rational": "ltx-2",
+    "spatial-x2": "ltx-2.3",
+    "spatial-x1.5": "ltx-2.3",
+}
+
+
+def load(path, **changes) -> LatentUpsampler:
+    config, weights = read(path)
+    model = LatentUpsampler(UpsamplerConfig.from_dict(config | changes))
+    return model.load_weights(list(upsampler.sanitize(weights).items()))
+
+
+@pytest.mark.parametrize("name", UPSAMPLERS)
+def test_latents_are_the_references(checkpoint, golden, name):
+    g = golden(f"{UPSAMPLERS[name]}/upsampler_{name}")
+    latents = load(checkpoint(name))(channels_last(g["in.latent"]))
+    assert relative_error(latents, channels_last(g["out.raw"])) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name, frames, height, width",
+    [
+        ("temporal-x2", 5, 4, 6),  # the first latent frame is one video frame
+        ("spatial-x2-rational", 3, 8, 12),
+        ("spatial-x2", 3, 8, 12),
+        ("spatial-x1.5", 3, 6, 9),
+    ],
+)
+def test_sizes(checkpoint, name, frames, height, width):
+    model = load(checkpoint(name))
+    channels = model.config.in_channels
+    latents = model(mx.zeros((1, 3, 4, 6, channels)))
+    assert latents.shape == (1, frames, height, width, channels)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_just_one_kind_of_upsampling(checkpoint, both):
+    with pytest.raises(UserError, match=f"both {both}"):
+        load(checkpoint("spatial-x2"), spatial_upsample=both, temporal_upsample=both)
+
+
+@pytest.mark.parametrize("change", [{"dims": 2}, {"spatial_scale": 4.0}])
+def test_another_upsampler_is_refused(checkpoint, change):
+    with pytest.raises(UserError, match="only .* is implemented"):
+        load(checkpoint("spatial-x1.5"), **change)
+
+
+def test_weights_of_another_scale_do_not_fit(checkpoint):
+    with pytest.raises(ValueError):
+        load(checkpoint("spatial-x1.5"), spatial_scale=2.0)
