@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from typing import Any, Callable, ClassVar, Optional
 
@@ -58,3 +59,16 @@ def traced(trace: Optional[Trace], name: str, x: mx.array) -> mx.array:
     if trace is not None:
         trace(name, x)
     return x
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's `main`: a mistake of the user's or a refusal of the system's (no
+    such file, no permission, disk full) is one line on stderr and exit code 2."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)

@@ -1,0 +1,359 @@
+"""Where weights come from: official files and converted folders, strictly loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from . import audio_vae, dit, hub, text, upsampler, vae, vocoder
+from .base import UserError
+from .hub import File
+
+TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
+GENERATIONS = {(2, 0): "2.0", (2, 3): "2.3", (2, 5): "2.5"}  # since model_version
+KINDS = ("dev", "distilled")
+CONVERTED = (  # what config.json holds beside the checkpoint's sections
+    "model_type model_version kind quantization quantization_config "
+    "text_encoder provenance".split()
+)
+FLOAT32 = ("vocoder",)  # computed in float32, as in the reference, whatever the dtype
+
+Weights = dict[str, mx.array]
+Parts = dict[str, dict[str, tuple[File, str]]]  # component, tensor: where it is
+
+
+class Component(NamedTuple):
+    """A part of the model: the section that configures it and what builds it."""
+
+    section: str
+    module: ModuleType  # its `sanitize` and `UNUSED_KEYS`
+    config: Callable[[dict[str, Any]], Any]
+    model: Callable[[Any], nn.Module]
+
+
+COMPONENTS = {
+    "transformer": Component("transformer", dit, dit.DiTConfig.from_dict, dit.DiT),
+    "connectors": Component(
+        "transformer", text, text.TextConfig.from_dict, text.TextConnectors
+    ),
+    "vae": Component("vae", vae, vae.VideoVAEConfig.from_dict, vae.VideoVAE),
+    "audio_vae": Component(
+        "audio_vae", audio_vae, audio_vae.AudioVAEConfig.from_dict, audio_vae.AudioVAE
+    ),
+    "vocoder": Component("vocoder", vocoder, dict, vocoder.build),
+} | {
+    name: Component(
+        name, upsampler, upsampler.UpsamplerConfig.from_dict, upsampler.LatentUpsampler
+    )
+    for name in ("spatial_upsampler", "spatial_upsampler_x1.5", "temporal_upsampler")
+}
+# Component, the part of an official name that is stripped and what follows it; the
+# first that fits counts.
+PREFIXES = (
+    ("connectors", "model.diffusion_model.", "video_embeddings_connector."),
+    ("connectors", "model.diffusion_model.", "audio_embeddings_connector."),
+    ("connectors", "", "text_embedding_projection."),
+    ("transformer", "model.diffusion_model.", ""),
+    ("vae", "vae.", ""),
+    ("audio_vae", "audio_vae.", ""),
+    ("vocoder", "vocoder.", ""),
+)
+
+
+# Models
+
+
+@dataclass
+class Source:
+    """A model as its headers and its configuration describe it; nothing is read yet."""
+
+    files: list[File]
+    model_version: str
+    kind: str  # "dev" or "distilled"
+    kind_assumed: bool  # neither said nor in the file's name
+    config: dict[str, dict[str, Any]]  # the checkpoint's sections
+    parts: Parts
+    quantization: Optional[dict[str, Any]] = None
+    text_encoder: str = TEXT_ENCODER
+    provenance: Optional[dict[str, Any]] = None  # of converted models
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        return parse_version(self.model_version)
+
+    @property
+    def generation(self) -> str:
+        """ "2.0", "2.3" or "2.5"."""
+        return generation(self.version)
+
+    @property
+    def components(self) -> list[str]:
+        return list(self.parts)
+
+    def weights(self, name: str, dtype: Optional[mx.Dtype] = None) -> Weights:
+        """A component's tensors, lazily, under its module's names and in its layouts;
+        floating ones cast to `dtype`, fp8 decoded to bfloat16."""
+        if name not in self.parts:
+            raise UserError(f"this model has no {name}, only {', '.join(self.parts)}")
+        part = self.parts[name]
+        arrays = {f: f.arrays() for f in {f for f, _ in part.values()}}
+        weights = {inner: arrays[f][key] for inner, (f, key) in part.items()}
+        if any(f.metadata.get("format") != "mlx" for f in arrays):
+            fp8 = [k for k, (f, key) in part.items() if f.header[key][0] == "F8_E4M3"]
+            weights = sanitize(decode_fp8(weights, fp8), COMPONENTS[name].module)
+        if dtype is not None:
+            for key, w in weights.items():
+                if mx.issubdtype(w.dtype, mx.floating):
+                    weights[key] = w.astype(dtype)
+        return weights
+
+    def module(self, name: str, weights: Weights) -> nn.Module:
+        """The component as configured, not filled yet; `weights` must fit it exactly."""
+        component = COMPONENTS[name]
+        file = next(iter(self.parts[name].values()))[0].name
+        shapes = {key: w.shape for key, w in weights.items()}
+        section = self.config.get(component.section)
+        if section is None:
+            raise UserError(f"{file}: there is no configuration of the {name}")
+        if name == "connectors":
+            section = text.complete(section, shapes)
+        module = component.model(component.config(section))
+        if any(key.endswith(".scales") for key in weights):
+            how, picked = self.quantization, lambda path, _: f"{path}.scales" in weights
+            try:
+                nn.quantize(module, **how, class_predicate=picked)
+            except (TypeError, ValueError):
+                raise UserError(f"{file} cannot be quantised as {how}") from None
+        wanted = {key: p.shape for key, p in tree_flatten(module.parameters())}
+        wrong = [
+            f"{key} is {shapes.get(key, 'missing')}, not {wanted.get(key, 'expected')}"
+            for key in sorted(wanted.keys() | shapes.keys())
+            if wanted.get(key) != shapes.get(key)
+        ]
+        if wrong:
+            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise UserError(
+                f"{file}: tensors of the {name} contradict its configuration: "
+                f"{'; '.join(wrong[:5])}{more}"
+            )
+        return module
+
+    def load(
+        self, name: str, dtype: Optional[mx.Dtype] = None, lazy: bool = False
+    ) -> nn.Module:
+        """A component with its weights; only its own files are opened.
+
+        `dtype` casts floating weights (FLOAT32 has the exceptions). With `lazy` they are
+        read where they are first used, else now, in groups, so that no command buffer
+        waits long for the disk. Raises UserError if a tensor is missing, unknown or of
+        another shape than the configuration says.
+        """
+        weights = self.weights(name, mx.float32 if name in FLOAT32 else dtype)
+        module = self.module(name, weights)
+        module.load_weights(list(weights.items()))
+        if not lazy:
+            evaluate(weights.values())
+        return module
+
+
+def open_model(
+    name: str,
+    kind: Optional[str] = None,
+    file: Optional[str] = None,
+    upsamplers: Sequence[str] = (),
+    fetch: bool = True,
+) -> Source:
+    """A model from an official file or folder, a converted folder, or the Hub.
+
+    `kind` overrules what the name says; `upsamplers` are used instead of those beside
+    the checkpoint. What is to be fetched is listed first; without `fetch` only headers
+    and config.json are. Raises UserError for whatever is not a whole model.
+    """
+    files = hub.find(name, file)
+    if files[0].name == "config.json":
+        source, beside = converted_source(files), []
+    else:
+        beside = [f for f in files[1:] if f.role == "upsampler"]
+        source = official_source([f for f in files if f not in beside])
+    for f in [f for other in upsamplers for f in hub.find(other)] or beside:
+        add_upsampler(source, f)
+    if kind is not None:
+        source.kind, source.kind_assumed = kind, False
+    if source.kind not in KINDS:
+        raise UserError(f"the kind is {source.kind!r}, not {' or '.join(KINDS)}")
+    if fetch:
+        hub.fetch_all(source.files)
+    return source
+
+
+def official_source(files: list[File]) -> Source:
+    """Released files say in their metadata what they are and how they are built."""
+    config: dict[str, Any] = {}
+    parts: Parts = {}
+    versions: dict[str, str] = {}
+    for f in (f for f in files if f.role):
+        if f.role != "checkpoint":
+            raise UserError(f"{f.name} is not a model, it is of use as --{f.role}")
+        config |= f.config
+        if "model_version" in f.metadata:
+            versions[f.name] = f.metadata["model_version"]
+        for key in f.keys:
+            part, inner = place(f, key)
+            other, _ = parts.setdefault(part, {}).setdefault(inner, (f, key))
+            if other is not f:
+                raise UserError(f"{other.name} and {f.name} both hold the {part}")
+    if "transformer" not in parts:
+        raise UserError(f"{files[0].name} is not a model, only {', '.join(parts)}")
+    parts = {name: parts[name] for name in COMPONENTS if name in parts}
+    checkpoint = next(iter(parts["transformer"].values()))[0].name
+    version = check_versions(versions, checkpoint, config["transformer"])
+    kind = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", checkpoint.lower())
+    return Source(files, version, kind[0] if kind else "dev", not kind, config, parts)
+
+
+def place(f: File, key: str) -> tuple[str, str]:
+    """Component and inner name of an official tensor."""
+    for component, stripped, start in PREFIXES:
+        if key.startswith(stripped + start):
+            return component, key[len(stripped) :]
+    raise UserError(f"{f.name}: {key} belongs to no known part of LTX-2")
+
+
+def add_upsampler(source: Source, f: File) -> None:
+    """Add an official upsampler's file; its name tells the generation it is for."""
+    if f.role != "upsampler":
+        raise UserError(f"{f.name} is no latent upsampler")
+    version = re.match(r"ltx-(2[\d.]*)-", f.name)
+    if version and generation(parse_version(version[1])) != source.generation:
+        raise UserError(f"{f.name} does not go with LTX-2 {source.model_version}")
+    axis = "temporal" if f.config.get("temporal_upsample") else "spatial"
+    scale = f.config.get("spatial_scale", 2)
+    name = f"{axis}_upsampler" + (f"_x{scale:g}" if scale not in (1, 2) else "")
+    if name not in COMPONENTS:
+        raise UserError(f"{f.name}: there is no implementation of a {name}")
+    source.files.append(f)
+    source.config[name] = f.config
+    source.parts[name] = {key: (f, key) for key in f.keys}
+
+
+def parse_version(model_version: str) -> tuple[int, ...]:
+    """ "2.4-rc2" is (2, 4)."""
+    numbers = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", model_version)
+    if numbers is None:
+        raise UserError(f"model_version is {model_version!r}, which is no version")
+    return tuple(int(n or 0) for n in numbers.groups())
+
+
+def generation(version: tuple[int, ...]) -> str:
+    """The newest generation that a version has reached."""
+    return GENERATIONS[max(since for since in GENERATIONS if since <= version)]
+
+
+def check_versions(versions: dict[str, str], checkpoint: str, config: dict) -> str:
+    """The checkpoint's model_version (the first files had none), which must agree with
+    its transformer's configuration and with the other files."""
+    modulated = config.get("cross_attention_adaln", False)  # since 2.3
+    mine = versions.get(checkpoint, "2.3" if modulated else "2.0")
+    if parse_version(mine) < (2, 0):
+        raise UserError(f"{checkpoint} is LTX-Video {mine}, but only LTX-2 works here")
+    if (parse_version(mine) >= (2, 3)) != modulated:
+        looks = "2.3 or later" if modulated else "2.0"
+        raise UserError(f"{checkpoint} says it is {mine}, but is configured as {looks}")
+    for name, other in versions.items():
+        if generation(parse_version(other)) != generation(parse_version(mine)):
+            raise UserError(f"{name} is of version {other}, {checkpoint} of {mine}")
+    return mine
+
+
+def converted_source(files: list[File]) -> Source:
+    """A folder that `Conversion.write` made, checked to be whole."""
+    config, names = files[0].json(), {f.name for f in files}
+    parts: Parts = {}
+    wanted = set()
+    for f in files:
+        shard = re.fullmatch(r"(.+?)(?:-\d+-of-(\d+))?\.safetensors", f.name)
+        if shard and shard[1] in COMPONENTS:
+            wanted.update(shard_names(shard[1], int(shard[2] or 1)))
+            parts.setdefault(shard[1], {}).update({key: (f, key) for key in f.keys})
+    for name, component in COMPONENTS.items():
+        if component.section in config and name not in parts:
+            wanted.add(f"{name}.safetensors")
+    if wanted - names:
+        raise UserError(f"the model lacks {', '.join(sorted(wanted - names))}")
+    said = {key: config.pop(key, None) for key in CONVERTED}
+    for key in ("model_version", "kind", "text_encoder", "provenance"):
+        if said[key] is None:
+            raise UserError(f"{files[0].path} has no {key}: convert again")
+    return Source(
+        files,
+        said["model_version"],
+        said["kind"],
+        False,
+        config,
+        {name: parts[name] for name in COMPONENTS if name in parts},
+        said["quantization"],
+        said["text_encoder"],
+        said["provenance"],
+    )
+
+
+def shard_names(name: str, count: int) -> list[str]:
+    if count == 1:
+        return [f"{name}.safetensors"]
+    return [f"{name}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def fetch_text_encoder(name: str) -> Path:
+    """The folder of a text encoder in Hugging Face's layout, fetched if need be."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        kinds = (".safetensors", ".json", ".model")
+        files = [f for f in hub.repository_files(name) if f.name.endswith(kinds)]
+        hub.fetch_all(files)
+        folder = files[0].fetch().parent
+    return folder
+
+
+# Tensors
+
+
+def sanitize(weights: Weights, module: ModuleType) -> Weights:
+    """Official to module names, each tensor used once or known to be of no use."""
+    unused = [k for k in weights if any(fnmatch(k, u) for u in module.UNUSED_KEYS)]
+    clean = module.sanitize(weights)
+    if len(clean) + len(unused) != len(weights):
+        raise UserError(
+            f"two tensors have the same meaning, among {sorted(weights)[:5]}"
+        )
+    return clean
+
+
+def decode_fp8(weights: Weights, names: Iterable[str]) -> Weights:
+    """Official fp8 layers, weight times weight_scale, as bfloat16; input_scale serves
+    fp8 activations, which there are none of here."""
+    for name in names:
+        w = mx.from_fp8(weights[name], mx.float32)
+        w = w * weights.pop(f"{name}_scale", 1)
+        weights.pop(f"{name.removesuffix('weight')}input_scale", None)
+        weights[name] = w.astype(mx.bfloat16)
+    return weights
+
+
+def evaluate(arrays: Iterable[mx.array], limit: int = 1 << 30) -> None:
+    """Evaluate arrays in groups of about `limit` bytes."""
+    group, size = [], 0
+    for x in arrays:
+        group.append(x)
+        size += x.nbytes
+        if size >= limit:
+            mx.eval(group)
+            group, size = [], 0
+    mx.eval(group)

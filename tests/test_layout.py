@@ -1,0 +1,104 @@
+"""Every tensor of the released files has its place, and every parameter its tensor."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from ltx2 import weights
+from ltx2.base import UserError
+from ltx2.hub import File
+
+HERE = Path(__file__).parent
+CONFIGS = json.loads((HERE / "data" / "configs.json").read_text())
+MODELS = {  # configuration: version, tensors, and the files they are in
+    "ltx-2-19b-distilled": ("2.0.0", 4091, ["ltx-2-19b"]),
+    "ltx-2-19b-dev": ("2.0.0", 4049, ["ltx-2-19b"]),
+    "ltx-2.3-22b": ("2.3.0", 5947, ["ltx-2.3-22b"]),
+    "ltx-2.5-22b": (  # its video VAE and text encoder have files of another kind
+        "2.5.0",
+        4349 + 4 + 1329,
+        ["ltx-2.5-transformer", "ltx-2.5-text-projections", "ltx-2.5-audio-vae"],
+    ),
+}
+UPSAMPLERS = {
+    "ltx-2-spatial-upscaler-x2-1.0": "spatial_upsampler",
+    "ltx-2-temporal-upscaler-x2-1.0": "temporal_upsampler",
+    "ltx-2.3-spatial-upscaler-x2-1.0": "spatial_upsampler",
+    "ltx-2.3-spatial-upscaler-x1.5-1.0": "spatial_upsampler_x1.5",
+}
+
+
+def released(layout: str, config: str, version: str = "") -> File:
+    """A released file as its header tells it; the tensors are zeros nobody computes."""
+    with gzip.open(HERE / "layouts" / f"{layout}.tsv.gz", "rt") as rows:
+        table = list(csv.DictReader(rows, delimiter="\t"))
+    if config == "ltx-2-19b-dev":
+        table = [row for row in table if not row["note"]]
+    tensors = {row["key"]: ("BF16", tuple(json.loads(row["shape"]))) for row in table}
+    f = File(f"{layout}.safetensors", 0)
+    f.header = {"__metadata__": {"config": json.dumps(CONFIGS[config])}, **tensors}
+    if version:
+        f.metadata["model_version"] = version
+    return f
+
+
+def model(config: str) -> weights.Source:
+    version, _, layouts = MODELS[config]
+    return weights.official_source([released(f, config, version) for f in layouts])
+
+
+@pytest.mark.parametrize("config", MODELS)
+def test_every_tensor_has_one_parameter(config):
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    source = model(config)
+    for name in source.components:
+        source.module(name, source.weights(name))
+    assert sum(len(f.keys) for f in source.files) == MODELS[config][1]
+    assert mx.get_peak_memory() - before < 1 << 20
+
+
+@pytest.mark.parametrize("file", UPSAMPLERS)
+def test_every_upsampler_tensor_has_one_parameter(file):
+    source = model("ltx-2.3-22b" if "2.3" in file else "ltx-2-19b-dev")
+    weights.add_upsampler(source, released(file, file))
+    name = UPSAMPLERS[file]
+    source.module(name, source.weights(name))
+    assert source.components[-1] == name
+
+
+def test_statistics_that_nobody_reads_are_known():
+    source = model("ltx-2-19b-dev")
+    f = source.files[0]
+    for key in weights.vae.UNUSED_KEYS:
+        f.header[f"vae.{key}"] = ("BF16", (128,))
+    source = weights.official_source([f])
+    source.module("vae", source.weights("vae"))
+
+
+def test_contradictions_are_named():
+    f = released("ltx-2-19b", "ltx-2-19b-dev", "2.0.0")
+    del f.header["vae.decoder.conv_in.conv.bias"]
+    f.header["vae.decoder.conv_out.conv.bias"] = ("BF16", (47,))
+    for i in range(5):
+        f.header[f"vae.zebra.{i}"] = ("BF16", (1,))
+    source = weights.official_source([f])
+    with pytest.raises(UserError) as error:
+        source.module("vae", source.weights("vae"))
+    message = str(error.value)
+    assert "decoder.conv_in.conv.bias is missing, not (1024,)" in message
+    assert "decoder.conv_out.conv.bias is (47,), not (48,)" in message
+    assert "zebra.2 is (1,), not expected; and 2 more" in message
+    assert "zebra.3" not in message
+
+
+def test_timestep_conditioning_must_be_what_the_tensors_say():
+    f = released("ltx-2-19b", "ltx-2-19b-dev", "2.0.0")
+    f.metadata["config"] = json.dumps(CONFIGS["ltx-2-19b-distilled"])
+    source = weights.official_source([f])
+    with pytest.raises(UserError, match="last_scale_shift_table is missing"):
+        source.module("vae", source.weights("vae"))
