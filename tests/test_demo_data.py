@@ -1,0 +1,85 @@
+"""The demo's judge reads back what its generator drew and played."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from demo import data
+from demo.judge import judge
+
+
+def judged(scene: data.Scene, rate: int = 24000) -> dict:
+    return judge(data.render(scene), data.sound(scene, rate), rate)
+
+
+@pytest.mark.parametrize("motion", data.MOTIONS)
+def test_the_judge_reads_every_attribute_of_synthetic_clips(motion):
+    rng = np.random.default_rng(len(motion))
+    for shape, colour in itertools.product(data.SHAPES, data.COLOURS):
+        scene = data.sample_scene(rng, motion=motion, shape=shape, colour=colour)
+        found = judged(scene)
+        assert {
+            k: found[k] for k in ("shape", "colour", "motion", "background", "pitch")
+        } == {
+            "shape": shape,
+            "colour": colour,
+            "motion": motion,
+            "background": scene.background,
+            "pitch": scene.pitch,
+        }
+        assert found["pan_error"] < 0.06
+
+
+@pytest.mark.parametrize("rate", [16000, 24000, 48000])
+def test_pitch_is_read_at_any_rate(rate):
+    rng = np.random.default_rng(1)
+    for pitch, timbre in itertools.product(data.PITCHES, data.TIMBRES):
+        scene = data.sample_scene(rng, pitch=pitch, timbre=timbre)
+        assert judged(scene, rate)["pitch"] == pitch
+
+
+def test_nothing_is_read_from_nothing():
+    found = judge(np.full((25, 96, 96, 3), 30, np.uint8), np.zeros((24000, 2)), 24000)
+    assert [found[k] for k in ("colour", "shape", "motion", "pitch")] == [None] * 4
+
+
+def test_a_mirrored_clip_moves_the_other_way_and_its_sound_is_elsewhere():
+    rng = np.random.default_rng(2)
+    scene = data.sample_scene(rng, motion="right")
+    found = judge(data.render(scene)[:, :, ::-1], data.sound(scene, 24000), 24000)
+    assert found["motion"] == "left"
+    assert found["pan_error"] > 0.2
+
+
+def test_a_bounce_clicks_when_it_touches_the_floor():
+    rng = np.random.default_rng(3)
+    scene = data.sample_scene(rng, motion="bouncing", timbre="pure", pitch="low")
+    height = data.trajectory(scene, data.contacts(scene))[1]
+    np.testing.assert_allclose(height, data.FLOOR, atol=1e-6)
+    wave = np.abs(np.diff(data.sound(scene, 24000).sum(1)))
+    assert (
+        abs(np.argmax(wave) / 24000 % data.BOUNCE_PERIOD - scene.first_contact) < 0.01
+    )
+
+
+def test_captions_name_what_is_there_and_unseen_wordings_differ():
+    rng = np.random.default_rng(4)
+    seen = {data.caption(data.sample_scene(rng), rng) for _ in range(2000)}
+    assert len(seen) > 1950
+    for _ in range(200):
+        scene = data.sample_scene(rng)
+        text = data.caption(scene, rng, unseen=True)
+        assert text not in seen
+        for attribute in (scene.colour, scene.shape, scene.pitch):
+            words = data.WORDS[attribute]
+            assert any(word in text.lower() for word in words), text
+
+
+def test_the_same_seed_gives_the_same_clip_and_caption():
+    a, b = (np.random.default_rng(5) for _ in range(2))
+    first, second = data.sample_scene(a), data.sample_scene(b)
+    assert first == second
+    assert data.caption(first, a) == data.caption(second, b)
