@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import platform
 import time
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional, Sequence, Union
+from typing import Any, Iterator, Optional, Sequence, Union
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import media, weights
-from .audio_vae import AudioVAEConfig, log_mel
+from . import __version__, inputs, media, weights
+from .audio_vae import AudioVAEConfig
 from .base import Trace, UserError, traced
-from .dit import EVERYWHERE, NOWHERE, DiT, Pass, Tokens
+from .denoiser import Contexts, Denoiser
 from .guards import FrameGuard, check_latents, check_waveform
 from .latents import (
-    AUDIO_TOKENS_PER_SECOND,
-    MEL_FRAMES_PER_TOKEN,
-    MEL_HOP,
-    MEL_RATE,
-    TIME_SCALE,
-    Conditioning,
-    Freeze,
-    Keyframe,
     LatentState,
-    Reference,
-    Regenerate,
-    Replace,
     audio_bounds,
     audio_from_tokens,
     audio_to_tokens,
     condition,
-    latent_frames,
     video_bounds,
     video_tokens,
 )
 from .lora import Lora, attach
-from .request import Job, LoraFile, Request, Stage, frozen_streams, plan
-from .sampling import SAMPLERS, Guidance, Noise, Streams
+from .request import Job, LoraFile, Request, Stage, plan
+from .sampling import SAMPLERS, Noise, Streams
 from .text import MAX_TOKENS, TextEncoder
-
-Contexts = tuple[mx.array, mx.array]  # of video and audio, each (1, 1024, D)
 
 
 def seeded_noise(seed: int) -> Noise:
@@ -58,16 +47,53 @@ def seeded_noise(seed: int) -> Noise:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """Where a run stands: enough to go on from, or only to decode."""
+
+    request: Request
+    stage: int  # the one under way
+    step: int  # how many of its steps are done
+    tokens: Streams  # (1, T, C) of the stage under way
+    latents: Streams  # normalised, of the stages before
+
+    def save(self, path: Union[str, Path]) -> None:
+        """Write a safetensors file; it takes its name when it is complete."""
+        arrays = {f"tokens.{k}": v for k, v in self.tokens.items()}
+        arrays |= {f"latents.{k}": v for k, v in self.latents.items()}
+        state = {"stage": self.stage, "step": self.step}
+        state["request"] = dataclasses.asdict(self.request)
+        part = Path(path).with_suffix(".part.safetensors")
+        mx.save_safetensors(str(part), arrays, {"ltx2": json.dumps(state)})
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Union[str, Path]) -> Snapshot:
+        """Read what `save` wrote; UserError if it is something else."""
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file")
+        try:
+            arrays, metadata = mx.load(str(path), "safetensors", return_metadata=True)
+            state = json.loads(metadata["ltx2"])
+        except (RuntimeError, KeyError):
+            raise UserError(f"{path} holds no saved latents") from None
+        parts: dict[str, Streams] = {"tokens": {}, "latents": {}}
+        for key, value in arrays.items():
+            part, name = key.split(".")
+            parts[part][name] = value
+        request = Request.from_json(state["request"])
+        return cls(request, state["stage"], state["step"], **parts)
+
+
+@dataclass(frozen=True)
 class Event:
-    """What happens: a phase begins, a step is done, sound or frames are there."""
+    """What happens: a phase begins (step 0), a step is done, frames are there."""
 
     phase: str
     step: int = 0
     steps: int = 0
     job: int = 0
-    latents: Optional[Streams] = None  # tokens after a denoising step
-    denoised: Optional[Streams] = None  # its estimate of the end
-    waveform: Optional[np.ndarray] = None
+    snapshot: Optional[Snapshot] = None  # after a denoising step
+    denoised: Optional[Streams] = None  # its estimate of the end, tokens
     frames: Optional[np.ndarray] = None  # (n, H, W, 3) uint8, as they are decoded
 
 
@@ -102,98 +128,6 @@ class Result:
             video.write(self.frames)
 
 
-@dataclass
-class Start:
-    """Where a stream starts: initial latents, if there are any, and conditionings."""
-
-    initial: Optional[mx.array] = None
-    items: list[Conditioning] = field(default_factory=list)
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        items = [vars(item) for item in self.items]
-        return [self.initial, *(v for i in items for v in i.values())]
-
-
-class Denoiser:
-    """x0 of both streams at a sigma: the model's passes, guidance, and what is held."""
-
-    def __init__(
-        self,
-        transformer: DiT,
-        states: dict[str, LatentState],
-        contexts: Contexts,
-        negative: Optional[Contexts],
-        guidance: Mapping[str, Guidance],
-        trace: Optional[Trace] = None,
-    ):
-        self.transformer, self.states, self.trace = transformer, states, trace
-        self.guidance = {k: guidance.get(k, Guidance()) for k in states}
-        ropes = {"video": transformer.video_rope, "audio": transformer.audio_rope}
-        self.ropes = {k: ropes[k](s.bounds) for k, s in states.items()}
-        self.passes = self._passes(contexts, negative)
-        self.last: Streams = {}  # guided x0, for skipped steps
-
-    def _passes(self, contexts: Contexts, negative: Optional[Contexts]) -> dict:
-        video, audio = (self.guidance.get(k, Guidance()) for k in ("video", "audio"))
-        every = (video, audio)
-        passes = {"cond": Pass(*contexts)}
-        if any(g.cfg_scale != 1 for g in every):
-            pick = zip(every, contexts, negative)
-            passes["uncond"] = Pass(*(n if g.cfg_scale != 1 else c for g, c, n in pick))
-        if any(g.stg_scale != 0 for g in every):
-            cuts = (
-                (
-                    (EVERYWHERE if g.stg_blocks is None else frozenset(g.stg_blocks))
-                    if g.stg_scale != 0
-                    else NOWHERE
-                )
-                for g in every
-            )
-            passes["perturbed"] = Pass(*contexts, *cuts)
-        if any(g.modality_scale != 1 for g in every):
-            passes["isolated"] = Pass(*contexts, cut_a2v=EVERYWHERE, cut_v2a=EVERYWHERE)
-        return passes
-
-    def _tokens(self, name: str, x: mx.array, sigma: float, skipped: bool) -> Tokens:
-        state = self.states[name]
-        levels, level_of = state.levels
-        rope, cross_rope = self.ropes[name]
-        return Tokens(
-            x,
-            mx.array(levels * np.float32(sigma)),
-            mx.array([0.0 if state.frozen else sigma]),
-            rope,
-            cross_rope,
-            level_of,
-            None if state.attention is None else mx.array(state.attention),
-            mx.array(state.keyframes),
-            enabled=not skipped,
-        )
-
-    def __call__(self, x: Streams, sigma: float, step: int) -> Streams:
-        skipped = {k: g.skips(step) for k, g in self.guidance.items()}
-        if not all(skipped.values()):
-            tokens = {k: self._tokens(k, x[k], sigma, skipped[k]) for k in x}
-            trace = self.trace and (lambda k, v: self.trace(f"step{step}.{k}", v))
-            velocities = self.transformer(
-                tokens.get("video"),
-                tokens.get("audio"),
-                list(self.passes.values()),
-                trace,
-            )
-            for i, name in enumerate(("video", "audio")):
-                if name not in x or skipped[name]:
-                    continue
-                reach = self.states[name].mask_tokens * sigma
-                x0 = {
-                    kind: x[name] - v[i].astype(mx.float32) * reach
-                    for kind, v in zip(self.passes, velocities)
-                }
-                self.last[name] = self.guidance[name](**x0)
-        return {k: self.states[k].blend(self.last[k]) for k in x}
-
-
 class Pipeline:
     """A model that loads each part when it is needed and frees it when it is done."""
 
@@ -202,30 +136,12 @@ class Pipeline:
         source: weights.Source,
         text_encoder: Optional[str] = None,
         dtype: mx.Dtype = mx.bfloat16,
+        name: str = "",
     ):
-        self.source, self.dtype = source, dtype
+        self.source, self.dtype, self.name = source, dtype, name
         self.text_encoder = text_encoder or source.text_encoder
         self._loaded: dict[str, nn.Module] = {}
         self._attached: tuple[LoraFile, ...] = ()  # LoRAs beside the transformer
-
-    def plan(self, request: Request) -> Job:
-        """What a request comes to with this model; raises UserError if it cannot."""
-        return plan(request, self.source)
-
-    def describe(self, job: Job) -> str:
-        """The model, the size and the stages of a job, for people."""
-        source, r = self.source, job.request
-        assumed = ", assumed: no name tells" if source.kind_assumed else ""
-        lines = [
-            f"LTX-2 {source.model_version} ({source.kind}{assumed}), seed {r.seed}"
-        ]
-        for stage in job.stages:
-            lines.append(
-                f"{stage.name}: {stage.width}x{stage.height}, {stage.num_frames} frames "
-                f"at {stage.fps:g}, {len(stage.sigmas) - 1} steps of {stage.sampler}, "
-                f"{'guided' if stage.guidance else 'not guided'}"
-            )
-        return "\n".join(lines)
 
     def component(self, name: str) -> nn.Module:
         """A part of the model, loaded once."""
@@ -247,16 +163,43 @@ class Pipeline:
     audio_vae = property(lambda self: self.component("audio_vae"))
     vocoder = property(lambda self: self.component("vocoder"))
 
+    def plan(self, request: Request) -> Job:
+        """What a request comes to with this model, its files included; UserError if it
+        cannot be done. No weights are read."""
+        job = plan(request, self.source)
+        files = {lora.path for stage in job.stages for lora in stage.loras}
+        if files:
+            model = self.source.load("transformer", self.dtype, lazy=True)
+            for path in files:
+                Lora.read(path).check(model)
+        return job
+
+    def describe(self, job: Job) -> str:
+        """The model, the size and the stages of a job, for people."""
+        source = self.source
+        assumed = ", assumed: no name tells" if source.kind_assumed else ""
+        lines = [
+            f"LTX-2 {source.model_version} ({source.kind}{assumed}), "
+            f"seed {job.request.seed}"
+        ]
+        for stage in job.stages:
+            guided = "guided" if stage.guidance else "not guided"
+            lines.append(
+                f"{stage.name}: {stage.width}x{stage.height}, {stage.num_frames} frames "
+                f"at {stage.fps:g}, {len(stage.sigmas) - 1} steps of {stage.sampler}, "
+                f"{guided}"
+            )
+        return "\n".join(lines)
+
     def encode_prompts(
-        self, prompts: list[str], trace: Optional[Trace] = None
+        self, prompts: Sequence[str], trace: Optional[Trace] = None
     ) -> dict[str, Contexts]:
         """Contexts (video, audio), each (1, 1024, D), by prompt; frees all it loaded."""
-        folder = weights.fetch_text_encoder(self.text_encoder)
-        encoder = TextEncoder(folder, self.dtype)
+        encoder = TextEncoder(weights.fetch_text_encoder(self.text_encoder), self.dtype)
         states = encoder(prompts, trace)
         mx.eval(states)
         del encoder
-        self.free()
+        mx.clear_cache()
         contexts = {
             prompt: self.connectors(s, MAX_TOKENS, trace)
             for prompt, s in zip(prompts, states)
@@ -269,12 +212,32 @@ class Pipeline:
         """Contexts (video, audio) of one prompt, each (1, 1024, D)."""
         return self.encode_prompts([prompt])[prompt]
 
+    def generate(
+        self,
+        prompt: str,
+        *,
+        noise: Optional[Noise] = None,
+        trace: Optional[Trace] = None,
+        contexts: Optional[dict[str, Contexts]] = None,
+        **options: Any,
+    ) -> Result:
+        """Make one video; `options` are `Request`'s fields, the rest is `stream`'s."""
+        frames = []
+        request = Request(prompt, **options)
+        for event in self.stream(request, noise=noise, trace=trace, contexts=contexts):
+            if isinstance(event, Result):
+                event.frames = np.concatenate(frames) if frames else None
+                return event
+            if event.frames is not None:
+                frames.append(event.frames)
+
     def stream(
         self,
         *requests: Request,
         noise: Optional[Noise] = None,
         trace: Optional[Trace] = None,
         contexts: Optional[dict[str, Contexts]] = None,
+        resume: Optional[Snapshot] = None,
     ) -> Iterator[Union[Event, Result]]:
         """Make videos: an Event after each phase and step, a Result after each video.
 
@@ -284,181 +247,99 @@ class Pipeline:
         "stage1.video", "stage1.audio" (tokens (1, T, C), appended ones included), a
         sampler's own "<stage>.<stream>.step<i>" and ".substep<i>", the next stage's, and
         "vae" ((1, F, H, W, C), timestep-conditioned decoders only). `contexts` by prompt
-        replace the text encoder. Raises UserError before any weights are read.
+        replace the text encoder; `resume` goes on with the only request where it was
+        left. Raises UserError before any weights are read.
         """
-        jobs = [plan(request, self.source) for request in requests]
-        for job in jobs:
-            self._check_loras(job)
+        jobs = [self.plan(request) for request in requests]
         draws = [noise or seeded_noise(job.request.seed) for job in jobs]
-        prompts = [p for job in jobs for p in (job.request.prompt, job.negative_prompt)]
-        prompts = [p for p in dict.fromkeys(prompts) if p is not None]
         meter = Meter()
+        if resume is not None and resume.stage == len(jobs[0].stages):
+            contexts = {}
         if contexts is None:
+            asked = [
+                p for job in jobs for p in (job.request.prompt, job.negative_prompt)
+            ]
             yield Event("text")
             with meter.phase("text"):
+                prompts = [p for p in dict.fromkeys(asked) if p is not None]
                 contexts = self.encode_prompts(prompts, trace)
-        inputs = []
+        starts = []
         for n, job in enumerate(jobs):
-            yield Event("inputs", job=n)
+            if inputs.wanted(job):
+                yield Event("inputs", job=n)
             with meter.phase("inputs"):
-                inputs.append([self._inputs(job, stage) for stage in job.stages])
-                mx.eval(
-                    [start.arrays for starts in inputs[-1] for start in starts.values()]
-                )
+                of_stages = [inputs.encode(job, s, self.component) for s in job.stages]
+                mx.eval([start.arrays for s in of_stages for start in s.values()])
+            starts.append(of_stages)
         self.free("vae", "audio_vae")
         finished = []
-        for n, (job, starts, draw) in enumerate(zip(jobs, inputs, draws)):
-            run = self._denoise(n, job, starts, contexts, draw, trace, meter)
-            finished.append((yield from run))
+        for n, job in enumerate(jobs):
+            run = self._denoise(
+                job, starts[n], contexts, draws[n], trace, meter, resume
+            )
+            for event in run:
+                yield dataclasses.replace(event, job=n)
+                last = event.snapshot
+            finished.append(last)
         self.free(
-            "transformer", *(name for name in self._loaded if "upsampler" in name)
+            *(n for n in self._loaded if n.endswith(("transformer", "upsampler")))
         )
-        for n, (job, latents, draw) in enumerate(zip(jobs, finished, draws)):
-            yield from self._decode(n, job, latents, draw, trace, meter)
+        for n, job in enumerate(jobs):
+            yield from self._decode(n, job, finished[n], draws[n], trace, meter)
         self.free("vae", "audio_vae", "vocoder")
 
-    # Inputs: what a stage starts from and is conditioned on
-
-    def _inputs(self, job: Job, stage: Stage) -> dict[str, Start]:
-        """Where each stream of a stage starts: initial latents and conditionings."""
-        r = job.request
-        starts = {name: Start() for name in job.streams}
-        video, audio = starts.get("video"), starts.get("audio")
-        for image in job.images:
-            pixels = media.recompress(media.load_image(image.path), job.image_crf)
-            pixels = media.resize_and_crop(pixels[None], stage.height, stage.width)
-            latents = self.vae.encode(mx.array(pixels)[None])
-            video.items.append(
-                Keyframe(latents, image.frame, stage.fps, image.strength)
-                if image.frame or r.keyframes
-                else Replace(latents, 0, image.strength)
-            )
-        if r.audio:
-            seconds = job.audio_tokens / AUDIO_TOKENS_PER_SECOND + 1
-            audio.initial = self._encode_audio(
-                r.audio, r.audio_start, seconds, job.audio_tokens
-            )
-            audio.items.append(Freeze())
-        if job.clip is None:
-            return starts
-        if not (r.retake or r.extend):
-            if stage.references and video:
-                video.items.append(self._reference(job, stage))
-            return starts
-        clip = self._encode_clip(job, stage.height, stage.width)
-        held = latent_frames(job.clip_frames)
-        if audio and job.clip.has_audio:
-            seconds = job.clip_frames / stage.fps
-            tokens = min(round(seconds * AUDIO_TOKENS_PER_SECOND), job.audio_tokens)
-            sound = self._encode_audio(r.video, 0.0, seconds, tokens)
-        if r.extend:
-            # Before the clip its first latent, one frame long, would be eight: drop it.
-            before = stage.latent_size[0] - held if r.extend < 0 else 0
-            skip = 1 if before else 0
-            video.items.append(Replace(clip[:, skip:], before + skip))
-            if audio and job.clip.has_audio:
-                at = job.audio_tokens - tokens if before else 0
-                audio.items.append(Replace(sound[:, skip:], at + skip))
-            return starts
-        for name, start, latents in (
-            ("video", video, clip),
-            ("audio", audio, sound if audio and job.clip.has_audio else None),
-        ):
-            if start and latents is not None:
-                again = name in r.retake_streams
-                start.initial = latents
-                start.items.append(Regenerate(*r.retake) if again else Freeze())
-        return starts
-
-    def _encode_clip(
-        self, job: Job, height: int, width: int, frames: Optional[int] = None
-    ) -> mx.array:
-        """The input video as latents (1, f, h, w, C), streamed through the encoder."""
-        count, fps = frames or job.clip_frames, job.stages[0].fps
-        pixels = media.read_video(job.request.video, 0, count, fps)
-        chunks = (
-            mx.array(media.resize_and_crop(frame[None], height, width))[None]
-            for frame in pixels
-        )
-        return mx.concatenate(list(self.vae.encode_stream(chunks)), axis=1)
-
-    def _reference(self, job: Job, stage: Stage) -> Reference:
-        """The input video as an IC-LoRA's reference, scaled as the LoRA's metadata say."""
-        said = {}
-        for lora in stage.loras:
-            said |= Lora.read(lora.path).metadata
-        down = int(said.get("reference_downscale_factor", 1))
-        slow = int(said.get("reference_temporal_scale_factor", 1))
-        latents = self._encode_clip(job, stage.height // down, stage.width // down)
-        strength = job.request.reference_strength
-        return Reference(latents, stage.fps, 1.0, down, slow, strength)
-
-    def _encode_audio(
-        self, path: str, start: float, seconds: float, tokens: int
-    ) -> mx.array:
-        """A window of sound as latents (1, tokens, mel, C): mono is doubled, and what is
-        missing at the end is silence."""
-        sound, rate = media.read_audio(path, start, seconds)
-        sound = media.resample(sound[:, :2], rate, MEL_RATE)
-        if sound.shape[1] == 1:
-            sound = np.repeat(sound, 2, axis=1)
-        if len(sound) // MEL_HOP < (tokens - 1) * MEL_FRAMES_PER_TOKEN:
-            whole = tokens * MEL_FRAMES_PER_TOKEN * MEL_HOP
-            sound = np.pad(sound, ((0, whole - len(sound)), (0, 0)))
-        return self.audio_vae.encode(log_mel(mx.array(sound)[None]))[:, :tokens]
-
-    # Denoising
-
-    def _denoise(self, n, job: Job, starts, contexts, noise, trace, meter):
-        """Latents by stream, after all stages."""
-        negative = job.negative_prompt
-        latents: Streams = {}
-        kept: Streams = {}
-        for stage, start in zip(job.stages, starts):
-            total = len(stage.sigmas) - 1
-            yield Event(stage.name, 0, total, n)
+    def _denoise(
+        self, job: Job, starts, contexts, noise, trace, meter, resume
+    ) -> Iterator[Event]:
+        """The stages of one video; the last event's snapshot holds the latents."""
+        r, negative = job.request, job.negative_prompt
+        at = resume or Snapshot(r, 0, 0, {}, {})
+        latents, kept = dict(at.latents), {}
+        for n, stage in enumerate(job.stages[at.stage :], at.stage):
+            total, first = len(stage.sigmas) - 1, at.step if n == at.stage else 0
+            yield Event(stage.name, 0, total)
             mark = trace and (lambda k, v: trace(f"{stage.name}.{k}", v))
             with meter.phase(stage.name):
                 self._attach(stage.loras)
-                states = self._states(job, stage, start, latents)
+                states = self._states(job, stage, starts[n], latents)
                 draw = lambda k, shape: noise(f"{stage.name}.{k}", shape)
-                x = {
-                    k: s.noised(draw(k, s.latent.shape), stage.noise_scale)
-                    for k, s in states.items()
-                }
+                x = (
+                    dict(at.tokens)
+                    if first
+                    else {
+                        k: s.noised(draw(k, s.latent.shape), stage.noise_scale)
+                        for k, s in states.items()
+                    }
+                )
                 denoise = Denoiser(
                     self.transformer,
                     states,
-                    contexts[job.request.prompt],
+                    contexts[r.prompt],
                     None if negative is None else contexts[negative],
                     stage.guidance,
                     mark,
                 )
                 blend = lambda k, v: states[k].blend(v)
-                sample = SAMPLERS[stage.sampler](denoise, x, stage.sigmas, blend, draw)
-                for i, (x, x0) in enumerate(sample, 1):
+                sample = SAMPLERS[stage.sampler]
+                steps = sample(denoise, x, stage.sigmas, blend, draw, first)
+                for i, (x, x0) in enumerate(steps, first + 1):
                     mx.eval(x, x0)
-                    yield Event(stage.name, min(i, total), total, n, x, x0)
+                    now = Snapshot(r, n, i, x, latents)
+                    yield Event(stage.name, min(i, total), total, 0, now, x0)
             for k, v in x.items():
                 traced(mark, k, v)
                 check_latents(f"{stage.name}, {k}", v)
-                v = v[:, : states[k].size]
-                latents[k] = (
-                    v.reshape(1, *stage.latent_size, -1)
-                    if k == "video"
-                    else audio_from_tokens(v, self._audio_channels())
-                )
+            latents = {
+                k: self._latents(stage, k, v[:, : states[k].size]) for k, v in x.items()
+            }
             if stage.keeps_audio and "audio" in latents:
-                kept["audio"] = latents["audio"]
-        return latents | kept
-
-    def _audio_channels(self) -> int:
-        return AudioVAEConfig.from_dict(self.source.config["audio_vae"]).z_channels
+                kept = {"audio": latents["audio"]}
+        done = Snapshot(r, len(job.stages), 0, {}, latents | kept)
+        yield Event("latents", snapshot=done)
 
     def _states(self, job, stage, starts, latents: Streams) -> dict[str, LatentState]:
         """The streams at a stage's start: empty, given, or the last stage's."""
-        config = self.transformer.config
-        states = {}
+        config, states = self.transformer.config, {}
         for name, start in starts.items():
             initial = latents.get(name, start.initial)
             if name == "video":
@@ -474,20 +355,18 @@ class Pipeline:
             states[name] = condition(state, start.items)
         return states
 
+    def _latents(self, stage: Stage, name: str, tokens: mx.array) -> mx.array:
+        if name == "video":
+            return tokens.reshape(1, *stage.latent_size, -1)
+        config = AudioVAEConfig.from_dict(self.source.config["audio_vae"])
+        return audio_from_tokens(tokens, config.z_channels)
+
     def _upsample(self, name: str, latents: mx.array) -> mx.array:
         """Bigger normalised latents, by a latent upsampler."""
-        up = self.component(name)
         vae = self.source.load("vae", mx.float32, lazy=True)  # for its statistics
-        latents = vae.normalize(up(vae.denormalize(latents)))
+        latents = vae.normalize(self.component(name)(vae.denormalize(latents)))
         mx.eval(latents)
         return latents
-
-    def _check_loras(self, job: Job) -> None:
-        files = {lora.path for stage in job.stages for lora in stage.loras}
-        if files:
-            model = self.source.load("transformer", self.dtype, lazy=True)
-            for path in files:
-                Lora.read(path).check(model)
 
     def _attach(self, files: tuple[LoraFile, ...]) -> None:
         """Put a stage's LoRAs beside the transformer, instead of the last stage's."""
@@ -495,11 +374,9 @@ class Pipeline:
             attach(self.transformer, [(Lora.read(f.path), f.strength) for f in files])
             self._attached = files
 
-    # Decoding
-
-    def _decode(self, n, job: Job, latents: Streams, noise, trace, meter):
+    def _decode(self, n, job: Job, snapshot, noise, trace, meter):
         """Sound, then frames as they come, then the result."""
-        r, last = job.request, job.stages[-1]
+        r, last, latents = job.request, job.stages[-1], snapshot.latents
         result = Result(r, last.fps, phases=meter.phases)
         if "audio" in latents:
             result.audio_latents = latents["audio"][0]
@@ -522,12 +399,8 @@ class Pipeline:
             yield Event("video", 0, last.num_frames, n)
             guard = FrameGuard()
             with meter.phase("video"):
-                shape = latents["video"].shape
-                drawn = (
-                    noise("vae", shape)
-                    if self.vae.config.timestep_conditioning
-                    else None
-                )
+                conditioned = self.vae.config.timestep_conditioning
+                drawn = noise("vae", latents["video"].shape) if conditioned else None
                 mark = trace and (lambda k, v: trace(f"video.{k}", v))
                 for frames in self.vae.decode_stream(
                     latents["video"], noise=drawn, trace=mark
@@ -538,20 +411,31 @@ class Pipeline:
                         "video", guard.frames, last.num_frames, n, frames=pixels
                     )
             guard.judge()
+        result.metadata = self._provenance(job, meter)
         yield result
 
-    def generate(self, prompt: str, **options: Any) -> Result:
-        """Make one video: `Request`'s fields, and `stream`'s noise, trace, contexts."""
-        known = {f.name for f in fields(Request)}
-        request = Request(prompt, **{k: v for k, v in options.items() if k in known})
-        rest = {k: v for k, v in options.items() if k not in known}
-        frames = []
-        for event in self.stream(request, **rest):
-            if isinstance(event, Result):
-                event.frames = np.concatenate(frames) if frames else None
-                return event
-            if event.frames is not None:
-                frames.append(event.frames)
+    def _provenance(self, job: Job, meter: Meter) -> dict[str, Any]:
+        """How a result was made: enough to make it again."""
+        source = self.source
+        return {
+            "request": dataclasses.asdict(job.request),
+            "negative_prompt": job.negative_prompt,
+            "model": {
+                "name": self.name,
+                "version": source.model_version,
+                "kind": source.kind,
+                "quantization": source.quantization,
+                "files": {f.name: f.fingerprint for f in source.files if f.role},
+            },
+            "text_encoder": self.text_encoder,
+            "dtype": str(self.dtype).removeprefix("mlx.core."),
+            "versions": {
+                "ltx2": __version__,
+                "mlx": mx.__version__,
+                "platform": platform.platform(),
+            },
+            "seconds": {k: round(s, 2) for k, (s, _) in meter.phases.items()},
+        }
 
 
 class Meter:
@@ -587,4 +471,4 @@ def load(
     """
     dtype = getattr(mx, dtype) if isinstance(dtype, str) else dtype
     source = weights.open_model(model, kind, upsamplers=upsamplers)
-    return Pipeline(source, text_encoder, dtype or mx.bfloat16)
+    return Pipeline(source, text_encoder, dtype or mx.bfloat16, model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Mapping, Optional, Union
@@ -80,6 +80,26 @@ class Request:
     # Outputs
     no_audio: bool = False
     audio_only: bool = False
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Request:
+        """A request that was written as JSON; keys of another version are refused."""
+        values = dict(values)
+        unknown = values.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise UserError(f"the recorded request has unknown settings {unknown}")
+        for key, kind in (("images", Image), ("loras", LoraFile)):
+            values[key] = tuple(kind(**item) for item in values.get(key, ()))
+        if values.get("distilled_lora"):
+            values["distilled_lora"] = LoraFile(**values["distilled_lora"])
+        for key in ("video_guidance", "audio_guidance"):
+            given = values.get(key)
+            if given and given.keys() == {f.name for f in fields(Guidance)}:
+                values[key] = Guidance(**given)
+        for key in ("sigmas", "retake", "retake_streams"):
+            if values.get(key) is not None:
+                values[key] = tuple(values[key])
+        return cls(**values)
 
 
 @dataclass(frozen=True)

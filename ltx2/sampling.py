@@ -2,7 +2,8 @@
 
 A sampler is a generator over (latents, denoised) by stream name; `denoise(x, sigma,
 step)` returns x0 already blended with what is held clean, `blend(name, x)` does that
-for the sampler's own results, `noise(name, shape)` is the only source of randomness.
+for the sampler's own results, `noise(name, shape)` is the only source of randomness, and
+`first` is the step to go on from after an interruption.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Denoise = Callable[[Streams, float, int], Streams]
 Blend = Callable[[str, mx.array], mx.array]
 Noise = Callable[[str, tuple[int, ...]], mx.array]
 Sampler = Callable[
-    [Denoise, Streams, Sequence[float], Blend, Noise],
+    [Denoise, Streams, Sequence[float], Blend, Noise, int],
     Iterator[tuple[Streams, Streams]],
 ]
 
@@ -106,18 +107,23 @@ class Guidance:
 # Samplers
 
 
-def euler(denoise, x, sigmas, blend, noise):
+def pairs(sigmas: Sequence[float], first: int) -> list[tuple[int, float, float]]:
+    """Index, sigma and next sigma of the steps from `first` on."""
+    return [(i, *sigmas[i : i + 2]) for i in range(first, len(sigmas) - 1)]
+
+
+def euler(denoise, x, sigmas, blend, noise, first=0):
     """First-order steps along the velocity."""
-    for i, (s, to) in enumerate(zip(sigmas, sigmas[1:])):
+    for i, s, to in pairs(sigmas, first):
         x0 = denoise(x, s, i)
         x = {k: x[k] + (x[k] - x0[k]) / s * (to - s) for k in x}
         yield x, x0
 
 
-def gradient_estimation(denoise, x, sigmas, blend, noise, gamma: float = 2.0):
+def gradient_estimation(denoise, x, sigmas, blend, noise, first=0, gamma=2.0):
     """Euler with the velocity extrapolated from the last one's."""
     last: Streams = {}
-    for i, (s, to) in enumerate(zip(sigmas, sigmas[1:])):
+    for i, s, to in pairs(sigmas, first):
         x0 = denoise(x, s, i)
         v = {k: (x[k] - x0[k]) / s for k in x}
         if to == 0:
@@ -129,9 +135,9 @@ def gradient_estimation(denoise, x, sigmas, blend, noise, gamma: float = 2.0):
         yield x, x0
 
 
-def euler_ancestral(denoise, x, sigmas, blend, noise, eta=1.0, s_noise=1.0):
+def euler_ancestral(denoise, x, sigmas, blend, noise, first=0, eta=1.0, s_noise=1.0):
     """Euler to below the next sigma, then fresh noise up to it (rectified flow)."""
-    for i, (s, to) in enumerate(zip(sigmas, sigmas[1:])):
+    for i, s, to in pairs(sigmas, first):
         x0 = denoise(x, s, i)
         if to == 0:
             x = x0
@@ -148,7 +154,7 @@ def euler_ancestral(denoise, x, sigmas, blend, noise, eta=1.0, s_noise=1.0):
         yield x, x0
 
 
-def res_2s(denoise, x, sigmas, blend, noise, eta: float = 0.5, anchored: bool = True):
+def res_2s(denoise, x, sigmas, blend, noise, first=0, eta=0.5, anchored=True):
     """Second-order exponential steps with fresh noise, for the HQ stages.
 
     The state is kept in float64 by numpy (no GPU has it in MLX). A schedule that ends
@@ -184,7 +190,7 @@ def res_2s(denoise, x, sigmas, blend, noise, eta: float = 0.5, anchored: bool = 
             for k in start
         }
 
-    for i in range(steps):
+    for i in range(first, steps):
         s, to = sigmas[i], sigmas[i + 1]
         h = -math.log(to / s)
         a21 = 0.5 * _phi1(h / 2)

@@ -1,0 +1,97 @@
+"""From noisy tokens to an estimate of the end: the model's passes and their guidance."""
+
+from __future__ import annotations
+
+from typing import Mapping, Optional
+
+import mlx.core as mx
+import numpy as np
+
+from .base import Trace
+from .dit import EVERYWHERE, NOWHERE, DiT, Pass, Tokens
+from .latents import LatentState
+from .sampling import Guidance, Streams
+
+Contexts = tuple[mx.array, mx.array]  # of video and audio, each (1, 1024, D)
+
+
+def guidance_passes(
+    video: Guidance, audio: Guidance, contexts: Contexts, negative: Optional[Contexts]
+) -> dict[str, Pass]:
+    """The passes of a step by what they give; a pass that one stream wants is made for
+    both, but each stream's context and self-attention change as it asked itself."""
+    both = (video, audio)
+    passes = {"cond": Pass(*contexts)}
+    if any(g.cfg_scale != 1 for g in both):
+        pick = zip(both, contexts, negative)
+        passes["uncond"] = Pass(*(n if g.cfg_scale != 1 else c for g, c, n in pick))
+    if any(g.stg_scale != 0 for g in both):
+        cuts = (
+            (
+                (EVERYWHERE if g.stg_blocks is None else frozenset(g.stg_blocks))
+                if g.stg_scale != 0
+                else NOWHERE
+            )
+            for g in both
+        )
+        passes["perturbed"] = Pass(*contexts, *cuts)
+    if any(g.modality_scale != 1 for g in both):
+        passes["isolated"] = Pass(*contexts, cut_a2v=EVERYWHERE, cut_v2a=EVERYWHERE)
+    return passes
+
+
+class Denoiser:
+    """x0 of the streams at a sigma, guided, and blended with what is held clean."""
+
+    def __init__(
+        self,
+        transformer: DiT,
+        states: dict[str, LatentState],
+        contexts: Contexts,
+        negative: Optional[Contexts],
+        guidance: Mapping[str, Guidance],
+        trace: Optional[Trace] = None,
+    ):
+        self.transformer, self.states, self.trace = transformer, states, trace
+        self.guidance = {k: guidance.get(k, Guidance()) for k in states}
+        video, audio = (guidance.get(k, Guidance()) for k in ("video", "audio"))
+        self.passes = guidance_passes(video, audio, contexts, negative)
+        ropes = {"video": transformer.video_rope, "audio": transformer.audio_rope}
+        self.ropes = {k: ropes[k](s.bounds) for k, s in states.items()}
+        self.last: Streams = {}  # guided x0, for the steps that are skipped
+
+    def __call__(self, x: Streams, sigma: float, step: int) -> Streams:
+        """x0 (1, T, C) by stream, from tokens `x` at `sigma`."""
+        skipped = {
+            k: k in self.last and g.skips(step) for k, g in self.guidance.items()
+        }
+        if not all(skipped.values()):
+            tokens = {k: self._tokens(k, x[k], sigma, skipped[k]) for k in x}
+            trace = self.trace and (lambda k, v: self.trace(f"step{step}.{k}", v))
+            passes = list(self.passes.values())
+            velocities = self.transformer(
+                tokens.get("video"), tokens.get("audio"), passes, trace
+            )
+            for i, name in enumerate(("video", "audio")):
+                if name in x and not skipped[name]:
+                    reach = self.states[name].mask_tokens * sigma
+                    x0 = {
+                        kind: x[name] - v[i].astype(mx.float32) * reach
+                        for kind, v in zip(self.passes, velocities)
+                    }
+                    self.last[name] = self.guidance[name](**x0)
+        return {k: self.states[k].blend(self.last[k]) for k in x}
+
+    def _tokens(self, name: str, x: mx.array, sigma: float, skipped: bool) -> Tokens:
+        state = self.states[name]
+        levels, level_of = state.levels
+        return Tokens(
+            x,
+            mx.array(levels * np.float32(sigma)),
+            mx.array([0.0 if state.frozen else sigma]),
+            *self.ropes[name],
+            level_of,
+            None if state.attention is None else mx.array(state.attention),
+            mx.array(state.keyframes),
+            enabled=not skipped,
+        )
