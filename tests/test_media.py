@@ -1,0 +1,502 @@
+"""Images, video and sound in and out: what is read, what is written, what is refused."""
+
+import os
+import resource
+import subprocess
+import tempfile
+import warnings
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from ltx2 import media
+from ltx2.base import UserError
+
+GOLDEN = Path(__file__).parent / "golden" / "media"
+
+
+@pytest.fixture
+def expected(golden):
+    return golden("media/preparation")
+
+
+def ffmpeg(*arguments):
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y"]
+    subprocess.run(command + [str(a) for a in arguments], check=True)
+
+
+def clip(num_frames, height=48, width=64):
+    """Frames (F, H, W, 3) uint8 whose mean brightness tells their index."""
+    y, x = np.mgrid[:height, :width]
+    frames = [
+        np.stack([8 * i + x / 2, 8 * i + y / 2, 8 * i + 0 * x], -1)
+        for i in range(num_frames)
+    ]
+    return np.stack(frames).astype(np.uint8)
+
+
+def tones(seconds, rate, channels=2):
+    time = np.arange(round(seconds * rate))[:, None] / rate
+    return (0.4 * np.sin(time * np.array([2000, 3000])[:channels])).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One video of 24 frames with stereo sound, and its relatives."""
+    folder = tmp_path_factory.mktemp("media")
+    with media.VideoWriter(folder / "clip.mp4", 24, (tones(1, 48000), 48000)) as video:
+        video.write(clip(24))
+    source = ["-i", folder / "clip.mp4"]
+    media.write_wav(folder / "sound.wav", tones(3, 44100), 44100)
+    for suffix in ("flac", "mp3", "m4a", "ogg"):
+        ffmpeg("-i", folder / "sound.wav", folder / f"sound.{suffix}")
+    ffmpeg(*source, "-an", "-c", "copy", folder / "silent.mp4")
+    ffmpeg("-display_rotation", 90, *source, "-c", "copy", folder / "turned.mp4")
+    ffmpeg("-ss", 0.5, *source, "-c", "copy", folder / "cut.mp4")
+    ffmpeg(
+        *source,
+        "-itsoffset",
+        0.25,
+        *source,
+        "-map",
+        "0:v",
+        "-map",
+        "1:a",
+        "-c",
+        "copy",
+        folder / "late.mkv",
+    )
+    ffmpeg(*source, "-r", "24000/1001", folder / "ntsc.mkv")
+    ffmpeg(*source, "-frames:v", 1, "-q:v", 2, folder / "photo.jpg")
+    ffmpeg(*source, "-c", "copy", "-movflags", "+faststart", folder / "whole.mp4")
+    for name, kept in (
+        ("whole.mp4", 0.5),
+        ("silent.mp4", 0.5),
+        ("photo.jpg", 0.5),
+        ("sound.wav", 0.5),
+    ):
+        data = (folder / name).read_bytes()
+        (folder / f"half-{name}").write_bytes(data[: int(len(data) * kept)])
+    (folder / "empty.mp4").touch()
+    (folder / "note.txt").write_text("not a film")
+    return folder
+
+
+# --- images ---
+
+
+@pytest.mark.parametrize(
+    "name", ["exif1", "exif2", "exif3", "exif6", "exif8", "l", "la", "p", "rgba"]
+)
+def test_pictures_are_decoded_as_the_reference_does(name, expected):
+    image = media.load_image(GOLDEN / f"{name}.png")
+    np.testing.assert_array_equal(image, expected[f"out.image.{name}"])
+
+
+def test_a_jpeg_is_decoded_close_to_the_picture_it_was_made_of(folder):
+    image = media.load_image(folder / "photo.jpg")
+    assert np.abs(image.astype(int) - clip(1)[0]).max() <= 12
+
+
+@pytest.mark.parametrize(
+    "name, warned", [("Display P3", True), ("sRGB IEC61966-2.1", False)]
+)
+def test_a_foreign_colour_profile_is_reported(tmp_path, name, warned):
+    media.save_png(tmp_path / "plain.png", clip(1)[0])
+    data = (tmp_path / "plain.png").read_bytes()
+    profile = (
+        b"\0\0\4\0"
+        + bytes(8)
+        + b"mntrRGB XYZ "
+        + bytes(12)
+        + b"acsp"
+        + name.encode("utf-16-be")
+    )
+    chunk = b"iCCP" + b"any name\0\0" + zlib.compress(profile)
+    chunk = (
+        (len(chunk) - 4).to_bytes(4, "big")
+        + chunk
+        + zlib.crc32(chunk).to_bytes(4, "big")
+    )
+    (tmp_path / "profile.png").write_bytes(data[:33] + chunk + data[33:])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        image = media.load_image(tmp_path / "profile.png")
+    np.testing.assert_array_equal(image, clip(1)[0])
+    assert ["ICC" in str(w.message) for w in seen] == [True] * warned
+
+
+def test_recompression_crops_to_even_sides_and_matches_the_reference(expected):
+    image = media.load_image(GOLDEN / "odd.png")
+    result = media.recompress(image, 33)
+    assert image.shape == (97, 131, 3) and result.shape == (96, 130, 3)
+    # Another build of libx264 may differ a little; the damage itself is far larger.
+    error = result.astype(float) - expected["mid.odd.crf33"]
+    damage = image[:96, :130].astype(float) - expected["mid.odd.crf33"]
+    assert (error**2).mean() < 20 < 100 < (damage**2).mean()
+
+
+def test_recompression_is_skipped_for_crf_0_and_for_a_line_of_pixels(expected):
+    image = expected["out.image.l"]
+    assert media.recompress(image, 0) is image
+    assert media.recompress(image[:1], 33).shape == image[:1].shape
+
+
+def test_resize_and_crop_matches_the_reference(expected):
+    image = media.load_image(GOLDEN / "odd.png")
+    fitted = media.resize_and_crop(image[None], 64, 64)
+    assert fitted.dtype == np.float32
+    np.testing.assert_allclose(fitted, expected["out.odd"], atol=1e-5)
+
+
+def test_resize_and_crop_streams_frames_and_keeps_pixels_of_the_right_size():
+    frames = clip(3)
+    fitted = media.resize_and_crop(iter(frames), 48, 64)
+    np.testing.assert_allclose(fitted, frames / 127.5 - 1, atol=1e-6)
+    centre = media.resize_and_crop(frames, 48, 32)
+    np.testing.assert_array_equal(centre, fitted[:, :, 16:48])
+
+
+def test_png_is_exact_and_frames_become_a_strip(tmp_path):
+    frames = clip(3)
+    media.save_png(tmp_path / "50%d: strip.png", frames)
+    strip = media.load_image(tmp_path / "50%d: strip.png")
+    np.testing.assert_array_equal(strip, np.concatenate(list(frames), axis=1))
+
+
+# --- reading video and sound ---
+
+
+@pytest.mark.parametrize(
+    "given, exact",
+    [
+        (24, Fraction(24)),
+        (23.976, Fraction(24000, 1001)),
+        (23.98, Fraction(24000, 1001)),
+    ]
+    + [
+        (29.97, Fraction(30000, 1001)),
+        (12.5, Fraction(25, 2)),
+        (59.94, Fraction(60000, 1001)),
+    ],
+)
+def test_rounded_rates_mean_exact_ones(given, exact):
+    assert media.frame_rate(given) == media.frame_rate(exact) == exact
+
+
+def test_probe_measures_a_video(folder):
+    found = media.probe(folder / "clip.mp4")
+    assert (found.width, found.height, found.num_frames, found.fps) == (64, 48, 24, 24)
+    assert (found.duration, found.sample_rate, found.has_audio) == (1, 48000, True)
+    assert not media.probe(folder / "silent.mp4").has_audio
+
+
+def test_probe_measures_sound_alone(folder):
+    found = media.probe(folder / "sound.wav")
+    assert (found.num_frames, found.duration, found.sample_rate) == (0, 3, 44100)
+
+
+def test_probe_sees_rotation_hidden_frames_and_fractional_rates(folder):
+    turned = media.probe(folder / "turned.mp4")
+    assert (turned.width, turned.height) == (48, 64)
+    assert media.probe(folder / "cut.mp4").num_frames == 12
+    assert media.probe(folder / "ntsc.mkv").fps == Fraction(24000, 1001)
+
+
+def index_of(frames):
+    """The indices in `clip` of frames read from a file."""
+    return [round((frame[..., 2].mean()) / 8) for frame in frames]
+
+
+def test_video_is_read_by_frame_index(folder):
+    path = folder / "clip.mp4"
+    assert index_of(media.read_video(path)) == list(range(24))
+    assert index_of(media.read_video(path, 5, 3)) == [5, 6, 7]
+    assert index_of(media.read_video(path, 20, 99)) == [20, 21, 22, 23]
+    assert index_of(media.read_video(folder / "cut.mp4")) == list(range(12, 24))
+
+
+def test_video_is_brought_to_a_constant_rate(folder):
+    path = folder / "clip.mp4"
+    assert len(list(media.read_video(path, fps=30))) == 30
+    halved = index_of(media.read_video(path, fps=12))
+    assert len(halved) == 12 and set(np.diff(halved)) == {2}
+    assert index_of(media.read_video(path, 4, 2, fps=12)) == halved[4:6]
+
+
+def test_video_is_read_upright(folder):
+    (frame,) = media.read_video(folder / "turned.mp4", num_frames=1)
+    (lying,) = media.read_video(folder / "clip.mp4", num_frames=1)
+    assert np.abs(frame.astype(int) - np.rot90(lying)).max() <= 4
+
+
+def test_a_video_may_be_left_before_its_end(folder):
+    frames = media.read_video(folder / "clip.mp4")
+    assert next(frames).shape == (48, 64, 3)
+    frames.close()
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "m4a", "ogg"])
+def test_sound_of_any_kind_is_read_in_exact_windows(folder, suffix):
+    path = folder / f"sound.{suffix}"
+    whole, rate = media.read_audio(path)
+    lossless = suffix in ("wav", "flac")
+    assert whole.dtype == np.float32 and whole.shape == (132300, 2) and rate == 44100
+    assert np.abs(whole - tones(3, 44100))[4000:-4000].max() < (
+        1e-4 if lossless else 0.1
+    )
+    for start, duration in ((0.25, 0.5), (2.1234, 0.1)):
+        window, _ = media.read_audio(path, start, duration)
+        first, length = round(start * rate), round(duration * rate)
+        np.testing.assert_allclose(window, whole[first:][:length], atol=1e-4)
+    assert media.read_audio(path, 2.5, 99)[0].shape == (22050, 2)
+
+
+def test_a_sound_track_that_sets_in_late_begins_with_silence(folder):
+    late, rate = media.read_audio(folder / "late.mkv")
+    on_time, _ = media.read_audio(folder / "clip.mp4")
+    assert not late[: rate // 4].any()
+    np.testing.assert_allclose(late[rate // 4 :], on_time, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [22050, 48000])
+def test_resampling_matches_torchaudio(expected, rate):
+    target = expected[f"out.resample.{rate}"]
+    result = media.resample(expected[f"in.resample.{rate}"], rate, 16000)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result[: len(target)], target, atol=2e-6)
+
+
+def test_resampling_rounds_the_length_up_and_keeps_an_equal_rate():
+    waveform = tones(0.1, 44100, channels=1)
+    assert media.resample(waveform[:4409], 44100, 16000).shape == (1600, 1)
+    assert media.resample(waveform, 16000, 16000) is waveform
+
+
+# --- writing ---
+
+
+@pytest.mark.parametrize(
+    "fps, num_frames, rate", [(24, 17, 24000), (29.97, 9, 16000), (60, 1, 48000)]
+)
+def test_an_mp4_has_exactly_its_frames_and_as_much_sound(
+    tmp_path, fps, num_frames, rate
+):
+    path = tmp_path / "out.mp4"
+    with media.VideoWriter(path, fps, (tones(2, rate), rate)) as video:
+        for frames in np.array_split(clip(num_frames), 3):
+            video.write(frames)
+    found = media.probe(path)
+    assert (found.num_frames, found.fps) == (num_frames, media.frame_rate(fps))
+    assert (found.sample_rate, found.audio_codec) == (rate, "aac")
+    assert abs(found.audio_duration - found.duration) < 0.001
+    sound, _ = media.read_audio(path)
+    assert sound.shape[1] == 2 and sound.std() > 0.1
+    assert os.listdir(tmp_path) == ["out.mp4"]
+
+
+def test_colours_survive_and_are_tagged_bt709(tmp_path):
+    colours = np.array(
+        [[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 100, 50]], np.uint8
+    )
+    with media.VideoWriter(tmp_path / "out.mp4", 24) as video:
+        video.write(np.tile(colours[:, None, None], (1, 32, 32, 1)))
+    frames = np.stack(list(media.read_video(tmp_path / "out.mp4")))
+    assert np.abs(frames[:, 16, 16].astype(int) - colours).max() <= 3
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "out.mp4"]
+    described = subprocess.run(command, capture_output=True, text=True).stderr
+    assert "yuv420p(tv, bt709" in described and "h264" in described
+
+
+def test_short_sound_is_followed_by_silence(tmp_path):
+    with media.VideoWriter(tmp_path / "out.mp4", 24) as video:
+        video.write(clip(24))
+        video.sound = tones(0.25, 16000), 16000
+    sound, rate = media.read_audio(tmp_path / "out.mp4")
+    assert (
+        np.abs(sound[: rate // 4]).max()
+        > 0.3
+        > 0.001
+        > np.abs(sound[rate // 2 :]).max()
+    )
+
+
+@pytest.mark.parametrize(
+    "suffix, codec", [("m4a", "aac"), ("mp3", "mp3"), ("wav", "aac")]
+)
+def test_a_sound_file_is_copied_where_an_mp4_allows(folder, tmp_path, suffix, codec):
+    with media.VideoWriter(
+        tmp_path / "out.mp4", 24, folder / f"sound.{suffix}"
+    ) as video:
+        video.write(clip(24))
+    found = media.probe(tmp_path / "out.mp4")
+    assert (found.audio_codec, found.sample_rate) == (codec, 44100)
+    assert found.duration <= found.audio_duration + 1e-3 < found.duration + 1 / 24
+    if suffix != "wav":
+        copied, _ = media.read_audio(tmp_path / "out.mp4")
+        original, _ = media.read_audio(folder / f"sound.{suffix}")
+        np.testing.assert_array_equal(copied[:44000], original[:44000])
+
+
+def test_a_sound_file_shorter_than_the_video_is_padded(folder, tmp_path):
+    with media.VideoWriter(tmp_path / "out.mp4", 6, folder / "sound.m4a") as video:
+        video.write(clip(24))
+    assert media.probe(tmp_path / "out.mp4").audio_duration == pytest.approx(
+        4, abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.wav"])
+def test_files_know_how_they_were_made(tmp_path, name):
+    settings = {
+        "prompt": "a = b; #1 \\ \"日本\"\n'%d'",
+        "sigmas": [1.0, 0.5],
+        "seed": 7,
+    }
+    if name == "out.mp4":
+        with media.VideoWriter(tmp_path / name, 24, metadata=settings) as video:
+            video.write(clip(1))
+    else:
+        media.write_wav(tmp_path / name, tones(0.1, 24000), 24000, settings)
+    assert media.read_metadata(tmp_path / name) == settings
+
+
+def test_a_wav_is_16_bit_and_clipped(tmp_path):
+    waveform = np.linspace(-1.5, 1.5, 3000, dtype=np.float32).reshape(1500, 2)
+    media.write_wav(tmp_path / "out.wav", waveform, 24000)
+    read, rate = media.read_audio(tmp_path / "out.wav")
+    assert rate == 24000
+    np.testing.assert_allclose(read, waveform.clip(-1, 1), atol=1 / 32768)
+
+
+# --- failures ---
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """An earlier result that no failure may touch, with nothing left beside it."""
+    path = tmp_path / "out.mp4"
+    path.write_text("earlier")
+    yield path
+    assert path.read_text() == "earlier" and os.listdir(tmp_path) == ["out.mp4"]
+
+
+@pytest.mark.parametrize("mistake", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_video_leaves_nothing(earlier, mistake):
+    with pytest.raises(mistake):
+        with media.VideoWriter(earlier, 24) as video:
+            video.write(clip(2))
+            raise mistake
+
+
+def test_a_video_without_frames_or_of_two_sizes_is_a_bug(earlier):
+    with pytest.raises(ValueError, match="no frames"):
+        with media.VideoWriter(earlier, 24):
+            pass
+    with pytest.raises(ValueError, match="after"):
+        with media.VideoWriter(earlier, 24) as video:
+            video.write(clip(1))
+            video.write(clip(1, width=32))
+
+
+def test_odd_sizes_are_refused(earlier):
+    with pytest.raises(UserError, match="63x48 is odd"):
+        with media.VideoWriter(earlier, 24) as video:
+            video.write(clip(1, width=63))
+
+
+def test_frames_lost_on_the_way_are_noticed(earlier, monkeypatch):
+    monkeypatch.setattr(media, "probe", lambda path: media.Media(num_frames=1))
+    with pytest.raises(RuntimeError, match="1 frames in the mp4 after 2"):
+        with media.VideoWriter(earlier, 24) as video:
+            video.write(clip(2))
+
+
+def test_a_full_disk_is_one_line(earlier):
+    noise = np.random.default_rng(0).integers(0, 255, (24, 256, 256, 3), np.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="out.mp4: cannot be written"):
+            with media.VideoWriter(earlier, 24) as video:
+                for _ in range(8):
+                    video.write(noise)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_missing_permission_is_one_line(earlier, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    for write in (
+        lambda: media.check_output(earlier, ".mp4"),
+        lambda: media.VideoWriter(earlier, 24).__enter__(),
+        lambda: media.write_wav(earlier, tones(0.1, 8000), 8000),
+        lambda: media.save_png(earlier, clip(1)[0]),
+    ):
+        with pytest.raises(UserError, match="out.mp4: .*Permission denied"):
+            write()
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [("out.avi", "must end in .mp4"), ("out", "must end in .mp4")]
+    + [("nowhere/out.mp4", "No such file"), ("dir.mp4", "is a folder")],
+)
+def test_an_impossible_output_is_refused_early(tmp_path, name, reason):
+    (tmp_path / "dir.mp4").mkdir()
+    with pytest.raises(UserError, match=f"{name}: .*{reason}"):
+        media.check_output(tmp_path / name, ".mp4")
+
+
+def test_a_possible_output_leaves_no_trace_of_the_check(tmp_path):
+    media.check_output(tmp_path / "out.MP4", ".mp4")
+    assert not os.listdir(tmp_path)
+
+
+READERS = {
+    "image": media.load_image,
+    "video": lambda path: list(media.read_video(path)),
+    "sound": media.read_audio,
+    "probe": media.probe,
+    "metadata": media.read_metadata,
+}
+
+
+@pytest.mark.parametrize(
+    "reader, name, reason",
+    [(reader, "missing.mp4", "no such file") for reader in READERS]
+    + [(reader, "empty.mp4", "is empty") for reader in READERS]
+    + [(reader, "half-silent.mp4", "moov atom") for reader in READERS]
+    + [(reader, "note.txt", "Invalid data") for reader in ("video", "sound", "probe")]
+    + [
+        ("image", "half-photo.jpg", "cannot be read as an image"),
+        ("image", "sound.wav", "there is none in it"),
+        ("video", "half-whole.mp4", "cannot be read as video"),
+        ("video", "sound.wav", "there is none in it"),
+        ("sound", "half-whole.mp4", "cannot be read as sound"),
+        ("sound", "half-sound.wav", "cannot be read as sound"),
+        ("sound", "silent.mp4", "there is none in it"),
+        ("probe", "half-whole.mp4", "cannot be read"),
+        ("metadata", "clip.mp4", "does not say how it was made"),
+    ],
+)
+def test_bad_files_are_named_in_one_line(folder, reader, name, reason):
+    with pytest.raises(UserError) as error:
+        READERS[reader](folder / name)
+    message = str(error.value)
+    assert message.startswith(str(folder / name)) and reason in message
+    assert "\n" not in message
+
+
+def test_windows_beyond_the_end_are_refused(folder):
+    with pytest.raises(UserError, match="from frame 24 on .it has no such frame"):
+        list(media.read_video(folder / "clip.mp4", 24))
+    with pytest.raises(UserError, match="no sound at 3.5 s"):
+        media.read_audio(folder / "sound.wav", 3.5)
