@@ -81,12 +81,20 @@ def _running(
         _judge(complaint, process.wait(), messages.result())
 
 
+@contextmanager
+def _complaining(complaint: str) -> Iterator[None]:
+    """Turn what the system refuses in the block into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{complaint} ({error.strerror})") from None
+
+
 def _input(path: PathLike) -> list[str]:
     """The option that opens an existing file, whatever its name looks like."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    if not Path(path).stat().st_size:
-        raise UserError(f"{path}: the file is empty")
+    with _complaining(f"{path}: cannot be opened"), open(path, "rb") as file:
+        if not file.read(1):
+            raise UserError(f"{path}: the file is empty")
     return ["-i", f"file:{path}"]
 
 
@@ -266,24 +274,29 @@ def probe(path: PathLike) -> Media:
             found["audio_duration"] = float((pts + duration) * tick)
             found.setdefault("duration", found["audio_duration"])
         else:
-            options = "-map 0:V:0 -frames:v 1 -pix_fmt yuv420p -f yuv4mpegpipe pipe:1"
-            picture = _run(complaint, _input(path), options)
-            size_and_rate = re.match(rb"YUV4MPEG2 W(\d+) H(\d+) F(\d+):(\d+)", picture)
-            if size_and_rate is None:
-                raise UserError(f"{complaint} (it has no picture)")
-            width, height, *rate = map(int, size_and_rate.groups())
-            # The nominal rate, unless frames on average come at another.
+            found["width"], found["height"], nominal = _first_picture(path)
             elapsed = (dts - int(rows[0].split(",")[0])) * tick
-            mean = (len(rows) - 1) / elapsed if elapsed else Fraction(*rate)
-            nominal = abs(mean / Fraction(*rate) - 1) < 0.05
-            fps = frame_rate(Fraction(*rate) if nominal else mean)
-            hidden = sum(bool(re.search("F=0x[4-7]", row)) for row in rows)
-            found |= {"width": width, "height": height, "fps": fps}
-            found["num_frames"] = len(rows) - hidden
-            found["duration"] = float(found["num_frames"] / fps)
+            mean = (len(rows) - 1) / elapsed if elapsed else nominal
+            steady = abs(mean / nominal - 1) < 0.05
+            found["fps"] = frame_rate(nominal if steady else mean)
+            hidden = [row for row in rows if re.search("F=0x[4-7]", row)]
+            found["num_frames"] = len(rows) - len(hidden)
+            found["duration"] = float(found["num_frames"] / found["fps"])
     if not found:
         raise UserError(complaint)
     return Media(**found)
+
+
+def _first_picture(path: PathLike) -> tuple[int, int, Fraction]:
+    """Width, height and nominal frame rate of a video, once it is upright."""
+    complaint = f"{path}: cannot be read as video"
+    options = "-map 0:V:0 -frames:v 1 -pix_fmt yuv420p -f yuv4mpegpipe pipe:1"
+    picture = _run(complaint, _input(path), options)
+    header = re.match(rb"YUV4MPEG2 W(\d+) H(\d+) F(\d+):(\d+)", picture)
+    if header is None:
+        raise UserError(complaint)
+    width, height, *rate = map(int, header.groups())
+    return width, height, Fraction(*rate)
 
 
 def read_video(
@@ -369,10 +382,8 @@ def _workspace(path: PathLike) -> tempfile.TemporaryDirectory:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, give the name of a file")
-    try:
+    with _complaining(f"{path}: cannot be written"):
         return tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def check_output(path: PathLike, suffix: str) -> None:
@@ -384,9 +395,10 @@ def check_output(path: PathLike, suffix: str) -> None:
 
 def _write(path: PathLike, *options: str | list[str], data: bytes) -> None:
     """Have ffmpeg make a file of `data` that takes its name once it is complete."""
-    with _workspace(path) as folder:
-        made = Path(folder, Path(path).name)
-        _run(f"{path}: cannot be written", *options, [f"file:{made}"], data=data)
+    complaint = f"{path}: cannot be written"
+    with _workspace(path) as folder, _complaining(complaint):
+        made = f"{folder}/made"
+        _run(complaint, *options, [f"file:{made}"], data=data)
         os.replace(made, path)
 
 
@@ -422,10 +434,11 @@ def read_metadata(path: PathLike) -> dict[str, Any]:
     """The metadata that `VideoWriter` or `write_wav` put into a file."""
     complaint = f"{path}: does not say how it was made"
     listing = _run(complaint, _input(path), "-f ffmetadata pipe:1").decode()
-    comment = re.search(r"^comment=(\{.*)$", listing, re.MULTILINE)
-    if comment is None:
-        raise UserError(complaint)
-    return json.loads(re.sub(r"\\(.)", r"\1", comment[1]))
+    comment = re.search(r"^comment=(.*)$", listing, re.MULTILINE)
+    try:
+        return json.loads(re.sub(r"\\(.)", r"\1", comment[1] if comment else ""))
+    except json.JSONDecodeError:
+        raise UserError(complaint) from None
 
 
 class VideoWriter:
@@ -434,8 +447,8 @@ class VideoWriter:
     The file appears when the block has ended well and its frames have been counted; an
     earlier one stays till then, and after a failure nothing new is left. `sound`, cut or
     padded to the video's length, is a waveform (samples, channels) with its rate or a
-    file, whose AAC or MP3 is copied as it is if long enough. `sound` and `metadata`, a
-    JSON object, may be set until the block ends.
+    file, whose AAC or MP3 is copied in whole packets if there is enough of it. `sound`
+    and `metadata`, a JSON object, may be set until the block ends.
     """
 
     COPIED = ("aac", "mp3")  # what every player expects in an mp4
@@ -459,14 +472,13 @@ class VideoWriter:
 
     def __enter__(self) -> VideoWriter:
         self._folder = _workspace(self.path)
-        self._made = Path(self._folder.name, self.path.name)
-        self._picture = self._made.with_name(f"picture-{self.path.name}")
-        self._encoding = ExitStack()
+        self._picture = f"file:{self._folder.name}/picture"
+        self._encoding, self._encoder = ExitStack(), None
         return self
 
     def write(self, frames: np.ndarray) -> None:
         """Append frames (F, H, W, 3) uint8, all of one size with even sides."""
-        if not self.num_frames:
+        if self._encoder is None:
             self._size = height, width = frames.shape[1:3]
             if height % 2 or width % 2:
                 raise UserError(
@@ -476,7 +488,7 @@ class VideoWriter:
                 self._complaint,
                 f"{_raw_input(height, width, self.fps)} -vf {self.BT709}",
                 "-pix_fmt yuv420p -c:v libx264 -crf 19 -preset veryfast -f mp4",
-                [f"file:{self._picture}"],
+                [self._picture],
                 stdin=subprocess.PIPE,
             )
             self._encoder = self._encoding.enter_context(encoder)
@@ -495,17 +507,19 @@ class VideoWriter:
         """Join picture and sound, count the frames, give the file its name."""
         if not self.num_frames:
             raise ValueError(f"{self.path}: no frames were written")
+        made = f"{self._folder.name}/made"
         sound, data = self._exact_sound(self.num_frames / self.fps)
         _run(
             self._complaint,
-            ["-i", f"file:{self._picture}", *sound],
+            ["-i", self._picture, *sound],
             ["-c:v", "copy", *_tag(self.metadata), "-movflags", "+faststart"],
-            ["-f", "mp4", f"file:{self._made}"],
+            ["-f", "mp4", f"file:{made}"],
             data=data,
         )
-        if (found := probe(self._made).num_frames) != self.num_frames:
+        if (found := probe(made).num_frames) != self.num_frames:
             raise RuntimeError(f"{found} frames in the mp4 after {self.num_frames}")
-        os.replace(self._made, self.path)
+        with _complaining(self._complaint):
+            os.replace(made, self.path)
 
     def _exact_sound(self, duration: Fraction) -> tuple[list[str], bytes]:
         """The options that add `duration` seconds of sound, and what they read."""

@@ -163,8 +163,8 @@ def test_resize_and_crop_streams_frames_and_keeps_pixels_of_the_right_size():
 
 def test_png_is_exact_and_frames_become_a_strip(tmp_path):
     frames = clip(3)
-    media.save_png(tmp_path / "50%d: strip.png", frames)
-    strip = media.load_image(tmp_path / "50%d: strip.png")
+    media.save_png(tmp_path / "a b: strip.png", frames)
+    strip = media.load_image(tmp_path / "a b: strip.png")
     np.testing.assert_array_equal(strip, np.concatenate(list(frames), axis=1))
 
 
@@ -288,7 +288,7 @@ def test_an_mp4_has_exactly_its_frames_and_as_much_sound(
 ):
     path = tmp_path / "out.mp4"
     with media.VideoWriter(path, fps, (tones(2, rate), rate)) as video:
-        for frames in np.array_split(clip(num_frames), 3):
+        for frames in (clip(1)[:0], *np.array_split(clip(num_frames), 3)):
             video.write(frames)
     found = media.probe(path)
     assert (found.num_frames, found.fps) == (num_frames, media.frame_rate(fps))
@@ -433,6 +433,10 @@ def test_missing_permission_is_one_line(earlier, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match="out.mp4: .*Permission denied"):
+        with media.VideoWriter(earlier, 24) as video:
+            video.write(clip(1))
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     for write in (
         lambda: media.check_output(earlier, ".mp4"),
@@ -471,7 +475,7 @@ READERS = {
 
 @pytest.mark.parametrize(
     "reader, name, reason",
-    [(reader, "missing.mp4", "no such file") for reader in READERS]
+    [(reader, "missing.mp4", "No such file") for reader in READERS]
     + [(reader, "empty.mp4", "is empty") for reader in READERS]
     + [(reader, "half-silent.mp4", "moov atom") for reader in READERS]
     + [(reader, "note.txt", "Invalid data") for reader in ("video", "sound", "probe")]
