@@ -2,16 +2,19 @@
 
 import argparse
 import dataclasses
+import json
+import re
 import sys
 import warnings
-from typing import Any, Iterator
+from pathlib import Path
+from typing import Any, Callable, Iterator
 
-from ltx2.base import UserError, run
+from ltx2.base import OutputError, UserError, run
 
 EPILOG = """\
 MODEL is an official .safetensors file, a folder with one, a folder that convert.py
-wrote, or a Hub repository of any of these. Guidance needs a dev model, an upsampler
-is found beside the model or given with --upsampler.
+wrote, or a Hub repository of any of these. What is asked for follows from what is
+given: an image, a sound, a clip. Guidance is for dev models.
 """
 GUIDANCE = {
     "cfg_scale": (float, "towards the prompt, 1 is off"),
@@ -24,31 +27,69 @@ GUIDANCE = {
 
 
 def parser() -> argparse.ArgumentParser:
+    """All flags; what is not given is None, so that defaults are the model's."""
     p = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
-    p.add_argument("--prompt", required=True)
-    p.add_argument("--negative-prompt", metavar="TEXT", help="what to stay away from")
-    p.add_argument("--output", metavar="FILE", default="output.mp4")
-    p.add_argument("--model", default="mlx_model", help="default: mlx_model")
-    p.add_argument("--kind", choices=["dev", "distilled"], help="if no name tells")
-    p.add_argument("--text-encoder", metavar="MODEL", help="Gemma 3 folder or repo")
-    p.add_argument("--upsampler", metavar="FILE", action="append", default=[])
-    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    p.add_argument("--height", type=int, help="512, or the clip's")
-    p.add_argument("--width", type=int, help="768, or the clip's")
-    p.add_argument("--num-frames", type=int, help="8k+1; 121, or the clip's")
-    p.add_argument("--fps", type=float, help="24, or the clip's")
-    p.add_argument("--seed", type=int, default=10)
-    p.add_argument("--stages", choices=["one", "two", "hq"])
-    p.add_argument("--steps", type=int, help="of a dev model")
-    p.add_argument("--sigmas", type=numbers, help="1,0.9,...,0 instead of a schedule")
-    p.add_argument("--sampler", help="euler, euler_ancestral, res_2s, ...")
-    p.add_argument("--no-audio", action="store_true", help="picture only")
-    p.add_argument("--audio-only", action="store_true", help="sound only, to a .wav")
-    g = p.add_argument_group("guidance of dev models, the sound's with --audio-...")
+
+    def group(title: str) -> Callable[..., Any]:
+        return p.add_argument_group(title).add_argument
+
+    add = group("what to make")
+    add("--prompt")
+    add("--negative-prompt", metavar="TEXT", help="what to stay away from")
+    add("--enhance-prompt", action="store_true", help="let Gemma write it at length")
+    add("--prompts", metavar="FILE", help="one prompt a line, a video each")
+    add(
+        "--num-videos", type=int, default=1, metavar="N", help="seeds SEED, SEED+1, ..."
+    )
+    add("--height", type=int, help="512, or the clip's")
+    add("--width", type=int, help="768, or the clip's")
+    add("--num-frames", type=int, help="8k+1; 121, or the clip's")
+    add("--fps", type=float, help="24, or the clip's")
+    add("--no-audio", action="store_true", default=None, help="picture only")
+    add("--audio-only", action="store_true", default=None, help="sound only, a .wav")
+    add("--output", metavar="FILE", help="output.mp4")
+
+    add = group("what is given")
+    add("--image", dest="images", type=image, action="append", metavar="IMAGE")
+    add("--keyframes", action="store_true", default=None, help="guide at all images")
+    add("--image-crf", type=int, help="33, from LTX-2.4 on 18; 0 is off")
+    add("--audio", type=sound, metavar="FILE[@START]", help="sound to go with")
+    add("--video", metavar="FILE", help="clip to change, or reference of an IC-LoRA")
+    add("--retake", type=span, metavar="FROM-TO", help="seconds to make anew")
+    add("--retake-streams", type=words, metavar="video,audio", help="what of them")
+    add("--extend", type=float, metavar="SECONDS", help="negative: before the clip")
+    add("--reference-strength", type=float, help="0 to 1")
+    add("--lora", dest="loras", type=lora, action="append", metavar="LORA")
+    add(
+        "--distilled-lora", type=lora, metavar="LORA", help="of a dev model's 2nd stage"
+    )
+
+    add = group("the model")
+    add("--model", help="mlx_model")
+    add("--kind", choices=["dev", "distilled"], help="if no name tells")
+    add("--text-encoder", metavar="MODEL", help="Gemma 3, a folder or repository")
+    add("--upsampler", dest="upsamplers", metavar="FILE", action="append")
+    add("--dtype", choices=["bfloat16", "float32"], help="bfloat16")
+
+    add = group("sampling")
+    add("--seed", type=int, help="10")
+    add("--stages", choices=["one", "two", "hq"], help="two if there is an upsampler")
+    add("--temporal-upsample", action="store_true", default=None, help="double the fps")
+    add("--steps", type=int, help="of a dev model: 40, from LTX-2.3 on 30, hq 15")
+    add("--sigmas", type=numbers, metavar="1,...,0", help="instead of a schedule")
+    add("--sampler", help="euler, euler_ancestral, gradient_estimation, res_2s")
+    add = group("guidance, with --audio-... in front for the sound")
     for prefix in ("", "audio-"):
         for name, (type_, text) in GUIDANCE.items():
             flag = f"--{prefix}{name}".replace("_", "-")
-            g.add_argument(flag, type=type_, help=None if prefix else text)
+            add(flag, type=type_, help=None if prefix else text)
+
+    add = group("keeping track")
+    add("--from", dest="recorded", metavar="MP4", help="make that one again")
+    add("--save-json", action="store_true", help="how it was made, beside it")
+    add("--save-latents", action="store_true", help="beside it, for --resume")
+    add("--resume", metavar="LATENTS", help="go on after an interruption, or decode")
+    add("--preview-every", type=int, metavar="N", help="a picture strip every N steps")
     return p
 
 
@@ -60,28 +101,191 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
 
 
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def span(text: str) -> tuple[float, ...]:
+    match = re.fullmatch(r"([\d.]+)-([\d.]+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FROM-TO, as in 1.0-2.5")
+    return tuple(map(float, match.groups()))
+
+
+def image(text: str) -> dict[str, Any]:
+    """PATH[@FRAME][:STRENGTH], where FRAME is an index, -1 or a time as 1.5s."""
+    path, frame, strength = re.fullmatch(
+        r"(.+?)(?:@(-?\d+|[\d.]+s))?(?::(\d*\.?\d+))?", text
+    ).groups()
+    index = frame if frame and frame.endswith("s") else int(frame or 0)
+    return {"path": path, "frame": index, "strength": float(strength or 1)}
+
+
+def lora(text: str) -> dict[str, Any]:
+    """PATH[:STRENGTH][@STAGE]."""
+    path, strength, stage = re.fullmatch(
+        r"(.+?)(?::(-?\d*\.?\d+))?(?:@(\d+))?", text
+    ).groups()
+    stage = int(stage) if stage else None
+    return {"path": path, "strength": float(strength or 1), "stage": stage}
+
+
+def sound(text: str) -> tuple[str, float]:
+    path, start = re.fullmatch(r"(.+?)(?:@([\d.]+)s?)?", text).groups()
+    return path, float(start or 0)
+
+
 def main() -> None:
     args = parser().parse_args()
     warnings.showwarning = lambda message, *_: print(f"note: {message}")
-    from ltx2 import media, pipeline, request
+    from ltx2 import media, pipeline
 
-    media.check_output(args.output, ".wav" if args.audio_only else ".mp4")
-    pipe = pipeline.load(
-        args.model, args.text_encoder, args.kind, args.dtype, args.upsampler
-    )
-    known = {f.name for f in dataclasses.fields(request.Request)}
-    asked = {k: v for k, v in vars(args).items() if k in known}
-    for stream, prefix in (("video", ""), ("audio", "audio_")):
-        given = {name: getattr(args, prefix + name) for name in GUIDANCE}
-        given = {name: value for name, value in given.items() if value is not None}
-        asked[f"{stream}_guidance"] = given or None
-    job = pipe.plan(request.Request(**asked))
-    for line in job.notes:
+    load, request, resume = recorded(args)
+    for name in ("model", "kind", "text_encoder", "upsamplers", "dtype"):
+        if getattr(args, name) is not None:
+            load[name] = getattr(args, name)
+    requests = asked(args, request)
+    suffix = ".wav" if requests[0].audio_only else ".mp4"
+    outputs = name_outputs(args.output or f"output{suffix}", len(requests))
+    for output in outputs:
+        media.check_output(output, suffix)
+    pipe = pipeline.load(**{"model": "mlx_model", **load})
+    jobs = [pipe.plan(r) for r in requests]
+    for line in dict.fromkeys(line for job in jobs for line in job.notes):
         print(f"note: {line}")
-    print(pipe.describe(job))
-    result = write(args.output, job, show(pipe.stream(job.request)))
+    print(pipe.describe(jobs[0]))
+    if args.enhance_prompt:
+        requests = [enhanced(pipe, r) for r in requests]
+    strips = pipe.preview() if args.preview_every else None
+    run_ = Run(args, outputs, strips)
+    events = run_.watch(pipe.stream(*requests, resume=resume))
+    for job, output in zip(jobs, outputs):
+        result = write(output, job, events)
+        if args.save_json:
+            text = json.dumps(result.metadata, indent=2) + "\n"
+            Path(output).with_suffix(".json").write_text(text)
+        print(f"wrote {output}")
     print(table(result.phases))
-    print(f"wrote {args.output}")
+
+
+def recorded(args: argparse.Namespace) -> tuple[dict, Any, Any]:
+    """How to load the model, the request to start from and a snapshot, as far as an
+    earlier video or saved latents tell."""
+    from ltx2 import media, pipeline
+    from ltx2.request import Request
+
+    if args.resume and (args.recorded or args.prompts or args.num_videos > 1):
+        raise UserError(
+            "--resume goes on with one video: drop --from, --prompts and -N"
+        )
+    if args.resume:
+        snapshot = pipeline.Snapshot.load(args.resume)
+        return {}, snapshot.request, snapshot
+    if args.recorded:
+        metadata = media.read_metadata(args.recorded)
+        if not {"load", "request"} <= metadata.keys():
+            raise UserError(f"{args.recorded} was not made by generate.py")
+        return metadata["load"], Request.from_json(metadata["request"]), None
+    return {}, None, None
+
+
+def asked(args: argparse.Namespace, request: Any) -> list[Any]:
+    """The requests: what is recorded, changed by the flags that are given."""
+    from ltx2.request import Request
+
+    known = {f.name for f in dataclasses.fields(Request)}
+    given = {k: v for k, v in vars(args).items() if k in known and v is not None}
+    if args.audio:
+        given["audio"], given["audio_start"] = args.audio
+    for stream, prefix in (("video", ""), ("audio", "audio_")):
+        flags = {name: getattr(args, prefix + name) for name in GUIDANCE}
+        flags = {name: value for name, value in flags.items() if value is not None}
+        if flags:
+            given[f"{stream}_guidance"] = flags
+    base = dataclasses.asdict(request) if request else {}
+    prompts = [given.pop("prompt", base.pop("prompt", None))]
+    if args.prompts:
+        if prompts[0] is not None:
+            raise UserError("--prompt and --prompts were both given: drop one")
+        lines = Path(args.prompts).read_text().splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f"{args.prompts} has no prompts, one a line")
+    if prompts[0] is None:
+        raise UserError("what is to be seen and heard? give a --prompt")
+    if not 1 <= args.num_videos <= 1000:
+        raise UserError(f"--num-videos is {args.num_videos}, allowed are 1 to 1000")
+    first = Request.from_json({**base, **given, "prompt": prompts[0]})
+    return [
+        dataclasses.replace(first, prompt=prompt, seed=first.seed + n)
+        for prompt in prompts
+        for n in range(args.num_videos)
+    ]
+
+
+def name_outputs(output: str, count: int) -> list[str]:
+    """out.mp4, or out-1.mp4, out-2.mp4, ..."""
+    path = Path(output)
+    if count == 1:
+        return [output]
+    return [str(path.with_stem(f"{path.stem}-{n + 1}")) for n in range(count)]
+
+
+def enhanced(pipe: Any, request: Any) -> Any:
+    longer = pipe.enhance(request.prompt, request.seed)
+    print(f"prompt: {longer}")
+    return dataclasses.replace(request, prompt=longer)
+
+
+class Run:
+    """Shows events as they pass, and keeps latents for the case that it ends early."""
+
+    def __init__(self, args: argparse.Namespace, outputs: list[str], preview: Any):
+        self.args, self.outputs, self.preview = args, outputs, preview
+
+    def watch(self, events: Iterator[Any]) -> Iterator[Any]:
+        """Pass events on; phases are named, and those with steps have a bar."""
+        from tqdm import tqdm
+
+        bar, last = tqdm(disable=True), None
+        try:
+            for event in events:
+                if getattr(event, "snapshot", None):
+                    last = event
+                    self.picture(event)
+                if getattr(event, "step", None) == 0:
+                    bar.close()
+                    if event.steps:
+                        bar = tqdm(total=event.steps, desc=event.phase, file=sys.stdout)
+                    elif not event.snapshot:
+                        print(f"{event.phase} ...", flush=True)
+                    elif self.args.save_latents:
+                        self.keep(event)
+                elif not hasattr(event, "step"):
+                    bar.close()
+                elif not bar.disable:
+                    bar.update(event.step - bar.n)
+                yield event
+        except (KeyboardInterrupt, OutputError):
+            if last:
+                print(f"\nlatents are kept, go on with --resume {self.keep(last)}")
+            raise
+        finally:
+            bar.close()
+
+    def keep(self, event: Any) -> Path:
+        path = Path(self.outputs[event.job]).with_suffix(".latents.safetensors")
+        event.snapshot.save(path)
+        return path
+
+    def picture(self, event: Any) -> None:
+        from ltx2 import media
+
+        if not (self.preview and event.denoised and "video" in event.denoised):
+            return
+        if event.step % self.args.preview_every == 0:
+            path = Path(self.outputs[event.job]).with_suffix(".preview.png")
+            media.save_png(path, self.preview(event.denoised["video"]))
 
 
 def write(path: str, job: Any, events: Iterator[Any]) -> Any:
@@ -89,7 +293,7 @@ def write(path: str, job: Any, events: Iterator[Any]) -> Any:
     from ltx2 import media, pipeline
 
     if "video" not in job.streams:
-        result = [*events][-1]
+        result = next(e for e in events if isinstance(e, pipeline.Result))
         result.save(path)
         return result
     with media.VideoWriter(path, job.stages[-1].fps) as video:
@@ -101,25 +305,8 @@ def write(path: str, job: Any, events: Iterator[Any]) -> Any:
                 video.write(event.frames)
 
 
-def show(events: Iterator[Any]) -> Iterator[Any]:
-    """Pass events on; phases are named, and those with steps have a bar."""
-    from tqdm import tqdm
-
-    bar = tqdm(disable=True)
-    for event in events:
-        if getattr(event, "step", None) == 0:
-            bar.close()
-            if event.steps:
-                bar = tqdm(total=event.steps, desc=event.phase, file=sys.stdout)
-            else:
-                print(f"{event.phase} ...", flush=True)
-        elif not bar.disable and hasattr(event, "step"):
-            bar.update(event.step - bar.n)
-        yield event
-    bar.close()
-
-
 def table(phases: dict[str, tuple[float, float]]) -> str:
+    """Seconds and peak memory by phase."""
     rows = [f"{'phase':<10}{'seconds':>10}{'peak GB':>10}"]
     for name, (seconds, peak) in phases.items():
         rows.append(f"{name:<10}{seconds:>10.1f}{peak / 1e9:>10.2f}")

@@ -16,6 +16,10 @@ class UserError(Exception):
     """A user's mistake in one line: what was given, what is allowed, what to type."""
 
 
+class OutputError(Exception):
+    """A stage gave what no model in order gives: the stage, what was seen, what is usual."""
+
+
 @dataclasses.dataclass
 class Config:
     """A section of the JSON configuration that travels with a checkpoint.
@@ -63,12 +67,13 @@ def traced(trace: Optional[Trace], name: str, x: mx.array) -> mx.array:
 
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main`: a mistake of the user's or a refusal of the system's (no
-    such file, no permission, disk full) is one line on stderr and exit code 2."""
+    such file, no permission, disk full) is one line on stderr and exit code 2, a result
+    that is not fit to be written exit code 1."""
     try:
         main()
-    except (UserError, OSError) as error:
+    except (UserError, OutputError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, OutputError) else 2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

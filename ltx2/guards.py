@@ -5,9 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-
-class OutputError(Exception):
-    """A stage gave something that no model in order gives: stage, seen, usual."""
+from .base import OutputError
 
 
 def check_latents(stage: str, latents: mx.array) -> None:

@@ -109,6 +109,20 @@ class File:
             self.sha256 = digest.hexdigest()
         return self.sha256
 
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 where it is known, else one of the size and the file's ends: tens
+        of gigabytes are not read for a note."""
+        known = self.sha256 or self.path.resolve().name
+        if re.fullmatch("[0-9a-f]{64}", known):
+            return f"sha256:{known}"
+        digest = hashlib.sha256(str(self.size).encode())
+        with open(self.path, "rb") as f:
+            digest.update(f.read(1 << 20))
+            f.seek(max(0, self.size - (1 << 20)))
+            digest.update(f.read())
+        return f"ends:{digest.hexdigest()}"
+
 
 def read_header(path: Path) -> dict[str, Any]:
     """A safetensors file's header, checked against the file's size."""
@@ -146,6 +160,8 @@ def find(name: str, file: Optional[str] = None) -> list[File]:
     """
     path = Path(name).expanduser()
     if path.is_file():
+        if file:
+            raise UserError(f"{name} is a file, so --file {file} is one too many")
         return [File(path.name, path.stat().st_size, path)]
     repository = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
     if path.is_dir():

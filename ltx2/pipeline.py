@@ -31,9 +31,10 @@ from .latents import (
     video_tokens,
 )
 from .lora import Lora, attach
+from .preview import Preview
 from .request import Job, LoraFile, Request, Stage, plan
 from .sampling import SAMPLERS, Noise, Streams
-from .text import MAX_TOKENS, TextEncoder
+from .text import MAX_TOKENS, TextEncoder, enhance
 
 
 def seeded_noise(seed: int) -> Noise:
@@ -93,7 +94,7 @@ class Event:
     steps: int = 0
     job: int = 0
     snapshot: Optional[Snapshot] = None  # after a denoising step
-    denoised: Optional[Streams] = None  # its estimate of the end, tokens
+    denoised: Optional[Streams] = None  # its estimate of the end, as latents
     frames: Optional[np.ndarray] = None  # (n, H, W, 3) uint8, as they are decoded
 
 
@@ -136,9 +137,9 @@ class Pipeline:
         source: weights.Source,
         text_encoder: Optional[str] = None,
         dtype: mx.Dtype = mx.bfloat16,
-        name: str = "",
+        origin: Optional[dict[str, Any]] = None,
     ):
-        self.source, self.dtype, self.name = source, dtype, name
+        self.source, self.dtype, self.origin = source, dtype, origin or {}
         self.text_encoder = text_encoder or source.text_encoder
         self._loaded: dict[str, nn.Module] = {}
         self._attached: tuple[LoraFile, ...] = ()  # LoRAs beside the transformer
@@ -207,6 +208,20 @@ class Pipeline:
         mx.eval(contexts)
         self.free("connectors")
         return contexts
+
+    def enhance(self, prompt: str, seed: int) -> str:
+        """The prompt rewritten at more length by the text encoder's own Gemma."""
+        longer = enhance(weights.fetch_text_encoder(self.text_encoder), prompt, seed)
+        mx.clear_cache()
+        if not longer:
+            raise UserError(f"the text encoder made nothing of {prompt!r}")
+        return longer
+
+    def preview(self) -> Preview:
+        """A quick map from this model's latents to pictures."""
+        preview = Preview(self.vae)
+        self.free("vae")
+        return preview
 
     def encode_prompt(self, prompt: str) -> Contexts:
         """Contexts (video, audio) of one prompt, each (1, 1024, D)."""
@@ -325,13 +340,12 @@ class Pipeline:
                 for i, (x, x0) in enumerate(steps, first + 1):
                     mx.eval(x, x0)
                     now = Snapshot(r, n, i, x, latents)
-                    yield Event(stage.name, min(i, total), total, 0, now, x0)
+                    seen = self._latents(stage, states, x0)
+                    yield Event(stage.name, min(i, total), total, 0, now, seen)
             for k, v in x.items():
                 traced(mark, k, v)
                 check_latents(f"{stage.name}, {k}", v)
-            latents = {
-                k: self._latents(stage, k, v[:, : states[k].size]) for k, v in x.items()
-            }
+            latents = self._latents(stage, states, x)
             if stage.keeps_audio and "audio" in latents:
                 kept = {"audio": latents["audio"]}
         done = Snapshot(r, len(job.stages), 0, {}, latents | kept)
@@ -355,11 +369,15 @@ class Pipeline:
             states[name] = condition(state, start.items)
         return states
 
-    def _latents(self, stage: Stage, name: str, tokens: mx.array) -> mx.array:
-        if name == "video":
-            return tokens.reshape(1, *stage.latent_size, -1)
-        config = AudioVAEConfig.from_dict(self.source.config["audio_vae"])
-        return audio_from_tokens(tokens, config.z_channels)
+    def _latents(self, stage: Stage, states, tokens: Streams) -> Streams:
+        """Tokens as latents, without those that only guide."""
+        shaped = {k: v[:, : states[k].size] for k, v in tokens.items()}
+        if "video" in shaped:
+            shaped["video"] = shaped["video"].reshape(1, *stage.latent_size, -1)
+        if "audio" in shaped:
+            config = AudioVAEConfig.from_dict(self.source.config["audio_vae"])
+            shaped["audio"] = audio_from_tokens(shaped["audio"], config.z_channels)
+        return shaped
 
     def _upsample(self, name: str, latents: mx.array) -> mx.array:
         """Bigger normalised latents, by a latent upsampler."""
@@ -421,14 +439,12 @@ class Pipeline:
             "request": dataclasses.asdict(job.request),
             "negative_prompt": job.negative_prompt,
             "model": {
-                "name": self.name,
                 "version": source.model_version,
                 "kind": source.kind,
                 "quantization": source.quantization,
                 "files": {f.name: f.fingerprint for f in source.files if f.role},
             },
-            "text_encoder": self.text_encoder,
-            "dtype": str(self.dtype).removeprefix("mlx.core."),
+            "load": self.origin | {"text_encoder": self.text_encoder},
             "versions": {
                 "ltx2": __version__,
                 "mlx": mx.__version__,
@@ -469,6 +485,8 @@ def load(
     beside the model, `dtype` (bfloat16) is of the text side and the transformer. Weights
     are read when a phase needs them. Raises UserError when files do not fit together.
     """
-    dtype = getattr(mx, dtype) if isinstance(dtype, str) else dtype
+    name = str(dtype or "bfloat16").removeprefix("mlx.core.")
     source = weights.open_model(model, kind, upsamplers=upsamplers)
-    return Pipeline(source, text_encoder, dtype or mx.bfloat16, model)
+    origin = {"model": str(model), "kind": source.kind, "dtype": name}
+    origin["upsamplers"] = [str(path) for path in upsamplers]
+    return Pipeline(source, text_encoder, getattr(mx, name), origin)

@@ -119,6 +119,36 @@ def _for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
     return {"text_config": text, **vocabulary}
 
 
+ENHANCE = """\
+You prepare prompts for a model that makes a short video together with its sound. \
+Rewrite the idea below as one paragraph of four to eight sentences in the present tense: \
+who or what is seen and how it looks, what happens from beginning to end, the place and \
+the light, how the camera stands or moves, and what is heard, with spoken words in \
+quotation marks. Keep everything the idea says and contradict none of it. Answer with \
+the paragraph alone.
+
+Idea: {prompt}"""
+
+
+def enhance(folder: Path, prompt: str, seed: int, max_tokens: int = 400) -> str:
+    """A longer prompt, written by the same Gemma with its LM head; the same by seed."""
+    from mlx_lm import generate, load
+    from mlx_lm.sample_utils import make_sampler
+
+    config = json.loads((Path(folder) / "config.json").read_text())
+    model, tokenizer = load(str(folder), model_config=_for_mlx_lm(config))
+    mx.random.seed(seed)
+    turn = ENHANCE.format(prompt=prompt.strip())
+    answer = generate(
+        model,
+        tokenizer,
+        f"<start_of_turn>user\n{turn}<end_of_turn>\n<start_of_turn>model\n",
+        max_tokens=max_tokens,
+        sampler=make_sampler(temp=0.7, top_p=0.95),
+    )
+    return " ".join(answer.split())
+
+
 @dataclass
 class TextConfig(Config):
     """What the text side reads of a checkpoint's `transformer` section."""
@@ -271,8 +301,11 @@ class Connector(nn.Module):
 
 def complete(section: dict[str, Any], shapes: dict[str, tuple]) -> dict[str, Any]:
     """The `transformer` section with what only the tensors tell: the encoder's depth."""
-    widths = [s[1] for name, s in shapes.items() if name.endswith("_embed.weight")]
-    return {**section, "encoder_states": widths[0] // section["caption_channels"]}
+    for name, shape in shapes.items():
+        if name.endswith("_embed.weight") and len(shape) == 2:
+            hidden = section.get("caption_channels", shape[1])
+            return {**section, "encoder_states": shape[1] // hidden}
+    return section
 
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:

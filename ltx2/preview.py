@@ -1,0 +1,37 @@
+"""Quick pictures of unfinished latents, by a linear map to colours."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from .vae import VideoVAE
+
+
+class Preview:
+    """A least-squares map from a latent's channels to the mean colour of its pixels.
+
+    The matrix is fitted on the decoder itself: still latents of seeded normals, mixed
+    over space so that neighbours agree as in pictures, and their decoded patches.
+    """
+
+    def __init__(self, vae: VideoVAE, size: int = 16):
+        channels = vae.config.latent_channels
+        noise = np.random.default_rng(0).standard_normal((size + 2, size + 2, channels))
+        smooth = sum(np.roll(noise, shift, (0, 1)) for shift in np.ndindex(3, 3)) / 3
+        latents = mx.array(smooth[2:, 2:].astype(np.float32))[None, None]
+        still = mx.zeros(latents.shape)
+        conditioned = vae.config.timestep_conditioning
+        frames = vae.decode(latents, noise=still if conditioned else None)
+        colours = frames[0, 0].reshape(size, 32, size, 32, 3).mean((1, 3))
+        known = np.array(latents).reshape(-1, channels)
+        known = np.pad(known, ((0, 0), (0, 1)), constant_values=1)
+        ridge = 1e-3 * len(known) * np.eye(channels + 1)
+        wanted = known.T @ np.array(colours).reshape(-1, 3)
+        self.matrix = np.linalg.solve(known.T @ known + ridge, wanted)
+
+    def __call__(self, latents: mx.array, scale: int = 8) -> np.ndarray:
+        """Normalised latents (1, F, h, w, C) as a strip (F, scale h, scale w, 3) uint8."""
+        x = np.array(latents[0].astype(mx.float32))
+        rgb = np.clip(x @ self.matrix[:-1] + self.matrix[-1], 0, 1)
+        return np.rint(rgb * 255).astype(np.uint8).repeat(scale, 1).repeat(scale, 2)
