@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
@@ -34,7 +33,7 @@ class Component(NamedTuple):
     """A part of the model: the section that configures it and what builds it."""
 
     section: str
-    module: ModuleType  # its `sanitize` and `UNUSED_KEYS`
+    module: ModuleType  # of its `sanitize`
     config: Callable[[dict[str, Any]], Any]
     model: Callable[[Any], nn.Module]
 
@@ -85,6 +84,15 @@ class Source:
     text_encoder: str = TEXT_ENCODER
     provenance: Optional[dict[str, Any]] = None  # of converted models
 
+    def __post_init__(self):
+        self.parts = {
+            name: self.parts[name] for name in COMPONENTS if name in self.parts
+        }
+        for name in self.parts:
+            if COMPONENTS[name].section not in self.config:
+                file = self.files[0].name
+                raise UserError(f"{file} has no configuration of the {name}")
+
     @property
     def version(self) -> tuple[int, ...]:
         return parse_version(self.model_version)
@@ -108,7 +116,7 @@ class Source:
         weights = {inner: arrays[f][key] for inner, (f, key) in part.items()}
         if any(f.metadata.get("format") != "mlx" for f in arrays):
             fp8 = [k for k, (f, key) in part.items() if f.header[key][0] == "F8_E4M3"]
-            weights = sanitize(decode_fp8(weights, fp8), COMPONENTS[name].module)
+            weights = COMPONENTS[name].module.sanitize(decode_fp8(weights, fp8))
         if dtype is not None:
             for key, w in weights.items():
                 if mx.issubdtype(w.dtype, mx.floating):
@@ -120,9 +128,7 @@ class Source:
         component = COMPONENTS[name]
         file = next(iter(self.parts[name].values()))[0].name
         shapes = {key: w.shape for key, w in weights.items()}
-        section = self.config.get(component.section)
-        if section is None:
-            raise UserError(f"{file}: there is no configuration of the {name}")
+        section = self.config[component.section]
         if name == "connectors":
             section = text.complete(section, shapes)
         module = component.model(component.config(section))
@@ -212,9 +218,8 @@ def official_source(files: list[File]) -> Source:
                 raise UserError(f"{other.name} and {f.name} both hold the {part}")
     if "transformer" not in parts:
         raise UserError(f"{files[0].name} is not a model, only {', '.join(parts)}")
-    parts = {name: parts[name] for name in COMPONENTS if name in parts}
     checkpoint = next(iter(parts["transformer"].values()))[0].name
-    version = check_versions(versions, checkpoint, config["transformer"])
+    version = check_versions(versions, checkpoint, config.get("transformer", {}))
     kind = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", checkpoint.lower())
     return Source(files, version, kind[0] if kind else "dev", not kind, config, parts)
 
@@ -298,7 +303,7 @@ def converted_source(files: list[File]) -> Source:
         said["kind"],
         False,
         config,
-        {name: parts[name] for name in COMPONENTS if name in parts},
+        parts,
         said["quantization"],
         said["text_encoder"],
         said["provenance"],
@@ -323,17 +328,6 @@ def fetch_text_encoder(name: str) -> Path:
 
 
 # Tensors
-
-
-def sanitize(weights: Weights, module: ModuleType) -> Weights:
-    """Official to module names, each tensor used once or known to be of no use."""
-    unused = [k for k in weights if any(fnmatch(k, u) for u in module.UNUSED_KEYS)]
-    clean = module.sanitize(weights)
-    if len(clean) + len(unused) != len(weights):
-        raise UserError(
-            f"two tensors have the same meaning, among {sorted(weights)[:5]}"
-        )
-    return clean
 
 
 def decode_fp8(weights: Weights, names: Iterable[str]) -> Weights:

@@ -1,0 +1,69 @@
+"""A Hub repository in a folder, for tests without a network."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+
+from ltx2 import hub
+
+
+class FakeHub:
+    """A repository in a folder; what is fetched is noted."""
+
+    def __init__(self, repo: Path, cache: Path):
+        self.repo, self.cache, self.fetched = repo, cache, []
+        cache.mkdir()
+
+    def model_info(self, repo, files_metadata):
+        siblings = [
+            SimpleNamespace(
+                rfilename=p.name,
+                size=p.stat().st_size,
+                lfs=SimpleNamespace(sha256="ab" * 32) if p.suffix != ".json" else None,
+            )
+            for p in sorted(self.repo.iterdir())
+        ]
+        nested = SimpleNamespace(rfilename="vae/model.safetensors", size=9, lfs=None)
+        return SimpleNamespace(siblings=[*siblings, nested], sha="c0ffee")
+
+    def parse_safetensors_file_metadata(self, repo, name):
+        header = hub.read_header(self.repo / name)
+        metadata = header.pop("__metadata__")
+        tensors = {
+            k: SimpleNamespace(dtype=t, shape=list(s)) for k, (t, s) in header.items()
+        }
+        return SimpleNamespace(metadata=metadata, tensors=tensors)
+
+    def download(self, repo, name):
+        self.fetched.append(name)
+        return shutil.copy(self.repo / name, self.cache / name)
+
+    def create_repo(self, repo_id, exist_ok):
+        self.created = repo_id
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        self.uploaded = repo_id, sorted(p.name for p in Path(folder_path).iterdir())
+
+    def cached(self, repo, name, revision):
+        path = self.cache / name
+        return str(path) if path.exists() else None
+
+
+@pytest.fixture
+def fake_hub(checkpoint, tmp_path, monkeypatch):
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    for name in ("ltx-2-19b-dev", "ltx-2-19b-distilled"):
+        shutil.copy(checkpoint("ltx-2"), repo / f"{name}.safetensors")
+    shutil.copy(checkpoint("ltx-2-lora"), repo / "ltx-2-19b-lora.safetensors")
+    up = repo / "ltx-2-temporal-upscaler-x2-1.0.safetensors"
+    shutil.copy(checkpoint("temporal-x2"), up)
+    (repo / "LICENSE").write_text("the licence")
+    fake = FakeHub(repo, tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", fake.cached)
+    return fake

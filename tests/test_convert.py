@@ -1,0 +1,471 @@
+"""From a checkpoint to a model folder: exact, streamed, whole or not at all."""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from fake_hub import fake_hub  # noqa: F401 (a fixture)
+from huggingface_hub import ModelCard, errors
+from mlx.utils import tree_flatten
+
+from ltx2 import conversion, hub, weights
+from ltx2.base import UserError
+from ltx2.conversion import Conversion, quantization
+
+ROOT = Path(__file__).parent.parent
+
+
+def convert(*args) -> int:
+    """Run convert.py in this process; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["convert.py", *map(str, args)])
+        try:
+            runpy.run_path(str(ROOT / "convert.py"), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+def refused(capsys, *args) -> str:
+    """The one line that convert.py answers with."""
+    assert convert(*args) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
+def write(path: Path, folder: Path, *args, **options) -> weights.Source:
+    """Convert by the API and open the result."""
+    Conversion(weights.open_model(str(path)), *args, **options).write(folder)
+    return weights.open_model(str(folder))
+
+
+@pytest.fixture(scope="module")
+def small(checkpoint, tmp_path_factory) -> Path:
+    """A checkpoint without VAEs and vocoder, for what is about the transformer."""
+    tensors, metadata = mx.load(str(checkpoint("ltx-2")), return_metadata=True)
+    config = json.loads(metadata["config"])
+    metadata["config"] = json.dumps({"transformer": config["transformer"]})
+    tensors = {k: w for k, w in tensors.items() if k.startswith(("model.", "text_"))}
+    path = tmp_path_factory.mktemp("small") / "ltx-2.safetensors"
+    mx.save_safetensors(str(path), tensors, metadata)
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantised(checkpoint, tmp_path_factory) -> Path:
+    """A model folder with 4 bits in groups of 32."""
+    folder = tmp_path_factory.mktemp("quantised") / "model"
+    write(checkpoint("ltx-2"), folder, quantization(group_size=32))
+    return folder
+
+
+# What comes out
+
+
+def test_unquantised_weights_stay_as_they_are(checkpoint, tmp_path):
+    official = weights.open_model(str(checkpoint("ltx-2.3")))
+    converted = write(checkpoint("ltx-2.3"), tmp_path / "model")
+    assert converted.components == official.components
+    for name in official.components:
+        a, b = official.weights(name), converted.weights(name)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype and mx.array_equal(a[key], b[key]), key
+        converted.load(name)
+
+
+@pytest.mark.parametrize(
+    "mode, bits, group_size",
+    [("affine", bits, 32) for bits in (2, 3, 4, 5, 6, 8)]
+    + [("mxfp4", 4, 32), ("nvfp4", 4, 16), ("mxfp8", 8, 32)],
+)
+def test_quantised_weights_reload_bit_for_bit(small, tmp_path, mode, bits, group_size):
+    how = quantization(mode, bits, group_size)
+    official = weights.open_model(str(small)).weights("transformer")
+    converted = write(small, tmp_path / "model", how)
+    assert converted.quantization == how
+    module = dict(tree_flatten(converted.load("transformer").parameters()))
+    layers = [key.removesuffix(".scales") for key in module if key.endswith(".scales")]
+    assert len(layers) == 2 * (6 * 4 + 2 * 2)  # blocks, attentions, feed-forwards
+    for layer in layers:
+        parts = mx.quantize(official[f"{layer}.weight"], **how)
+        for leaf, part in zip(("weight", "scales", "biases"), parts):
+            assert mx.array_equal(module[f"{layer}.{leaf}"], part)
+    for key, w in official.items():
+        if key.removesuffix(".weight") not in layers:
+            assert mx.array_equal(module[key], w)
+
+
+def test_only_the_linears_of_the_blocks_are_quantised(checkpoint, tmp_path):
+    how = quantization(group_size=32)
+    source = write(checkpoint("ltx-2.3"), tmp_path / "model", how)
+    for name in source.components:
+        keys = [k for k in source.parts[name] if k.endswith(".scales")]
+        assert bool(keys) == (name == "transformer")
+    paths = [k.removesuffix(".scales") for k in source.parts["transformer"]]
+    assert "transformer_blocks.0.audio_ff.net.0.proj" in paths
+    for other in (
+        "patchify_proj",
+        "adaln_single.linear",
+        "transformer_blocks.0.attn1.to_gate_logits",
+    ):
+        assert f"{other}.scales" not in source.parts["transformer"]
+
+
+def test_a_predicate_picks_the_layers(small, tmp_path):
+    source = write(
+        small,
+        tmp_path / "model",
+        quantization(group_size=32),
+        predicate=lambda path: path.endswith("1.ff.net.2"),
+    )
+    quantised = [k for k in source.parts["transformer"] if k.endswith(".scales")]
+    assert quantised == ["transformer_blocks.1.ff.net.2.scales"]
+    source.load("transformer")
+
+
+def test_layers_that_do_not_fit_a_group_stay(small, tmp_path):
+    source = write(small, tmp_path / "model", quantization(group_size=64))
+    assert "transformer_blocks.0.attn1.to_q.scales" in source.parts["transformer"]
+    assert (
+        "transformer_blocks.0.audio_attn1.to_q.scales"
+        not in source.parts["transformer"]
+    )
+    source.load("transformer")
+    with pytest.raises(UserError, match="no layer can be quantised in groups of 64"):
+        write(small, tmp_path / "no", quantization(), predicate=lambda path: False)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp8"])
+def test_dequantising_gives_an_ordinary_model(small, tmp_path, mode):
+    how = quantization(mode, group_size=32)
+    quantised = write(small, tmp_path / "quantised", how)
+    plain = write(tmp_path / "quantised", tmp_path / "plain", dequantize=True)
+    assert plain.quantization is None
+    assert plain.provenance["files"] == quantised.provenance["files"]
+    official = weights.open_model(str(small)).weights("transformer")
+    tensors = plain.weights("transformer")
+    assert tensors.keys() == official.keys()
+    key = "transformer_blocks.0.ff.net.2"
+    packed = mx.quantize(official[f"{key}.weight"], **how)
+    assert tensors[f"{key}.weight"].dtype == mx.bfloat16
+    assert mx.array_equal(tensors[f"{key}.weight"], mx.dequantize(*packed, **how))
+    plain.load("transformer")
+
+
+def test_dtype_casts_what_is_not_quantised(checkpoint, tmp_path):
+    how = quantization(group_size=32)
+    source = write(checkpoint("ltx-2"), tmp_path / "model", how, dtype=mx.float16)
+    transformer = source.weights("transformer")
+    assert transformer["proj_out.weight"].dtype == mx.float16
+    assert transformer["transformer_blocks.0.ff.net.2.scales"].dtype == mx.float16
+    assert source.weights("vocoder")["conv_pre.weight"].dtype == mx.bfloat16
+    recipe = json.loads((tmp_path / "model" / "config.json").read_text())["provenance"]
+    assert recipe["recipe"] == {"quantization": how, "dtype": "float16"}
+
+
+def test_large_components_are_sharded(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "SHARD", 200_000)
+    source = write(small, tmp_path / "model")
+    files = sorted(p.name for p in (tmp_path / "model").glob("transformer-*"))
+    assert len(files) > 2 and files[0].endswith(
+        f"00001-of-{len(files):05d}.safetensors"
+    )
+    assert all((tmp_path / "model" / f).stat().st_size < 300_000 for f in files)
+    index = tmp_path / "model" / "transformer.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    assert {
+        k: f.name for k, (f, _) in source.parts["transformer"].items()
+    } == weight_map
+    source.load("transformer")
+    (tmp_path / "model" / files[1]).unlink()
+    with pytest.raises(UserError, match=f"lacks {files[1]}"):
+        weights.open_model(str(tmp_path / "model"))
+
+
+def test_one_tensor_is_in_memory_at_a_time(checkpoint, tmp_path):
+    source = weights.open_model(str(checkpoint("ltx-2.3")))
+    largest = max(
+        w.nbytes for n in source.components for w in source.weights(n).values()
+    )
+    job = Conversion(source, quantization(group_size=32))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    job.write(tmp_path / "model")
+    peak = mx.get_peak_memory() - before  # a transposed tensor is copied once
+    assert peak < 2.1 * largest < source.files[0].size / 6
+
+
+def test_config_says_where_it_comes_from(checkpoint, tmp_path):
+    official = tmp_path / "ltx-2-19b-distilled.safetensors"
+    shutil.copy(checkpoint("ltx-2"), official)
+    shutil.copy(checkpoint("spatial-x2-rational"), tmp_path / "up.safetensors")
+    folder = tmp_path / "model"
+    source = weights.open_model(
+        str(official), upsamplers=[str(tmp_path / "up.safetensors")]
+    )
+    Conversion(source, text_encoder="gemma").write(folder)
+    config = json.loads((folder / "config.json").read_text())
+    metadata = json.loads(hub.read_header(official)["__metadata__"]["config"])
+    assert {key: config[key] for key in metadata} == metadata
+    assert config["spatial_upsampler"]["mid_channels"] == 32
+    assert (config["model_type"], config["model_version"]) == ("ltx2", "2.0.0")
+    assert (config["kind"], config["text_encoder"]) == ("distilled", "gemma")
+    sha256 = subprocess.check_output(["sha256sum", official], text=True).split()[0]
+    assert config["provenance"]["files"]["ltx-2-19b-distilled.safetensors"] == sha256
+    assert config["provenance"]["tool"].startswith("ltx2 ")
+    converted = weights.open_model(str(folder))
+    assert (converted.kind, converted.kind_assumed) == ("distilled", False)
+    assert converted.text_encoder == "gemma" and converted.version == (2, 0, 0)
+    converted.load("spatial_upsampler")
+    converted = weights.open_model(
+        str(folder), upsamplers=[str(tmp_path / "up.safetensors")]
+    )
+    converted.load("spatial_upsampler")  # an official one beside converted weights
+
+
+# A damaged folder
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda m: (m / "vae.safetensors").unlink(), "lacks vae.safetensors"),
+        (lambda m: (m / "transformer.safetensors").unlink(), "lacks transformer"),
+        (lambda m: (m / "config.json").unlink(), "no LTX-2 file"),
+        (lambda m: (m / "config.json").write_text("{"), "not a JSON object"),
+        (
+            lambda m: (m / "vae.safetensors").write_bytes(b"12345678"),
+            "not a safetensors",
+        ),
+        (lambda m: edit(m, "provenance", None), "has no provenance"),
+        (lambda m: edit(m, "kind", "quick"), "not dev or distilled"),
+        (lambda m: edit(m, "transformer", None), "no configuration of the transformer"),
+        (lambda m: edit(m, "quantization", None), "cannot be quantised as None"),
+        (
+            lambda m: edit(m, "quantization", quantization(bits=8, group_size=32)),
+            "contradict",
+        ),
+        (
+            lambda m: edit(m, "quantization", quantization(bits=4, group_size=64)),
+            "contradict|cannot",
+        ),
+        (lambda m: edit(m, "quantization", quantization("mxfp4")), "contradict"),
+        (lambda m: edit(m, "quantization", {"bits": 7, "group_size": 32}), "as .*7"),
+    ],
+)
+def test_a_damaged_folder_is_one_line(quantised, tmp_path, damage, says):
+    model = shutil.copytree(quantised, tmp_path / "model")
+    damage(model)
+    with pytest.raises(UserError, match=says) as error:
+        weights.open_model(str(model)).load("transformer")
+    assert "\n" not in str(error.value)
+
+
+def edit(model: Path, key: str, value) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config[key] = value
+    if value is None:
+        del config[key]
+    (model / "config.json").write_text(json.dumps(config))
+
+
+# Whole or not at all
+
+
+def test_an_interrupted_conversion_leaves_nothing(small, tmp_path):
+    def interrupt(size):
+        raise KeyboardInterrupt
+
+    source = weights.open_model(str(small))
+    with pytest.raises(KeyboardInterrupt):
+        Conversion(source).write(tmp_path / "model", progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".model.new").mkdir()  # as a killed one leaves it
+    (tmp_path / ".model.new" / "transformer.safetensors").write_text("half")
+    Conversion(source).write(tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    before = (tmp_path / "model" / "config.json").stat().st_ino
+    with pytest.raises(KeyboardInterrupt):
+        Conversion(source).write(tmp_path / "model", True, progress=interrupt)
+    assert (tmp_path / "model" / "config.json").stat().st_ino == before
+    Conversion(source).write(tmp_path / "model", True)
+    assert (tmp_path / "model" / "config.json").stat().st_ino != before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_can_be_replaced_by_what_is_made_from_it(quantised, tmp_path):
+    model = shutil.copytree(quantised, tmp_path / "model")
+    assert convert("--hf-path", model, "-d", "--mlx-path", model, "--overwrite") == 0
+    assert weights.open_model(str(model)).quantization is None
+
+
+def test_a_full_disk_leaves_nothing(small, tmp_path, monkeypatch, capsys):
+    def full(path, weights, progress):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(conversion, "write_safetensors", full)
+    path = small
+    said = refused(capsys, "--hf-path", path, "--mlx-path", tmp_path / "model")
+    assert "No space left on device" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_permission(small, tmp_path, monkeypatch, capsys):
+    def forbidden(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    said = refused(capsys, "--hf-path", small, "--mlx-path", tmp_path / "m")
+    assert "Permission denied" in said
+
+
+# The command line
+
+
+def test_the_documented_spelling(checkpoint, tmp_path, capsys):
+    source, model = checkpoint("ltx-2"), tmp_path / "model"
+    args = ("--quantize", "-q-bits", "4", "--q-group-size", "32")
+    assert convert("--hf-path", source, "--mlx-path", model, *args) == 0
+    out = capsys.readouterr().out
+    assert "LTX-2 2.0.0, dev (assumed, see --kind)" in out
+    assert "ltx-2.safetensors" in out
+    assert "transformer.safetensors  56 layers quantized" in out
+    assert "vocoder.safetensors" in out and "needed" in out and "free" in out
+    assert weights.open_model(str(model)).quantization["bits"] == 4
+    for file in model.glob("*.safetensors"):  # the sizes said are those written
+        assert (
+            f"{hub.gigabytes(sum(w.nbytes for w in mx.load(str(file)).values()))}  {file.name}"
+            in out
+        )
+
+
+def test_kind_and_dtype_from_the_command_line(checkpoint, tmp_path):
+    args = ("--kind", "distilled", "--dtype", "float32", "--text-encoder", "here")
+    model = tmp_path / "model"
+    assert convert("--hf-path", checkpoint("ltx-2"), "--mlx-path", model, *args) == 0
+    source = weights.open_model(str(model))
+    assert (source.kind, source.text_encoder) == ("distilled", "here")
+    assert source.weights("vae")["encoder.conv_in.conv.bias"].dtype == mx.float32
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--q-bits", "4"], "need --quantize"),
+        (["-q", "--q-mode", "mxfp4", "--q-bits", "8"], "mxfp4 means 4 bits"),
+        (["-q", "--q-mode", "nvfp4", "--q-group-size", "64"], "groups of 16"),
+        (["--file", "x"], "one too many"),
+        (["--dequantize"], "not quantised"),
+        (["--dequantize", "-q"], "nothing to dequantize"),
+        (["--hf-path", "nowhere"], "no such file"),
+        (["--upsampler", "nowhere"], "no such file"),
+        (["--mlx-path", "."], "exists"),
+        (["--mlx-path", ".", "--overwrite"], "no converted model"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_written(
+    small, tmp_path, monkeypatch, capsys, args, says
+):
+    monkeypatch.chdir(tmp_path)
+    error = refused(capsys, "--hf-path", small, *args)
+    assert re.search(says, error), error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lora_and_a_half_file_are_refused(checkpoint, tmp_path, capsys):
+    half = tmp_path / "ltx-2-dev.safetensors"
+    half.write_bytes(checkpoint("ltx-2").read_bytes()[:-1])
+    target = tmp_path / "model"
+    for path, says in (
+        (checkpoint("ltx-2-lora"), "as --lora"),
+        (half, "fetch it again"),
+    ):
+        assert says in refused(capsys, "--hf-path", path, "--mlx-path", target)
+    assert not target.exists()
+
+
+def test_without_room_nothing_is_fetched_or_written(
+    fake_hub, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda p: SimpleNamespace(free=7e6))
+    assert "too small" in refused(capsys, "--mlx-path", tmp_path / "model")
+    assert fake_hub.fetched == [] and not (tmp_path / "model").exists()
+
+
+def test_help_is_quick(capsys):
+    code = (
+        "import runpy, sys; sys.argv = ['convert.py', '--help']\n"
+        "try: runpy.run_path('convert.py', run_name='__main__')\n"
+        "except SystemExit: print(*sys.modules)"
+    )
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert "-q-bits" in out and "Lightricks/LTX-2" in out
+    modules = out.splitlines()[-1].split()
+    assert "ltx2.base" in modules
+    assert not {"mlx.nn", "numpy", "huggingface_hub", "tqdm"} & set(modules)
+
+
+# The Hub
+
+
+def test_the_default_model_from_the_hub_and_back(fake_hub, tmp_path, capsys):
+    model = tmp_path / "model"
+    args = ("--quantize", "--q-group-size", "32", "--upload-repo", "mlx-community/it")
+    assert convert("--mlx-path", model, *args) == 0
+    out = capsys.readouterr().out
+    assert out.index("ltx-2-19b-distilled.safetensors  to be fetched") < out.index(
+        "wrote"
+    )
+    assert (model / "LICENSE.md").read_text() == "the licence"
+    config = json.loads((model / "config.json").read_text())
+    assert config["provenance"]["source"] == "Lightricks/LTX-2"
+    assert set(config["provenance"]["files"].values()) == {"ab" * 32}
+    assert fake_hub.created == "mlx-community/it"
+    assert fake_hub.uploaded == (
+        "mlx-community/it",
+        sorted(
+            ["LICENSE.md", "README.md", "config.json", "temporal_upsampler.safetensors"]
+            + ["transformer.safetensors", "connectors.safetensors", "vae.safetensors"]
+            + ["audio_vae.safetensors", "vocoder.safetensors"]
+        ),
+    )
+    card = ModelCard.load(model / "README.md", ignore_metadata_errors=False)
+    assert card.data.base_model == "Lightricks/LTX-2"
+    assert card.data.library_name == "mlx"
+    assert card.data.pipeline_tag == "text-to-video"
+    assert card.data.license == "other"
+    assert card.data.license_name == "ltx-2-community-license-agreement"
+    assert card.data.license_link.startswith("https://")
+    assert "mlx-community/it" in card.text and "4 bits" in card.text
+    assert "Notice of change" in card.text
+    shutil.rmtree(fake_hub.repo)
+    shutil.copytree(model, fake_hub.repo)  # what was uploaded, at another user's
+    shutil.rmtree(fake_hub.cache)
+    fake_hub.cache.mkdir()
+    source = weights.open_model("mlx-community/it")
+    assert source.kind == "distilled" and source.quantization["bits"] == 4
+    for name in source.components:
+        source.load(name)
+
+
+def test_an_upload_that_fails_leaves_the_model(fake_hub, tmp_path, monkeypatch, capsys):
+    def refuse(**kwargs):
+        raise errors.HTTPError("no route")
+
+    monkeypatch.setattr(fake_hub, "upload_folder", refuse)
+    model = tmp_path / "model"
+    said = refused(capsys, "--mlx-path", model, "--upload-repo", "mlx-community/it")
+    assert "cannot be reached" in said
+    weights.open_model(str(model)).load("vae")
