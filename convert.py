@@ -85,6 +85,10 @@ def main() -> None:
     given = [args.q_bits, args.q_group_size, args.q_mode]
     if any(given) and not args.quantize:
         raise UserError("--q-bits, --q-group-size and --q-mode need --quantize")
+    if args.upload_repo and args.upload_repo.count("/") != 1:
+        raise UserError(
+            f"--upload-repo {args.upload_repo} is not of the form owner/name"
+        )
 
     import mlx.core as mx
     from tqdm import tqdm

@@ -43,6 +43,12 @@ class File:
     repo: str = ""
     sha256: str = ""
 
+    def __post_init__(self):
+        # The Hub's cache names large files by their sha256.
+        target = self.path.resolve().name if self.path else ""
+        if not self.sha256 and re.fullmatch("[0-9a-f]{64}", target):
+            self.sha256 = target
+
     @cached_property
     def header(self) -> dict[str, Any]:
         """Dtype and shape of each tensor, and "__metadata__"; no tensor is read."""
@@ -99,9 +105,8 @@ class File:
             raise UserError(f"{self.path} is not a JSON object") from None
 
     def checksum(self) -> str:
-        """The sha256, by which the Hub's cache names its files."""
-        self.sha256 = self.sha256 or self.path.resolve().name
-        if re.fullmatch("[0-9a-f]{64}", self.sha256) is None:
+        """The sha256 of the whole file."""
+        if not self.sha256:
             digest = hashlib.sha256()
             with open(self.path, "rb") as f:
                 while block := f.read(1 << 24):
@@ -113,9 +118,8 @@ class File:
     def fingerprint(self) -> str:
         """The sha256 where it is known, else one of the size and the file's ends: tens
         of gigabytes are not read for a note."""
-        known = self.sha256 or self.path.resolve().name
-        if re.fullmatch("[0-9a-f]{64}", known):
-            return f"sha256:{known}"
+        if self.sha256:
+            return f"sha256:{self.sha256}"
         digest = hashlib.sha256(str(self.size).encode())
         with open(self.path, "rb") as f:
             digest.update(f.read(1 << 20))
@@ -139,6 +143,11 @@ def read_header(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a safetensors file") from None
     if size != end:
         raise UserError(f"{path} has {size} bytes instead of {end}: fetch it again")
+    strange = {dtype for dtype, _ in tensors.values()} - DTYPES.keys()
+    if strange:
+        raise UserError(
+            f"{path} has tensors of type {', '.join(strange)}, not read here"
+        )
     return {"__metadata__": metadata, **tensors}
 
 

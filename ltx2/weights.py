@@ -250,11 +250,12 @@ def add_upsampler(source: Source, f: File) -> None:
 
 
 def parse_version(model_version: str) -> tuple[int, ...]:
-    """ "2.4-rc2" is (2, 4)."""
+    """ "2.4-rc2" is (2, 4, 0); what is older than 2 is another model."""
     numbers = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", model_version)
-    if numbers is None:
-        raise UserError(f"model_version is {model_version!r}, which is no version")
-    return tuple(int(n or 0) for n in numbers.groups())
+    version = tuple(int(n or 0) for n in numbers.groups()) if numbers else ()
+    if version < (2,):
+        raise UserError(f"model_version {model_version!r} is none of LTX-2")
+    return version
 
 
 def generation(version: tuple[int, ...]) -> str:
@@ -267,8 +268,6 @@ def check_versions(versions: dict[str, str], checkpoint: str, config: dict) -> s
     its transformer's configuration and with the other files."""
     modulated = config.get("cross_attention_adaln", False)  # since 2.3
     mine = versions.get(checkpoint, "2.3" if modulated else "2.0")
-    if parse_version(mine) < (2, 0):
-        raise UserError(f"{checkpoint} is LTX-Video {mine}, but only LTX-2 works here")
     if (parse_version(mine) >= (2, 3)) != modulated:
         looks = "2.3 or later" if modulated else "2.0"
         raise UserError(f"{checkpoint} says it is {mine}, but is configured as {looks}")
@@ -282,32 +281,30 @@ def converted_source(files: list[File]) -> Source:
     """A folder that `Conversion.write` made, checked to be whole."""
     config, names = files[0].json(), {f.name for f in files}
     parts: Parts = {}
-    wanted = set()
+    wanted, strays = set(), []
     for f in files:
         shard = re.fullmatch(r"(.+?)(?:-\d+-of-(\d+))?\.safetensors", f.name)
         if shard and shard[1] in COMPONENTS:
             wanted.update(shard_names(shard[1], int(shard[2] or 1)))
             parts.setdefault(shard[1], {}).update({key: (f, key) for key in f.keys})
+        elif shard:
+            strays.append(f)
     for name, component in COMPONENTS.items():
         if component.section in config and name not in parts:
             wanted.add(f"{name}.safetensors")
     if wanted - names:
         raise UserError(f"the model lacks {', '.join(sorted(wanted - names))}")
     said = {key: config.pop(key, None) for key in CONVERTED}
-    for key in ("model_version", "kind", "text_encoder", "provenance"):
-        if said[key] is None:
-            raise UserError(f"{files[0].path} has no {key}: convert again")
-    return Source(
-        files,
-        said["model_version"],
-        said["kind"],
-        False,
-        config,
-        parts,
-        said["quantization"],
-        said["text_encoder"],
-        said["provenance"],
-    )
+    missing = [k for k, v in said.items() if v is None and not k.startswith("quant")]
+    if missing:
+        raise UserError(f"{files[0].path} has no {missing[0]}: convert again")
+    said.pop("model_type")
+    said.pop("quantization_config")
+    inside = files[0].path.parent / said["text_encoder"]
+    if inside.is_dir():
+        said["text_encoder"] = str(inside)
+    files = [f for f in files if f not in strays]
+    return Source(files, kind_assumed=False, config=config, parts=parts, **said)
 
 
 def shard_names(name: str, count: int) -> list[str]:
@@ -335,7 +332,12 @@ def decode_fp8(weights: Weights, names: Iterable[str]) -> Weights:
     fp8 activations, which there are none of here."""
     for name in names:
         w = mx.from_fp8(weights[name], mx.float32)
-        w = w * weights.pop(f"{name}_scale", 1)
+        scale = weights.pop(f"{name}_scale", mx.array(1.0))
+        if scale.size != 1:
+            raise UserError(
+                f"{name} is scaled by block: only whole fp8 tensors are read"
+            )
+        w = w * scale
         weights.pop(f"{name.removesuffix('weight')}input_scale", None)
         weights[name] = w.astype(mx.bfloat16)
     return weights

@@ -234,6 +234,16 @@ def test_config_says_where_it_comes_from(checkpoint, tmp_path):
     converted.load("spatial_upsampler")  # an official one beside converted weights
 
 
+def test_a_folder_may_hold_its_text_encoder_and_other_files(quantised, tmp_path):
+    model = shutil.copytree(quantised, tmp_path / "model")
+    (model / "gemma").mkdir()
+    edit(model, "text_encoder", "gemma")
+    (model / "style-lora.safetensors").write_bytes(b"not looked at")
+    source = weights.open_model(str(model))
+    assert source.text_encoder == str(model / "gemma")
+    assert "style-lora.safetensors" not in [f.name for f in source.files]
+
+
 # A damaged folder
 
 
@@ -367,6 +377,7 @@ def test_kind_and_dtype_from_the_command_line(checkpoint, tmp_path):
         (["-q", "--q-mode", "mxfp4", "--q-bits", "8"], "mxfp4 means 4 bits"),
         (["-q", "--q-mode", "nvfp4", "--q-group-size", "64"], "groups of 16"),
         (["--file", "x"], "one too many"),
+        (["--upload-repo", "mine"], "not of the form owner/name"),
         (["--dequantize"], "not quantised"),
         (["--dequantize", "-q"], "nothing to dequantize"),
         (["--hf-path", "nowhere"], "no such file"),

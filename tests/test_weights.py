@@ -215,6 +215,12 @@ def configure(section, key, value):
     return change
 
 
+def block_scale(tensors, metadata):
+    layer = Q_BIAS.removesuffix(".bias")
+    tensors[f"{layer}.weight"] = mx.to_fp8(tensors[f"{layer}.weight"])
+    tensors[f"{layer}.weight_scale"] = mx.ones(64)
+
+
 PROJECTION = "text_embedding_projection.aggregate_embed.weight"
 VAE_BIAS = "vae.encoder.conv_in.conv.bias"
 Q_BIAS = "model.diffusion_model.transformer_blocks.0.attn1.to_q.bias"
@@ -238,11 +244,12 @@ Q_BIAS = "model.diffusion_model.transformer_blocks.0.attn1.to_q.bias"
         ),
         (configure("transformer", "rope_type", "other"), "transformer", "rope_type"),
         (configure("vae", "latent_channels", 9), "vae", "contradict"),
+        (block_scale, "transformer", "scaled by block"),
         (put("config", "{}"), "", "has no configuration of the transformer"),
         (put("config", "not json"), "", "has no config$"),
-        (put("model_version", "0.9.8"), "", "LTX-Video 0.9.8"),
+        (put("model_version", "0.9.8"), "", "'0.9.8' is none of LTX-2"),
         (put("model_version", "2.3.0"), "", "configured as 2.0"),
-        (put("model_version", "latest"), "", "no version"),
+        (put("model_version", "latest"), "", "none of LTX-2"),
     ],
 )
 def test_a_file_that_contradicts_itself(checkpoint, tmp_path, change, component, says):
@@ -250,6 +257,14 @@ def test_a_file_that_contradicts_itself(checkpoint, tmp_path, change, component,
     with pytest.raises(UserError, match=says) as error:
         weights.open_model(str(path)).load(component)
     assert "\n" not in str(error.value)
+
+
+def test_a_tensor_type_that_cannot_be_read(checkpoint, tmp_path):
+    path = tmp_path / "ltx-2-dev.safetensors"
+    data = checkpoint("ltx-2").read_bytes()
+    path.write_bytes(data.replace(b'"BF16"', b'"FP16"', 1))
+    with pytest.raises(UserError, match="tensors of type FP16"):
+        weights.open_model(str(path))
 
 
 @pytest.mark.parametrize("keep", [0, 5, 1000, -1])
