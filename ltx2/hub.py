@@ -267,7 +267,7 @@ def check_space(wanted: dict[Path, int]) -> None:
         disks[disk] = disks.get(disk, 0) + size
         if size:
             need = f"{gigabytes(disks[disk])} needed, {gigabytes(free)} free"
-            print(f"disk of {folder}: {need}")
+            print(f"disk of {folder}: {need}", flush=True)
             if disks[disk] > free:
                 raise UserError(f"the disk of {folder} is too small: {need}")
 
