@@ -133,6 +133,10 @@ def main() -> None:
     with tqdm(total=size, unit="B", unit_scale=True) as bar:
         job.write(folder, args.overwrite, args.upload_repo, bar.update)
     print(f"wrote {args.mlx_path}")
+    if not (folder / "LICENSE.md").exists():
+        print(
+            "There was no LICENSE beside the weights: add theirs before sharing them."
+        )
     if args.upload_repo:
         hub.upload(folder, args.upload_repo)
         print(f"uploaded to https://huggingface.co/{args.upload_repo}")

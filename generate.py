@@ -5,7 +5,6 @@ import dataclasses
 import json
 import re
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -137,7 +136,6 @@ def sound(text: str) -> tuple[str, float]:
 
 def main() -> None:
     args = parser().parse_args()
-    warnings.showwarning = lambda message, *_: print(f"note: {message}")
     from ltx2 import media, pipeline
 
     load, request, resume = recorded(args)

@@ -68,7 +68,8 @@ def traced(trace: Optional[Trace], name: str, x: mx.array) -> mx.array:
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main`: a mistake of the user's or a refusal of the system's (no
     such file, no permission, disk full) is one line on stderr and exit code 2, a result
-    that is not fit to be written exit code 1."""
+    that is not fit to be written exit code 1; a warning is one line on stdout."""
+    warnings.showwarning = lambda message, *_: print(f"note: {message}")
     try:
         main()
     except (UserError, OutputError, OSError) as error:
