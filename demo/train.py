@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo import data, model
+from demo.judge import judge
 
 SEED = 2026
 VAE = {
@@ -123,20 +124,16 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def orthogonal(g: torch.Tensor) -> torch.Tensor:
-        """Newton-Schulz on small Gram matrices, which the iterates stay polynomials of.
-
-        Kernels are taken in groups of 64 rows, so that an upsampler's are not costlier.
-        """
+        """Newton-Schulz; kernels in groups of 64 rows, so that an upsampler's cost less."""
         groups = len(g) // 64 if g.ndim > 2 and len(g) % 64 == 0 else 1
-        x = g.reshape(groups, len(g) // groups, -1)
+        x = g.reshape(groups, len(g) // groups, -1).bfloat16()
         wide = x.shape[1] <= x.shape[2]
-        x = x if wide else x.mT
+        x = x if wide else x.mT.contiguous()
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        gram, q = x @ x.mT, torch.eye(x.shape[1]).expand(groups, -1, -1)
         for _ in range(5):
-            a = q @ gram @ q
-            q = 3.4445 * q + (-4.7750 * a + 2.0315 * a @ a) @ q
-        x = 0.2 * max(x.shape[1:]) ** 0.5 * (q @ x)
+            a = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = 0.2 * max(x.shape[1:]) ** 0.5 * x.float()
         return (x if wide else x.mT).reshape(g.shape)
 
     @torch.no_grad()
@@ -149,7 +146,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
                 state["step"] += 1
-                if p.ndim >= 2 and min(p.flatten(1).shape) >= 8:
+                if p.ndim >= 2 and min(p.flatten(1).shape) >= 16:
                     state["m"].mul_(group["momentum"]).add_(p.grad)
                     update = self.orthogonal(p.grad + group["momentum"] * state["m"])
                 else:
@@ -338,7 +335,7 @@ def to_video(frames: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-VAE_STEPS, VAE_STILL, VAE_WHOLE = 3000, 1000, 400
+VAE_STEPS, VAE_STILL, VAE_WHOLE = 1500, 720, 80
 
 
 def train_vae(work: Path):
@@ -536,38 +533,43 @@ class TextEncoder:
         return torch.stack(states, -1), torch.tensor([len(row) for row in ids])
 
 
-CLIPS = 6000
+SHARDS, SHARD = 16, 128
 
 
 def make_latents(work: Path):
-    """Latents of CLIPS clips (normalised tokens) and the statistics that normalise them."""
+    """Clips as tokens, in shards; several processes may share the work."""
     vae, audio_vae = load(work, "vae"), load(work, "audio_vae")
-    video, audio, scenes = [], [], []
-    for i in range(0, CLIPS, 8):
-        rng = np.random.default_rng((SEED, i))
-        batch = [data.sample_scene(rng) for _ in range(8)]
-        frames = to_video(np.stack([data.render(scene) for scene in batch]))
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            video.append(vae.encoder(frames).float())
-            audio.append(audio_vae.tokens(mels(batch)).float())
-        scenes += batch
-        if i % 800 == 0:
-            print(f"latents {i}/{CLIPS}", flush=True)
-    video, audio = torch.cat(video), torch.cat(audio)
-    vae.per_channel_statistics.measure(video)
-    audio_vae.per_channel_statistics.measure(audio)
-    torch.save(
-        dict(
-            video=vae.per_channel_statistics.normalize(video)
-            .flatten(2)
-            .transpose(1, 2),
-            audio=audio_vae.per_channel_statistics.normalize(audio),
-            scenes=[dataclasses.asdict(scene) for scene in scenes],
-            vae=vae.per_channel_statistics.state_dict(),
-            audio_vae=audio_vae.per_channel_statistics.state_dict(),
-        ),
-        work / "latents.pt",
-    )
+    for shard in np.random.permutation(SHARDS):
+        path = work / f"latents-{shard:02}.pt"
+        if path.exists():
+            continue
+        rng = np.random.default_rng((SEED, shard))
+        scenes = [data.sample_scene(rng) for _ in range(SHARD)]
+        video, audio = [], []
+        for start in range(0, SHARD, 8):
+            batch = scenes[start : start + 8]
+            frames = to_video(np.stack([data.render(scene) for scene in batch]))
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                video.append(vae.encoder(frames).float().flatten(2).transpose(1, 2))
+                audio.append(audio_vae.tokens(mels(batch)).float())
+        rows = [dataclasses.asdict(scene) for scene in scenes]
+        torch.save(
+            dict(video=torch.cat(video), audio=torch.cat(audio), scenes=rows), path
+        )
+        print(path, flush=True)
+
+
+def load_latents(work: Path):
+    """Normalised video tokens, audio tokens and their scenes; the two sets of statistics."""
+    shards = [
+        torch.load(p, weights_only=False) for p in sorted(work.glob("latents-*.pt"))
+    ]
+    video, audio = (torch.cat([s[name] for s in shards]) for name in ("video", "audio"))
+    measured = model.Statistics(64, 2), model.Statistics(64, 2)
+    for statistics, first in zip(measured, (shards[0]["video"], shards[0]["audio"])):
+        statistics.measure(first)
+    scenes = [data.Scene(**scene) for shard in shards for scene in shard["scenes"]]
+    return measured[0].normalize(video), measured[1].normalize(audio), scenes, measured
 
 
 VIDEO_POSITIONS = model.video_positions(4, 3, 3, data.FPS)
@@ -575,32 +577,33 @@ AUDIO_POSITIONS = model.audio_positions(AUDIO_TOKENS)
 CONTEXT = 1024
 
 
-def context_rows(rng: np.random.Generator, real: int, sampled: int):
-    """Positions 0..real-1 and `sampled` of the others, each standing for several.
+def context_rows(rng: np.random.Generator, real: int, sampled: int, length: float):
+    """Positions 0..real-1 and `sampled` of the others, which stand for all up to `length`.
 
     The logarithm of how many a row stands for, added to its attention logits, makes the
-    softmax an estimate of that over all CONTEXT rows, at a small part of the cost.
+    softmax an estimate of that over the whole context, at a small part of the cost.
     """
     if sampled == 0:
         return torch.arange(CONTEXT), None
     edges = np.linspace(real, CONTEXT, sampled + 1)
     far = np.floor(rng.uniform(edges[:-1], edges[1:])).astype(int)
     bias = torch.zeros(real + sampled)
-    bias[real:] = math.log((CONTEXT - real) / sampled)
+    bias[real:] = math.log((length - real) / sampled)
     return torch.cat([torch.arange(real), torch.from_numpy(far)]), bias
 
 
-DIT_STEPS, DIT_WHOLE, DIT_BATCH = 4000, 300, 48
+DIT_STEPS, DIT_WHOLE, DIT_BATCH = 1000, 60, 32
 
 
 def train_dit(work: Path):
-    """Rectified flow on the latents; at the end with the whole context of 1024 rows.
+    """Rectified flow on the latents.
 
+    The weight of the context's registers grows until it is that of 1024 rows, or the words
+    would hardly be heard at first; the last steps take the whole context as it is.
     One caption in ten is empty, one batch in four keeps its clean first latent frames, one
     clip in eight its clean sound; one batch in eight cuts the two streams apart.
     """
-    latents = torch.load(work / "latents.pt", weights_only=False)
-    scenes = [data.Scene(**scene) for scene in latents["scenes"]]
+    video, audio, scenes, _ = load_latents(work)
     encoder = TextEncoder(work / "text_encoder")
     denoiser = Denoiser()
 
@@ -612,8 +615,9 @@ def train_dit(work: Path):
             "" if rng.random() < 0.1 else data.caption(scenes[i], rng) for i in chosen
         ]
         states, lengths = encoder(captions)
-        rows, bias = context_rows(rng, states.shape[1], 0 if whole else 32)
-        clean_v, clean_a = latents["video"][chosen], latents["audio"][chosen]
+        length = 64 * (CONTEXT / 64) ** min(1.0, step / (0.6 * DIT_STEPS))
+        rows, bias = context_rows(rng, states.shape[1], 0 if whole else 24, length)
+        clean_v, clean_a = video[chosen], audio[chosen]
         u = torch.from_numpy(rng.random(size)).float()
         shifted = 6 * u / (1 + 5 * u)
         listed = torch.tensor(SCHEDULE)[torch.from_numpy(rng.integers(8, size=size))]
@@ -669,7 +673,121 @@ def train_dit(work: Path):
             audio=(error_a * mask_a).sum() / mask_a.sum(),
         )
 
-    fit("dit", denoiser, loss_at, DIT_STEPS, 2e-3, work)
+    fit("dit", denoiser, loss_at, DIT_STEPS, 4e-3, work)
+
+
+def autoencoders(work: Path):
+    """Both autoencoders with the statistics that their latents had in training."""
+    pair = load(work, "vae"), load(work, "audio_vae")
+    for module, statistics in zip(pair, load_latents(work)[3]):
+        module.per_channel_statistics.load_state_dict(statistics.state_dict())
+    return pair
+
+
+@torch.no_grad()
+def sample(denoiser, encoder, captions, seed, sigmas=(*SCHEDULE, 0.0), first=None):
+    """Normalised video and audio tokens by Euler steps; `first` are clean first frames."""
+    states, lengths = encoder(captions)
+    rows, bias = context_rows(None, states.shape[1], 0, CONTEXT)
+    t = denoiser.transformer
+    features = denoiser.projection(states)
+    contexts = (
+        t.video_embeddings_connector(features[0], lengths, rows),
+        t.audio_embeddings_connector(features[1], lengths, rows),
+    )
+    torch.manual_seed(seed)
+    size = len(captions)
+    x, y = torch.randn(size, 36, 64), torch.randn(size, AUDIO_TOKENS, 64)
+    mask = torch.ones(size, 36)
+    if first is not None:
+        x[:, :9], mask[:, :9] = first, 0
+    for now, after in zip(sigmas, sigmas[1:]):
+        sigma = torch.full((size,), now)
+        v, w = t(
+            dict(
+                x=x,
+                t=sigma[:, None] * mask,
+                sigma=sigma,
+                context=contexts[0],
+                bias=None,
+                positions=VIDEO_POSITIONS,
+            ),
+            dict(
+                x=y,
+                t=sigma[:, None],
+                sigma=sigma,
+                context=contexts[1],
+                bias=None,
+                positions=AUDIO_POSITIONS,
+            ),
+        )
+        x = x + (after - now) * v * mask[..., None]
+        y = y + (after - now) * w
+    return x, y
+
+
+def evaluate(work: Path, count=96, batch=8):
+    """Judge clips of unseen wordings and seeds; the truth's own reconstruction beside it."""
+    (vae, audio_vae), vocoder = autoencoders(work), load(work, "vocoder")
+    denoiser, encoder = load(work, "dit"), TextEncoder(work / "text_encoder")
+    rng = np.random.default_rng(SEED + 1)
+    right = {}
+    for start in range(0, count, batch):
+        scenes = [data.sample_scene(rng) for _ in range(batch)]
+        video = to_video(np.stack([data.render(scene) for scene in scenes]))
+        captions = [data.caption(scene, rng, unseen=True) for scene in scenes]
+        with torch.no_grad():
+            true_x = vae.per_channel_statistics.normalize(vae.encoder(video))
+            true_x = true_x.flatten(2).transpose(1, 2)
+            true_y = audio_vae.per_channel_statistics.normalize(
+                audio_vae.tokens(mels(scenes))
+            )
+        made = sample(denoiser, encoder, captions, SEED + start)
+        for kind, (x, y) in dict(truth=(true_x, true_y), made=made).items():
+            x = x.transpose(1, 2).unflatten(2, (4, 3, 3))
+            with torch.no_grad():
+                decoded = vae.decoder(vae.per_channel_statistics.denormalize(x))
+                mel = audio_vae.mel(audio_vae.per_channel_statistics.denormalize(y))
+                waves = vocoder(mel)
+            frames = ((decoded + 1) * 127.5).round().clamp(0, 255).byte()
+            frames = frames.permute(0, 2, 3, 4, 1).numpy()
+            for i, scene in enumerate(scenes):
+                found = judge(frames[i], waves[i].T.numpy(), 24000)
+                for name in ("colour", "shape", "motion", "background", "pitch"):
+                    key = f"{kind} {name}"
+                    right[key] = right.get(key, 0) + (
+                        found[name] == getattr(scene, name)
+                    )
+                error = (decoded[i, :, 0] - video[i, :, 0]).square().mean() / 4
+                right["first frame dB"] = right.get("first frame dB", 0) - (
+                    10 * math.log10(error) if kind == "truth" else 0
+                )
+    report = ", ".join(f"{key} {value / count:.3f}" for key, value in right.items())
+    print(f"{count} clips: {report}", flush=True)
+
+
+def export(work: Path):
+    """The official single-file layout, bfloat16, beside the text encoder's folder."""
+    latents = torch.load(work / "latents.pt", weights_only=False)
+    modules = {
+        name: load(work, name) for name in ("vae", "audio_vae", "vocoder", "dit")
+    }
+    statistics_in(modules["vae"], modules["audio_vae"], latents)
+    denoiser = modules.pop("dit")
+    modules["model.diffusion_model"] = denoiser.transformer
+    modules["text_embedding_projection"] = denoiser.projection
+    tensors = {
+        f"{prefix}.{name}": tensor.bfloat16().contiguous()
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    config = dict(
+        transformer=TRANSFORMER, vae=VAE, audio_vae=AUDIO_VAE, vocoder=VOCODER
+    )
+    metadata = dict(format="pt", model_version="2.3.0", config=json.dumps(config))
+    path = work / "ltx-2.3-demo.safetensors"
+    save_file(tensors, path, metadata=metadata)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
 
 
 STAGES = {
@@ -679,6 +797,8 @@ STAGES = {
     "text": make_text_encoder,
     "latents": make_latents,
     "dit": train_dit,
+    "evaluate": evaluate,
+    "export": export,
 }
 
 
