@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from . import __version__
 from .base import UserError
-from .hub import DTYPES
+from .hub import DTYPES, File
 from .weights import FLOAT32, Source, Weights, shard_names
 
 SHARD = 5 * 10**9  # bytes a file, at most
@@ -181,9 +181,12 @@ class Conversion:
 
 def check_target(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that is in the way, and to replace what is no model."""
-    if folder.exists() and not overwrite:
+    if not folder.exists():
+        return
+    if not overwrite:
         raise UserError(f"{folder} exists: --overwrite replaces it")
-    if folder.exists() and not (folder / "config.json").is_file():
+    config = folder / "config.json"
+    if not config.is_file() or not File(config.name, 0, config).is_ours:
         raise UserError(f"{folder} holds no converted model, so it is not replaced")
 
 

@@ -104,6 +104,11 @@ class File:
         except (ValueError, TypeError):
             raise UserError(f"{self.path} is not a JSON object") from None
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is the config.json of a converted folder."""
+        return self.json().get("model_type") == "ltx2"
+
     def checksum(self) -> str:
         """The sha256 of the whole file."""
         if not self.sha256:
@@ -182,9 +187,8 @@ def find(name: str, file: Optional[str] = None) -> list[File]:
     names = {f.name: f for f in files}
     weights = [f for f in files if f.name.endswith(".safetensors")]
     licence = [f for f in files if f.name.startswith("LICENSE")]
-    if not file and "config.json" in names:
-        if names["config.json"].json().get("model_type") == "ltx2":
-            return [names["config.json"], *weights, *licence]
+    if not file and "config.json" in names and names["config.json"].is_ours:
+        return [names["config.json"], *weights, *licence]
     upsamplers = [f for f in weights if f.role == "upsampler"]
     newest = {re.sub(r"-[\d.]+safetensors$", "", f.name): f for f in upsamplers}
     checkpoints = [f for f in weights if f.role == "checkpoint"]

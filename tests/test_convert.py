@@ -320,6 +320,13 @@ def test_a_model_can_be_replaced_by_what_is_made_from_it(quantised, tmp_path):
     assert weights.open_model(str(model)).quantization is None
 
 
+def test_another_model_is_not_overwritten(small, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
+    args = ("--hf-path", small, "--mlx-path", tmp_path, "--overwrite")
+    assert "no converted model" in refused(capsys, *args)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_a_full_disk_leaves_nothing(small, tmp_path, monkeypatch, capsys):
     def full(path, weights, progress):
         path.write_bytes(b"half")
