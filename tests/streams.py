@@ -1,0 +1,47 @@
+"""A transformer of a small checkpoint, and its inputs as a golden has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Optional
+
+import mlx.core as mx
+import numpy as np
+
+from ltx2 import weights
+from ltx2.dit import DiT, Pass, Tokens
+
+
+def load(path: Path, dtype: mx.Dtype = mx.float32) -> DiT:
+    return weights.open_model(str(path)).load("transformer", dtype)
+
+
+def tokens(
+    model: DiT, g: dict[str, Any], stream: str, sample: int = 0
+) -> Optional[Tokens]:
+    """One sample of a stream; None where the golden is without it."""
+    if f"in.{stream}.latent" not in g:
+        return None
+    here = lambda key: g[f"in.{stream}.{key}"][sample]
+    levels, level_of = np.unique(here("timesteps"), return_inverse=True)
+    mask = g.get(f"in.{stream}.attention_mask")
+    return Tokens(
+        mx.array(here("latent")[None]),
+        mx.array(levels),
+        mx.array(g[f"in.{stream}.sigma"][sample : sample + 1]),
+        *getattr(model, f"{stream}_rope")(here("positions")),
+        level_of=mx.array(level_of.flatten()),
+        mask=None if mask is None else mx.array(mask[sample]),
+    )
+
+
+def inputs(
+    model: DiT, g: dict[str, Any], sample: int = 0
+) -> tuple[Optional[Tokens], Optional[Tokens], Pass]:
+    """Both streams of a sample and the pass without cuts."""
+    contexts = (
+        mx.array(g[key][sample : sample + 1]) if key in g else None
+        for key in ("in.video.context", "in.audio.context")
+    )
+    video, audio = (tokens(model, g, s, sample) for s in ("video", "audio"))
+    return video, audio, Pass(*contexts)

@@ -1,0 +1,357 @@
+"""The transformer: what the reference computes, no more than is needed, in one dtype."""
+
+from dataclasses import replace
+
+import checkpoints
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from parity import read, relative_error
+from streams import inputs, load
+
+from ltx2 import layers
+from ltx2.base import UserError
+from ltx2.conversion import block_linears
+from ltx2.dit import EVERYWHERE, Block, DiT, DiTConfig, Pass
+
+
+@pytest.fixture(scope="module", params=["ltx-2", "ltx-2.3"])
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint, name):
+    return load(checkpoint(name))
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """`spy(cls, method)`: the list of later calls, each (instance, arguments)."""
+
+    def watch(cls, method="__call__"):
+        calls, original = [], getattr(cls, method)
+
+        def watched(self, *args, **options):
+            calls.append((self, args))
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(cls, method, watched)
+        return calls
+
+    return watch
+
+
+def reference(g, sample=0):
+    return [
+        g[key][sample : sample + 1] if key in g else None
+        for key in ("out.video", "out.audio")
+    ]
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    """Both streams, of which one may be absent on both sides."""
+    for a, b in zip(ours, theirs):
+        assert (a is None) == (b is None)
+        assert a is None or relative_error(a, mx.array(b)) < tolerance
+
+
+# The reference's numbers
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "basic",
+        "per_token",  # timesteps differ between tokens
+        "attention_mask",  # weights between 0 and 1
+        "frozen_video",
+        "frozen_audio",
+        "video_only",
+        "audio_only",
+    ],
+)
+def test_velocities_are_the_references(model, name, golden, case):
+    g = golden(f"{name}/transformer_{case}")
+    for sample in range(len(g.get("out.video", g.get("out.audio")))):
+        video, audio, run = inputs(model, g, sample)
+        [velocities] = model(video, audio, [run])
+        assert_close(velocities, reference(g, sample))
+
+
+def cuts(run: Pass, keep: np.ndarray) -> Pass:
+    """The pass without what `keep` (4 kinds, blocks) has as 0."""
+    return replace(
+        run,
+        cut_video_self=np.flatnonzero(keep[0] == 0),
+        cut_audio_self=np.flatnonzero(keep[1] == 0),
+        cut_a2v=np.flatnonzero(keep[2] == 0),
+        cut_v2a=np.flatnonzero(keep[3] == 0),
+    )
+
+
+def test_perturbed_velocities_are_the_references(model, name, golden):
+    g = golden(f"{name}/transformer_perturbed")
+    video, audio, run = inputs(model, g)
+    passes = [cuts(run, g["in.keep"][..., i]) for i in range(4)]
+    for i, velocities in enumerate(model(video, audio, passes)):
+        assert_close(velocities, reference(g, i))
+
+
+def test_every_step_is_the_references(model, name, golden):
+    g = golden(f"{name}/transformer_basic")
+    video, audio, run = inputs(model, g)
+    for stream, tokens in (("video", video), ("audio", audio)):
+        prefix = "" if stream == "video" else "audio_"
+        for rope, key in ((tokens.rope, "rope"), (tokens.cross_rope, "cross_rope")):
+            for table, part in zip(rope, ("cos", "sin")):
+                expected = g[f"mid.{stream}.{key}_{part}"][0]
+                assert mx.abs(table - mx.array(expected)).max() < 1e-6
+        rows, embedded = model[prefix + "adaln_single"](tokens.timesteps * 1000)
+        expected = mx.array(g[f"mid.{stream}.timesteps"][0])
+        # Angles up to 1000 in float32 leave 5e-5 of freedom to the sinusoids.
+        assert relative_error(rows.flatten(1), expected) < 2e-5
+        expected = mx.array(g[f"mid.{stream}.embedded_timestep"][0])
+        assert relative_error(embedded, expected) < 2e-5
+    traced = {}
+    model(video, audio, [run], trace=traced.__setitem__)
+    assert traced.keys() == {k[4:] for k in g if k.startswith("mid.block")}
+    for key, x in traced.items():
+        assert relative_error(x, mx.array(g[f"mid.{key}"][:1])) < 1e-5
+
+
+# No work that nobody reads
+
+
+@pytest.mark.parametrize("stream", ["video", "audio"])
+def test_one_stream_alone_runs_no_layer_of_the_other(model, name, golden, spy, stream):
+    calls = spy(nn.Linear)
+    video, audio, run = inputs(model, golden(f"{name}/transformer_{stream}_only"))
+    model(video, audio, [run])
+    names = {id(layer): path for path, layer in model.named_modules()}
+    used = {names[id(layer)] for layer, _ in calls}
+    audio_layer = lambda path: "audio_" in path and "audio_to" not in path
+    between = [p for p in used if "to_audio" in p or "audio_to" in p or "av_ca" in p]
+    assert not between
+    assert all(audio_layer(path) == (stream == "audio") for path in used)
+    assert len({p.split(".")[1] for p in used if "blocks" in p}) == len(
+        model.transformer_blocks
+    )
+
+
+def test_a_stream_that_is_only_read_keeps_its_state(model, name, golden):
+    video, audio, run = inputs(model, golden(f"{name}/transformer_basic"))
+    traced = {}
+    [(_, heard)] = model(
+        replace(video, enabled=False), audio, [run], traced.__setitem__
+    )
+    embedded = model.patchify_proj(video.latent)
+    for key, x in traced.items():
+        assert "audio" in key or mx.array_equal(x, embedded)
+    [(_, deaf)] = model(video, audio, [replace(run, cut_v2a=EVERYWHERE)])
+    assert not mx.allclose(heard, deaf, atol=1e-3)
+
+
+def other_text(run: Pass) -> Pass:
+    """As a negative prompt: the same sizes, other contexts."""
+    return replace(
+        run, video_context=-run.video_context, audio_context=-run.audio_context
+    )
+
+
+def four_passes(run: Pass) -> list[Pass]:
+    """As guidance makes them: conditional, unconditional, perturbed, isolated."""
+    perturbed = replace(run, cut_video_self={1}, cut_audio_self={1})
+    isolated = replace(run, cut_a2v=EVERYWHERE, cut_v2a=EVERYWHERE)
+    return [run, other_text(run), perturbed, isolated]
+
+
+def test_passes_together_equal_passes_alone(model, name, golden):
+    video, audio, run = inputs(model, golden(f"{name}/transformer_per_token"))
+    passes = four_passes(run)
+    together = model(video, audio, passes)
+    for i, velocities in enumerate(together):
+        [alone] = model(video, audio, passes[i : i + 1])
+        for a, b in zip(velocities, alone):
+            assert mx.array_equal(a, b)
+        if i:
+            assert not mx.allclose(velocities[0], together[0][0], atol=1e-3)
+
+
+def test_what_passes_share_is_computed_once(model, name, golden, spy):
+    video, audio, run = inputs(model, golden(f"{name}/transformer_basic"))
+    blocks = len(model.transformer_blocks)
+    calls, texts = spy(Block), spy(Block, "text_keys_values")
+    model(video, audio, four_passes(run))
+    # The perturbed pass begins at its cut, the isolated one differs from the start.
+    assert len(calls) == blocks + blocks + (blocks - 1) + blocks
+    assert len(texts) == blocks * 2 * 2  # streams, contexts
+    calls.clear()
+    model(video, audio, [run, run, replace(run, cut_video_self={blocks - 1})])
+    assert len(calls) == blocks + 0 + 1
+
+
+# Precision
+
+
+def test_timesteps_are_float32_until_their_sines_are_taken(
+    checkpoint, name, golden, monkeypatch
+):
+    model = load(checkpoint(name), mx.bfloat16)
+    seen = []
+    original = layers.sinusoid
+    monkeypatch.setattr(layers, "sinusoid", lambda t: seen.append(t) or original(t))
+    video, audio, run = inputs(model, golden(f"{name}/transformer_basic"))
+    sigma = mx.array([0.975])  # 0.9766 in bfloat16
+    one = {"timesteps": sigma, "sigma": sigma, "level_of": None}
+    model(replace(video, **one), replace(audio, **one), [run])
+    factor = model.config.av_ca_timestep_scale_multiplier
+    assert len(seen) == (8 if name == "ltx-2.3" else 6)
+    assert {t.dtype for t in seen} == {mx.float32}
+    assert {t.item() for t in seen} <= {975.0, np.float32(0.975) * np.float32(factor)}
+
+
+def test_rope_tables_are_rounded_only_at_the_end(checkpoint, name, golden):
+    g = golden(f"{name}/transformer_basic")
+    exact, rounded = (
+        inputs(load(checkpoint(name), dtype), g)[:2]
+        for dtype in (mx.float32, mx.bfloat16)
+    )
+    for a, b in zip(exact, rounded):
+        for rope_a, rope_b in ((a.rope, b.rope), (a.cross_rope, b.cross_rope)):
+            for x, y in zip(rope_a, rope_b):
+                assert mx.array_equal(x.astype(mx.bfloat16), y)
+
+
+def float_dtypes(block: Block, args, monkeypatch) -> set:
+    """The dtypes of all floating values computed or read inside a block."""
+    # RMS norms count as one operation, as on a GPU: what they do inside is theirs.
+    monkeypatch.setattr(
+        mx.fast, "rms_norm", lambda x, weight, eps: x if weight is None else x * weight
+    )
+    index, video, audio, vx, ax, run, _ = args
+    seen = set()
+
+    def note(part):
+        if part["type"] == "primitive":
+            seen.update(dtype for _, _, dtype in part["inputs"] + part["outputs"])
+
+    mx.export_function(
+        note, lambda vx, ax: block(index, video, audio, vx, ax, run, {}), vx, ax
+    )
+    return {dtype for dtype in seen if mx.issubdtype(dtype, mx.floating)}
+
+
+def quantized(model: DiT, bits: int) -> DiT:
+    """Quantised where converted models are."""
+    picked = lambda path, _: block_linears(path)
+    nn.quantize(model, group_size=32, bits=bits, class_predicate=picked)
+    return model
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_nothing_in_a_bfloat16_block_is_float32(
+    checkpoint, name, golden, spy, monkeypatch, bits
+):
+    model = load(checkpoint(name), mx.bfloat16)
+    model = model if bits == 16 else quantized(model, bits)
+    calls = spy(Block)
+    video, audio, run = inputs(model, golden(f"{name}/transformer_per_token"))
+    weights = mx.linspace(0, 1, 18)  # of the attention to a token
+    video = replace(video, mask=mx.broadcast_to(weights, (18, 18)))
+    mx.eval(model(video, audio, four_passes(run)))
+    assert calls
+    for block, args in list(calls):
+        assert float_dtypes(block, args, monkeypatch) == {mx.bfloat16}
+
+
+def test_a_float32_leak_would_be_seen(checkpoint, name, golden, spy, monkeypatch):
+    model = load(checkpoint(name), mx.bfloat16)
+    calls = spy(Block)
+    video, audio, run = inputs(model, golden(f"{name}/transformer_basic"))
+    leak = tuple(table.astype(mx.float32) for table in video.rope)
+    mx.eval(model(replace(video, rope=leak), audio, [run]))
+    assert mx.float32 in float_dtypes(*calls[0], monkeypatch)
+
+
+def cosine(a: mx.array, b: mx.array) -> float:
+    a, b = (np.array(x.astype(mx.float32), np.float64).ravel() for x in (a, b))
+    return a @ b / np.sqrt((a @ a) * (b @ b))
+
+
+@pytest.mark.parametrize("bits, least", [(16, 0.9999), (8, 0.9995), (4, 0.99)])
+def test_fewer_bits_stay_close_to_float32(model, checkpoint, name, golden, bits, least):
+    g = golden(f"{name}/transformer_basic")
+    small = load(checkpoint(name), mx.bfloat16)
+    small = small if bits == 16 else quantized(small, bits)
+    exact, rounded = (
+        m(video, audio, [run])[0]
+        for m in (model, small)
+        for video, audio, run in [inputs(m, g)]
+    )
+    for a, b in zip(rounded, exact):
+        assert a.dtype == mx.bfloat16
+        assert cosine(a, b) > least
+
+
+# Configuration
+
+
+@pytest.fixture
+def section(checkpoint, name):
+    return read(checkpoint(name), "transformer")[0]
+
+
+@pytest.mark.parametrize("key", DiTConfig.FIXED)
+def test_what_is_not_implemented_is_refused(section, key):
+    with pytest.raises(UserError, match=f"{key} is 'interleaved'.* implemented"):
+        DiTConfig.from_dict(section | {key: "interleaved"})
+
+
+def test_an_unknown_key_is_reported(section):
+    with pytest.warns(UserWarning, match="'zebra': 3"):
+        DiTConfig.from_dict(section | {"zebra": 3})
+
+
+def test_a_missing_key_is_named(section):
+    del section["num_layers"]
+    with pytest.raises(UserError, match="num_layers"):
+        DiTConfig.from_dict(section)
+
+
+def test_released_configurations_raise_no_warning(recwarn):
+    for config in checkpoints.CONFIGS.values():
+        if "transformer" in config:
+            DiTConfig.from_dict(config["transformer"])
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["ltx-2.3"], indirect=True)
+def test_2_5_has_no_bias_in_the_video_feed_forward(section):
+    block = Block(DiTConfig.from_dict(section | {"ff_bias": False}))
+    biased = {k for k, _ in tree_flatten(block.parameters()) if k.endswith(".bias")}
+    assert "audio_ff.net.2.bias" in biased
+    assert not any(key.startswith("ff.") for key in biased)
+
+
+@pytest.mark.parametrize("name", ["ltx-2.3"], indirect=True)
+def test_2_5_marks_the_tokens_of_single_frames(section, golden):
+    # Without blocks, each token is treated alone.
+    changes = {"num_layers": 0, "use_keyframes_abs_pos_embedding": True}
+    model = DiT(DiTConfig.from_dict(section | changes))
+    mark = mx.linspace(-1, 1, model.config.video_dim)
+    model.keyframes_abs_pos_embedding = mark[None]
+    video, _, run = inputs(model, golden("ltx-2.3/transformer_video_only"))
+
+    def marked(keyframes):
+        return model(replace(video, keyframes=keyframes), None, [run])[0][0]
+
+    first_frame = mx.arange(18) < 6
+    none, every = marked(mx.zeros(18)), marked(mx.ones(18))
+    expected = mx.where(first_frame[:, None], every, none)
+    assert mx.array_equal(marked(first_frame.astype(mx.float32)), expected)
+    model.patchify_proj.bias += mark
+    assert mx.allclose(marked(mx.zeros(18)), every, atol=1e-5)
+    assert not mx.allclose(none, every, atol=1e-2)
