@@ -25,110 +25,83 @@ DATA = Path(__file__).parent / "data"
 CONFIGS = json.loads((DATA / "configs.json").read_text())
 GEMMA = json.loads((DATA / "gemma3" / "config.json").read_text())
 
-AUDIO_VAE = {"model": {"params": {"ddconfig": {"ch": 8}}}}
 
-# name -> (official configuration, model_version, smaller sizes)
-MODELS: dict[str, tuple[str, str, dict]] = {}
-MODELS["ltx-2"] = (
-    "ltx-2-19b-distilled",
-    "2.0.0",
+def widths(heads: int, video: int, audio: int) -> dict[str, int]:
+    """A transformer's sizes; both streams have as many heads."""
+    return {
+        "num_attention_heads": heads,
+        "attention_head_dim": video,
+        "cross_attention_dim": heads * video,
+        "audio_num_attention_heads": heads,
+        "audio_attention_head_dim": audio,
+        "audio_cross_attention_dim": heads * audio,
+    }
+
+
+def video_channels(
+    official: str, latent: int, encoder: tuple[str, str], decoder: tuple[str, str]
+) -> dict[str, dict]:
+    """Transformer and VAE with fewer channels: layers and multipliers by digits."""
+    vae: dict[str, Any] = {
+        "latent_channels": latent,
+        "encoder_base_channels": latent,
+        "decoder_base_channels": 8,
+    }
+    for name, digits in (("encoder_blocks", encoder), ("decoder_blocks", decoder)):
+        layers, multipliers = (map(int, d) for d in digits)
+        vae[name] = [
+            (
+                [kind, p | {"num_layers": next(layers)}]
+                if kind == "res_x"
+                else [kind, p | {"multiplier": next(multipliers)}]
+            )
+            for kind, p in CONFIGS[official]["vae"][name]
+        ]
+    return {"transformer": {"in_channels": latent, "out_channels": latent}, "vae": vae}
+
+
+def merge(*configs: dict) -> dict:
+    """Configurations one on top of the other, section by section."""
+    merged: dict[str, Any] = {}
+    for config in configs:
+        for key, value in config.items():
+            nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+            merged[key] = merge(merged[key], value) if nested else value
+    return merged
+
+
+AUDIO_VAE = {"audio_vae": {"model": {"params": {"ddconfig": {"ch": 8}}}}}
+LTX_2 = merge(
+    video_channels("ltx-2-19b-dev", 24, ("12111", "1211"), ("1212", "222")),
+    AUDIO_VAE,
     {
         "transformer": {
             "num_layers": 2,
-            "num_attention_heads": 4,
-            "attention_head_dim": 16,
-            "cross_attention_dim": 64,
-            "audio_num_attention_heads": 4,
-            "audio_attention_head_dim": 8,
-            "audio_cross_attention_dim": 32,
-            "in_channels": 24,
-            "out_channels": 24,
             "caption_channels": 48,
             "connector_num_attention_heads": 3,
             "connector_attention_head_dim": 16,
+            **widths(heads=4, video=16, audio=8),
         },
-        "vae": {
-            "latent_channels": 24,
-            "encoder_base_channels": 24,
-            "encoder_blocks": [
-                ["res_x", {"num_layers": 1}],
-                ["compress_space_res", {"multiplier": 1}],
-                ["res_x", {"num_layers": 2}],
-                ["compress_time_res", {"multiplier": 2}],
-                ["res_x", {"num_layers": 1}],
-                ["compress_all_res", {"multiplier": 1}],
-                ["res_x", {"num_layers": 1}],
-                ["compress_all_res", {"multiplier": 1}],
-                ["res_x", {"num_layers": 1}],
-            ],
-            "decoder_base_channels": 8,
-            "decoder_blocks": [
-                ["res_x", {"num_layers": 1, "inject_noise": False}],
-                ["compress_all", {"residual": True, "multiplier": 2}],
-                ["res_x", {"num_layers": 2, "inject_noise": False}],
-                ["compress_all", {"residual": True, "multiplier": 2}],
-                ["res_x", {"num_layers": 1, "inject_noise": False}],
-                ["compress_all", {"residual": True, "multiplier": 2}],
-                ["res_x", {"num_layers": 2, "inject_noise": False}],
-            ],
-        },
-        "audio_vae": AUDIO_VAE,
         "vocoder": {"upsample_initial_channel": 64},
     },
 )
-MODELS["ltx-2-notc"] = ("ltx-2-19b-dev", "2.0.0", MODELS["ltx-2"][2])
-MODELS["ltx-2.3"] = (
-    "ltx-2.3-22b",
-    "2.3.0",
+LTX_2_3 = merge(
+    video_channels("ltx-2.3-22b", 32, ("12111", "1121"), ("12112", "2212")),
+    AUDIO_VAE,
     {
         "transformer": {
             "num_layers": 3,
-            "num_attention_heads": 4,
-            "attention_head_dim": 32,
-            "cross_attention_dim": 128,
-            "audio_num_attention_heads": 4,
-            "audio_attention_head_dim": 16,
-            "audio_cross_attention_dim": 64,
-            "in_channels": 32,
-            "out_channels": 32,
             "caption_channels": 48,
             "connector_num_layers": 2,
             "connector_num_attention_heads": 4,
             "connector_attention_head_dim": 32,
             "audio_connector_num_attention_heads": 4,
             "audio_connector_attention_head_dim": 16,
+            **widths(heads=4, video=32, audio=16),
             # Released models have 1000 and 20 twice over, which hides mix-ups.
             "av_ca_timestep_scale_multiplier": 800.0,
             "audio_positional_embedding_max_pos": [30],
         },
-        "vae": {
-            "latent_channels": 32,
-            "encoder_base_channels": 32,
-            "encoder_blocks": [
-                ["res_x", {"num_layers": 1}],
-                ["compress_space_res", {"multiplier": 1}],
-                ["res_x", {"num_layers": 2}],
-                ["compress_time_res", {"multiplier": 1}],
-                ["res_x", {"num_layers": 1}],
-                ["compress_all_res", {"multiplier": 2}],
-                ["res_x", {"num_layers": 1}],
-                ["compress_all_res", {"multiplier": 1}],
-                ["res_x", {"num_layers": 1}],
-            ],
-            "decoder_base_channels": 8,
-            "decoder_blocks": [
-                ["res_x", {"num_layers": 1}],
-                ["compress_space", {"multiplier": 2}],
-                ["res_x", {"num_layers": 2}],
-                ["compress_time", {"multiplier": 2}],
-                ["res_x", {"num_layers": 1}],
-                ["compress_all", {"multiplier": 1}],
-                ["res_x", {"num_layers": 1}],
-                ["compress_all", {"multiplier": 2}],
-                ["res_x", {"num_layers": 2}],
-            ],
-        },
-        "audio_vae": AUDIO_VAE,
         "vocoder": {
             "vocoder": {"upsample_initial_channel": 64},
             "bwe": {"upsample_initial_channel": 64},
@@ -136,26 +109,22 @@ MODELS["ltx-2.3"] = (
     },
 )
 
+# name -> (official configuration, model_version, smaller sizes)
+MODELS = {
+    "ltx-2": ("ltx-2-19b-distilled", "2.0.0", LTX_2),
+    "ltx-2-notc": ("ltx-2-19b-dev", "2.0.0", LTX_2),
+    "ltx-2.3": ("ltx-2.3-22b", "2.3.0", LTX_2_3),
+}
+
 # name -> (official configuration, smaller sizes); the x1.5 and the plain x2 fit
 # "ltx-2.3", the others "ltx-2"
 UPSAMPLERS = {
-    "spatial-x2": (
-        "ltx-2.3-spatial-upscaler-x2-1.0",
-        {"in_channels": 32, "mid_channels": 64, "num_blocks_per_stage": 1},
-    ),
-    "spatial-x1.5": (
-        "ltx-2.3-spatial-upscaler-x1.5-1.0",
-        {"in_channels": 32, "mid_channels": 64, "num_blocks_per_stage": 1},
-    ),
-    "spatial-x2-rational": (
-        "ltx-2-spatial-upscaler-x2-1.0",
-        {"in_channels": 24, "mid_channels": 32, "num_blocks_per_stage": 2},
-    ),
-    "temporal-x2": (
-        "ltx-2-temporal-upscaler-x2-1.0",
-        {"in_channels": 24, "mid_channels": 64, "num_blocks_per_stage": 1},
-    ),
+    "spatial-x2": ("ltx-2.3-spatial-upscaler-x2-1.0", (32, 64, 1)),
+    "spatial-x1.5": ("ltx-2.3-spatial-upscaler-x1.5-1.0", (32, 64, 1)),
+    "spatial-x2-rational": ("ltx-2-spatial-upscaler-x2-1.0", (24, 32, 2)),
+    "temporal-x2": ("ltx-2-temporal-upscaler-x2-1.0", (24, 64, 1)),
 }
+UPSAMPLER_SIZES = ("in_channels", "mid_channels", "num_blocks_per_stage")
 
 # kind -> (rank, parts of the keys adapted, metadata); "ltx-2-lora" is kind "lora"
 LORAS: dict[str, tuple[int, tuple[str, ...], dict[str, str]]] = {
@@ -634,14 +603,6 @@ def save(path: Path, shapes: Shapes, seed: int, metadata: dict, norm: float = 1.
     return path
 
 
-def merge(base: dict, changes: dict) -> dict:
-    merged = dict(base)
-    for key, value in changes.items():
-        nested = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = merge(base[key], value) if nested else value
-    return merged
-
-
 def build(name: str, folder: str | Path, seed: int = 0, **changes: Any) -> Path:
     """Write the checkpoint `name` into `folder` and return its path.
 
@@ -659,12 +620,13 @@ def build(name: str, folder: str | Path, seed: int = 0, **changes: Any) -> Path:
         return folder
     if name in UPSAMPLERS:
         official, sizes = UPSAMPLERS[name]
-        config = merge(merge(CONFIGS[official], sizes), changes)
+        small = dict(zip(UPSAMPLER_SIZES, sizes))
+        config = merge(CONFIGS[official], small, changes)
         return save(path, upsampler(config), seed, {"config": json.dumps(config)})
     of_model = max((m for m in MODELS if name.startswith(m)), key=len)
     official, version, sizes = MODELS[of_model]
     gemma = merge(GEMMA["text_config"], changes.pop("gemma", {}))
-    config = merge(merge(CONFIGS[official], sizes), changes)
+    config = merge(CONFIGS[official], sizes, changes)
     metadata = {"model_version": version, "format": "pt"}
     if name != of_model:
         rank, parts, extra = LORAS[name.removeprefix(of_model + "-")]
