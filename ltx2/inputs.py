@@ -23,7 +23,6 @@ from .latents import (
     Regenerate,
     Replace,
 )
-from .lora import Lora
 from .request import Job, Stage
 
 Load = Callable[[str], nn.Module]
@@ -104,11 +103,7 @@ def retake(job: Job, stage: Stage, starts: dict[str, Start], load: Load) -> None
 
 def reference(job: Job, stage: Stage, load: Load) -> Reference:
     """The clip as an IC-LoRA's reference, scaled as the LoRA's metadata say."""
-    said: dict[str, str] = {}
-    for lora in stage.loras:
-        said |= Lora.read(lora.path).metadata
-    down = int(said.get("reference_downscale_factor", 1))
-    slow = int(said.get("reference_temporal_scale_factor", 1))
+    down, slow = job.reference_scale
     latents = encode_clip(job, stage, load, down)
     strength = job.request.reference_strength
     return Reference(latents, stage.fps, 1.0, down, slow, strength)

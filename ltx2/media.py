@@ -11,7 +11,6 @@ import subprocess
 import tempfile
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -60,13 +59,14 @@ def _run(complaint: str, *options: str | list[str], data: bytes = b"") -> bytes:
 def _running(
     complaint: str, *options: str | list[str], **pipes
 ) -> Iterator[subprocess.Popen]:
-    """ffmpeg beside the block, its messages read all the while so that none blocks."""
-    pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, **pipes}
+    """ffmpeg beside the block; its messages go to a file, so that none blocks it."""
     with (
-        ThreadPoolExecutor(1) as listener,
-        subprocess.Popen(_command(*options), **pipes) as process,
+        tempfile.TemporaryFile() as messages,
+        subprocess.Popen(
+            _command(*options),
+            **{"stdin": subprocess.DEVNULL, "stderr": messages, **pipes},
+        ) as process,
     ):
-        messages = listener.submit(process.stderr.read)
         try:
             yield process
         except BrokenPipeError:
@@ -78,7 +78,9 @@ def _running(
             if process.stdin:
                 with suppress(BrokenPipeError):
                     process.stdin.close()
-        _judge(complaint, process.wait(), messages.result())
+        code = process.wait()
+        messages.seek(0)
+        _judge(complaint, code, messages.read())
 
 
 @contextmanager

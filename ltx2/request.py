@@ -11,6 +11,7 @@ from typing import Any, Mapping, Optional, Union
 from . import media
 from .base import UserError
 from .latents import SPACE_SCALE, TIME_SCALE, audio_tokens, latent_frames
+from .lora import Lora
 from .sampling import (
     DISTILLED_SIGMAS,
     REFINE_SIGMAS,
@@ -142,6 +143,7 @@ class Job:
     image_crf: int
     clip: Optional[media.Media]  # of the input video
     clip_frames: int  # how many of its frames are read, at the first stage's rate
+    reference_scale: tuple[int, int]  # by which a reference is smaller, and slower
     notes: tuple[str, ...]  # what was done to the inputs
 
 
@@ -230,8 +232,8 @@ def plan(r: Request, source: Any) -> Job:
             weak, strong = (0.25, 0.5) if kind == "hq" else (None, 1.0)
             lora = r.distilled_lora
             if weak is not None:
-                first = replace(lora, strength=lora.strength * weak)
-                stages[0] = replace(stages[0], loras=(*stages[0].loras, first))
+                weaker = replace(lora, strength=lora.strength * weak)
+                stages[0] = replace(stages[0], loras=(*stages[0].loras, weaker))
             second += (replace(lora, strength=lora.strength * strong),)
         stages.append(
             Stage(
@@ -276,8 +278,24 @@ def plan(r: Request, source: Any) -> Job:
         crf(r, source),
         clip,
         clip_frames,
+        reference_scale(r, stages[0]) if refers else (1, 1),
         tuple(notes),
     )
+
+
+def reference_scale(r: Request, stage: Stage) -> tuple[int, int]:
+    """The factors that an IC-LoRA's metadata give for its reference: space and time."""
+    said: dict[str, str] = {}
+    for lora in stage.loras:
+        said |= Lora.read(lora.path).metadata
+    down = int(said.get("reference_downscale_factor", 1))
+    for name, side in (("height", stage.height), ("width", stage.width)):
+        if side % (down * SPACE_SCALE):
+            raise UserError(
+                f"the LoRA reads its reference {down} times smaller, so the first stage's "
+                f"{name} must be a multiple of {down * SPACE_SCALE}, and it is {side}"
+            )
+    return down, int(said.get("reference_temporal_scale_factor", 1))
 
 
 def default_sampler(source: Any, stages: str) -> str:
