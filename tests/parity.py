@@ -21,6 +21,14 @@ def relative_error(ours: mx.array, reference: mx.array) -> float:
     return (mx.abs(ours - reference).max() / mx.abs(reference).max()).item()
 
 
+def cosine(ours: mx.array, reference: mx.array) -> float:
+    """Of the angle between two arrays, in float64: for fewer bits than the reference."""
+    a, b = (
+        np.array(x.astype(mx.float32), np.float64).ravel() for x in (ours, reference)
+    )
+    return a @ b / np.sqrt((a @ a) * (b @ b))
+
+
 def read(path: Path, section: str = "") -> tuple[dict[str, Any], dict[str, mx.array]]:
     """A checkpoint's configuration and tensors as stored, or one component's."""
     weights, metadata = mx.load(str(path), return_metadata=True)

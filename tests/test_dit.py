@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from parity import read, relative_error
+from parity import cosine, read, relative_error
 from streams import inputs, load
 
 from ltx2 import layers
@@ -274,11 +274,6 @@ def test_a_float32_leak_would_be_seen(checkpoint, name, golden, spy, monkeypatch
     leak = tuple(table.astype(mx.float32) for table in video.rope)
     mx.eval(model(replace(video, rope=leak), audio, [run]))
     assert mx.float32 in float_dtypes(*calls[0], monkeypatch)
-
-
-def cosine(a: mx.array, b: mx.array) -> float:
-    a, b = (np.array(x.astype(mx.float32), np.float64).ravel() for x in (a, b))
-    return a @ b / np.sqrt((a @ a) * (b @ b))
 
 
 @pytest.mark.parametrize("bits, least", [(16, 0.9999), (8, 0.9995), (4, 0.99)])

@@ -1,0 +1,252 @@
+"""From a prompt to the contexts of both streams."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from parity import cosine, read, relative_error
+
+from ltx2 import weights
+from ltx2.base import UserError
+from ltx2.text import MAX_TOKENS, TextConfig, TextEncoder
+
+FOX = "A red fox runs over the snow, slow motion."
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint):
+    return TextEncoder(checkpoint("gemma3"), mx.float32)
+
+
+@pytest.fixture(scope="module", params=["ltx-2", "ltx-2.3"])
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def connectors(checkpoint, name):
+    return load(checkpoint(name))
+
+
+def load(path, dtype=mx.float32):
+    return weights.open_model(str(path)).load("connectors", dtype)
+
+
+def equal(states, others):
+    return len(states) == len(others) and all(map(mx.array_equal, states, others))
+
+
+# Gemma
+
+
+def test_all_hidden_states_are_the_references(encoder, golden):
+    g = golden("gemma3/hidden")
+    prompts = g["info"]["prompts"]
+    for i, states in enumerate(encoder(prompts)):
+        assert encoder.tokenize(prompts[i]) == g[f"in.ids{i}"].tolist()
+        assert len(states) == 1 + 7  # the embeddings, the layers
+        hidden = mx.stack(states, axis=-1)[0]
+        for k in range(8):
+            expected = mx.array(g[f"out.hidden{i}"][..., k])
+            assert relative_error(hidden[..., k], expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "prompt, tokens", [("", 1), (" \n", 1), ("a", 2), ("  a ", 2), (FOX, 19)]
+)
+def test_only_real_tokens_are_run(encoder, prompt, tokens):
+    [states] = encoder([prompt])
+    assert {s.shape for s in states} == {(1, tokens, 48)}
+    assert encoder.tokenize(prompt)[0] == encoder.bos
+
+
+def test_prompts_do_not_see_each_other(encoder):
+    together = encoder([FOX, "", "blurry"])
+    assert equal(together[0], encoder([FOX])[0])
+    assert equal(together[2], encoder(["blurry"])[0])
+
+
+def test_a_long_prompt_is_cut_with_one_line_said(encoder, recwarn):
+    exact = "a " * (MAX_TOKENS - 1)
+    ids = encoder.tokenize(exact)
+    assert len(ids) == MAX_TOKENS and not recwarn.list
+    with pytest.warns(
+        UserWarning, match="1030 tokens; the last 6 are not read"
+    ) as said:
+        assert encoder.tokenize(exact + "b " * 6) == ids
+    assert len(said) == 1
+
+
+def test_frugal_gives_the_same_bits_in_less_memory(checkpoint, encoder):
+    frugal = TextEncoder(checkpoint("gemma3"), mx.float32, frugal=True)
+    size = sum(w.nbytes for _, w in tree_flatten(encoder.model.parameters()["layers"]))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    short = frugal(["a"])
+    assert mx.get_peak_memory() - before < size / 2  # one of seven, and the words
+    assert equal(short[0], encoder(["a"])[0])
+
+
+def new_rope(full="linear"):
+    """RoPE as transformers 5 spells it."""
+    return {
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": full,
+                "rope_theta": 1e6,
+                **({"factor": 8.0} if full == "linear" else {}),
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        # A key of the older spelling would be read, and hide that the new one is not.
+        **dict.fromkeys(["rope_scaling", "rope_theta", "rope_local_base_freq"]),
+    }
+
+
+def test_the_newer_spelling_of_rope_is_understood(checkpoint, encoder):
+    other = TextEncoder(checkpoint("gemma3", text_config=new_rope()), mx.float32)
+    assert equal(other([FOX])[0], encoder([FOX])[0])
+
+
+@pytest.mark.parametrize("change", [{"rope_scaling": None}, new_rope("default")])
+def test_long_range_layers_without_their_scaling_are_refused(checkpoint, change):
+    with pytest.raises(
+        UserError, match="layer 5 has RoPE scale 1.0, Gemma 3 has 0.125"
+    ):
+        TextEncoder(checkpoint("gemma3", text_config=change))
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """A text encoder to be damaged."""
+    return shutil.copytree(checkpoint("gemma3"), tmp_path / "gemma")
+
+
+def test_a_text_only_model_is_the_same(copy, encoder):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config["text_config"]))
+    file = str(copy / "model.safetensors")
+    tensors = {
+        key.removeprefix("language_model."): mx.contiguous(w)
+        for key, w in mx.load(file).items()
+        if key.startswith("language_model.")
+    }
+    mx.eval(tensors)
+    mx.save_safetensors(file, tensors, {"format": "pt"})
+    assert equal(TextEncoder(copy, mx.float32)([FOX])[0], encoder([FOX])[0])
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_missing_file_is_named(copy, file):
+    (copy / file).unlink()
+    with pytest.raises(UserError, match=f"has no {file}"):
+        TextEncoder(copy)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", None])
+def test_another_language_model_is_refused(copy, kind):
+    (copy / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UserError, match=f"is a {kind!r}, but LTX-2 reads Gemma 3"):
+        TextEncoder(copy)
+
+
+# Features and connectors
+
+
+def hidden_states(g):
+    """A list by layer from a golden's (1, tokens, D, layers)."""
+    return [mx.array(x) for x in np.moveaxis(g.reshape(-1, *g.shape[-3:]), -1, 0)]
+
+
+@pytest.mark.parametrize("case", ["random", "from_gemma"])
+def test_contexts_are_the_references(connectors, name, golden, case):
+    g = golden(f"{name}/text_{case}")
+    stored = g if case == "random" else golden("gemma3/hidden")
+    states = hidden_states(stored["in.hidden0" if case == "random" else "out.hidden0"])
+    traced = {}
+    contexts = connectors(states, g["info"]["length"], traced.__setitem__)
+    assert len(traced) == 4
+    for stream, context in zip(("video", "audio"), contexts):
+        features = traced[f"text.{stream}_features"]
+        # 2.0 has the same features for both.
+        expected = g.get(f"mid.{stream}_features0", g["mid.video_features0"])
+        assert relative_error(features, mx.array(expected)) < 1e-5
+        assert relative_error(context, mx.array(g[f"out.{stream}0"])) < 1e-5
+        assert mx.array_equal(traced[f"text.{stream}_context"], context)
+
+
+def test_from_the_prompt_on(connectors, encoder, name, golden):
+    g = golden(f"{name}/text_from_gemma")
+    [states] = encoder([g["info"]["prompts"][0]])
+    contexts = connectors(states, g["info"]["length"])
+    for stream, context in zip(("video", "audio"), contexts):
+        assert relative_error(context, mx.array(g[f"out.{stream}0"])) < 1e-5
+
+
+@pytest.mark.parametrize("prompt", ["", "a", "a " * 1023, "a " * 1024])
+@pytest.mark.filterwarnings("ignore:the prompt has")
+def test_every_length_gives_finite_contexts(connectors, encoder, prompt):
+    [states] = encoder([prompt])
+    video, audio = connectors(states)
+    assert video.shape == (1, 1024, connectors.video_embeddings_connector.dim)
+    assert audio.shape == (1, 1024, connectors.audio_embeddings_connector.dim)
+    for context in (video, audio):
+        assert mx.isfinite(context).all()
+        assert mx.allclose(mx.mean(context**2, -1), mx.array(1.0), atol=1e-3)  # normed
+
+
+def test_different_prompts_give_different_contexts(connectors, encoder):
+    fox, blurry = (connectors(s, 64) for s in encoder([FOX, "blurry, low contrast"]))
+    for a, b in zip(fox, blurry):
+        assert cosine(a[:, :5], b[:, :5]) < 0.9
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("text_encoder_norm_type", "per_layer"),
+        ("connector_norm_output", False),
+        ("use_embeddings_connector", False),
+    ],
+)
+def test_what_is_not_implemented_is_refused(checkpoint, key, value):
+    section, _ = read(checkpoint("ltx-2.3"), "transformer")
+    with pytest.raises(UserError, match=f"{key} is {value!r}.* implemented"):
+        TextConfig.from_dict(section | {key: value})
+
+
+# Fewer bits
+
+
+def test_bfloat16_stays_close_to_float32(checkpoint, connectors, name, encoder):
+    rounded = load(checkpoint(name), mx.bfloat16)
+    [states] = TextEncoder(checkpoint("gemma3"), mx.bfloat16)([FOX])
+    assert {s.dtype for s in states} == {mx.bfloat16}
+    for a, b in zip(rounded(states, 64), connectors(encoder([FOX])[0], 64)):
+        assert a.dtype == mx.bfloat16
+        assert cosine(a, b) > 0.9999
+
+
+@pytest.mark.parametrize("bits, least", [(8, 0.995), (4, 0.9)])
+def test_a_quantised_encoder_stays_close(checkpoint, tmp_path, bits, least):
+    whole = checkpoint("gemma3", text_config={"hidden_size": 64, "head_dim": 32})
+    folder = shutil.copytree(whole, tmp_path / "gemma")
+    config = json.loads((folder / "config.json").read_text())
+    how = {"group_size": 32, "bits": bits}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": how}))
+    tensors = {}
+    for key, w in mx.load(str(whole / "model.safetensors")).items():
+        if w.ndim == 2 and key.startswith("language_model."):
+            path = key.removesuffix("weight")
+            parts = mx.quantize(w, **how)
+            keys = (path + name for name in ("weight", "scales", "biases"))
+            tensors.update(zip(keys, parts))
+        else:
+            tensors[key] = w
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+    [exact], [rounded] = (TextEncoder(f)([FOX]) for f in (whole, folder))
+    for a, b in zip(rounded, exact):
+        assert cosine(a, b) > least
