@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from ltx2.base import OutputError, UserError, run
+from ltx2.base import OutputError, Parser, UserError, run
 
 EPILOG = """\
 MODEL is an official .safetensors file, a folder with one, a folder that convert.py
@@ -27,7 +27,7 @@ GUIDANCE = {
 
 def parser() -> argparse.ArgumentParser:
     """All flags; what is not given is None, so that defaults are the model's."""
-    p = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
+    p = Parser(description=__doc__, epilog=EPILOG)
 
     def group(title: str) -> Callable[..., Any]:
         return p.add_argument_group(title).add_argument

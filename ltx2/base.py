@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 import warnings
@@ -63,6 +64,16 @@ def traced(trace: Optional[Trace], name: str, x: mx.array) -> mx.array:
     if trace is not None:
         trace(name, x)
     return x
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments, and takes no abbreviations."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (--help lists all flags)")
 
 
 def run(main: Callable[[], None]) -> None:

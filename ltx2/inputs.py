@@ -68,9 +68,9 @@ def encode(job: Job, stage: Stage, load: Load) -> dict[str, Start]:
         seconds = tokens / AUDIO_TOKENS_PER_SECOND + 1
         latents = encode_audio(load, r.audio, r.audio_start, seconds, tokens)
         starts["audio"] = Start(latents, [Freeze()])
-    if job.clip and r.extend:
+    if job.clip and r.extend is not None:
         extend(job, stage, starts, load)
-    elif job.clip and r.retake:
+    elif job.clip and r.retake is not None:
         retake(job, stage, starts, load)
     elif job.clip and stage.references:
         starts["video"].items.append(reference(job, stage, load))

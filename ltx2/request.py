@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Mapping, Optional, Union
 
 from . import media
@@ -81,6 +80,11 @@ class Request:
     # Outputs
     no_audio: bool = False
     audio_only: bool = False
+
+    @property
+    def changes_clip(self) -> bool:
+        """Whether the video is changed, not only referred to."""
+        return self.retake is not None or self.extend is not None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Request:
@@ -166,7 +170,7 @@ def plan(r: Request, source: Any) -> Job:
     if r.stages not in (None, *STAGES):
         raise UserError(f"stages is {r.stages!r}: choose of {', '.join(STAGES)}")
     upsamplers = [n for n in source.components if n.startswith("spatial_upsampler")]
-    single = r.retake or r.extend or r.audio_only
+    single = r.changes_clip or r.audio_only
     kind = r.stages or ("two" if distilled and upsamplers and not single else "one")
     check_combinations(r, kind, distilled, upsamplers, source)
     check_range("seed", r.seed, 0, 2**63 - 1)
@@ -383,19 +387,20 @@ def fit_clip(r: Request) -> tuple[Request, Optional[media.Media], int, list[str]
     """The request with size, length and rate, the clip, how much of it is read, and what
     was done to it. A clip's own size and rate are kept as far as the model can."""
     if r.video is None:
-        size = (r.height or 512, r.width or 768)
-        r = replace(r, height=size[0], width=size[1], fps=r.fps or 24.0)
-        return replace(r, num_frames=r.num_frames or 121), None, 0, []
+        usual = {"height": 512, "width": 768, "num_frames": 121, "fps": 24.0}
+        missing = {k: v for k, v in usual.items() if getattr(r, k) is None}
+        return replace(r, **missing), None, 0, []
     clip = media.probe(r.video)
     if not clip.has_video:
         raise UserError(f"{r.video} has no picture: sound alone goes with audio")
     notes = []
-    fps = float(r.fps or clip.fps)
+    fps = float(clip.fps if r.fps is None else r.fps)
+    check_range("fps", fps, 1, 120)
     there = clip.num_frames if fps == clip.fps else math.floor(clip.duration * fps)
     frames = (max(there, 1) - 1) // TIME_SCALE * TIME_SCALE + 1
     legal = lambda side: max(side // SPACE_SCALE * SPACE_SCALE, 2 * SPACE_SCALE)
-    height = r.height or legal(clip.height)
-    width = r.width or legal(clip.width)
+    height = legal(clip.height) if r.height is None else r.height
+    width = legal(clip.width) if r.width is None else r.width
     if (height, width) != (clip.height, clip.width):
         notes.append(
             f"{r.video}: {clip.width}x{clip.height} resized and cropped "
@@ -405,8 +410,8 @@ def fit_clip(r: Request) -> tuple[Request, Optional[media.Media], int, list[str]
         notes.append(
             f"{r.video}: {float(clip.fps):g} brought to {fps:g} frames a second"
         )
-    total = r.num_frames or frames
-    if r.extend:
+    total = frames if r.num_frames is None else r.num_frames
+    if r.extend is not None:
         check_range("extend", abs(r.extend), 1 / fps, MAX_FRAMES / fps)
         total = frames + max(round(abs(r.extend) * fps / TIME_SCALE), 1) * TIME_SCALE
     frames = min(frames, total)
@@ -463,16 +468,19 @@ def check_combinations(
         "both a video and an audio file were given: the video's own sound is used",
     )
     refuse(
-        not r.video and (r.retake or r.extend),
+        r.changes_clip and not r.video,
         "retake and extend change a clip: give it with video",
     )
-    refuse(r.retake and r.extend, "retake and extend were both given: do one first")
     refuse(
-        (r.retake or r.extend) and stages != "one",
+        r.retake is not None and r.extend is not None,
+        "retake and extend were both given: do one first",
+    )
+    refuse(
+        r.changes_clip and stages != "one",
         f"retake and extend work in one stage, at the clip's size: drop stages={stages}",
     )
     refuse(
-        (r.retake or r.extend) and r.images,
+        r.changes_clip and r.images,
         "images were given, but retake and extend take their picture from the clip",
     )
     refuse(
@@ -480,7 +488,7 @@ def check_combinations(
         "this retake would change nothing: the sound is off and the picture kept",
     )
     refuse(
-        r.video and not (r.retake or r.extend) and not r.loras,
+        r.video and not r.changes_clip and not r.loras,
         "a video without retake or extend is a reference, which only an IC-LoRA "
         "understands: give one with lora",
     )
@@ -516,7 +524,7 @@ def check_combinations(
         "give its file with upsampler",
     )
     refuse(
-        r.temporal_upsample and (r.audio_only or r.retake or r.extend),
+        r.temporal_upsample and (r.audio_only or r.changes_clip),
         "temporal_upsample works on a new video, not on sound, retake or extend",
     )
     refuse(
@@ -535,8 +543,14 @@ def check_combinations(
             f"LoRA {lora.path} has strength 0, which has no effect: drop it",
         )
         check_range(f"LoRA {lora.path}: strength", lora.strength, -10, 10)
-    for path in (r.audio, *(l.path for l in r.loras)):
-        refuse(path and not Path(path).is_file(), f"{path}: no such file")
+    if r.audio:
+        seconds = media.probe(r.audio).audio_duration
+        refuse(not seconds, f"{r.audio} has no sound")
+        refuse(
+            r.audio_start >= seconds,
+            f"{r.audio}: there is no sound at {r.audio_start:g} s, "
+            f"it lasts {seconds:.2f} s",
+        )
 
 
 # Limits, each said in one line with the nearest value that would do

@@ -1,0 +1,179 @@
+"""The command line: what it refuses, and that a refusal is one line and costs nothing."""
+
+import shutil
+import sys
+
+import generate
+import numpy as np
+import pytest
+
+from ltx2 import media, text, weights
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Small media and broken files, by name."""
+    folder = tmp_path_factory.mktemp("files")
+    frames = np.random.default_rng(0).integers(0, 255, (17, 64, 96, 3), np.uint8)
+    tone = np.sin(np.arange(16000) / 20)[:, None].astype(np.float32)
+    with media.VideoWriter(folder / "clip.mp4", 24, (tone, 16000)) as video:
+        video.write(frames)
+    media.save_png(folder / "image.png", frames[0])
+    media.write_wav(folder / "tone.wav", tone, 16000)
+    (folder / "noise.bin").write_bytes(bytes(range(256)) * 40)
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "prompts.txt").write_text("\n\n")
+    return folder
+
+
+@pytest.fixture
+def cli(checkpoint, files, monkeypatch, capsys, tmp_path):
+    """`cli("--seed", "3")`: exit code and stderr, on a small model, in a folder that
+    holds nothing but an earlier result."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output.mp4").write_text("earlier")
+
+    def read(*arguments):
+        raise AssertionError("weights are read before the mistake is found")
+
+    def call(*flags, model="ltx-2", kind="distilled", reads=False):
+        if not reads:
+            monkeypatch.setattr(weights, "evaluate", read)
+            monkeypatch.setattr(text.TextEncoder, "__call__", read)
+        argv = ["generate.py", "--model", str(checkpoint(model)), "--kind", kind]
+        argv += ["--text-encoder", str(checkpoint("gemma3")), "--prompt", "a dog"]
+        argv += ["--height", "64", "--width", "96", "--num-frames", "17", *flags]
+        monkeypatch.setattr(sys, "argv", [a.replace("FILES", str(files)) for a in argv])
+        with pytest.raises(SystemExit) as stop:
+            generate.run(generate.main)
+        return stop.value.code, capsys.readouterr().err
+
+    return call
+
+
+REFUSED = {
+    # sizes
+    "--height 70": "height is 70, but it must be a multiple of 32 from 64 to 4096: try 64",
+    "--width 0": "width is 0",
+    "--width -64": "width is -64",
+    "--height 100000": "height is 100000",
+    "--height 32": "from 64",
+    "--num-frames 16": "num_frames is 16, but it must be 8k+1 from 1 to 2049: try 17",
+    "--num-frames 0": "num_frames is 0",
+    "--num-frames 99999": "try 2049",
+    "--fps 0": "fps is 0.0, allowed are 1 to 120",
+    "--fps 1000": "fps is 1000.0",
+    "--fps nan": "fps is nan",
+    "--seed -1": "seed is -1",
+    "--num-videos 0": "--num-videos is 0",
+    "--height tall": "invalid int value: 'tall'",
+    # sampling
+    "--steps 20": "steps is 20, but a distilled model has its own 8 steps",
+    "--sigmas 0.5,0.9,0": "sigmas are (0.5, 0.9, 0.0), but they must fall",
+    "--sigmas 2,1,0": "they must fall from at most 1",
+    "--sigmas 1": "sigmas are (1.0,)",
+    "--sigmas a,b": "invalid numbers value",
+    "--sampler magic": "sampler is 'magic': choose of euler",
+    "--stages three": "invalid choice: 'three'",
+    "--stages two": "stages=two needs a latent upsampler and this model has none",
+    "--stages hq": "needs a latent upsampler",
+    "--temporal-upsample": "needs a temporal latent upsampler",
+    "--cfg-scale 3": "guidance was given, but this is a distilled model",
+    "--audio-stg-scale 1": "guidance was given, but this is a distilled model",
+    "--negative-prompt ugly": "a negative prompt was given, but nothing reads it",
+    # inputs
+    "--image nowhere.png": "nowhere.png",
+    "--image FILES/noise.bin": "noise.bin",
+    "--image FILES/image.png@17": "the video has frames 0 to 16",
+    "--image FILES/image.png@9.5s": "for frame 9.5s, but the video has frames 0 to 16",
+    "--image FILES/image.png:7": "strength is 7",
+    "--image-crf 99": "image_crf is 99",
+    "--keyframes": "keyframes was given, but there are no images",
+    "--audio nowhere.wav": "nowhere.wav: cannot be opened",
+    "--audio FILES/noise.bin": "noise.bin",
+    "--audio FILES/tone.wav@500": "no sound at 500",
+    "--audio FILES/tone.wav --no-audio": "audio was given together with no_audio",
+    "--audio FILES/tone.wav --video FILES/clip.mp4": "both a video and an audio file",
+    "--video FILES/clip.mp4": "a reference, which only an IC-LoRA understands",
+    "--video FILES/empty.mp4 --retake 0-1": "empty.mp4",
+    "--video FILES/tone.wav --retake 0-1": "has no picture",
+    "--video FILES/clip.mp4 --retake 5-6": "the clip lasts from 0 to 0.71 s",
+    "--video FILES/clip.mp4 --retake 0.5-0.2": "give a start before an end",
+    "--video FILES/clip.mp4 --retake soon": "'soon' is not FROM-TO",
+    "--video FILES/clip.mp4 --extend 0.5 --retake 0-1": "both given",
+    "--retake 0-1": "retake and extend change a clip: give it with video",
+    "--video FILES/clip.mp4 --extend 1e9": "extend is 1000000000.0",
+    "--lora nowhere.safetensors": "nowhere.safetensors: no such file",
+    "--lora FILES/noise.bin": "is not a safetensors file",
+    "--lora FILES/noise.bin:0": "strength 0, which has no effect",
+    "--lora FILES/noise.bin@2": "is for stage 2, but there are 1",
+    "--distilled-lora FILES/noise.bin": "only the two stages of a dev model use it",
+    # outputs and files
+    "--output here.avi": "must end in .mp4",
+    "--output nowhere/out.mp4": "cannot be written",
+    "--audio-only": "must end in .wav",
+    "--audio-only --output a.wav --image FILES/image.png": "sound from text alone",
+    "--no-audio --audio-only --output a.wav": "no_audio and audio_only were both given",
+    "--prompts FILES/prompts.txt": "--prompt and --prompts were both given",
+    "--from FILES/clip.mp4": "clip.mp4",
+    "--from nowhere.mp4": "nowhere.mp4: cannot be opened",
+    "--resume FILES/tone.wav": "holds no saved latents",
+    "--model nowhere": "nowhere: no such file or folder",
+    "--model FILES/noise.bin": "noise.bin",
+    "--model FILES": "",
+    "--text-encoder FILES": "has no config.json",
+    "--magic": "unrecognized arguments: --magic",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED, ids=str)
+def test_a_mistake_is_one_line_and_nothing_is_lost(cli, tmp_path, flags):
+    flags, reason = flags.split(), REFUSED[flags]
+    if "--audio-only" in flags and "--output" not in flags:
+        flags += ["--output", "output.mp4"]
+    code, err = cli(*flags)
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert reason in err
+    assert (tmp_path / "output.mp4").read_text() == "earlier"
+    assert [p.name for p in tmp_path.iterdir()] == ["output.mp4"]
+
+
+GUIDED = {
+    "--stg-blocks 0,99": "stg_blocks has 99, but the model's blocks are 0 to 1",
+    "--rescale-scale 2": "video rescale_scale is 2.0",
+    "--cfg-scale nan": "video cfg_scale is nan",
+    "--steps 0": "steps is 0",
+    "--steps 5 --sigmas 1,0": "steps and sigmas were both given",
+    "--no-audio --audio-cfg-scale 2": "audio guidance was given together with no_audio",
+    "--negative-prompt x --cfg-scale 1 --audio-cfg-scale 1": "set a CFG scale",
+}
+
+
+@pytest.mark.parametrize("flags", GUIDED, ids=str)
+def test_a_dev_model_refuses_what_it_cannot_do(cli, flags):
+    code, err = cli(*flags.split(), kind="dev")
+    assert code == 2 and err.count("\n") == 1 and GUIDED[flags] in err
+
+
+def test_a_full_disk_is_one_line(cli, monkeypatch, tmp_path):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(media.VideoWriter, "write", full)
+    code, err = cli(reads=True)
+    assert code == 2 and err == "error: [Errno 28] No space left on device\n"
+    assert (tmp_path / "output.mp4").read_text() == "earlier"
+
+
+def test_a_truncated_model_is_one_line(cli, checkpoint, tmp_path):
+    whole = checkpoint("ltx-2")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(whole.read_bytes()[:-1000])
+    code, err = cli("--model", str(broken))
+    assert code == 2 and "fetch it again" in err and err.count("\n") == 1
+
+
+def test_a_text_encoder_is_no_model(cli, checkpoint):
+    code, err = cli("--model", str(checkpoint("gemma3")))
+    assert code == 2 and err.count("\n") == 1
