@@ -209,7 +209,7 @@ def transformer(c: dict) -> Shapes:
         ),
         "audio_to_video_attn": attention(video, audio, audio, audio_heads),
         "video_to_audio_attn": attention(audio, video, audio, audio_heads),
-        "ff": feed_forward(video),
+        "ff": feed_forward(video, c.get("ff_bias", True)),
         "audio_ff": feed_forward(audio),
         "scale_shift_table": (rows, video),
         "audio_scale_shift_table": (rows, audio),
@@ -237,6 +237,8 @@ def transformer(c: dict) -> Shapes:
     if prompt:
         model["prompt_adaln_single"] = adaln(video, 2)
         model["audio_prompt_adaln_single"] = adaln(audio, 2)
+    if c.get("use_keyframes_abs_pos_embedding"):
+        model["keyframes_abs_pos_embedding"] = (1, video)
     if not c.get("caption_proj_before_connector"):
         text = c["caption_channels"]
         for name, width in (("", video), ("audio_", audio)):
