@@ -100,16 +100,18 @@ def linear_shape(layer: nn.Module) -> Optional[tuple[int, int]]:
 
 
 class SidePath(nn.Module):
-    """A linear layer and the sum of its LoRAs beside it: x W + (x A^T) B^T."""
+    """A linear layer and the sum of its LoRAs beside it: x W + (x A^T s) B^T.
 
-    def __init__(self, linear: nn.Module, a: mx.array, b: mx.array):
+    The strengths s (r,) stay outside B, which 16 bits would round.
+    """
+
+    def __init__(self, linear: nn.Module, a: mx.array, b: mx.array, s: mx.array):
         super().__init__()
-        self.linear, self.lora_a, self.lora_b = linear, a, b
+        self.linear, self.lora_a, self.lora_b, self.strength = linear, a, b, s
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.linear(x)
-        side = (x @ self.lora_a.T.astype(x.dtype)) @ self.lora_b.T.astype(x.dtype)
-        return y + side
+        a, b, s = (w.astype(x.dtype) for w in (self.lora_a, self.lora_b, self.strength))
+        return self.linear(x) + (x @ a.T * s) @ b.T
 
 
 def attach(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
@@ -117,15 +119,16 @@ def attach(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
     was attached before is removed, and the layers themselves are never touched."""
     layers = dict(model.named_modules())
     changed = {k: m.linear for k, m in layers.items() if isinstance(m, SidePath)}
-    paths: dict[str, list[tuple[mx.array, mx.array]]] = {}
+    paths: dict[str, list[tuple[mx.array, ...]]] = {}
     for lora, strength in loras:
         lora.check(model)
         if strength != 0:
             for path, (a, b) in lora.factors.items():
-                paths.setdefault(path, []).append((a, b * strength))
+                s = mx.full(len(a), strength, mx.float32)
+                paths.setdefault(path, []).append((a, b, s))
     for path, factors in paths.items():
-        a = mx.concatenate([a for a, _ in factors], axis=0)
-        b = mx.concatenate([b for _, b in factors], axis=1)
-        changed[path] = SidePath(changed.get(path, layers[path]), a, b)
+        a, b, s = zip(*factors)
+        parts = mx.concatenate(a), mx.concatenate(b, axis=1), mx.concatenate(s)
+        changed[path] = SidePath(changed.get(path, layers[path]), *parts)
     model.update_modules(tree_unflatten(list(changed.items())))
     mx.eval([m.parameters() for m in changed.values()])
