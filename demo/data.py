@@ -69,8 +69,8 @@ def sample_scene(rng: np.random.Generator, **fixed: str) -> Scene:
         y=rng.uniform(0.36, 0.64),
         radius=rng.uniform(0.15, 0.2),
         travel=rng.uniform(0.5, 0.6),
-        first_contact=rng.integers(25, 36) / 100,
-        rgb=tuple(np.array(COLOURS[named["colour"]]) + rng.uniform(-10, 10, 3)),
+        first_contact=int(rng.integers(25, 36)) / 100,
+        rgb=tuple(float(c + rng.uniform(-10, 10)) for c in COLOURS[named["colour"]]),
         grey=BACKGROUNDS[named["background"]] + rng.uniform(-12, 12),
     )
 

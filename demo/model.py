@@ -342,10 +342,10 @@ def log_mel(waveform: torch.Tensor) -> torch.Tensor:
         waveform.reshape(b * c, n),
         1024,
         hop_length=160,
-        window=torch.hann_window(1024),
+        window=torch.hann_window(1024, device=waveform.device),
         return_complex=True,
     ).abs()
-    mel = spectrum.transpose(1, 2) @ mel_filters()
+    mel = spectrum.transpose(1, 2) @ mel_filters().to(waveform.device)
     return mel.clamp(min=1e-5).log().unflatten(0, (b, c))
 
 
@@ -401,9 +401,13 @@ def rms_norm(x: torch.Tensor) -> torch.Tensor:
 def rope(positions: torch.Tensor, max_pos: list[int], width: int, heads: int):
     """Cosine and sine (heads, T, width / heads / 2) for positions (axes, T)."""
     count = width // (2 * len(max_pos))
-    bands = torch.linspace(0, 1, count, dtype=torch.float64)
+    device = positions.device
+    bands = torch.linspace(0, 1, count, dtype=torch.float64, device=device)
     frequencies = (10000.0**bands * math.pi / 2).float()
-    scaled = 2 * positions.float() / torch.tensor(max_pos).float()[:, None] - 1
+    scaled = (
+        2 * positions.float() / torch.tensor(max_pos, device=device).float()[:, None]
+        - 1
+    )
     angles = scaled[:, :, None] * frequencies
     angles = angles.permute(1, 2, 0).flatten(1)
     angles = F.pad(angles, (width // 2 - angles.shape[1], 0))
@@ -501,7 +505,7 @@ class Connector(nn.Module):
     def forward(self, features, lengths, positions, bias=None):
         rows = self.learnable_registers[positions % len(self.learnable_registers)]
         n = features.shape[1]
-        real = torch.arange(n)[None] < lengths[:, None]
+        real = torch.arange(n, device=rows.device)[None] < lengths[:, None]
         front = torch.where(real[..., None], features.float(), rows[:n])
         x = torch.cat([front, rows[n:].expand(len(front), -1, -1)], 1)
         table = rope(positions[None], [self.max_pos], self.width, self.heads)
@@ -517,7 +521,7 @@ class TimestepEmbedder(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        frequencies = 10000 ** (-torch.arange(128) / 128)
+        frequencies = 10000 ** (-torch.arange(128, device=t.device) / 128)
         angles = t[..., None].float() * frequencies
         sinusoid = torch.cat([angles.cos(), angles.sin()], -1)
         return self.linear_2(F.silu(self.linear_1(sinusoid)))

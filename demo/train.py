@@ -1,7 +1,7 @@
-"""Train the demo model from nothing: python demo/train.py [stage ...], all of them by default.
+"""Train the demo model from nothing: python demo/train.py --work DIR [stage ...]
 
-The stages run in order; each writes a checkpoint to --work every few hundred steps and goes
-on from it when started again. Every batch is drawn from (SEED, stage, step) alone.
+The stages run in order, all of them by default; each writes a checkpoint every minute or so
+and goes on from it when started again. A batch is drawn from (SEED, stage, step) alone.
 """
 
 from __future__ import annotations
@@ -24,93 +24,40 @@ from demo import data, model
 from demo.judge import judge
 
 SEED = 2026
-VAE = {
-    "_class_name": "CausalVideoAutoencoder",
-    "dims": 3,
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 64,
-    "encoder_blocks": [
-        ["res_x", {"num_layers": 1}],
-        ["compress_space_res", {"multiplier": 2}],
-        ["res_x", {"num_layers": 1}],
-        ["compress_time_res", {"multiplier": 1}],
-        ["res_x", {"num_layers": 1}],
-        ["compress_all_res", {"multiplier": 1}],
-        ["res_x", {"num_layers": 1}],
-        ["compress_all_res", {"multiplier": 1}],
-        ["res_x", {"num_layers": 1}],
-    ],
-    "decoder_blocks": [
-        ["res_x", {"num_layers": 2, "inject_noise": False}],
-        ["compress_all", {"residual": True, "multiplier": 1}],
-        ["res_x", {"num_layers": 1, "inject_noise": False}],
-        ["compress_all", {"residual": True, "multiplier": 2}],
-        ["res_x", {"num_layers": 1, "inject_noise": False}],
-        ["compress_all", {"residual": True, "multiplier": 1}],
-        ["res_x", {"num_layers": 1, "inject_noise": False}],
-    ],
-    "scaling_factor": 1.0,
-    "norm_layer": "pixel_norm",
-    "patch_size": 4,
-    "latent_log_var": "uniform",
-    "use_quant_conv": False,
-    "causal_decoder": False,
-    "timestep_conditioning": False,
-    "normalize_latent_channels": False,
-    "encoder_base_channels": 32,
-    "decoder_base_channels": 8,
-    "spatial_padding_mode": "zeros",
+CONFIG = json.loads((Path(__file__).parent / "config.json").read_text())
+TEXT = CONFIG["text_encoder"]
+CONTEXT = 1024
+SCHEDULE = [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875]
+AUDIO_TOKENS = round(data.FRAMES / data.FPS * 25)
+MEL_FRAMES = 4 * AUDIO_TOKENS - 3
+VIDEO_POSITIONS = model.video_positions(4, 3, 3, data.FPS)
+AUDIO_POSITIONS = model.audio_positions(AUDIO_TOKENS)
+SHARDS, SHARD = 64, 128
+RECIPES = {  # steps, clips a batch, rate: for one large GPU, half an hour in all
+    "vae": (8000, 32, 1.5e-3),
+    "audio_vae": (3000, 16, 1.5e-3),
+    "vocoder": (5000, 16, 1.5e-3),
+    "dit": (10000, 128, 4e-3),
 }
-AUDIO_VAE = {
-    "model": {
-        "params": {
-            "ddconfig": {
-                "double_z": True,
-                "mel_bins": 64,
-                "z_channels": 4,
-                "resolution": 256,
-                "downsample_time": False,
-                "in_channels": 2,
-                "out_ch": 2,
-                "ch": 16,
-                "ch_mult": [1, 2, 4],
-                "num_res_blocks": 1,
-                "attn_resolutions": [],
-                "dropout": 0.0,
-                "mid_block_add_attention": False,
-                "norm_type": "pixel",
-                "causality_axis": "height",
-            },
-            "sampling_rate": 16000,
-        }
-    },
-    "preprocessing": {
-        "audio": {
-            "sampling_rate": 16000,
-            "max_wav_value": 32768.0,
-            "duration": 5.12,
-            "stereo": True,
-            "causal_padding": 3,
-        },
-        "stft": {
-            "filter_length": 1024,
-            "hop_length": 160,
-            "win_length": 1024,
-            "causal": True,
-        },
-        "mel": {"n_mel_channels": 64, "mel_fmin": 0, "mel_fmax": 8000},
-    },
-}
-VOCODER = {
-    "upsample_initial_channel": 128,
-    "resblock": "1",
-    "upsample_rates": [8, 6, 5],
-    "resblock_kernel_sizes": [3, 7],
-    "upsample_kernel_sizes": [16, 12, 15],
-    "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]],
-    "stereo": True,
-}
+
+
+@dataclasses.dataclass
+class Run:
+    """Where checkpoints go, what computes, how many processes draw batches."""
+
+    work: Path
+    device: str
+    workers: int
+    steps: int | None
+    batch: int | None
+    clips: int
+
+    def recipe(self, stage: str) -> tuple[int, int, float]:
+        steps, batch, rate = RECIPES[stage]
+        return self.steps or steps, self.batch or batch, rate
+
+    def autocast(self):
+        return torch.autocast(self.device, torch.bfloat16)
 
 
 class Muon(torch.optim.Optimizer):
@@ -142,11 +89,13 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
+                matrix = p.ndim >= 2 and min(p.flatten(1).shape) >= 16
                 state = self.state[p]
-                if not state:
-                    state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+                if "m" not in state:
+                    state.update(step=0, m=torch.zeros_like(p))
+                    state.update({} if matrix else dict(v=torch.zeros_like(p)))
                 state["step"] += 1
-                if p.ndim >= 2 and min(p.flatten(1).shape) >= 16:
+                if matrix:
                     state["m"].mul_(group["momentum"]).add_(p.grad)
                     update = self.orthogonal(p.grad + group["momentum"] * state["m"])
                 else:
@@ -158,149 +107,69 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(group["lr"] * update)
 
 
-def fit(stage, module, loss_at, steps, rate, work: Path, report=50):
+class Batches(torch.utils.data.Dataset):
+    """Step numbers to what `batch_at` draws for them."""
+
+    def __init__(self, stage, batch_at, steps):
+        self.stage, self.batch_at, self.steps = stage, batch_at, steps
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, step):
+        rng = np.random.default_rng((SEED, sum(self.stage.encode()), step))
+        return self.batch_at(step, rng)
+
+
+def fit(run: Run, stage: str, module, batch_at, loss_of):
     """Muon with warm-up and cosine decay; resumes from and saves to work/stage.pt."""
-    torch.manual_seed(SEED)
+    steps, _, rate = run.recipe(stage)
+    module.to(run.device)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = Muon(parameters, lr=rate)
-    path, start = work / f"{stage}.pt", 0
+    path, start = run.work / f"{stage}.pt", 0
     if path.exists():
-        saved = torch.load(path)
+        saved = torch.load(path, map_location=run.device)
         module.load_state_dict(saved["module"])
-        optimizer.load_state_dict(saved["optimizer"])
+        if len(saved["optimizer"]["state"]) == len(parameters):
+            optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
-    total, since = {}, time.time()
-    for step in range(start, steps):
+    batches = torch.utils.data.DataLoader(
+        Batches(stage, batch_at, steps),
+        batch_size=None,
+        sampler=range(start, steps),
+        num_workers=run.workers,
+    )
+    total, count, since = {}, 0, time.time()
+    for step, batch in zip(range(start, steps), batches):
+        batch = {
+            k: v.to(run.device) if isinstance(v, torch.Tensor) else v
+            for k, v in batch.items()
+        }
         warm = min(1.0, (step + 1) / 50)
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * decay
         torch.manual_seed(SEED + step)
-        losses = loss_at(step, np.random.default_rng((SEED, sum(stage.encode()), step)))
+        losses = loss_of(batch)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        count += 1
         for name, value in losses.items():
-            total[name] = total.get(name, 0.0) + value.item() / report
-        if (step + 1) % report == 0 or step + 1 == steps:
-            figures = " ".join(f"{k} {v:.5f}" for k, v in total.items())
-            line = (
-                f"{stage} step {step + 1}/{steps} {figures} {time.time() - since:.0f}s"
-            )
+            total[name] = total.get(name, 0.0) + value.detach()
+        if time.time() - since > 60 or step + 1 == steps:
+            figures = " ".join(f"{k} {v.item() / count:.5f}" for k, v in total.items())
+            pace = (time.time() - since) / count
+            line = f"{stage} step {step + 1}/{steps} {figures} {pace:.3f} s/step"
             print(line, flush=True)
-            with open(work / "train.log", "a") as log:
+            with open(run.work / "train.log", "a") as log:
                 log.write(line + "\n")
-            total, since = {}, time.time()
-            state = dict(
-                module=module.state_dict(),
-                optimizer=optimizer.state_dict(),
-                step=step + 1,
-            )
-            torch.save(state, path.with_suffix(".new"))
+            state = dict(module=module.state_dict(), optimizer=optimizer.state_dict())
+            torch.save(dict(state, step=step + 1), path.with_suffix(".new"))
             path.with_suffix(".new").rename(path)
-
-
-TEXT = {
-    "architectures": ["Gemma3ForConditionalGeneration"],
-    "model_type": "gemma3",
-    "eos_token_id": 1,
-    "image_token_index": 4,
-    "torch_dtype": "bfloat16",
-    "text_config": {
-        "model_type": "gemma3_text",
-        "vocab_size": 1024,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "query_pre_attn_scalar": 32,
-        "sliding_window": 1024,
-        "sliding_window_pattern": 6,
-        "max_position_embeddings": 131072,
-        "rope_theta": 1000000.0,
-        "rope_local_base_freq": 10000.0,
-        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        "rms_norm_eps": 1e-06,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
-    },
-    "vision_config": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 16,
-        "image_size": 28,
-        "intermediate_size": 32,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 1,
-        "patch_size": 7,
-        "vision_use_head": False,
-    },
-}
-TRANSFORMER = {
-    "_class_name": "AVTransformer3DModel",
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "attention_head_dim": 32,
-    "attention_type": "default",
-    "caption_channels": 128,
-    "cross_attention_dim": 192,
-    "double_self_attention": False,
-    "dropout": 0.0,
-    "in_channels": 64,
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-06,
-    "norm_num_groups": 32,
-    "num_attention_heads": 6,
-    "num_embeds_ada_norm": 1000,
-    "num_layers": 4,
-    "num_vector_embeds": None,
-    "only_cross_attention": False,
-    "cross_attention_norm": True,
-    "out_channels": 64,
-    "upcast_attention": False,
-    "use_linear_projection": False,
-    "qk_norm": "rms_norm",
-    "standardization_norm": "rms_norm",
-    "positional_embedding_type": "rope",
-    "positional_embedding_theta": 10000.0,
-    "positional_embedding_max_pos": [20, 2048, 2048],
-    "timestep_scale_multiplier": 1000,
-    "av_ca_timestep_scale_multiplier": 1000.0,
-    "causal_temporal_positioning": True,
-    "audio_num_attention_heads": 4,
-    "audio_attention_head_dim": 32,
-    "use_audio_video_cross_attention": True,
-    "share_ff": False,
-    "audio_in_channels": 64,
-    "audio_out_channels": 64,
-    "audio_cross_attention_dim": 128,
-    "audio_positional_embedding_max_pos": [20],
-    "av_cross_ada_norm": True,
-    "use_embeddings_connector": True,
-    "connector_attention_head_dim": 32,
-    "connector_num_attention_heads": 6,
-    "connector_num_layers": 1,
-    "connector_positional_embedding_max_pos": [4096],
-    "connector_num_learnable_registers": 128,
-    "connector_norm_output": True,
-    "use_middle_indices_grid": True,
-    "rope_type": "split",
-    "frequencies_precision": "float64",
-    "apply_gated_attention": True,
-    "connector_apply_gated_attention": True,
-    "caption_projection_first_linear": False,
-    "caption_projection_second_linear": False,
-    "caption_proj_input_norm": False,
-    "connector_learnable_registers_std": 1,
-    "caption_proj_before_connector": True,
-    "audio_connector_attention_head_dim": 32,
-    "audio_connector_num_attention_heads": 4,
-    "cross_attention_adaln": True,
-    "text_encoder_norm_type": "per_token_rms",
-}
-SCHEDULE = [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875]
+            total, count, since = {}, 0, time.time()
 
 
 class Denoiser(torch.nn.Module):
@@ -309,83 +178,94 @@ class Denoiser(torch.nn.Module):
     def __init__(self):
         super().__init__()
         section = TEXT["text_config"]
+        self.transformer = model.Transformer(CONFIG["transformer"])
         self.projection = model.TextProjection(
-            section["hidden_size"], section["num_hidden_layers"] + 1, 192, 128
+            section["hidden_size"],
+            section["num_hidden_layers"] + 1,
+            self.transformer.c["width"],
+            self.transformer.c["audio_width"],
         )
-        self.transformer = model.Transformer(TRANSFORMER)
 
 
 MODULES = {
+    "vae": lambda: model.VideoVAE(CONFIG["vae"]),
+    "audio_vae": lambda: model.AudioVAE(CONFIG["audio_vae"]),
+    "vocoder": lambda: model.Vocoder(CONFIG["vocoder"]),
     "dit": Denoiser,
-    "vae": lambda: model.VideoVAE(VAE),
-    "audio_vae": lambda: model.AudioVAE(AUDIO_VAE),
-    "vocoder": lambda: model.Vocoder(VOCODER),
 }
 
 
-def load(work: Path, stage: str) -> torch.nn.Module:
+def load(run: Run, stage: str) -> torch.nn.Module:
     """A trained stage, frozen."""
     module = MODULES[stage]()
-    module.load_state_dict(torch.load(work / f"{stage}.pt")["module"])
-    return module.requires_grad_(False).eval()
+    saved = torch.load(run.work / f"{stage}.pt", map_location="cpu")
+    module.load_state_dict(saved["module"])
+    return module.requires_grad_(False).eval().to(run.device)
 
 
-def to_video(frames: np.ndarray) -> torch.Tensor:
+def to_video(frames: torch.Tensor) -> torch.Tensor:
     """uint8 (B, F, H, W, 3) to float (B, 3, F, H, W) in [-1, 1]."""
-    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-VAE_STEPS, VAE_STILL, VAE_WHOLE = 1500, 720, 80
+def train_vae(run: Run):
+    """Single frames first, then nine of a corner, whole clips last; noise on the latents.
 
+    Once latents have been made of it the encoder stays as it is.
+    """
+    steps, size, _ = run.recipe("vae")
+    vae = MODULES["vae"]()
+    vae.encoder.requires_grad_(not any(run.work.glob("latents-*.pt")))
 
-def train_vae(work: Path):
-    """Single frames first, then nine of a corner, whole clips last; noise on the latents."""
-    vae = model.VideoVAE(VAE)
-
-    def loss_at(step, rng):
-        still, whole = step < VAE_STILL, step >= VAE_STEPS - VAE_WHOLE
-        size, length = (20, 1) if still else (1, 25) if whole else (3, 9)
+    def batch_at(step, rng):
+        still, whole = step < 0.15 * steps, step >= 0.8 * steps
         clips = []
-        for _ in range(size):
+        for _ in range(size * 6 if still else max(1, size // 3) if whole else size):
+            length = 1 if still else 25 if whole else 9
             first = rng.integers(26 - length)
             clip = data.render(data.sample_scene(rng), range(first, first + length))
             if not whole:
                 top, left = rng.integers(0, data.SIZE - 63, 2)
                 clip = clip[:, top : top + 64, left : left + 64]
             clips.append(clip)
-        video = to_video(np.stack(clips))
+        return dict(frames=np.stack(clips))
+
+    def loss_of(batch):
+        video = to_video(batch["frames"])
         background = video.flatten(2).median(-1).values[:, :, None, None, None]
         shape = (video - background).abs().amax(1, keepdim=True) > 0.05
-        with torch.autocast("cpu", torch.bfloat16):
+        with run.autocast():
             latents = vae.encoder(video)
-            noisy = latents + 0.1 * torch.randn_like(latents)
-            decoded = vae.decoder(noisy)
-        error = (decoded.float() - video).abs() * (1 + 3 * shape)
+            decoded = vae.decoder(latents + 0.1 * torch.randn_like(latents)).float()
+        error = (decoded - video).abs() * (1 + 3 * shape)
         return dict(
             l1=error.mean(),
-            mse=4 * (error * (decoded.float() - video).abs()).mean(),
+            mse=4 * (error * (decoded - video).abs()).mean(),
             size=1e-3 * latents.float().square().mean(),
         )
 
-    fit("vae", vae, loss_at, VAE_STEPS, 1.5e-3, work)
+    fit(run, "vae", vae, batch_at, loss_of)
 
 
-AUDIO_TOKENS = round(data.FRAMES / data.FPS * 25)
-MEL_FRAMES = 4 * AUDIO_TOKENS - 3
+def waves(scenes: list[data.Scene], rate: int) -> np.ndarray:
+    """Their sound, (B, 2, samples)."""
+    return np.stack([data.sound(scene, rate).T for scene in scenes])
 
 
-def mels(scenes: list[data.Scene]) -> torch.Tensor:
-    """Log-mels (B, 2, MEL_FRAMES, 64) of the scenes' sound."""
-    waves = np.stack([data.sound(scene, 16000) for scene in scenes])
-    return model.log_mel(torch.from_numpy(waves).transpose(1, 2))[:, :, :MEL_FRAMES]
+def mels(at_16k: torch.Tensor) -> torch.Tensor:
+    """Log-mels (B, 2, MEL_FRAMES, 64) of waveforms (B, 2, samples)."""
+    return model.log_mel(at_16k)[:, :, :MEL_FRAMES]
 
 
-def train_audio_vae(work: Path):
-    vae = model.AudioVAE(AUDIO_VAE)
+def train_audio_vae(run: Run):
+    vae, size = MODULES["audio_vae"](), run.recipe("audio_vae")[1]
 
-    def loss_at(step, rng):
-        mel = mels([data.sample_scene(rng) for _ in range(4)])
-        with torch.autocast("cpu", torch.bfloat16):
+    def batch_at(step, rng):
+        return dict(at_16k=waves([data.sample_scene(rng) for _ in range(size)], 16000))
+
+    def loss_of(batch):
+        mel = mels(batch["at_16k"])
+        with run.autocast():
             latents = vae.tokens(mel)
             decoded = vae.mel(latents + 0.1 * torch.randn_like(latents))
         return dict(
@@ -393,50 +273,50 @@ def train_audio_vae(work: Path):
             size=1e-3 * latents.float().square().mean(),
         )
 
-    fit("audio_vae", vae, loss_at, 1400, 1.5e-3, work)
+    fit(run, "audio_vae", vae, batch_at, loss_of)
 
 
 def spectral_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Difference of linear and log magnitudes at three resolutions; waves (B, samples)."""
     total = 0.0
     for n in (512, 1024, 2048):
+        window = torch.hann_window(n, device=a.device)
         x, y = (
-            torch.stft(w, n, n // 4, window=torch.hann_window(n), return_complex=True)
-            .abs()
-            .div(n**0.5)
+            torch.stft(w, n, n // 4, window=window, return_complex=True).abs() / n**0.5
             for w in (a, b)
         )
-        total += (x - y).abs().mean() + 0.1 * (
-            torch.log(x + 1e-3) - torch.log(y + 1e-3)
-        ).abs().mean()
+        logarithms = torch.log(x + 1e-3) - torch.log(y + 1e-3)
+        total += (x - y).abs().mean() + 0.1 * logarithms.abs().mean()
     return total
 
 
-def train_vocoder(work: Path):
+def train_vocoder(run: Run):
     """From true mels and from those the audio VAE makes of slightly noisy latents."""
-    vae = load(work, "audio_vae")
-    vocoder = model.Vocoder(VOCODER)
+    vae, vocoder = load(run, "audio_vae"), MODULES["vocoder"]()
+    size = run.recipe("vocoder")[1]
 
-    def loss_at(step, rng):
-        scenes = [data.sample_scene(rng) for _ in range(4)]
-        mel = mels(scenes)
-        waves = np.stack([data.sound(s, 24000)[: MEL_FRAMES * 240] for s in scenes])
-        waves = torch.from_numpy(waves).transpose(1, 2)
-        with torch.autocast("cpu", torch.bfloat16):
+    def batch_at(step, rng):
+        scenes = [data.sample_scene(rng) for _ in range(size)]
+        target = waves(scenes, 24000)[:, :, : MEL_FRAMES * 240]
+        return dict(at_16k=waves(scenes, 16000), target=target)
+
+    def loss_of(batch):
+        mel, target, true = mels(batch["at_16k"]), batch["target"], size // 4
+        with run.autocast():
             with torch.no_grad():
-                latents = vae.tokens(mel[1:])
+                latents = vae.tokens(mel[true:])
                 noisy = latents + 0.15 * torch.randn_like(latents)
-                mel = torch.cat([mel[:1], vae.mel(noisy).float()])
+                mel = torch.cat([mel[:true], vae.mel(noisy).float()])
             made = vocoder(mel).float()
         return dict(
-            l1=10 * (made - waves).abs().mean(),
-            spectrum=spectral_distance(made.flatten(0, 1), waves.flatten(0, 1)),
+            l1=10 * (made - target).abs().mean(),
+            spectrum=spectral_distance(made.flatten(0, 1), target.flatten(0, 1)),
         )
 
-    fit("vocoder", vocoder, loss_at, 4000, 5e-4, work)
+    fit(run, "vocoder", vocoder, batch_at, loss_of)
 
 
-def make_text_encoder(work: Path):
+def make_text_encoder(run: Run):
     """A tokenizer of the captions' words and a small Gemma 3 with random weights."""
     from tokenizers import (
         Tokenizer,
@@ -449,7 +329,7 @@ def make_text_encoder(work: Path):
     )
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    folder = work / "text_encoder"
+    folder = run.work / "text_encoder"
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(SEED)
     captions = [
@@ -478,11 +358,11 @@ def make_text_encoder(work: Path):
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = dict(
-        bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    )
     described = dict(
-        names,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
         tokenizer_class="PreTrainedTokenizerFast",
         add_bos_token=True,
         add_eos_token=False,
@@ -491,9 +371,8 @@ def make_text_encoder(work: Path):
     (folder / "config.json").write_text(json.dumps(TEXT, indent=1))
     torch.manual_seed(SEED)
     tensors = {}
-    for name, p in (
-        Gemma3ForConditionalGeneration(Gemma3Config(**TEXT)).state_dict().items()
-    ):
+    names = Gemma3ForConditionalGeneration(Gemma3Config(**TEXT)).state_dict()
+    for name, p in names.items():
         name = name.removeprefix("model.")
         if name.startswith("language_model."):
             name = name.replace("language_model.", "language_model.model.", 1)
@@ -503,78 +382,88 @@ def make_text_encoder(work: Path):
 
 
 class TextEncoder:
-    """Captions to all hidden states (B, T, D, layers), padded on the right, and lengths."""
+    """Captions to token ids (B, T), padded on the right, their number, and hidden states."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, run: Run):
         from tokenizers import Tokenizer
         from transformers import Gemma3TextConfig, Gemma3TextModel
 
+        folder = run.work / "text_encoder"
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         section = dict(TEXT["text_config"])
         theta, local = section.pop("rope_theta"), section.pop("rope_local_base_freq")
-        scaling = section.pop("rope_scaling")
         section["rope_parameters"] = {
-            "full_attention": dict(scaling, rope_theta=theta),
+            "full_attention": dict(section.pop("rope_scaling"), rope_theta=theta),
             "sliding_attention": dict(rope_type="default", rope_theta=local),
         }
         self.model = Gemma3TextModel(Gemma3TextConfig(**section)).eval()
         tensors = load_file(folder / "model.safetensors")
         prefix = "language_model.model."
-        self.model.load_state_dict(
-            {k.removeprefix(prefix): v.float() for k, v in tensors.items()}
-        )
+        tensors = {k.removeprefix(prefix): v.float() for k, v in tensors.items()}
+        self.model.load_state_dict(tensors)
+        self.model.to(run.device)
 
-    @torch.no_grad()
-    def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokenize(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
         ids = [self.tokenizer.encode(caption.strip()).ids for caption in captions]
         longest = max(map(len, ids))
-        rows = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
-        states = self.model(rows, output_hidden_states=True).hidden_states
-        return torch.stack(states, -1), torch.tensor([len(row) for row in ids])
+        rows = np.array([row + [0] * (longest - len(row)) for row in ids])
+        return rows, np.array([len(row) for row in ids])
+
+    @torch.no_grad()
+    def states(self, ids: torch.Tensor) -> torch.Tensor:
+        """All hidden states (B, T, D, layers + 1)."""
+        return torch.stack(self.model(ids, output_hidden_states=True).hidden_states, -1)
 
 
-SHARDS, SHARD = 16, 128
-
-
-def make_latents(work: Path):
+def make_latents(run: Run):
     """Clips as tokens, in shards; several processes may share the work."""
-    vae, audio_vae = load(work, "vae"), load(work, "audio_vae")
-    for shard in np.random.permutation(SHARDS):
-        path = work / f"latents-{shard:02}.pt"
-        if path.exists():
-            continue
-        rng = np.random.default_rng((SEED, shard))
+    vae, audio_vae = load(run, "vae"), load(run, "audio_vae")
+
+    def batch_at(step, rng):
         scenes = [data.sample_scene(rng) for _ in range(SHARD)]
-        video, audio = [], []
-        for start in range(0, SHARD, 8):
-            batch = scenes[start : start + 8]
-            frames = to_video(np.stack([data.render(scene) for scene in batch]))
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                video.append(vae.encoder(frames).float().flatten(2).transpose(1, 2))
-                audio.append(audio_vae.tokens(mels(batch)).float())
-        rows = [dataclasses.asdict(scene) for scene in scenes]
-        torch.save(
-            dict(video=torch.cat(video), audio=torch.cat(audio), scenes=rows), path
+        return dict(
+            frames=np.stack([data.render(scene) for scene in scenes]),
+            at_16k=waves(scenes, 16000),
+            scenes=[dataclasses.asdict(scene) for scene in scenes],
         )
-        print(path, flush=True)
+
+    paths = [run.work / f"latents-{shard:02}.pt" for shard in range(SHARDS)]
+    missing = [i for i in np.random.permutation(SHARDS) if not paths[i].exists()]
+    batches = torch.utils.data.DataLoader(
+        Batches("latents", batch_at, SHARDS),
+        batch_size=None,
+        sampler=missing,
+        num_workers=run.workers,
+    )
+    for shard, batch in zip(missing, batches):
+        if paths[shard].exists():
+            continue
+        video, audio = [], []
+        with torch.no_grad(), run.autocast():
+            for i in range(0, SHARD, 8):
+                frames = to_video(batch["frames"][i : i + 8].to(run.device))
+                mel = mels(batch["at_16k"][i : i + 8].to(run.device))
+                video.append(
+                    vae.encoder(frames).float().flatten(2).transpose(1, 2).cpu()
+                )
+                audio.append(audio_vae.tokens(mel).float().cpu())
+        tokens = dict(video=torch.cat(video), audio=torch.cat(audio))
+        torch.save(dict(tokens, scenes=batch["scenes"]), paths[shard])
+        print(paths[shard], flush=True)
 
 
-def load_latents(work: Path):
+def load_latents(run: Run):
     """Normalised video tokens, audio tokens and their scenes; the two sets of statistics."""
     shards = [
-        torch.load(p, weights_only=False) for p in sorted(work.glob("latents-*.pt"))
+        torch.load(path, weights_only=False)
+        for path in sorted(run.work.glob("latents-*.pt"))
     ]
     video, audio = (torch.cat([s[name] for s in shards]) for name in ("video", "audio"))
-    measured = model.Statistics(64, 2), model.Statistics(64, 2)
+    measured = [model.Statistics(x.shape[-1], 2) for x in (video, audio)]
     for statistics, first in zip(measured, (shards[0]["video"], shards[0]["audio"])):
         statistics.measure(first)
     scenes = [data.Scene(**scene) for shard in shards for scene in shard["scenes"]]
     return measured[0].normalize(video), measured[1].normalize(audio), scenes, measured
-
-
-VIDEO_POSITIONS = model.video_positions(4, 3, 3, data.FPS)
-AUDIO_POSITIONS = model.audio_positions(AUDIO_TOKENS)
-CONTEXT = 1024
 
 
 def context_rows(rng: np.random.Generator, real: int, sampled: int, length: float):
@@ -583,19 +472,24 @@ def context_rows(rng: np.random.Generator, real: int, sampled: int, length: floa
     The logarithm of how many a row stands for, added to its attention logits, makes the
     softmax an estimate of that over the whole context, at a small part of the cost.
     """
-    if sampled == 0:
-        return torch.arange(CONTEXT), None
     edges = np.linspace(real, CONTEXT, sampled + 1)
     far = np.floor(rng.uniform(edges[:-1], edges[1:])).astype(int)
-    bias = torch.zeros(real + sampled)
+    bias = np.zeros(real + sampled, np.float32)
     bias[real:] = math.log((length - real) / sampled)
-    return torch.cat([torch.arange(real), torch.from_numpy(far)]), bias
+    return np.concatenate([np.arange(real), far]), bias
 
 
-DIT_STEPS, DIT_WHOLE, DIT_BATCH = 1000, 60, 32
+def contexts(denoiser: Denoiser, states, lengths, rows, bias):
+    """The contexts of the two streams."""
+    t = denoiser.transformer
+    connectors = t.video_embeddings_connector, t.audio_embeddings_connector
+    return [
+        connector(features, lengths, rows, bias)
+        for connector, features in zip(connectors, denoiser.projection(states))
+    ]
 
 
-def train_dit(work: Path):
+def train_dit(run: Run):
     """Rectified flow on the latents.
 
     The weight of the context's registers grows until it is that of 1024 rows, or the words
@@ -603,189 +497,182 @@ def train_dit(work: Path):
     One caption in ten is empty, one batch in four keeps its clean first latent frames, one
     clip in eight its clean sound; one batch in eight cuts the two streams apart.
     """
-    video, audio, scenes, _ = load_latents(work)
-    encoder = TextEncoder(work / "text_encoder")
-    denoiser = Denoiser()
+    video, audio, scenes, _ = load_latents(run)
+    encoder, denoiser = TextEncoder(run), Denoiser()
+    steps, full_size, _ = run.recipe("dit")
 
-    def loss_at(step, rng):
-        whole = step >= DIT_STEPS - DIT_WHOLE
-        size = DIT_BATCH // 4 if whole else DIT_BATCH
+    def batch_at(step, rng):
+        whole = step >= 0.93 * steps
+        size = max(4, full_size // 4) if whole else full_size
         chosen = rng.integers(len(scenes), size=size)
         captions = [
             "" if rng.random() < 0.1 else data.caption(scenes[i], rng) for i in chosen
         ]
-        states, lengths = encoder(captions)
-        length = 64 * (CONTEXT / 64) ** min(1.0, step / (0.6 * DIT_STEPS))
-        rows, bias = context_rows(rng, states.shape[1], 0 if whole else 24, length)
-        clean_v, clean_a = video[chosen], audio[chosen]
-        u = torch.from_numpy(rng.random(size)).float()
-        shifted = 6 * u / (1 + 5 * u)
-        listed = torch.tensor(SCHEDULE)[torch.from_numpy(rng.integers(8, size=size))]
-        sigma = torch.where(torch.from_numpy(rng.random(size) < 0.5), shifted, listed)
+        ids, lengths = encoder.tokenize(captions)
+        growth = min(1.0, step / (0.6 * steps))
+        rows, bias = np.arange(CONTEXT), np.zeros(CONTEXT, np.float32)
+        if not whole:
+            length = 64 * (CONTEXT / 64) ** growth
+            rows, bias = context_rows(rng, ids.shape[1], 24, length)
+        u = rng.random(size)
+        shifted, listed = (
+            6 * u / (1 + 5 * u),
+            np.array(SCHEDULE)[rng.integers(8, size=size)],
+        )
         # Where a whole batch is alike, timesteps are one a sample: cheaper modulation.
-        mask_v, mask_a = torch.ones(size, 1), torch.ones(size, 1)
-        if rng.random() < 0.25:
-            mask_v = torch.ones(size, 36)
-            mask_v[:, :9] = 0
-        mask_a[torch.from_numpy(rng.random(size) < 0.125)] = 0
-        noise_v, noise_a = torch.randn_like(clean_v), torch.randn_like(clean_a)
-        time_v, time_a = sigma[:, None] * mask_v, sigma[:, None] * mask_a
-        sigma_a = time_a.amax(1)
-        with torch.autocast("cpu", torch.bfloat16):
-            features_v, features_a = denoiser.projection(states)
-            t = denoiser.transformer
-            streams = [
-                dict(
-                    x=torch.lerp(clean, noise, time[..., None]),
-                    t=time,
-                    sigma=s,
-                    context=connector(features, lengths, rows, bias),
-                    bias=bias,
-                    positions=positions,
-                )
-                for clean, noise, time, s, connector, features, positions in (
-                    (
-                        clean_v,
-                        noise_v,
-                        time_v,
-                        sigma,
-                        t.video_embeddings_connector,
-                        features_v,
-                        VIDEO_POSITIONS,
-                    ),
-                    (
-                        clean_a,
-                        noise_a,
-                        time_a,
-                        sigma_a,
-                        t.audio_embeddings_connector,
-                        features_a,
-                        AUDIO_POSITIONS,
-                    ),
-                )
-            ]
-            v, a = t(*streams, crossed=rng.random() > 0.125)
-        error_v = (v - (noise_v - clean_v)).square().mean(-1)
-        error_a = (a - (noise_a - clean_a)).square().mean(-1)
-        mask_v, mask_a = mask_v.expand_as(error_v), mask_a.expand_as(error_a)
+        mask_v = np.ones((size, 36 if rng.random() < 0.25 else 1), np.float32)
+        mask_v[:, : mask_v.shape[1] // 4] = 0
+        mask_a = (rng.random((size, 1)) > 0.125).astype(np.float32)
         return dict(
-            video=(error_v * mask_v).sum() / mask_v.sum(),
-            audio=(error_a * mask_a).sum() / mask_a.sum(),
+            clean_v=video[chosen],
+            clean_a=audio[chosen],
+            ids=ids,
+            lengths=lengths,
+            rows=rows,
+            bias=bias,
+            sigma=np.where(rng.random(size) < 0.5, shifted, listed).astype(np.float32),
+            mask_v=mask_v,
+            mask_a=mask_a,
+            crossed=rng.random() > 0.125,
         )
 
-    fit("dit", denoiser, loss_at, DIT_STEPS, 4e-3, work)
+    def loss_of(batch):
+        sigma, streams, targets, masks = batch["sigma"], [], [], []
+        bias = batch["bias"] if batch["bias"].any() else None
+        with run.autocast():
+            both = contexts(
+                denoiser,
+                encoder.states(batch["ids"]),
+                batch["lengths"],
+                batch["rows"],
+                bias,
+            )
+            for kind, context, positions in zip(
+                "va", both, (VIDEO_POSITIONS, AUDIO_POSITIONS)
+            ):
+                clean, mask = batch[f"clean_{kind}"], batch[f"mask_{kind}"]
+                noise, t = torch.randn_like(clean), sigma[:, None] * mask
+                streams.append(
+                    dict(
+                        x=torch.lerp(clean, noise, t[..., None]),
+                        t=t,
+                        sigma=t.amax(1),
+                        context=context,
+                        bias=bias,
+                        positions=positions.to(run.device),
+                    )
+                )
+                targets.append(noise - clean)
+                masks.append(mask)
+            velocities = denoiser.transformer(*streams, crossed=bool(batch["crossed"]))
+        losses = {}
+        for name, v, target, mask in zip(
+            ("video", "audio"), velocities, targets, masks
+        ):
+            error = (v - target).square().mean(-1)
+            mask = mask.expand_as(error)
+            losses[name] = (error * mask).sum() / mask.sum().clamp(min=1)
+        return losses
+
+    fit(run, "dit", denoiser, batch_at, loss_of)
 
 
-def autoencoders(work: Path):
+def autoencoders(run: Run):
     """Both autoencoders with the statistics that their latents had in training."""
-    pair = load(work, "vae"), load(work, "audio_vae")
-    for module, statistics in zip(pair, load_latents(work)[3]):
+    pair = load(run, "vae"), load(run, "audio_vae")
+    for module, statistics in zip(pair, load_latents(run)[3]):
         module.per_channel_statistics.load_state_dict(statistics.state_dict())
     return pair
 
 
 @torch.no_grad()
-def sample(denoiser, encoder, captions, seed, sigmas=(*SCHEDULE, 0.0), first=None):
+def sample(run, denoiser, encoder, captions, seed, first=None):
     """Normalised video and audio tokens by Euler steps; `first` are clean first frames."""
-    states, lengths = encoder(captions)
-    rows, bias = context_rows(None, states.shape[1], 0, CONTEXT)
-    t = denoiser.transformer
-    features = denoiser.projection(states)
-    contexts = (
-        t.video_embeddings_connector(features[0], lengths, rows),
-        t.audio_embeddings_connector(features[1], lengths, rows),
+    ids, lengths = (
+        torch.from_numpy(x).to(run.device) for x in encoder.tokenize(captions)
     )
-    torch.manual_seed(seed)
-    size = len(captions)
-    x, y = torch.randn(size, 36, 64), torch.randn(size, AUDIO_TOKENS, 64)
-    mask = torch.ones(size, 36)
+    rows = torch.arange(CONTEXT, device=run.device)
+    both = contexts(denoiser, encoder.states(ids), lengths, rows, None)
+    positions = VIDEO_POSITIONS.to(run.device), AUDIO_POSITIONS.to(run.device)
+    generator = torch.Generator().manual_seed(seed)
+    xs = [
+        torch.randn(len(captions), p.shape[1], 64, generator=generator).to(run.device)
+        for p in positions
+    ]
+    masks = [torch.ones(x.shape[:2], device=run.device) for x in xs]
     if first is not None:
-        x[:, :9], mask[:, :9] = first, 0
-    for now, after in zip(sigmas, sigmas[1:]):
-        sigma = torch.full((size,), now)
-        v, w = t(
-            dict(
-                x=x,
-                t=sigma[:, None] * mask,
-                sigma=sigma,
-                context=contexts[0],
-                bias=None,
-                positions=VIDEO_POSITIONS,
-            ),
-            dict(
-                x=y,
-                t=sigma[:, None],
-                sigma=sigma,
-                context=contexts[1],
-                bias=None,
-                positions=AUDIO_POSITIONS,
-            ),
-        )
-        x = x + (after - now) * v * mask[..., None]
-        y = y + (after - now) * w
-    return x, y
+        xs[0][:, :9], masks[0][:, :9] = first, 0
+    for now, after in zip(SCHEDULE, SCHEDULE[1:] + [0.0]):
+        sigma = torch.full((len(captions),), now, device=run.device)
+        streams = [
+            dict(x=x, t=now * mask, sigma=sigma, context=c, bias=None, positions=p)
+            for x, mask, c, p in zip(xs, masks, both, positions)
+        ]
+        velocities = denoiser.transformer(*streams)
+        xs = [
+            x + (after - now) * v * m[..., None]
+            for x, v, m in zip(xs, velocities, masks)
+        ]
+    return xs
 
 
-def evaluate(work: Path, count=96, batch=8):
-    """Judge clips of unseen wordings and seeds; the truth's own reconstruction beside it."""
-    (vae, audio_vae), vocoder = autoencoders(work), load(work, "vocoder")
-    denoiser, encoder = load(work, "dit"), TextEncoder(work / "text_encoder")
+@torch.no_grad()
+def evaluate(run: Run):
+    """Judge clips of unseen wordings and seeds, and the autoencoders on the truth."""
+    (vae, audio_vae), vocoder = autoencoders(run), load(run, "vocoder")
+    denoiser, encoder = load(run, "dit"), TextEncoder(run)
     rng = np.random.default_rng(SEED + 1)
-    right = {}
-    for start in range(0, count, batch):
-        scenes = [data.sample_scene(rng) for _ in range(batch)]
-        video = to_video(np.stack([data.render(scene) for scene in scenes]))
+    right, size = {}, 8
+    total = math.ceil(run.clips / size) * size
+    for start in range(0, total, size):
+        scenes = [data.sample_scene(rng) for _ in range(size)]
         captions = [data.caption(scene, rng, unseen=True) for scene in scenes]
-        with torch.no_grad():
-            true_x = vae.per_channel_statistics.normalize(vae.encoder(video))
-            true_x = true_x.flatten(2).transpose(1, 2)
-            true_y = audio_vae.per_channel_statistics.normalize(
-                audio_vae.tokens(mels(scenes))
-            )
-        made = sample(denoiser, encoder, captions, SEED + start)
-        for kind, (x, y) in dict(truth=(true_x, true_y), made=made).items():
+        frames = np.stack([data.render(scene) for scene in scenes])
+        video = to_video(torch.from_numpy(frames).to(run.device))
+        mel = mels(torch.from_numpy(waves(scenes, 16000)).to(run.device))
+        x = vae.per_channel_statistics.normalize(vae.encoder(video))
+        x = x.flatten(2).transpose(1, 2)
+        y = audio_vae.per_channel_statistics.normalize(audio_vae.tokens(mel))
+        for kind, (x, y) in dict(
+            truth=(x, y),
+            text=sample(run, denoiser, encoder, captions, SEED + start),
+            image=sample(run, denoiser, encoder, captions, SEED + start, x[:, :9]),
+        ).items():
             x = x.transpose(1, 2).unflatten(2, (4, 3, 3))
-            with torch.no_grad():
-                decoded = vae.decoder(vae.per_channel_statistics.denormalize(x))
-                mel = audio_vae.mel(audio_vae.per_channel_statistics.denormalize(y))
-                waves = vocoder(mel)
-            frames = ((decoded + 1) * 127.5).round().clamp(0, 255).byte()
-            frames = frames.permute(0, 2, 3, 4, 1).numpy()
+            decoded = vae.decoder(vae.per_channel_statistics.denormalize(x))
+            mel = audio_vae.mel(audio_vae.per_channel_statistics.denormalize(y))
+            sounds = vocoder(mel).transpose(1, 2).cpu().numpy()
+            pixels = ((decoded + 1) * 127.5).round().clamp(0, 255).byte()
+            pixels = pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
+            error = (decoded[:, :, 0] - video[:, :, 0]).square().mean((1, 2, 3)) / 4
+            decibels = (-10 * error.log10()).sum().item()
+            key = f"{kind} first frame dB"
+            right[key] = right.get(key, 0) + decibels
             for i, scene in enumerate(scenes):
-                found = judge(frames[i], waves[i].T.numpy(), 24000)
+                found = judge(pixels[i], sounds[i], 24000)
                 for name in ("colour", "shape", "motion", "background", "pitch"):
                     key = f"{kind} {name}"
                     right[key] = right.get(key, 0) + (
                         found[name] == getattr(scene, name)
                     )
-                error = (decoded[i, :, 0] - video[i, :, 0]).square().mean() / 4
-                right["first frame dB"] = right.get("first frame dB", 0) - (
-                    10 * math.log10(error) if kind == "truth" else 0
-                )
-    report = ", ".join(f"{key} {value / count:.3f}" for key, value in right.items())
-    print(f"{count} clips: {report}", flush=True)
+    lines = [f"{key}: {value / total:.3f}" for key, value in right.items()]
+    print(f"{total} clips of unseen wordings", *lines, sep="\n", flush=True)
 
 
-def export(work: Path):
+def export(run: Run):
     """The official single-file layout, bfloat16, beside the text encoder's folder."""
-    latents = torch.load(work / "latents.pt", weights_only=False)
-    modules = {
-        name: load(work, name) for name in ("vae", "audio_vae", "vocoder", "dit")
-    }
-    statistics_in(modules["vae"], modules["audio_vae"], latents)
-    denoiser = modules.pop("dit")
+    modules = dict(zip(("vae", "audio_vae"), autoencoders(run)))
+    denoiser, modules["vocoder"] = load(run, "dit"), load(run, "vocoder")
     modules["model.diffusion_model"] = denoiser.transformer
     modules["text_embedding_projection"] = denoiser.projection
     tensors = {
-        f"{prefix}.{name}": tensor.bfloat16().contiguous()
+        f"{prefix}.{name}": tensor.bfloat16().contiguous().cpu()
         for prefix, module in modules.items()
         for name, tensor in module.state_dict().items()
     }
-    config = dict(
-        transformer=TRANSFORMER, vae=VAE, audio_vae=AUDIO_VAE, vocoder=VOCODER
-    )
+    config = {k: v for k, v in CONFIG.items() if k != "text_encoder"}
     metadata = dict(format="pt", model_version="2.3.0", config=json.dumps(config))
-    path = work / "ltx-2.3-demo.safetensors"
+    path = run.work / "ltx-2.3-demo-distilled.safetensors"
     save_file(tensors, path, metadata=metadata)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
 
@@ -804,14 +691,26 @@ STAGES = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="*", default=list(STAGES), choices=list(STAGES))
+    parser.add_argument("stages", nargs="*", default=list(STAGES), metavar="stage")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and logs")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    for stage in arguments.stages:
-        STAGES[stage](arguments.work)
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes drawing batches"
+    )
+    parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parser.add_argument("--batch", type=int, help="instead of the recipe's")
+    parser.add_argument("--clips", type=int, default=96, help="how many to evaluate")
+    given = vars(parser.parse_args())
+    torch.set_num_threads(given.pop("threads"))
+    stages = given.pop("stages")
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        parser.error(f"no stage {unknown[0]}; there are {', '.join(STAGES)}")
+    given["work"].mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        STAGES[stage](Run(**given))
 
 
 if __name__ == "__main__":
