@@ -203,8 +203,9 @@ def write_safetensors(path: Path, weights: Weights, progress: Progress) -> None:
     with open(path, "wb") as f:
         f.write(len(start).to_bytes(8, "little") + start)
         for key in list(weights):
-            w = mx.contiguous(weights.pop(key)).reshape(-1).view(mx.uint8)
-            f.write(memoryview(w))
+            w = mx.contiguous(weights.pop(key))
+            # Python has no bfloat16; as bytes there could be more than 2^31 elements.
+            f.write(memoryview(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w))
             progress(w.nbytes)
             del w
             mx.clear_cache()
