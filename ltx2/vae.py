@@ -1,0 +1,490 @@
+"""The video VAE: a causal encoder and a non-causal decoder, both exact on a stream.
+
+A layer turns an iterator of chunks (B, F, H, W, C), which follow one another in time,
+into another one. What it must remember between two chunks are local variables of its
+call, and the end of the clip is the end of the iterator. However a clip is cut into
+chunks, the same frames come out.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice, starmap
+from typing import Callable, Iterator, Optional, Union
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .base import Config, Trace, UserError, traced
+from .layers import TimestepEmbedding, rms_norm, sinusoid
+
+Chunks = Iterator[mx.array]
+Layer = Callable[[Chunks], Chunks]
+Stride = tuple[int, int, int]  # in time, height and width
+
+AS_TRAINED = "as trained"
+LATENTS_AT_ONCE = 2  # enter the decoder: its widest weights are read half as often
+
+# Of the latents of the training set; the others are in some files, but not read.
+STATISTICS = ("mean-of-means", "std-of-means")
+UNUSED_KEYS = (
+    "per_channel_statistics.channel",
+    "per_channel_statistics.mean-of-stds",
+    "per_channel_statistics.mean-of-stds_over_std-of-means",
+)
+
+
+@dataclass
+class VideoVAEConfig(Config):
+    """The `vae` section of a checkpoint's configuration: 2.0, 2.3, convolutional 2.5."""
+
+    encoder_blocks: list
+    decoder_blocks: list
+    latent_channels: int = 128
+    patch_size: int = 4
+    encoder_base_channels: int = 128
+    decoder_base_channels: int = 128
+    timestep_conditioning: bool = True
+    spatial_padding_mode: str = "reflect"  # of the decoder; the encoder pads zeros
+
+    FIXED = {
+        "_class_name": ("CausalVideoAutoencoder",),
+        "dims": (3,),
+        "in_channels": (3,),
+        "out_channels": (3,),
+        "scaling_factor": (1.0,),
+        "norm_layer": ("pixel_norm",),
+        "latent_log_var": ("uniform",),
+        "use_quant_conv": (False,),
+        "causal_decoder": (False,),
+        "normalize_latent_channels": (False,),
+        "spatial_padding_mode": ("reflect", "zeros"),
+        "encoder_spatial_padding_mode": ("zeros",),
+    }
+
+
+# Frames that wait or come one by one. Unlike a loop's variables, `map` holds no frame
+# while the next one is made.
+
+
+def keep(x: mx.array) -> mx.array:
+    """Make `x` stand alone: a slice holds its parent's buffer, a lazy array its graph."""
+    x = mx.contiguous(x)
+    mx.eval(x)
+    return x
+
+
+def split(x: mx.array) -> list[mx.array]:
+    return mx.split(x, x.shape[1], axis=1)
+
+
+def single_frames(chunks: Chunks) -> Chunks:
+    return map(mx.contiguous, chain.from_iterable(map(split, chunks)))
+
+
+def with_input(chunks: Chunks, branch: Layer) -> Iterator[tuple[mx.array, mx.array]]:
+    """What goes into a branch beside what comes out, for which it has to wait."""
+    waiting = deque()
+
+    def enter(x: mx.array) -> mx.array:
+        waiting.extend(split(x))
+        return x
+
+    def leave(y: mx.array) -> tuple[mx.array, mx.array]:
+        x = [waiting.popleft() for _ in range(y.shape[1])]
+        return mx.concatenate(x, axis=1), y
+
+    return map(leave, branch(map(enter, chunks)))
+
+
+# Time and space for channels, and back.
+
+
+def space_to_depth(x: mx.array, stride: Stride) -> mx.array:
+    """(B, F p, H q, W r, C) to (B, F, H, W, C p q r)."""
+    B, F, H, W, C = x.shape
+    p, q, r = stride
+    x = x.reshape(B, F // p, p, H // q, q, W // r, r, C)
+    x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(B, F // p, H // q, W // r, -1)
+
+
+def depth_to_space(x: mx.array, stride: Stride) -> mx.array:
+    """(B, F, H, W, C p q r) to (B, F p, H q, W r, C)."""
+    B, F, H, W, _ = x.shape
+    p, q, r = stride
+    x = x.reshape(B, F, H, W, -1, p, q, r).transpose(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(B, F * p, H * q, W * r, -1)
+
+
+def patchify(x: mx.array, size: int) -> mx.array:
+    """Pixels to patches, in which the column counts before the row."""
+    return space_to_depth(x.swapaxes(2, 3), (1, size, size)).swapaxes(2, 3)
+
+
+def unpatchify(x: mx.array, size: int) -> mx.array:
+    return depth_to_space(x.swapaxes(2, 3), (1, size, size)).swapaxes(2, 3)
+
+
+# Layers
+
+
+class Conv3d(nn.Module):
+    """A 3x3x3 convolution. A causal one sees its first frame three times; the other
+    runs one frame late and sees its first and its last frame twice."""
+
+    def __init__(self, dim_in: int, dim: int, causal: bool, reflect: bool = False):
+        super().__init__()
+        self.causal = causal
+        self.reflect = reflect
+        self.conv = nn.Conv3d(dim_in, dim, 3)
+
+    def __call__(self, chunks: Chunks) -> Chunks:
+        tail = None  # the last two frames
+
+        def window(x: mx.array) -> mx.array:
+            nonlocal tail
+            if tail is None:
+                tail = mx.repeat(x[:, :1], 2 if self.causal else 1, axis=1)
+            x = mx.concatenate([tail, x], axis=1)
+            tail = keep(x[:, -2:])
+            return x
+
+        def last_window() -> Chunks:
+            yield mx.concatenate([tail, tail[:, -1:]], axis=1)
+
+        windows = filter(lambda x: x.shape[1] > 2, map(window, chunks))
+        if not self.causal:
+            windows = chain(windows, last_window())
+        return map(self.convolve, windows)
+
+    def convolve(self, x: mx.array) -> mx.array:
+        if self.reflect:
+            x = mx.concatenate([x[:, :, 1:2], x, x[:, :, -2:-1]], axis=2)
+            x = mx.concatenate([x[..., 1:2, :], x, x[..., -2:-1, :]], axis=3)
+        pad = (0, 0, 0) if self.reflect else (0, 1, 1)
+        weight, bias = (self.conv[k].astype(x.dtype) for k in ("weight", "bias"))
+        # Metal is fast on one clip at a time whose time is padded by hand.
+        clips = [mx.conv3d(clip, weight, padding=pad) for clip in mx.split(x, len(x))]
+        return mx.concatenate(clips) + bias
+
+
+Conv = Callable[[int, int], Conv3d]
+
+
+def activate(x: mx.array, shift_scale: Optional[mx.array] = None) -> mx.array:
+    """PixelNorm, shift and scale (2, C) if there are any, SiLU."""
+    x = rms_norm(x, eps=1e-8)
+    if shift_scale is not None:
+        shift, scale = shift_scale.astype(x.dtype)
+        x = x * (1 + scale) + shift
+    return nn.silu(x)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, dim: int, conv: Conv, conditioned: bool):
+        super().__init__()
+        self.conv1 = conv(dim, dim)
+        self.conv2 = conv(dim, dim)
+        if conditioned:
+            self.scale_shift_table = mx.zeros((4, dim))
+
+    def __call__(self, chunks: Chunks, embedding: Optional[mx.array]) -> Chunks:
+        first = second = None
+        if embedding is not None:
+            first, second = mx.split(self.scale_shift_table + embedding, 2)
+
+        def branch(chunks: Chunks) -> Chunks:
+            chunks = self.conv1(map(partial(activate, shift_scale=first), chunks))
+            return self.conv2(map(partial(activate, shift_scale=second), chunks))
+
+        return starmap(mx.add, with_input(chunks, branch))
+
+
+class ResBlocks(nn.Module):
+    """Residual blocks that share the embedding of the timestep, if there is one."""
+
+    def __init__(self, dim: int, conv: Conv, num_layers: int, conditioned=False):
+        super().__init__()
+        self.res_blocks = [ResBlock(dim, conv, conditioned) for _ in range(num_layers)]
+        if conditioned:
+            self.time_embedder = TimestepEmbedding(4 * dim)
+
+    def __call__(self, chunks: Chunks, time: Optional[mx.array] = None) -> Chunks:
+        if time is not None:
+            time = self.time_embedder.timestep_embedder(time).reshape(4, -1)
+        for block in self.res_blocks:
+            chunks = block(chunks, time)
+        return chunks
+
+
+class Downsample(nn.Module):
+    """Space and time to channels: of a convolution, plus means of the input's."""
+
+    def __init__(self, dim: int, conv: Conv, stride: Stride, multiplier: int):
+        super().__init__()
+        self.stride = stride
+        self.dim = dim * multiplier
+        self.conv = conv(dim, self.dim // math.prod(stride))
+
+    def __call__(self, chunks: Chunks) -> Chunks:
+        chunks = map(self.even, chunks)
+        return starmap(self.downsample, with_input(chunks, self.conv))
+
+    def even(self, x: mx.array) -> mx.array:
+        # Of 8k + 1 frames the first counts twice. Only its chunk is odd.
+        if x.shape[1] % self.stride[0]:
+            x = mx.concatenate([x[:, :1], x], axis=1)
+        return x
+
+    def downsample(self, x: mx.array, y: mx.array) -> mx.array:
+        means = mx.unflatten(space_to_depth(x, self.stride), -1, (self.dim, -1)).mean(
+            -1
+        )
+        return means + space_to_depth(y, self.stride)
+
+
+class Upsample(nn.Module):
+    """A convolution's channels to space and time, plus the input's if residual. Frames
+    are many and large from here on and leave one by one."""
+
+    def __init__(
+        self, dim: int, conv: Conv, stride: Stride, multiplier=1, residual=False
+    ):
+        super().__init__()
+        self.stride = stride
+        self.residual = residual
+        self.dim = dim // multiplier
+        self.conv = conv(dim, self.dim * math.prod(stride))
+
+    def __call__(self, chunks: Chunks) -> Chunks:
+        chunks = starmap(self.upsample, with_input(chunks, self.conv))
+        # Doubled in time, a clip of 8k + 1 frames has one too many, the first.
+        return islice(single_frames(chunks), self.stride[0] - 1, None)
+
+    def upsample(self, x: mx.array, y: mx.array) -> mx.array:
+        y = depth_to_space(y, self.stride)
+        if self.residual:
+            x = depth_to_space(x, self.stride)
+            y = y + mx.tile(x, self.dim // x.shape[-1])
+        return y
+
+
+# Encoder and decoder
+
+UP: dict[str, Stride] = {
+    "compress_time": (2, 1, 1),
+    "compress_space": (1, 2, 2),
+    "compress_all": (2, 2, 2),
+}
+DOWN = {f"{name}_res": stride for name, stride in UP.items()}
+
+
+def build(blocks: list, dim: int, strides: dict, resample: type, conv: Conv, **res):
+    """The layers of a configuration's list of blocks, and the width they end with."""
+    layers = []
+    for name, options in blocks:
+        options = {key: value for key, value in options.items() if value}
+        known = {"num_layers"} if name == "res_x" else {"multiplier", "residual"}
+        if name not in ("res_x", *strides) or options.keys() - known:
+            raise UserError(f"video VAE: block {name} {options} is not implemented")
+        if name == "res_x":
+            layers.append(ResBlocks(dim, conv, **res, **options))
+        else:
+            layers.append(resample(dim, conv, strides[name], **options))
+            dim = layers[-1].dim
+    return layers, dim
+
+
+def run(layers: dict[str, Layer], chunks: Chunks, trace: Optional[Trace]) -> Chunks:
+    for name, layer in layers.items():
+        chunks = map(partial(traced, trace, name), layer(chunks))
+    return chunks
+
+
+class Encoder(nn.Module):
+    """Patches to latents. The first chunk has 8k + 1 frames, each other one 8k."""
+
+    def __init__(self, config: VideoVAEConfig):
+        super().__init__()
+        conv = partial(Conv3d, causal=True)
+        dim = config.encoder_base_channels
+        self.conv_in = conv(3 * config.patch_size**2, dim)
+        self.down_blocks, dim = build(
+            config.encoder_blocks, dim, DOWN, Downsample, conv
+        )
+        # One channel more: the log variance that all the others share.
+        self.conv_out = conv(dim, config.latent_channels + 1)
+
+    def __call__(self, chunks: Chunks, trace: Optional[Trace]) -> Chunks:
+        layers = {"conv_in": self.conv_in}
+        layers |= {f"down{i}": block for i, block in enumerate(self.down_blocks)}
+        layers |= {"act": partial(map, activate), "conv_out": self.conv_out}
+        return map(lambda x: x[..., :-1], run(layers, chunks, trace))
+
+
+class Decoder(nn.Module):
+    """Latents to patches, one frame a chunk."""
+
+    def __init__(self, config: VideoVAEConfig):
+        super().__init__()
+        conditioned = config.timestep_conditioning
+        reflect = config.spatial_padding_mode == "reflect"
+        conv = partial(Conv3d, causal=False, reflect=reflect)
+        blocks = config.decoder_blocks[::-1]
+        dim = config.decoder_base_channels
+        dim *= math.prod(options.get("multiplier", 1) for _, options in blocks)
+        self.conv_in = conv(config.latent_channels, dim)
+        self.up_blocks, dim = build(
+            blocks, dim, UP, Upsample, conv, conditioned=conditioned
+        )
+        self.conv_out = conv(dim, 3 * config.patch_size**2)
+        if conditioned:
+            self.timestep_scale_multiplier = mx.ones(())  # 916, says the file
+            self.last_time_embedder = TimestepEmbedding(2 * dim)
+            self.last_scale_shift_table = mx.zeros((2, dim))
+
+    def __call__(
+        self, chunks: Chunks, timestep: Optional[float], trace: Optional[Trace]
+    ) -> Chunks:
+        time = shift_scale = None
+        if timestep is not None:
+            time = sinusoid(mx.array([timestep]) * self.timestep_scale_multiplier)
+            shift_scale = self.last_time_embedder.timestep_embedder(time).reshape(2, -1)
+            shift_scale = shift_scale + self.last_scale_shift_table
+        layers = {"conv_in": self.conv_in}
+        for i, block in enumerate(self.up_blocks):
+            is_res = isinstance(block, ResBlocks)
+            layers[f"up{i}"] = partial(block, time=time) if is_res else block
+        layers["act"] = partial(map, partial(activate, shift_scale=shift_scale))
+        layers["conv_out"] = self.conv_out
+        return run(layers, chunks, trace)
+
+
+class VideoVAE(nn.Module):
+    """Video (B, 8k + 1, 32h, 32w, 3) to normalised latents (B, k + 1, h, w, C) and back.
+
+    Activations have the dtype of what is given, whatever that of the weights is.
+    """
+
+    def __init__(self, config: VideoVAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        plain = mx.zeros(config.latent_channels), mx.ones(config.latent_channels)
+        self.per_channel_statistics = dict(zip(STATISTICS, plain))
+
+    def normalize(self, latents: mx.array) -> mx.array:
+        """Latents as the encoder makes them to latents as the transformer sees them."""
+        mean, std = map(self.per_channel_statistics.get, STATISTICS)
+        return ((latents - mean) / std).astype(latents.dtype)
+
+    def denormalize(self, latents: mx.array) -> mx.array:
+        """Undo `normalize`."""
+        mean, std = map(self.per_channel_statistics.get, STATISTICS)
+        return (latents * std + mean).astype(latents.dtype)
+
+    def encode(self, frames: mx.array, trace: Optional[Trace] = None) -> mx.array:
+        """Frames (B, F, H, W, 3) in [-1, 1] to normalised latents.
+
+        Frames beyond 8k + 1 are left out with a warning. A UserError if a side is not
+        divisible by 32.
+        """
+        return mx.concatenate([*self.encode_stream(iter([frames]), trace)], axis=1)
+
+    def encode_stream(self, chunks: Chunks, trace: Optional[Trace] = None) -> Chunks:
+        """`encode` of a clip in chunks of any length, a latent frame (B, 1, h, w, C) at
+        a time. `trace` sees the stages chunk by chunk."""
+        patches = partial(patchify, size=self.config.patch_size)
+        latents = self.encoder(map(patches, groups_of_8(chunks)), trace)
+        return map(keep, map(self.normalize, latents))
+
+    def decode(self, latents: mx.array, *args, **kwargs) -> mx.array:
+        """All frames of `decode_stream` at once: (B, 8F - 7, 32h, 32w, 3)."""
+        return mx.concatenate([*self.decode_stream(latents, *args, **kwargs)], axis=1)
+
+    def decode_stream(
+        self,
+        latents: mx.array,
+        timestep: Union[float, None, str] = AS_TRAINED,
+        noise_scale: float = 0.025,
+        noise: Optional[mx.array] = None,
+        bias: float = 0.0,
+        trace: Optional[Trace] = None,
+    ) -> Chunks:
+        """Normalised latents (B, F, h, w, C) to frames (B, 1, 32h, 32w, 3), float32 in
+        [0, 1], in memory that does not grow with F.
+
+        The decoder of the first distilled upload is conditioned on a timestep: None
+        decodes without conditioning, AS_TRAINED is 0.05 for it and None for all others,
+        which refuse a number. A conditioned decode mixes the latents with `noise_scale`
+        of `noise`, of the same shape. (0.05 and 0.025 are the reference's.)
+
+        `bias` is added before clipping, for weights that other tools converted. 0 is
+        right for released ones: what looks too dark was decoded without the residuals
+        of the upsamplings, without reflected borders or causally.
+
+        `trace` sees the stages chunk by chunk.
+        """
+        if timestep is AS_TRAINED:
+            timestep = 0.05 if self.config.timestep_conditioning else None
+        if timestep is not None and not self.config.timestep_conditioning:
+            raise UserError(
+                f"this checkpoint's decoder takes no timestep, not even {timestep}; "
+                "leave it out"
+            )
+        if (
+            self.config.spatial_padding_mode == "reflect"
+            and min(latents.shape[2:4]) < 2
+        ):
+            raise UserError(
+                "this checkpoint's decoder reflects borders and needs 2x2 latents, "
+                "64x64 pixels, or more"
+            )
+        if timestep is not None and noise_scale > 0:
+            if noise is None or noise.shape != latents.shape:
+                raise UserError(
+                    f"a conditioned decode needs noise of shape {latents.shape}, or "
+                    "noise_scale=0"
+                )
+            mixed = noise_scale * noise + (1 - noise_scale) * latents
+            latents = mixed.astype(latents.dtype)
+
+        def image(x: mx.array) -> mx.array:
+            x = unpatchify(x, self.config.patch_size).astype(mx.float32)
+            return keep(mx.clip((x + 1) / 2 + bias, 0, 1))
+
+        starts = range(0, latents.shape[1], LATENTS_AT_ONCE)
+        chunks = (latents[:, i : i + LATENTS_AT_ONCE] for i in starts)
+        return map(image, self.decoder(map(self.denormalize, chunks), timestep, trace))
+
+
+def groups_of_8(chunks: Chunks) -> Chunks:
+    """Cut a clip anew into what a latent frame stands for: one frame, then 8 and 8."""
+    frames, size = single_frames(chunks), 1
+    while group := [*islice(frames, size)]:
+        if any(side % 32 for side in group[0].shape[2:4]):
+            height, width = group[0].shape[2:4]
+            raise UserError(
+                f"frames of {width}x{height} pixels cannot be encoded, "
+                "both sides must be divisible by 32"
+            )
+        if len(group) < size:
+            warnings.warn(f"the last {len(group)} frames are left out: not 8k + 1")
+            return
+        yield mx.concatenate(group, axis=1)
+        size = 8
+
+
+def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Official names and torch layouts to this module's, unread statistics left out."""
+    return {
+        key: w.moveaxis(1, -1) if w.ndim == 5 else w
+        for key, w in weights.items()
+        if key not in UNUSED_KEYS
+    }
