@@ -65,6 +65,8 @@ class Lora:
             part = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
             name = part.get(match["part"], match["part"][5:6])
             parts.setdefault(module, {})[name] = tensor
+        if not parts:
+            raise UserError(f"LoRA {path} has no LoRA factor")
         factors = {}
         for module, p in parts.items():
             if not {"A", "B"} <= p.keys():
@@ -108,6 +110,10 @@ class SidePath(nn.Module):
     def __init__(self, linear: nn.Module, a: mx.array, b: mx.array, s: mx.array):
         super().__init__()
         self.linear, self.lora_a, self.lora_b, self.strength = linear, a, b, s
+
+    @property
+    def bias(self) -> mx.array:  # its dtype is the layer's
+        return self.linear.bias
 
     def __call__(self, x: mx.array) -> mx.array:
         a, b, s = (w.astype(x.dtype) for w in (self.lora_a, self.lora_b, self.strength))

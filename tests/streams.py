@@ -6,14 +6,23 @@ from pathlib import Path
 from typing import Any, Optional
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ltx2 import weights
+from ltx2.conversion import block_linears
 from ltx2.dit import DiT, Pass, Tokens
 
 
 def load(path: Path, dtype: mx.Dtype = mx.float32) -> DiT:
     return weights.open_model(str(path)).load("transformer", dtype)
+
+
+def quantized(model: DiT, bits: int) -> DiT:
+    """Quantised where converted models are, in groups that fit the small sizes."""
+    picked = lambda path, _: block_linears(path)
+    nn.quantize(model, group_size=32, bits=bits, class_predicate=picked)
+    return model
 
 
 def tokens(

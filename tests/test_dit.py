@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from parity import cosine, read, relative_error
-from streams import inputs, load
+from streams import inputs, load, quantized
 
 from ltx2 import layers
 from ltx2.base import UserError
-from ltx2.conversion import block_linears
 from ltx2.dit import EVERYWHERE, Block, DiT, DiTConfig, Pass
 
 
@@ -242,13 +241,6 @@ def float_dtypes(block: Block, args, monkeypatch) -> set:
         note, lambda vx, ax: block(index, video, audio, vx, ax, run, {}), vx, ax
     )
     return {dtype for dtype in seen if mx.issubdtype(dtype, mx.floating)}
-
-
-def quantized(model: DiT, bits: int) -> DiT:
-    """Quantised where converted models are."""
-    picked = lambda path, _: block_linears(path)
-    nn.quantize(model, group_size=32, bits=bits, class_predicate=picked)
-    return model
 
 
 @pytest.mark.parametrize("bits", [16, 4])

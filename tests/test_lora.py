@@ -1,0 +1,233 @@
+"""LoRAs beside the layers: their effect, their sum, their going without a trace."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from parity import cosine, relative_error
+from streams import inputs, load, quantized
+
+from ltx2.base import UserError
+from ltx2.lora import DIFFUSERS_NAMES, Lora, SidePath, attach, linear_shape
+
+
+@pytest.fixture(scope="module", params=["ltx-2", "ltx-2.3"])
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def loras(checkpoint, name):
+    return [Lora.read(checkpoint(f"{name}-{kind}")) for kind in ("lora", "lora2")]
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint, name):
+    return load(checkpoint(name))
+
+
+@pytest.fixture(scope="module")
+def in_four_bits(checkpoint, name):
+    return quantized(load(checkpoint(name)), 4)
+
+
+@pytest.fixture(params=["plain", "in_four_bits"])
+def model(request):
+    model = request.getfixturevalue(request.param)
+    attach(model, [])
+    return model
+
+
+@pytest.fixture
+def g(golden, name):
+    return golden(f"{name}/transformer_lora")
+
+
+def velocities(model, g):
+    video, audio, run = inputs(model, g)
+    [velocities] = model(video, audio, [run])
+    mx.eval(velocities)
+    return velocities
+
+
+def equal(ours, theirs):
+    return all(map(mx.array_equal, ours, theirs))
+
+
+def side_paths(model):
+    return {k: m for k, m in model.named_modules() if isinstance(m, SidePath)}
+
+
+# Effect
+
+
+@pytest.mark.parametrize("case", ["one", "two"])
+def test_velocities_are_the_references(plain, loras, g, case):
+    attach(plain, list(zip(loras, g["info"]["strengths"][case])))
+    for stream, ours in zip(("video", "audio"), velocities(plain, g)):
+        exact, published = (
+            mx.array(g[f"out.{rule}{case}.{stream}"]) for rule in ("", "bf16.")
+        )
+        assert relative_error(ours, exact) < 1e-5
+        # The published rule rounds the fused weight to bfloat16.
+        assert 1e-3 < relative_error(ours, published) < 5e-3
+
+
+def test_two_together_are_the_sum_of_their_effects(model, loras):
+    strengths = (0.8, -0.3)
+    attach(model, list(zip(loras, strengths)))
+    layers = side_paths(model)
+    assert layers.keys() == loras[0].factors.keys() | loras[1].factors.keys()
+    assert loras[0].factors.keys() & loras[1].factors.keys()
+    for path, layer in layers.items():
+        outputs, inputs = linear_shape(layer)
+        x = mx.random.normal((1, 5, inputs), key=mx.random.key(0))
+        expected = layer.linear(x)
+        for lora, strength in zip(loras, strengths):
+            if path in lora.factors:
+                a, b = (w.astype(mx.float32) for w in lora.factors[path])
+                expected += strength * (x @ a.T @ b.T)
+        assert layer(x).shape == (1, 5, outputs)
+        assert relative_error(layer(x), expected) < 1e-5
+
+
+def test_the_base_is_restored_to_the_bit(model, loras, g):
+    before = velocities(model, g)
+    weights = dict(tree_flatten(model.parameters()))
+    attach(model, [(loras[0], 1.0), (loras[1], 1.0)])
+    changed = velocities(model, g)
+    assert not mx.allclose(changed[0], before[0], atol=1e-2)
+    assert not mx.allclose(changed[1], before[1], atol=1e-2)
+    attach(model, [(loras[0], 1.0)])  # replaces both
+    assert not mx.allclose(velocities(model, g)[0], changed[0], atol=1e-2)
+    for nothing in ([], [(loras[0], 0.0), (loras[1], 0.0)]):
+        attach(model, nothing)
+        assert equal(velocities(model, g), before)
+        assert not side_paths(model)
+    after = dict(tree_flatten(model.parameters()))
+    assert weights.keys() == after.keys()
+    assert all(weights[key] is after[key] for key in weights)
+
+
+def test_a_bfloat16_run_stays_bfloat16(checkpoint, name, plain, loras, g):
+    attach(plain, [(loras[0], 0.8)])
+    rounded = load(checkpoint(name), mx.bfloat16)
+    factors = {k: (a.astype(mx.float32), b) for k, (a, b) in loras[0].factors.items()}
+    attach(rounded, [(replace(loras[0], factors=factors), 0.8)])
+    for a, b in zip(velocities(rounded, g), velocities(plain, g)):
+        assert a.dtype == mx.bfloat16
+        assert cosine(a, b) > 0.9999
+
+
+# Files
+
+
+def write(path, lora, rename, **more):
+    """The LoRA under other names: `rename(module path, "A" or "B")`."""
+    tensors = {
+        rename(module, part): w
+        for module, factors in lora.factors.items()
+        for part, w in zip("AB", factors)
+    }
+    mx.save_safetensors(str(path), tensors | more)
+    return path
+
+
+@pytest.fixture(scope="module")
+def everywhere(checkpoint, name):
+    """A LoRA of every linear layer."""
+    return Lora.read(checkpoint(f"{name}-distilled-lora"))
+
+
+def diffusers_name(module, part):
+    names = {ours: theirs for theirs, ours in DIFFUSERS_NAMES.items()}
+    head, dot, rest = module.partition(".")
+    return f"transformer.{names.get(head, head)}{dot}{rest}.lora_{part}.weight"
+
+
+def comfy_name(module, part):
+    way = {"A": "down", "B": "up"}[part]
+    return f"diffusion_model.{module}.lora_{way}.weight"
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda module, part: f"diffusion_model.{module}.lora_{part}.weight",
+        lambda module, part: f"model.diffusion_model.{module}.lora_{part}.weight",
+        comfy_name,
+        diffusers_name,
+    ],
+    ids=["official", "with the file's prefix", "ComfyUI", "diffusers"],
+)
+def test_key_styles(plain, everywhere, tmp_path, rename):
+    lora = Lora.read(write(tmp_path / "x.safetensors", everywhere, rename))
+    lora.check(plain)
+    assert lora.factors.keys() == everywhere.factors.keys()
+    for path, factors in lora.factors.items():
+        assert equal(factors, everywhere.factors[path])
+
+
+def test_alpha_by_rank_scales_the_effect(everywhere, tmp_path):
+    alphas = {
+        f"diffusion_model.{module}.alpha": mx.array(4.0)  # half the rank
+        for module in everywhere.factors
+    }
+    path = write(tmp_path / "x.safetensors", everywhere, comfy_name, **alphas)
+    for module, (a, b) in Lora.read(path).factors.items():
+        assert equal((a, 2 * b), everywhere.factors[module])
+
+
+def test_metadata_is_kept(loras):
+    assert loras[1].metadata["reference_downscale_factor"] == "2"
+
+
+@pytest.mark.parametrize("name", ["ltx-2"], indirect=True)
+def test_another_generations_lora_is_refused(checkpoint, model, loras, g):
+    attach(model, [(loras[0], 1.0)])
+    before = velocities(model, g)
+    other = Lora.read(checkpoint("ltx-2.3-lora"))
+    message = (
+        "ltx-2.3-lora.* the model has (no such layer|64x64): .* another generation"
+    )
+    with pytest.raises(UserError, match=message):
+        attach(model, [(loras[1], 1.0), (other, 1.0)])
+    assert equal(velocities(model, g), before)  # nothing was half done
+
+
+def test_a_pair_that_does_not_fit_is_refused(plain, loras):
+    path, (a, b) = next(iter(loras[0].factors.items()))
+    wrong = replace(loras[0], factors={path: (a[:2], b)})
+    with pytest.raises(UserError, match=path):
+        wrong.check(plain)
+
+
+def test_half_a_pair_is_refused(loras, tmp_path):
+    key = "diffusion_model.proj_out.lora_A.weight"
+    mx.save_safetensors(str(tmp_path / "half.safetensors"), {key: mx.zeros((4, 64))})
+    with pytest.raises(
+        UserError, match="half.safetensors lacks one factor of proj_out"
+    ):
+        Lora.read(tmp_path / "half.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no such file"),
+        (b"Not a LoRA", "not a safetensors file"),
+        ({}, "has no LoRA factor"),
+        ({"vae.decoder.conv_in.conv.weight": mx.zeros(1)}, "names no LoRA factor"),
+        ({"diffusion_model.proj_out.weight": mx.zeros(1)}, "names no LoRA factor"),
+        ({"lora_unet_proj_out.lora_up.weight": mx.zeros(1)}, "names no LoRA factor"),
+    ],
+)
+def test_what_is_no_lora_is_refused(tmp_path, content, message):
+    path = tmp_path / "strange.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        mx.save_safetensors(str(path), content)
+    with pytest.raises(UserError, match=f"strange.safetensors.*{message}"):
+        Lora.read(path)
