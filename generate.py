@@ -57,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
     add("--retake", type=span, metavar="FROM-TO", help="seconds to make anew")
     add("--retake-streams", type=words, metavar="video,audio", help="what of them")
     add("--extend", type=float, metavar="SECONDS", help="negative: before the clip")
-    add("--reference-strength", type=float, help="0 to 1")
+    add("--reference-strength", type=float, help="0 to 1, how firmly it is held")
+    add("--reference-attention", type=float, help="0 to 1, how much it is seen")
     add("--lora", dest="loras", type=lora, action="append", metavar="LORA")
     add(
         "--distilled-lora", type=lora, metavar="LORA", help="of a dev model's 2nd stage"

@@ -16,15 +16,16 @@ Contexts = tuple[mx.array, mx.array]  # of video and audio, each (1, 1024, D)
 
 
 def guidance_passes(
-    video: Guidance, audio: Guidance, contexts: Contexts, negative: Optional[Contexts]
+    guidance: Mapping[str, Guidance], contexts: Contexts, negative: Optional[Contexts]
 ) -> dict[str, Pass]:
-    """The passes of a step by what they give; a pass that one stream wants is made for
-    both, but each stream's context and self-attention change as it asked itself."""
-    both = (video, audio)
+    """The passes of a step by what they give. A pass that one stream wants is made for
+    both; a stream without guidance of its own keeps its prompt in all of them."""
+    streams = ("video", "audio")
+    both = [guidance.get(k, Guidance()) for k in streams]
     passes = {"cond": Pass(*contexts)}
     if any(g.cfg_scale != 1 for g in both):
-        pick = zip(both, contexts, negative)
-        passes["uncond"] = Pass(*(n if g.cfg_scale != 1 else c for g, c, n in pick))
+        pick = zip(streams, contexts, negative)
+        passes["uncond"] = Pass(*(n if k in guidance else c for k, c, n in pick))
     if any(g.stg_scale != 0 for g in both):
         cuts = (
             (
@@ -54,8 +55,7 @@ class Denoiser:
     ):
         self.transformer, self.states, self.trace = transformer, states, trace
         self.guidance = {k: guidance.get(k, Guidance()) for k in states}
-        video, audio = (guidance.get(k, Guidance()) for k in ("video", "audio"))
-        self.passes = guidance_passes(video, audio, contexts, negative)
+        self.passes = guidance_passes(guidance, contexts, negative)
         ropes = {"video": transformer.video_rope, "audio": transformer.audio_rope}
         self.ropes = {k: ropes[k](s.bounds) for k, s in states.items()}
         self.last: Streams = {}  # guided x0, for the steps that are skipped

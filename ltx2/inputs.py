@@ -103,10 +103,15 @@ def retake(job: Job, stage: Stage, starts: dict[str, Start], load: Load) -> None
 
 def reference(job: Job, stage: Stage, load: Load) -> Reference:
     """The clip as an IC-LoRA's reference, scaled as the LoRA's metadata say."""
-    down, slow = job.reference_scale
-    latents = encode_clip(job, stage, load, down)
-    strength = job.request.reference_strength
-    return Reference(latents, stage.fps, 1.0, down, slow, strength)
+    latents = encode_clip(job, stage, load, job.reference_scale[0])
+    r = job.request
+    return Reference(
+        latents,
+        stage.fps,
+        r.reference_strength,
+        *job.reference_scale,
+        r.reference_attention,
+    )
 
 
 def encode_clip(job: Job, stage: Stage, load: Load, down: int = 1) -> mx.array:

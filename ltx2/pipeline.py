@@ -253,6 +253,7 @@ class Pipeline:
         trace: Optional[Trace] = None,
         contexts: Optional[dict[str, Contexts]] = None,
         resume: Optional[Snapshot] = None,
+        frozen_from_noise: bool = False,
     ) -> Iterator[Union[Event, Result]]:
         """Make videos: an Event after each phase and step, a Result after each video.
 
@@ -263,7 +264,8 @@ class Pipeline:
         sampler's own "<stage>.<stream>.step<i>" and ".substep<i>", the next stage's, and
         "vae" ((1, F, H, W, C), timestep-conditioned decoders only). `contexts` by prompt
         replace the text encoder; `resume` goes on with the only request where it was
-        left. Raises UserError before any weights are read.
+        left. `frozen_from_noise` starts the kept stream of a retake from noise, as the
+        reference does. Raises UserError before any weights are read.
         """
         jobs = [self.plan(request) for request in requests]
         draws = [noise or seeded_noise(job.request.seed) for job in jobs]
@@ -290,7 +292,14 @@ class Pipeline:
         finished = []
         for n, job in enumerate(jobs):
             run = self._denoise(
-                job, starts[n], contexts, draws[n], trace, meter, resume
+                job,
+                starts[n],
+                contexts,
+                draws[n],
+                trace,
+                meter,
+                resume,
+                frozen_from_noise,
             )
             for event in run:
                 yield dataclasses.replace(event, job=n)
@@ -304,7 +313,7 @@ class Pipeline:
         self.free("vae", "audio_vae", "vocoder")
 
     def _denoise(
-        self, job: Job, starts, contexts, noise, trace, meter, resume
+        self, job: Job, starts, contexts, noise, trace, meter, resume, frozen_from_noise
     ) -> Iterator[Event]:
         """The stages of one video; the last event's snapshot holds the latents."""
         r, negative = job.request, job.negative_prompt
@@ -326,6 +335,8 @@ class Pipeline:
                         for k, s in states.items()
                     }
                 )
+                if frozen_from_noise and r.retake is not None:
+                    x |= {k: draw(k, x[k].shape) for k, s in states.items() if s.frozen}
                 denoise = Denoiser(
                     self.transformer,
                     states,

@@ -76,7 +76,8 @@ class Request:
     retake: Optional[tuple[float, float]] = None  # seconds
     retake_streams: tuple[str, ...] = ("video", "audio")
     extend: Optional[float] = None  # seconds, negative: before the clip
-    reference_strength: float = 1.0
+    reference_strength: float = 1.0  # of the reference's own tokens
+    reference_attention: float = 1.0  # how much the video sees of it
     # Outputs
     no_audio: bool = False
     audio_only: bool = False
@@ -498,6 +499,7 @@ def check_combinations(
     )
     refuse(r.keyframes and not r.images, "keyframes was given, but there are no images")
     check_range("reference_strength", r.reference_strength, 0, 1)
+    check_range("reference_attention", r.reference_attention, 0, 1)
     check_range("audio_start", r.audio_start, 0, 86400)
     refuse(
         stages != "one" and not upsamplers,

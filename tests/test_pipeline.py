@@ -1,0 +1,153 @@
+"""Whole runs: every mode equals the reference's own pipeline with its noise injected."""
+
+import subprocess
+
+import imageio_ffmpeg
+import mlx.core as mx
+import numpy as np
+import pytest
+from parity import channels_last, relative_error
+
+from ltx2 import media, pipeline
+from ltx2.request import Image, LoraFile, Request
+from ltx2.sampling import Guidance
+
+GENERATIONS = {"ltx-2": "spatial-x2-rational", "ltx-2.3": "spatial-x2"}
+CASES = (
+    "prompt distilled guided cfg_video skip image_soft images keyframes two_stage "
+    "two_stage_distilled hq audio_to_video text_to_audio retake retake_audio "
+    "retake_guided ic_lora"
+).split()
+
+
+def save_clip(path, frames, waveform=None, rate=None):
+    """A lossless clip, with sound (channels, samples) if there is any."""
+    height, width = frames.shape[1:3]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    command += ["-r", "24", "-i", "-"]
+    if waveform is not None:
+        sound = path.with_suffix(".f32")
+        sound.write_bytes(waveform.T.astype("<f4").tobytes())
+        command += ["-f", "f32le", "-ar", str(rate), "-ac", "2", "-i", str(sound)]
+        command += ["-c:a", "pcm_f32le"]
+    command += ["-c:v", "ffv1", "-pix_fmt", "gbrp", str(path)]
+    subprocess.run(command, input=frames.tobytes(), check=True)
+
+
+def ask(case, golden, checkpoint, folder):
+    """The request that the reference's run answered."""
+    info, stages = golden["info"], golden["info"]["stages"]
+    options = {
+        "prompt": info["prompt"],
+        "height": stages[-1]["height"],
+        "width": stages[-1]["width"],
+        "num_frames": stages[-1]["frames"],
+        "fps": stages[-1]["fps"],
+        "sigmas": tuple(golden["in.stage1.sigmas"].tolist()),
+        "stages": "hq" if case == "hq" else "two" if len(stages) > 1 else "one",
+        "image_crf": 0,
+        "keyframes": case == "keyframes",
+        "audio_only": case == "text_to_audio",
+    }
+    guided = info.get("video_guidance", info.get("audio_guidance", {}))
+    if guided.get("cfg_scale", 1) != 1:
+        options["negative_prompt"] = info["negative_prompt"]
+        for stream in ("video", "audio"):
+            if f"{stream}_guidance" in info:
+                values = info[f"{stream}_guidance"]
+                values = values | {"stg_blocks": tuple(values["stg_blocks"])}
+                options[f"{stream}_guidance"] = Guidance(**values)
+    for n, frame, strength in info.get("images", ()):
+        path = str(folder / f"{n}.png")
+        media.save_png(path, golden[f"in.image{n}"])
+        options["images"] = (*options.get("images", ()), Image(path, frame, strength))
+    for name, strength in stages[0]["loras"] + stages[-1]["loras"]:
+        file = LoraFile(str(checkpoint(name)), strength)
+        if "distilled" in name:
+            options["distilled_lora"] = LoraFile(file.path)
+        else:
+            options["loras"] = (file,)
+    if "in.waveform" in golden:
+        options["audio"] = str(folder / "sound.mkv")
+        still = np.zeros((1, 64, 64, 3), np.uint8)
+        save_clip(folder / "sound.mkv", still, golden["in.waveform"], 16000)
+    for kind in ("source", "reference"):
+        if f"in.{kind}_frames" in golden:
+            options["video"] = str(folder / "clip.mkv")
+            sound = golden.get(f"in.{kind}_waveform"), info.get("sampling_rate")
+            save_clip(folder / "clip.mkv", golden[f"in.{kind}_frames"], *sound)
+    if "start_time" in info:
+        options["retake"] = (info["start_time"], info["end_time"])
+    if not info.get("regenerate_video", True):
+        options["retake_streams"] = ("audio",)
+    if "reference_strength" in info:
+        options["reference_strength"] = info["reference_strength"]
+        options["reference_attention"] = info["attention_strength"]
+    return Request(**options), "dev" if "negative_prompt" in options else "distilled"
+
+
+def recorded_noise(golden):
+    """The reference's noise by this project's names."""
+
+    def noise(name, shape):
+        if name == "vae":
+            return channels_last(golden["in.decode_noise"])
+        stage, stream, *step = name.split(".")
+        x = mx.array(golden[".".join(["in", stage, *step, f"{stream}_noise"])])
+        assert x.shape == tuple(shape), name
+        return x.astype(mx.float32)
+
+    return noise
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("model", GENERATIONS)
+def test_a_run_is_the_references(model, case, checkpoint, golden, tmp_path):
+    g = golden(f"{model}/pipeline_{case}")
+    request, kind = ask(case, g, checkpoint, tmp_path)
+    upsampler = str(checkpoint(GENERATIONS[model]))
+    encoder = str(checkpoint("gemma3"))
+    pipe = pipeline.load(checkpoint(model), encoder, kind, mx.float32, [upsampler])
+    texts = None
+    if case != "prompt":
+        c = golden(f"{model}/contexts")
+        texts = {
+            c["info"][prompt]: tuple(
+                mx.array(c[f"out.{which}.{stream}"]) for stream in ("video", "audio")
+            )
+            for prompt, which in (
+                ("prompt", "positive"),
+                ("negative_prompt", "negative"),
+            )
+        }
+    frames, starts = [], {}
+    for event in pipe.stream(
+        request,
+        noise=recorded_noise(g),
+        contexts=texts,
+        frozen_from_noise=True,
+    ):
+        frames.append(getattr(event, "frames", None))
+    result = event
+
+    last = f"out.stage{len(g['info']['stages'])}"
+    tolerance = 1e-3 if case == "hq" else 1e-4
+    if "video" in pipe.plan(request).streams:
+        ours = result.video_latents[None]
+        assert relative_error(ours, channels_last(g[f"{last}.video"])) < tolerance
+        frames = np.concatenate([f for f in frames if f is not None])
+        for key, shown in (("out.frames", frames), ("out.last_frame", frames[-1])):
+            if key in g:
+                ours = shown[..., ::3, ::3, :].astype(np.float32)
+                assert np.abs(ours - np.rint(g[key] * 255)).max() <= 1
+    # Two-stage runs of a dev model keep the first stage's sound.
+    kept = "out.stage1" if case in ("two_stage", "hq") else last
+    ours = result.audio_latents[None]
+    assert relative_error(ours, channels_last(g[f"{kept}.audio"])) < tolerance
+    if "out.waveform" in g:
+        assert np.abs(result.waveform - g["out.waveform"].T).max() < 1e-3
+    if case == "audio_to_video":
+        assert np.array_equal(
+            result.waveform, g["in.waveform"].T[: len(result.waveform)]
+        )
