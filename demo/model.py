@@ -126,7 +126,9 @@ class VideoEncoder(nn.Module):
 class VideoDecoder(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
-        width = config["decoder_base_channels"] * 8
+        width = config["decoder_base_channels"]
+        for _, options in config["decoder_blocks"]:
+            width *= options.get("multiplier", 1)
         self.conv_in = Conv3d(config["latent_channels"], width)
         self.up_blocks = nn.ModuleList()
         for kind, options in reversed(config["decoder_blocks"]):

@@ -51,6 +51,8 @@ class Run:
     steps: int | None
     batch: int | None
     clips: int
+    rank: int
+    ranks: int
 
     def recipe(self, stage: str) -> tuple[int, int, float]:
         steps, batch, rate = RECIPES[stage]
@@ -110,14 +112,18 @@ class Muon(torch.optim.Optimizer):
 class Batches(torch.utils.data.Dataset):
     """Step numbers to what `batch_at` draws for them."""
 
-    def __init__(self, stage, batch_at, steps):
-        self.stage, self.batch_at, self.steps = stage, batch_at, steps
+    def __init__(self, stage, batch_at, steps, rank=0):
+        self.seed, self.batch_at, self.steps = (
+            [sum(stage.encode()), rank],
+            batch_at,
+            steps,
+        )
 
     def __len__(self):
         return self.steps
 
     def __getitem__(self, step):
-        rng = np.random.default_rng((SEED, sum(self.stage.encode()), step))
+        rng = np.random.default_rng([SEED, step] + self.seed)
         return self.batch_at(step, rng)
 
 
@@ -135,7 +141,7 @@ def fit(run: Run, stage: str, module, batch_at, loss_of):
             optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     batches = torch.utils.data.DataLoader(
-        Batches(stage, batch_at, steps),
+        Batches(stage, batch_at, steps, run.rank),
         batch_size=None,
         sampler=range(start, steps),
         num_workers=run.workers,
@@ -150,16 +156,23 @@ def fit(run: Run, stage: str, module, batch_at, loss_of):
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * decay
-        torch.manual_seed(SEED + step)
+        torch.manual_seed(SEED + step * run.ranks + run.rank)
         losses = loss_of(batch)
         optimizer.zero_grad()
         sum(losses.values()).backward()
+        if run.ranks > 1:
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            gradients = [p.grad for p in parameters]
+            flat = torch.nn.utils.parameters_to_vector(gradients)
+            torch.distributed.all_reduce(flat)
+            torch.nn.utils.vector_to_parameters(flat / run.ranks, gradients)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         count += 1
         for name, value in losses.items():
             total[name] = total.get(name, 0.0) + value.detach()
-        if time.time() - since > 60 or step + 1 == steps:
+        if run.rank == 0 and (time.time() - since > 60 or step + 1 == steps):
             figures = " ".join(f"{k} {v.item() / count:.5f}" for k, v in total.items())
             pace = (time.time() - since) / count
             line = f"{stage} step {step + 1}/{steps} {figures} {pace:.3f} s/step"
@@ -703,12 +716,23 @@ def main():
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--batch", type=int, help="instead of the recipe's")
     parser.add_argument("--clips", type=int, default=96, help="how many to evaluate")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="processes that share a batch"
+    )
+    parser.add_argument("--rank", type=int, default=0, help="which of them this one is")
     given = vars(parser.parse_args())
     torch.set_num_threads(given.pop("threads"))
     stages = given.pop("stages")
     if unknown := [stage for stage in stages if stage not in STAGES]:
         parser.error(f"no stage {unknown[0]}; there are {', '.join(STAGES)}")
     given["work"].mkdir(parents=True, exist_ok=True)
+    if given["ranks"] > 1:
+        torch.distributed.init_process_group(
+            "gloo",
+            "tcp://127.0.0.1:29517",
+            rank=given["rank"],
+            world_size=given["ranks"],
+        )
     for stage in stages:
         STAGES[stage](Run(**given))
 
