@@ -9,7 +9,7 @@ from parity import cosine, relative_error
 from streams import inputs, load, quantized
 
 from ltx2.base import UserError
-from ltx2.lora import DIFFUSERS_NAMES, Lora, SidePath, attach, linear_shape
+from ltx2.lora import Lora, SidePath, attach, linear_shape
 
 
 @pytest.fixture(scope="module", params=["ltx-2", "ltx-2.3"])
@@ -140,10 +140,24 @@ def everywhere(checkpoint, name):
     return Lora.read(checkpoint(f"{name}-distilled-lora"))
 
 
+# As diffusers renames the official modules; the first that is found counts.
+RENAMED_BY_DIFFUSERS = {
+    "patchify_proj": "proj_in",
+    "prompt_adaln_single": "prompt_adaln",
+    "av_ca_video_scale_shift_adaln_single": "av_cross_attn_video_scale_shift",
+    "av_ca_audio_scale_shift_adaln_single": "av_cross_attn_audio_scale_shift",
+    "av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
+    "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
+    "adaln_single": "time_embed",
+}
+
+
 def diffusers_name(module, part):
-    names = {ours: theirs for theirs, ours in DIFFUSERS_NAMES.items()}
-    head, dot, rest = module.partition(".")
-    return f"transformer.{names.get(head, head)}{dot}{rest}.lora_{part}.weight"
+    for official, name in RENAMED_BY_DIFFUSERS.items():
+        if official in module:
+            module = module.replace(official, name)
+            break
+    return f"transformer.{module}.lora_{part}.weight"
 
 
 def comfy_name(module, part):

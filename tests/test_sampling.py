@@ -226,6 +226,14 @@ def test_a_schedule_may_end_above_zero(sampler):
     assert not mx.allclose(x["video"], x0["video"], atol=1e-2)  # noise is left
 
 
+def test_ancestral_without_eta_is_euler_and_draws_nothing():
+    plain = list(euler(toy, START, DISTILLED_SIGMAS, None, None))
+    quiet = partial(euler_ancestral, eta=0.0)
+    for (x, _), (y, _) in zip(plain, quiet(toy, START, DISTILLED_SIGMAS, None, None)):
+        for k in STREAMS:
+            assert mx.allclose(x[k], y[k], atol=1e-5)
+
+
 def test_res_2s_takes_one_more_call_to_arrive():
     steps = list(res_2s(toy, START, REFINE_SIGMAS, lambda k, x: x, seeded))
     assert len(steps) == 4
