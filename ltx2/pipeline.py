@@ -175,6 +175,20 @@ class Pipeline:
                 Lora.read(path).check(model)
         return job
 
+    def _check_resume(self, job: Job, snapshot: Snapshot) -> None:
+        """Saved latents must be of this model, and of a stage that the job has."""
+        c = self.source.config["transformer"]
+        mel = AudioVAEConfig.from_dict(self.source.config["audio_vae"])
+        channels = {"video": c["in_channels"], "audio": mel.z_channels}
+        wide = {**channels, "audio": mel.z_channels * mel.latent_bins}
+        fits = snapshot.stage <= len(job.stages) and all(
+            kinds[name] == x.shape[-1]
+            for kinds, arrays in ((wide, snapshot.tokens), (channels, snapshot.latents))
+            for name, x in arrays.items()
+        )
+        if not fits:
+            raise UserError("the saved latents are of another model or other stages")
+
     def describe(self, job: Job) -> str:
         """The model, the size and the stages of a job, for people."""
         source = self.source
@@ -268,6 +282,8 @@ class Pipeline:
         reference does. Raises UserError before any weights are read.
         """
         jobs = [self.plan(request) for request in requests]
+        if resume is not None:
+            self._check_resume(jobs[0], resume)
         draws = [noise or seeded_noise(job.request.seed) for job in jobs]
         meter = Meter()
         if resume is not None and resume.stage == len(jobs[0].stages):

@@ -330,7 +330,7 @@ def first_sigmas(
     steps = r.steps
     if steps is None:
         steps = 15 if stages == "hq" else 30 if source.version >= (2, 3) else 40
-    check_range("steps", steps, 1, 1000)
+    check_range("steps", steps, 2, 1000)
     if stages != "hq":
         return shifted_sigmas(steps)
     # The only pipeline of the reference that counts its tokens.

@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, starmap
-from typing import Callable, Iterator, Optional, Union
+from typing import Any, Callable, Iterator, Optional, Union
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +23,7 @@ from .base import Config, Trace, UserError, traced
 from .layers import TimestepEmbedding, rms_norm, sinusoid
 
 Chunks = Iterator[mx.array]
+Pairs = Iterator[tuple[mx.array, mx.array]]
 Layer = Callable[[Chunks], Chunks]
 Stride = tuple[int, int, int]  # in time, height and width
 
@@ -86,8 +87,8 @@ def single_frames(chunks: Chunks) -> Chunks:
     return map(mx.contiguous, chain.from_iterable(map(split, chunks)))
 
 
-def with_input(chunks: Chunks, branch: Layer) -> Iterator[tuple[mx.array, mx.array]]:
-    """What goes into a branch beside what comes out, for which it has to wait."""
+def with_input(chunks: Chunks, branch: Layer) -> Pairs:
+    """What enters a branch beside what leaves it, which may be some frames later."""
     waiting = deque()
 
     def enter(x: mx.array) -> mx.array:
@@ -232,20 +233,14 @@ class Downsample(nn.Module):
         self.conv = conv(dim, self.dim // math.prod(stride))
 
     def __call__(self, chunks: Chunks) -> Chunks:
-        chunks = map(self.even, chunks)
+        # Of 8k + 1 frames the first counts twice; only its chunk has an odd number.
+        odd = lambda x: x[:, : x.shape[1] % self.stride[0]]
+        chunks = map(lambda x: mx.concatenate([odd(x), x], axis=1), chunks)
         return starmap(self.downsample, with_input(chunks, self.conv))
 
-    def even(self, x: mx.array) -> mx.array:
-        # Of 8k + 1 frames the first counts twice. Only its chunk is odd.
-        if x.shape[1] % self.stride[0]:
-            x = mx.concatenate([x[:, :1], x], axis=1)
-        return x
-
     def downsample(self, x: mx.array, y: mx.array) -> mx.array:
-        means = mx.unflatten(space_to_depth(x, self.stride), -1, (self.dim, -1)).mean(
-            -1
-        )
-        return means + space_to_depth(y, self.stride)
+        groups = mx.unflatten(space_to_depth(x, self.stride), -1, (self.dim, -1))
+        return groups.mean(-1) + space_to_depth(y, self.stride)
 
 
 class Upsample(nn.Module):
@@ -301,6 +296,7 @@ def build(blocks: list, dim: int, strides: dict, resample: type, conv: Conv, **r
 
 
 def run(layers: dict[str, Layer], chunks: Chunks, trace: Optional[Trace]) -> Chunks:
+    """Pass a stream through one layer after the other, each traced by its name."""
     for name, layer in layers.items():
         chunks = map(partial(traced, trace, name), layer(chunks))
     return chunks
@@ -332,9 +328,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VideoVAEConfig):
         super().__init__()
-        conditioned = config.timestep_conditioning
         reflect = config.spatial_padding_mode == "reflect"
         conv = partial(Conv3d, causal=False, reflect=reflect)
+        conditioned = config.timestep_conditioning
         blocks = config.decoder_blocks[::-1]
         dim = config.decoder_base_channels
         dim *= math.prod(options.get("multiplier", 1) for _, options in blocks)
@@ -425,9 +421,9 @@ class VideoVAE(nn.Module):
         which refuse a number. A conditioned decode mixes the latents with `noise_scale`
         of `noise`, of the same shape. (0.05 and 0.025 are the reference's.)
 
-        `bias` is added before clipping, for weights that other tools converted. 0 is
-        right for released ones: what looks too dark was decoded without the residuals
-        of the upsamplings, without reflected borders or causally.
+        `bias` brightens, before clipping, what weights converted by other tools give. 0
+        is right for released ones: a picture that comes out too dark was decoded without
+        the residuals of the upsamplings, without reflected borders, or causally.
 
         `trace` sees the stages chunk by chunk.
         """
@@ -438,10 +434,8 @@ class VideoVAE(nn.Module):
                 f"this checkpoint's decoder takes no timestep, not even {timestep}; "
                 "leave it out"
             )
-        if (
-            self.config.spatial_padding_mode == "reflect"
-            and min(latents.shape[2:4]) < 2
-        ):
+        reflects = self.config.spatial_padding_mode == "reflect"
+        if reflects and min(latents.shape[2:4]) < 2:
             raise UserError(
                 "this checkpoint's decoder reflects borders and needs 2x2 latents, "
                 "64x64 pixels, or more"
@@ -479,6 +473,13 @@ def groups_of_8(chunks: Chunks) -> Chunks:
             return
         yield mx.concatenate(group, axis=1)
         size = 8
+
+
+def complete(section: dict[str, Any], shapes: dict[str, tuple]) -> dict[str, Any]:
+    """The `vae` section with the encoder's width by its tensors: the reference takes it
+    from the latent channels, which only in released files is the same."""
+    width = shapes.get("encoder.conv_in.conv.bias")
+    return {**section, **({"encoder_base_channels": width[0]} if width else {})}
 
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
