@@ -29,6 +29,12 @@ def checkpoint(tmp_path_factory) -> Callable[..., Path]:
     return get
 
 
+@pytest.fixture(scope="module", params=["ltx-2", "ltx-2.3"])
+def name(request) -> str:
+    """Each generation's checkpoint in turn."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, Any]]:
     """`golden("ltx-2/vae_decode")`: what the reference took and gave.

@@ -15,11 +15,6 @@ from ltx2.base import UserError
 SILENCE = math.log(1e-5)
 
 
-@pytest.fixture(scope="module", params=["ltx-2", "ltx-2.3"])
-def name(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def vae(checkpoint, name):
     section, weights = read(checkpoint(name), "audio_vae")

@@ -16,11 +16,6 @@ from ltx2.base import UserError
 from ltx2.dit import EVERYWHERE, Block, DiT, DiTConfig, Pass
 
 
-@pytest.fixture(scope="module", params=["ltx-2", "ltx-2.3"])
-def name(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def model(checkpoint, name):
     return load(checkpoint(name))

@@ -12,11 +12,6 @@ from ltx2.base import UserError
 from ltx2.lora import Lora, SidePath, attach, linear_shape
 
 
-@pytest.fixture(scope="module", params=["ltx-2", "ltx-2.3"])
-def name(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def loras(checkpoint, name):
     return [Lora.read(checkpoint(f"{name}-{kind}")) for kind in ("lora", "lora2")]

@@ -21,11 +21,6 @@ def encoder(checkpoint):
     return TextEncoder(checkpoint("gemma3"), mx.float32)
 
 
-@pytest.fixture(scope="module", params=["ltx-2", "ltx-2.3"])
-def name(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def connectors(checkpoint, name):
     return load(checkpoint(name))
