@@ -1,6 +1,6 @@
 """Small checkpoints with random weights in the layout of the official files.
 
-    python tests/checkpoints.py ltx-2 /tmp/models
+    python tests/checkpoints.py ltx-2 gemma3 models
 
 A model's configuration is the official one (`data/configs.json`) with smaller sizes;
 names and shapes of the tensors follow from it. Weights depend on the name of the
@@ -639,4 +639,6 @@ def build(name: str, folder: str | Path, seed: int = 0, **changes: Any) -> Path:
 
 
 if __name__ == "__main__":
-    print(build(*sys.argv[1:]))
+    *names, target = sys.argv[1:]
+    for name in names:
+        print(build(name, target))

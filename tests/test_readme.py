@@ -1,0 +1,128 @@
+"""Every command of the README is run on small checkpoints, in a folder with its files."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import convert
+import generate
+from ltx2 import checks, media
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.splitlines() if line[0] != "#"]
+COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
+GENERATE = [c for c in COMMANDS if c.startswith("python generate.py")]
+CONVERT = [c for c in COMMANDS if c.startswith("python convert.py")]
+CHECKS = [c for c in COMMANDS if c.startswith("python -m ltx2.checks")]
+# Which small checkpoint stands for a file that the README names.
+FILES = {
+    "ltx-2-spatial-upscaler-x2-1.0.safetensors": "spatial-x2-rational",
+    "ltx-2-temporal-upscaler-x2-1.0.safetensors": "temporal-x2",
+    "ltx-2-19b-distilled-lora-384.safetensors": "ltx-2-distilled-lora",
+    "style.safetensors": "ltx-2-lora",
+    "detail.safetensors": "ltx-2-lora",
+    "ic-lora.safetensors": "ltx-2-lora2",
+    "ltx-2-19b-distilled.safetensors": "ltx-2",
+}
+KEEPING = next(c for c in GENERATE if "--save-latents" in c)
+GUIDED = ("--cfg-scale", "--distilled-lora")  # for a dev model
+
+
+def test_every_command_is_of_a_known_kind():
+    known = {*GENERATE, *CONVERT, *CHECKS}
+    rest = {c for c in COMMANDS if c not in known}
+    assert rest == {
+        "pip install -r requirements.txt",
+        "pip install -r requirements.txt pytest",
+        "python -m pytest",
+        "python tests/checkpoints.py ltx-2.3 gemma3 small",
+    }
+    assert len(GENERATE) > 20 and len(CONVERT) >= 4 and len(CHECKS) == 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, checkpoint):
+    """A folder as the README's reader has it, only with small models."""
+    folder = tmp_path_factory.mktemp("readme")
+    for file, name in FILES.items():
+        shutil.copy(checkpoint(name), folder / file)
+    frames = np.random.default_rng(0).integers(0, 255, (17, 64, 128, 3), np.uint8)
+    tone = np.sin(np.arange(32000) / 20)[:, None].astype(np.float32)
+    for clip in ("clip.mp4", "depth.mp4"):
+        with media.VideoWriter(folder / clip, 24, (tone, 16000)) as video:
+            video.write(frames)
+    for image in ("first.png", "last.png", "noon.png"):
+        media.save_png(folder / image, frames[0])
+    media.write_wav(folder / "song.wav", tone, 16000)
+    (folder / "prompts.txt").write_text("a cat\na dog\n")
+    return folder
+
+
+def run(script, command, extra, monkeypatch, folder):
+    monkeypatch.chdir(folder)
+    argv = shlex.split(command)[1:]
+    argv = argv[argv.index("ltx2.checks") :] if "-m" in argv else argv
+    monkeypatch.setattr(sys, "argv", argv + extra)
+    script.main()
+
+
+def test_the_first_command_makes_a_video(tmp_path):
+    """As a newcomer types it, but for the installation."""
+    line = next(line for line in LINES if "tests/checkpoints.py" in line)
+    for name in ("ltx2", "tests", "generate.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = line.split("&&", 1)[1].replace("python", sys.executable)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    made = media.probe(tmp_path / "output.mp4")
+    assert (made.width, made.height, made.num_frames) == (96, 64, 25)
+    assert made.sample_rate == 48000
+
+
+@pytest.mark.parametrize("command", GENERATE[1:], ids=lambda c: c[19:60])
+def test_generate(command, monkeypatch, folder, checkpoint, capsys):
+    monkeypatch.setattr("tqdm.tqdm.display", lambda *a, **k: None)
+    kind = "dev" if any(flag in command for flag in GUIDED) else "distilled"
+    extra = ["--dtype", "float32", "--text-encoder", str(checkpoint("gemma3"))]
+    extra += ["--model", str(checkpoint("ltx-2")), "--kind", kind]
+    if "--video" not in command:
+        two = "--stages two" in command or "--stages hq" in command
+        size = ["128", "192"] if two else ["64", "96"]
+        extra += ["--height", size[0], "--width", size[1], "--num-frames", "41"]
+    if "--from" in command or "--resume" in command:
+        # What was made knows its size, and an mp4 its model as well.
+        run(generate, KEEPING, extra, monkeypatch, folder)
+        extra = [] if "--from" in command else extra[:8]
+    run(generate, command, extra, monkeypatch, folder)
+    assert "wrote" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", CONVERT)
+def test_convert(command, monkeypatch, folder, tmp_path):
+    """Parsed: the sources are tens of gigabytes. The flags are run in test_convert."""
+    args = convert.parser().parse_args(shlex.split(command)[2:])
+    assert args.hf_path and args.mlx_path
+
+
+@pytest.mark.parametrize("command", CHECKS)
+def test_checks(command, monkeypatch, folder, checkpoint):
+    monkeypatch.chdir(folder)
+    if not (folder / "mlx_model").exists():
+        source = ["convert.py", "--hf-path", "ltx-2-19b-distilled.safetensors"]
+        source += ["--text-encoder", str(checkpoint("gemma3"))]
+        monkeypatch.setattr(sys, "argv", source)
+        convert.main()
+    extra = []
+    if "trace" in command:
+        extra = ["--height", "64", "--width", "96", "--num-frames", "9"]
+    try:
+        run(checks, command, extra, monkeypatch, folder)
+    except SystemExit as stop:  # random weights may look odd, a conversion is the same
+        assert stop.code in (0, 1)[: 1 if "compare" in command else 2]
