@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add("--kind", choices=["dev", "distilled"], help="if no name tells")
     add("--text-encoder", metavar="MODEL", help="Gemma 3, a folder or repository")
     add("--upsampler", dest="upsamplers", metavar="FILE", action="append")
+    add("--low-memory", action="store_true", help="read weights layer by layer")
     add("--dtype", choices=["bfloat16", "float32"], help="bfloat16")
 
     add = group("sampling")
@@ -148,7 +149,7 @@ def main() -> None:
     outputs = name_outputs(args.output or f"output{suffix}", len(requests))
     for output in outputs:
         media.check_output(output, suffix)
-    pipe = pipeline.load(**{"model": "mlx_model", **load})
+    pipe = pipeline.load(**{"model": "mlx_model", **load}, low_memory=args.low_memory)
     jobs = [pipe.plan(r) for r in requests]
     for line in dict.fromkeys(line for job in jobs for line in job.notes):
         print(f"note: {line}")

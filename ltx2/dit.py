@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Container, Optional
+from typing import Any, Callable, Container, Iterator, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +17,7 @@ from .layers import (
     FeedForward,
     Rope,
     TimestepMLP,
+    one_ahead,
     rms_norm,
     rope_table,
 )
@@ -474,6 +475,7 @@ class DiT(nn.Module):
                     states[n] = block(
                         i, video_stream, audio_stream, *states[n], run, text
                     )
+            mx.async_eval(states)  # under way while the next block is prepared
             for name, x in zip(("video", "audio"), states[0]):
                 if x is not None:
                     traced(trace, f"block{i}.{name}", x)
@@ -486,16 +488,23 @@ class DiT(nn.Module):
         ]
 
 
+class StreamedBlocks:
+    """Blocks that stay on the disk: each pass through them makes them anew with `read`,
+    which gives a transformer whose weights are not read yet, and holds two at a time.
+    """
+
+    def __init__(self, read: Callable[[], DiT]):
+        self.read = read
+
+    def __iter__(self) -> Iterator[Block]:
+        return one_ahead(self.read().transformer_blocks)
+
+
 class CaptionProjection(TimestepMLP):
     """2.0's projection of the text into a stream's width: Linear, GELU, Linear."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear_2(nn.gelu_approx(self.linear_1(x)))
-
-
-def complete(section: dict[str, Any], shapes: dict[str, tuple]) -> dict[str, Any]:
-    """The `transformer` section with what only the tensors tell: the audio's width."""
-    return {"audio_in_channels": shapes["audio_patchify_proj.weight"][1], **section}
 
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Optional, Sequence
+from typing import Iterator, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,6 +47,17 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     """Rotate the two halves of each head of `x` (B, heads, T, head_dim)."""
     a, b = mx.split(x, 2, axis=-1)
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def one_ahead(modules: list[nn.Module]) -> Iterator[nn.Module]:
+    """Modules, taken out of the list: while one computes what its user has begun to
+    evaluate, the weights of the next are read; then it is let go."""
+    mx.eval(modules[0].parameters())
+    while modules:
+        yield modules.pop(0)
+        if modules:
+            mx.eval(modules[0].parameters())
+        mx.synchronize()
 
 
 class Attention(nn.Module):

@@ -122,7 +122,8 @@ class SidePath(nn.Module):
 
 def attach(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
     """Put these LoRAs, each with a strength, beside the model's linear layers; whatever
-    was attached before is removed, and the layers themselves are never touched."""
+    was attached before is removed, and the layers themselves are never touched. The
+    factors are read where they are first used."""
     layers = dict(model.named_modules())
     changed = {k: m.linear for k, m in layers.items() if isinstance(m, SidePath)}
     paths: dict[str, list[tuple[mx.array, ...]]] = {}
@@ -137,4 +138,3 @@ def attach(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
         parts = mx.concatenate(a), mx.concatenate(b, axis=1), mx.concatenate(s)
         changed[path] = SidePath(changed.get(path, layers[path]), *parts)
     model.update_modules(tree_unflatten(list(changed.items())))
-    mx.eval([m.parameters() for m in changed.values()])

@@ -15,11 +15,13 @@ from typing import Any, Iterator, Optional, Sequence, Union
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from . import __version__, inputs, media, weights
 from .audio_vae import AudioVAEConfig
 from .base import Trace, UserError, traced
 from .denoiser import Contexts, Denoiser
+from .dit import DiT, StreamedBlocks
 from .guards import FrameGuard, check_latents, check_waveform
 from .latents import (
     LatentState,
@@ -138,8 +140,10 @@ class Pipeline:
         text_encoder: Optional[str] = None,
         dtype: mx.Dtype = mx.bfloat16,
         origin: Optional[dict[str, Any]] = None,
+        low_memory: bool = False,
     ):
         self.source, self.dtype, self.origin = source, dtype, origin or {}
+        self.low_memory = low_memory
         self.text_encoder = text_encoder or source.text_encoder
         self._loaded: dict[str, nn.Module] = {}
         self._attached: tuple[LoraFile, ...] = ()  # LoRAs beside the transformer
@@ -147,8 +151,19 @@ class Pipeline:
     def component(self, name: str) -> nn.Module:
         """A part of the model, loaded once."""
         if name not in self._loaded:
-            self._loaded[name] = self.source.load(name, dtype=self.dtype)
+            if name == "transformer" and self.low_memory:
+                model = self._with_loras()
+                model.transformer_blocks = StreamedBlocks(self._with_loras)
+            else:
+                model = self.source.load(name, self.dtype)
+            self._loaded[name] = model
         return self._loaded[name]
+
+    def _with_loras(self) -> DiT:
+        """The transformer with the stage's LoRAs, of which nothing is read yet."""
+        model = self.source.load("transformer", self.dtype, lazy=True)
+        attach(model, [(Lora.read(f.path), f.strength) for f in self._attached])
+        return model
 
     def free(self, *names: str) -> None:
         """Give back the memory of these parts."""
@@ -210,7 +225,8 @@ class Pipeline:
         self, prompts: Sequence[str], trace: Optional[Trace] = None
     ) -> dict[str, Contexts]:
         """Contexts (video, audio), each (1, 1024, D), by prompt; frees all it loaded."""
-        encoder = TextEncoder(weights.fetch_text_encoder(self.text_encoder), self.dtype)
+        folder = weights.fetch_text_encoder(self.text_encoder)
+        encoder = TextEncoder(folder, self.dtype, self.low_memory)
         states = encoder(prompts, trace)
         mx.eval(states)
         del encoder
@@ -415,9 +431,12 @@ class Pipeline:
 
     def _attach(self, files: tuple[LoraFile, ...]) -> None:
         """Put a stage's LoRAs beside the transformer, instead of the last stage's."""
-        if files != self._attached:
+        if files != self._attached and self.low_memory:
+            self.free("transformer")  # blocks are read with their LoRAs
+        elif files != self._attached:
             attach(self.transformer, [(Lora.read(f.path), f.strength) for f in files])
-            self._attached = files
+        self._attached = files
+        weights.evaluate(w for _, w in tree_flatten(self.transformer.parameters()))
 
     def _decode(self, n, job: Job, snapshot, noise, trace, meter):
         """Sound, then frames as they come, then the result."""
@@ -505,15 +524,18 @@ def load(
     kind: Optional[str] = None,
     dtype: Union[mx.Dtype, str, None] = None,
     upsamplers: Sequence[str] = (),
+    low_memory: bool = False,
 ) -> Pipeline:
     """A pipeline from an official file, a folder, a converted folder or a Hub repo.
 
     `kind` ("dev" or "distilled") overrides what the file name says, `upsamplers` those
     beside the model, `dtype` (bfloat16) is of the text side and the transformer. Weights
-    are read when a phase needs them. Raises UserError when files do not fit together.
+    are read when a phase needs them; with `low_memory` those of the text encoder and the
+    transformer layer by layer, which changes no bit of the result. Raises UserError when
+    files do not fit together.
     """
     name = str(dtype or "bfloat16").removeprefix("mlx.core.")
     source = weights.open_model(model, kind, upsamplers=upsamplers)
     origin = {"model": str(model), "kind": source.kind, "dtype": name}
     origin["upsamplers"] = [str(path) for path in upsamplers]
-    return Pipeline(source, text_encoder, getattr(mx, name), origin)
+    return Pipeline(source, text_encoder, getattr(mx, name), origin, low_memory)

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .base import Config, Trace, UserError, traced
-from .layers import Attention, FeedForward, rms_norm, rope_table
+from .layers import Attention, FeedForward, one_ahead, rms_norm, rope_table
 
 MAX_TOKENS = 1024  # of a prompt, and the length of every context
 UNUSED_KEYS = ()
@@ -26,8 +26,8 @@ UNUSED_KEYS = ()
 class TextEncoder:
     """Gemma 3 from a folder in Hugging Face layout, quantised or not, without LM head.
 
-    With `frugal`, weights are read layer by layer and dropped behind, so that one layer
-    is held at a time; such an encoder answers once.
+    With `frugal`, weights are read layer by layer and dropped behind, so that two layers
+    are held at a time; such an encoder answers once.
     """
 
     def __init__(
@@ -92,11 +92,10 @@ class TextEncoder:
         layers = list(gemma.layers)
         if self.frugal:
             gemma.layers = []
-        for i in range(len(layers)):
-            layer, layers[i] = layers[i], None
+        for layer in one_ahead(layers):
             for s in states:
                 s.append(layer(s[-1], "causal", None))
-            mx.eval([s[-1] for s in states])
+            mx.async_eval([s[-1] for s in states])
         for s in states:
             s[-1] = gemma.norm(s[-1])
             for i, x in enumerate(s):

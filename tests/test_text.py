@@ -82,7 +82,7 @@ def test_frugal_gives_the_same_bits_in_less_memory(checkpoint, encoder):
     mx.reset_peak_memory()
     short = frugal(["a"])
     mx.eval(short)
-    assert mx.get_peak_memory() - before < size / 2  # one of seven, and the words
+    assert mx.get_peak_memory() - before < 0.6 * size  # two of seven, and the words
     assert equal(short[0], encoder(["a"])[0])
 
 

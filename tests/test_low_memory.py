@@ -1,0 +1,98 @@
+"""Weights read layer by layer: the same bits as from memory, in a part of it."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from streams import inputs
+from test_dit import four_passes
+
+from ltx2 import conversion, pipeline, weights
+from ltx2.dit import DiT, StreamedBlocks
+from ltx2.request import LoraFile, Request
+
+
+def in_four_bits(path: Path, folder: Path) -> str:
+    """A converted folder."""
+    how = conversion.quantization(group_size=32)
+    source = weights.open_model(str(path))
+    conversion.Conversion(source, how).write(folder / "converted")
+    return str(folder / "converted")
+
+
+@pytest.fixture
+def latents(checkpoint):
+    """`latents(low_memory, model, kind, upsamplers, **request)` of a short run."""
+
+    def run(low_memory, model, kind, upsamplers=(), **options):
+        encoder = str(checkpoint("gemma3"))
+        pipe = pipeline.load(
+            str(model), encoder, kind, mx.float32, upsamplers, low_memory
+        )
+        request = Request("a dog", num_frames=9, sigmas=(1.0, 0.7, 0.0), **options)
+        events = pipe.stream(request)
+        return next(e for e in events if e.phase == "latents").snapshot.latents
+
+    return run
+
+
+def assert_same_bits(resident, streamed):
+    for name in ("video", "audio"):
+        assert mx.array_equal(resident[name], streamed[name])
+
+
+@pytest.mark.parametrize(
+    "name, kind, converted, loras",
+    [
+        ("ltx-2", "distilled", False, ()),
+        ("ltx-2", "dev", False, ("lora",)),
+        ("ltx-2.3", "dev", True, ("lora", "lora2")),
+    ],
+)
+def test_a_run_gives_the_same_bits(
+    checkpoint, latents, tmp_path, name, kind, converted, loras
+):
+    model = checkpoint(name)
+    if converted:
+        model = in_four_bits(model, tmp_path)
+    files = tuple(LoraFile(str(checkpoint(f"{name}-{n}")), 0.7) for n in loras)
+    size = {"height": 64, "width": 64}
+    assert_same_bits(
+        *(latents(low, model, kind, loras=files, **size) for low in (False, True))
+    )
+
+
+def test_each_stage_has_its_own_loras(checkpoint, latents):
+    lora = LoraFile(str(checkpoint("ltx-2.3-lora")), 0.5, stage=2)
+    model, up = checkpoint("ltx-2.3"), [str(checkpoint("spatial-x2"))]
+    size = {"height": 128, "width": 128}
+    with_lora = [
+        latents(low, model, "distilled", up, loras=(lora,), **size)
+        for low in (False, True)
+    ]
+    assert_same_bits(*with_lora)
+    without = latents(True, model, "distilled", up, **size)
+    assert not mx.allclose(without["video"], with_lora[1]["video"], atol=1e-3)
+
+
+@pytest.mark.parametrize("depth", [6, 24])
+def test_memory_does_not_grow_with_depth(checkpoint, golden, depth):
+    path = checkpoint("ltx-2.3", transformer={"num_layers": depth})
+    source = weights.open_model(str(path))
+    read = lambda: source.load("transformer", mx.float32, lazy=True)
+    model: DiT = read()
+    block = sum(w.nbytes for w in tree_leaves(model.transformer_blocks[0]))
+    model.transformer_blocks = StreamedBlocks(read)
+    video, audio, run = inputs(model, golden("ltx-2.3/transformer_basic"))
+    mx.eval(model.parameters(), video.latent, run.video_context, run.audio_context)
+    before = mx.get_active_memory()
+    for passes in ([run], four_passes(run)):
+        mx.reset_peak_memory()
+        mx.eval(model(video, audio, passes))
+        assert mx.get_active_memory() < before + block
+        assert 2 * block < mx.get_peak_memory() - before < 4 * block
+
+
+def tree_leaves(module):
+    return [w for _, w in tree_flatten(module.parameters())]
