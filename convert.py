@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from ltx2.base import Parser, UserError, run
@@ -63,11 +64,19 @@ def parser() -> argparse.ArgumentParser:
         help="default: 64",
     )
     p.add_argument("--q-mode", "-q-mode", choices=["affine", "mxfp4", "nvfp4", "mxfp8"])
+    p.add_argument(
+        "--lora",
+        type=lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="add to the transformer's weights before quantizing, repeatable",
+    )
     p.add_argument("-d", "--dequantize", action="store_true", help="undo --quantize")
     p.add_argument(
         "--dtype",
         choices=["float16", "bfloat16", "float32"],
-        help="of what is not quantized (default: as released)",
+        help="of transformer and text side, if not quantized (default: as released)",
     )
     p.add_argument(
         "--kind",
@@ -77,6 +86,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--text-encoder", help="to be used with it (default: Gemma 3 12B)")
     p.add_argument("--upload-repo", help="Hub repository to upload the folder to")
     return p
+
+
+def lora(text: str) -> tuple[str, float]:
+    path, strength = re.fullmatch(r"(.+?)(?::(-?\d*\.?\d+))?", text).groups()
+    return path, float(strength or 1)
 
 
 def main() -> None:
@@ -109,6 +123,7 @@ def main() -> None:
         args.dequantize,
         getattr(mx, args.dtype) if args.dtype else None,
         args.text_encoder,
+        loras=args.lora,
     )
 
     kind = f"{source.kind}{' (assumed, see --kind)' if source.kind_assumed else ''}"

@@ -7,13 +7,14 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import mlx.core as mx
 
 from . import __version__
 from .base import UserError
 from .hub import DTYPES, File
+from .lora import Lora, fuse
 from .weights import FLOAT32, Source, Weights, shard_names
 
 SHARD = 5 * 10**9  # bytes a file, at most
@@ -88,8 +89,13 @@ class Conversion:
     dtype: Optional[mx.Dtype] = None
     text_encoder: Optional[str] = None
     predicate: Callable[[str], bool] = block_linears
+    loras: Sequence[tuple[str, float]] = ()  # files and strengths
 
     def __post_init__(self):
+        if self.loras and self.source.quantization:
+            raise UserError(
+                "a LoRA is fused before quantising: take unquantised weights"
+            )
         if self.quantization and self.source.quantization:
             raise UserError("the model is quantised already: --dequantize it first")
         if self.dequantize and not self.source.quantization:
@@ -99,7 +105,13 @@ class Conversion:
         """A component's tensors as they will be written."""
         dtype = None if name in FLOAT32 else self.dtype
         weights = self.source.weights(name, dtype)
-        self.source.module(name, weights)  # or a UserError: they do not fit
+        module = self.source.module(name, weights)  # or a UserError: they do not fit
+        if self.loras and name == "transformer":
+            # Read anew each time, so that factors are held no longer than their layer.
+            loras = [(Lora.read(path), strength) for path, strength in self.loras]
+            for lora, _ in loras:
+                lora.check(module)
+            weights = fuse(weights, loras)
         if self.dequantize:
             return dequantize(weights, self.source.quantization, dtype)
         if self.quantization and name == "transformer":
@@ -137,7 +149,11 @@ class Conversion:
             "provenance": {
                 **origin,
                 "tool": f"ltx2 {__version__}, mlx {mx.__version__}",
-                "recipe": {"quantization": how, "dtype": dtype and str(dtype)[9:]},
+                "recipe": {
+                    "quantization": how,
+                    "dtype": dtype and str(dtype)[9:],
+                    "loras": {Path(path).name: s for path, s in self.loras},
+                },
             },
         }
 

@@ -73,7 +73,7 @@ class Lora:
                 raise UserError(f"LoRA {path} lacks one factor of {module}")
             a, b = p["A"], p["B"]
             if "alpha" in p:
-                b = b * (p["alpha"].astype(b.dtype) / a.shape[0])
+                b = b.astype(mx.float32) * (p["alpha"].astype(mx.float32) / a.shape[0])
             factors[module] = (a, b)
         return cls(path.name, factors, metadata)
 
@@ -138,3 +138,20 @@ def attach(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
         parts = mx.concatenate(a), mx.concatenate(b, axis=1), mx.concatenate(s)
         changed[path] = SidePath(changed.get(path, layers[path]), *parts)
     model.update_modules(tree_unflatten(list(changed.items())))
+
+
+def fuse(
+    weights: dict[str, mx.array], loras: Sequence[tuple[Lora, float]]
+) -> dict[str, mx.array]:
+    """The weights with LoRAs added: W + sum of s B A in float32, rounded once to W's
+    dtype; lazily, and after `Lora.check`."""
+    fused = dict(weights)
+    for path in dict.fromkeys(path for lora, _ in loras for path in lora.factors):
+        w = weights[f"{path}.weight"]
+        total = w.astype(mx.float32)
+        for lora, strength in loras:
+            if path in lora.factors:
+                a, b = (f.astype(mx.float32) for f in lora.factors[path])
+                total = total + strength * (b @ a)
+        fused[f"{path}.weight"] = total.astype(w.dtype)
+    return fused

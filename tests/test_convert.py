@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from ltx2 import conversion, hub, weights
 from ltx2.base import UserError
 from ltx2.conversion import Conversion, quantization
+from ltx2.lora import Lora
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,7 +171,7 @@ def test_dtype_casts_what_is_not_quantised(checkpoint, tmp_path):
     assert transformer["transformer_blocks.0.ff.net.2.scales"].dtype == mx.float16
     assert source.weights("vocoder")["conv_pre.weight"].dtype == mx.bfloat16
     recipe = json.loads((tmp_path / "model" / "config.json").read_text())["provenance"]
-    assert recipe["recipe"] == {"quantization": how, "dtype": "float16"}
+    assert recipe["recipe"] == {"quantization": how, "dtype": "float16", "loras": {}}
 
 
 def test_large_components_are_sharded(small, tmp_path, monkeypatch):
@@ -374,7 +375,9 @@ def test_kind_and_dtype_from_the_command_line(checkpoint, tmp_path):
     assert convert("--hf-path", checkpoint("ltx-2"), "--mlx-path", model, *args) == 0
     source = weights.open_model(str(model))
     assert (source.kind, source.text_encoder) == ("distilled", "here")
-    assert source.weights("vae")["encoder.conv_in.conv.bias"].dtype == mx.float32
+    assert source.weights("connectors").popitem()[1].dtype == mx.float32
+    # What is computed in float32 in any case is stored as released.
+    assert source.weights("vae")["encoder.conv_in.conv.bias"].dtype == mx.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -487,3 +490,42 @@ def test_an_upload_that_fails_leaves_the_model(fake_hub, tmp_path, monkeypatch, 
     said = refused(capsys, "--mlx-path", model, "--upload-repo", "mlx-community/it")
     assert "cannot be reached" in said
     weights.open_model(str(model)).load("vae")
+
+
+# LoRAs
+
+
+def test_a_lora_is_added_before_quantising(checkpoint, tmp_path):
+    source = weights.open_model(str(checkpoint("ltx-2")))
+    file = Lora.read(checkpoint("ltx-2-lora"))
+    fused = write(
+        checkpoint("ltx-2"),
+        tmp_path / "m",
+        loras=[(str(checkpoint("ltx-2-lora")), 0.5)],
+    )
+    before, after = source.weights("transformer"), fused.weights("transformer")
+    assert fused.provenance["recipe"]["loras"] == {"ltx-2-lora.safetensors": 0.5}
+    for key, w in before.items():
+        a, b = file.factors.get(key.removesuffix(".weight"), (None, None))
+        if a is None:
+            assert mx.array_equal(w, after[key])
+        else:
+            wanted = w + 0.5 * b.astype(mx.float32) @ a.astype(mx.float32)
+            assert mx.array_equal(wanted.astype(w.dtype), after[key])
+            assert not mx.array_equal(w, after[key])
+
+
+def test_a_lora_that_does_not_fit_is_refused(checkpoint, tmp_path, capsys):
+    lora, source = checkpoint("ltx-2.3-lora"), checkpoint("ltx-2")
+    error = refused(
+        capsys, "--hf-path", source, "--lora", lora, "--mlx-path", tmp_path / "m"
+    )
+    assert "it was made for another generation" in error
+
+
+def test_a_lora_cannot_be_added_to_quantised_weights(quantised, checkpoint):
+    with pytest.raises(UserError, match="fused before quantising"):
+        Conversion(
+            weights.open_model(str(quantised)),
+            loras=[(str(checkpoint("ltx-2-lora")), 1)],
+        )
