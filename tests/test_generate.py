@@ -3,10 +3,10 @@
 import shutil
 import sys
 
-import generate
 import numpy as np
 import pytest
 
+import generate
 from ltx2 import media, text, weights
 
 
