@@ -1,0 +1,358 @@
+"""The video VAE: the reference's numbers, exact streams, and what it refuses."""
+
+import mlx.core as mx
+import pytest
+from parity import channels_last, read, relative_error
+
+from ltx2 import vae
+from ltx2.base import UserError
+from ltx2.vae import VideoVAE, VideoVAEConfig, unpatchify
+
+MODELS = ["ltx-2", "ltx-2-notc", "ltx-2.3"]
+
+
+def load(path, **changes) -> VideoVAE:
+    section, weights = read(path, "vae")
+    model = VideoVAE(VideoVAEConfig.from_dict(section | changes))
+    return model.load_weights(list(vae.sanitize(weights).items()))
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint):
+    return {name: load(checkpoint(name)) for name in MODELS}
+
+
+@pytest.fixture(params=["ltx-2", "ltx-2.3"])
+def model(models, request):
+    return models[request.param]
+
+
+@pytest.fixture
+def conditioned(models):
+    return models["ltx-2"]
+
+
+def draw(model, frames, height=2, width=2, seed=0):
+    """Normalised latents, and the noise that a conditioned decoder needs."""
+    shape = (1, frames, height, width, model.config.latent_channels)
+    latents = mx.random.normal(shape, key=mx.random.key(seed))
+    if not model.config.timestep_conditioning:
+        return latents, {}
+    return latents, {"noise": mx.random.normal(shape, key=mx.random.key(seed + 1))}
+
+
+def video(frames, batch=1, height=32, width=64):
+    shape, key = (batch, frames, height, width, 3), mx.random.key(3)
+    return mx.random.uniform(-1, 1, shape, key=key)
+
+
+def cut(x, sizes):
+    """A clip as a stream of chunks of these sizes."""
+    assert sum(sizes) == x.shape[1]
+    ends = [sum(sizes[:i]) for i in range(1, len(sizes))]
+    return iter(mx.split(x, ends, axis=1))
+
+
+def joined(chunks):
+    return mx.concatenate(list(chunks), axis=1)
+
+
+def picture(reference):
+    """A golden's picture in [-1, 1] as the decoder clips it."""
+    return mx.clip((channels_last(reference) + 1) / 2, 0, 1)
+
+
+class Stages(dict):
+    """A trace that joins the chunks of every stage."""
+
+    def __call__(self, name, x):
+        self[name] = mx.concatenate([self[name], x], axis=1) if name in self else x
+
+
+# Parity
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pictures_and_stages_are_the_references(models, golden, name):
+    g, stages, model = golden(f"{name}/vae_decode"), Stages(), models[name]
+    noise = channels_last(g["in.frame_noise"]) if "in.frame_noise" in g else None
+    latents = channels_last(g["in.frame"])
+    frame = model.decode(latents, noise=noise, trace=stages)
+    assert relative_error(frame, picture(g["out.frame"])) < 1e-5
+    for key, value in g.items():
+        if key.startswith("mid."):
+            stage = stages[key.removeprefix("mid.")]
+            assert relative_error(stage, channels_last(value)) < 1e-5, key
+    unclipped = unpatchify(stages["conv_out"], model.config.patch_size)
+    assert relative_error(unclipped, channels_last(g["out.frame"])) < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_clip_is_the_references(models, golden, name):
+    g = golden(f"{name}/vae_decode")
+    noise = channels_last(g["in.clip_noise"]) if "in.clip_noise" in g else None
+    clip = models[name].decode(channels_last(g["in.clip"]), noise=noise)
+    step = g["info"]["stride"]
+    assert clip.dtype == mx.float32
+    assert relative_error(clip[:, :, ::step, ::step], picture(g["out.clip"])) < 1e-5
+
+
+def test_a_picture_without_noise_is_the_references(conditioned, golden):
+    g = golden("ltx-2/vae_decode")
+    frame = conditioned.decode(channels_last(g["in.frame"]), noise_scale=0)
+    assert relative_error(frame, picture(g["out.frame_without_noise"])) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ltx-2", "ltx-2.3"])
+def test_latents_are_the_references(models, golden, name):
+    g, model = golden(f"{name}/vae_encode"), models[name]
+    frames = channels_last(g["in.frames"]).astype(mx.float32) / 127.5 - 1
+    for out, given in ("latent", frames), ("first_frame", frames[:, :1]):
+        latents = channels_last(g[f"out.{out}"])
+        assert relative_error(model.encode(given), latents) < 1e-5
+
+
+def test_epsilon_of_the_norm_is_1e_8():
+    x = mx.full((1, 1, 1, 1, 4), 1e-4)
+    assert mx.allclose(vae.activate(x), mx.sigmoid(mx.array(0.5**0.5)) * 0.5**0.5)
+
+
+# Streams
+
+
+def test_however_latents_are_cut_the_same_frames_come_out(model):
+    latents, _ = draw(model, 6)
+    whole = joined(model.decoder(cut(latents, [6]), None, None))
+    assert whole.shape[1] == 41
+    for sizes in [1] * 6, [2, 2, 2], [1, 4, 1]:
+        streamed = joined(model.decoder(cut(latents, sizes), None, None))
+        assert relative_error(streamed, whole) < 1e-5
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_a_latent_frame_is_one_frame_then_eight(model, frames):
+    latents, noise = draw(model, frames)
+    chunks = [*model.decode_stream(latents, **noise)]
+    assert [x.shape for x in chunks] == [(1, 1, 64, 64, 3)] * (8 * frames - 7)
+    assert mx.array_equal(joined(chunks), model.decode(latents, **noise))
+
+
+def test_memory_does_not_grow_with_the_clip(model):
+    def peak(frames):
+        latents, noise = draw(model, frames)
+        mx.eval(latents, noise)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        for _ in model.decode_stream(latents, **noise):
+            pass
+        return mx.get_peak_memory() - before
+
+    assert peak(24) < 1.15 * peak(8)
+
+
+def test_frames_that_are_kept_let_go_of_the_others():
+    before = mx.get_active_memory()
+    x = mx.ones((1, 50, 8, 8, 128))
+    x = vae.keep(x[:, -2:])
+    assert mx.get_active_memory() - before < 2 * x.nbytes
+
+
+def test_every_frame_sees_the_whole_clip(model):
+    latents, noise = draw(model, 3)
+    other = mx.concatenate([latents[:, :2], -latents[:, 2:]], axis=1)
+    change = mx.abs(model.decode(latents, **noise) - model.decode(other, **noise))
+    assert change[:, 0].max() > 1e-3
+
+
+def test_however_a_video_is_cut_the_same_latents_come_out(model):
+    frames = video(17)
+    patches = vae.patchify(frames, model.config.patch_size)
+    whole = model.normalize(joined(model.encoder(iter([patches]), None)))
+    for sizes in [17], [1] * 17, [4, 10, 3]:
+        latents = [*model.encode_stream(cut(frames, sizes))]
+        assert [x.shape[:4] for x in latents] == [(1, 1, 1, 2)] * 3
+        assert relative_error(joined(latents), whole) < 1e-5
+
+
+def test_a_latent_frame_sees_no_later_frame(model):
+    frames = video(17)
+    other = mx.concatenate([frames[:, :9], -frames[:, 9:]], axis=1)
+    change = mx.abs(model.encode(frames) - model.encode(other))
+    assert change[:, :2].max() == 0
+    assert change[:, 2].max() > 1e-2
+
+
+def test_a_long_video_needs_no_more_memory_to_encode(model):
+    def peak(chunks):
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        for _ in model.encode_stream(iter([video(1)] + [video(8)] * chunks)):
+            pass
+        return mx.get_peak_memory() - before
+
+    assert peak(6) < 1.15 * peak(2)
+
+
+def test_frames_beyond_8k_plus_1_are_left_out_with_a_warning(model):
+    frames = video(12)
+    with pytest.warns(UserWarning, match="last 3 frames are left out"):
+        latents = model.encode(frames)
+    assert mx.array_equal(latents, model.encode(frames[:, :9]))
+
+
+def test_clips_of_a_batch_are_alone(model):
+    latents, noise = draw(model, 2)
+    two = mx.concatenate([latents, -latents])
+    noises = {k: mx.concatenate([v, v]) for k, v in noise.items()}
+    assert mx.array_equal(
+        model.decode(two, **noises)[:1], model.decode(latents, **noise)
+    )
+    frames = video(9, batch=2)
+    assert mx.array_equal(model.encode(frames)[1:], model.encode(frames[1:]))
+
+
+@pytest.mark.parametrize("stored", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_activations_have_the_dtype_of_what_is_given(checkpoint, stored, dtype):
+    seen = []
+    trace = lambda name, x: seen.append(x.dtype)
+    model, own = load(checkpoint("ltx-2")), load(checkpoint("ltx-2"))
+    own.set_dtype(stored)
+    latents, noise = draw(model, 2)
+    frames = own.decode(latents.astype(dtype), **noise, trace=trace)
+    assert own.encode(video(1).astype(dtype), trace).dtype == dtype
+    assert set(seen) == {dtype}
+    assert frames.dtype == mx.float32
+    close = 1e-6 if dtype == mx.float32 else 0.01
+    assert mx.abs(frames - model.decode(latents, **noise)).mean() < close
+
+
+# Conditioning
+
+
+def test_the_trained_timestep_is_0_05(conditioned):
+    latents, noise = draw(conditioned, 2)
+    trained = conditioned.decode(latents, **noise)
+    assert mx.array_equal(trained, conditioned.decode(latents, 0.05, **noise))
+    for timestep in (0.0, 0.1, None):
+        other = conditioned.decode(latents, timestep, **noise)
+        assert mx.abs(trained - other).max() > 1e-3
+
+
+def test_the_timestep_is_multiplied_by_the_files_number(conditioned, checkpoint):
+    assert conditioned.decoder.timestep_scale_multiplier == 916
+    other = load(checkpoint("ltx-2"))
+    other.decoder.timestep_scale_multiplier = mx.array(458.0)
+    latents, noise = draw(conditioned, 2)
+    half = conditioned.decode(latents, 0.05, **noise)
+    assert mx.allclose(half, other.decode(latents, 0.1, **noise), atol=1e-5)
+
+
+def test_without_conditioning_noise_is_not_mixed_in(conditioned):
+    latents, noise = draw(conditioned, 2)
+    plain = conditioned.decode(latents, timestep=None)
+    assert mx.array_equal(plain, conditioned.decode(latents, timestep=None, **noise))
+
+
+def test_noise_is_mixed_by_its_scale(conditioned):
+    latents, noise = draw(conditioned, 2)
+    mixed = 0.25 * noise["noise"] + 0.75 * latents
+    given = conditioned.decode(latents, noise_scale=0.25, **noise)
+    assert mx.allclose(given, conditioned.decode(mixed, noise_scale=0), atol=1e-5)
+
+
+def test_a_conditioned_decoder_needs_noise_of_the_latents_shape(conditioned):
+    latents, noise = draw(conditioned, 2)
+    for wrong in (None, noise["noise"][:, :1]):
+        with pytest.raises(UserError, match=r"noise of shape \(1, 2, 2, 2, 24\)"):
+            conditioned.decode(latents, noise=wrong)
+
+
+@pytest.mark.parametrize("name", ["ltx-2-notc", "ltx-2.3"])
+@pytest.mark.parametrize("timestep", [0.0, 0.05])
+def test_an_unconditioned_decoder_refuses_a_timestep(models, name, timestep):
+    latents, _ = draw(models[name], 1)
+    with pytest.raises(UserError, match="no timestep"):
+        models[name].decode(latents, timestep=timestep)
+
+
+@pytest.mark.parametrize("name", ["ltx-2", "ltx-2-notc"])
+def test_config_and_tensors_must_agree_about_conditioning(checkpoint, name):
+    with pytest.raises(ValueError, match="decoder.last_scale_shift_table"):
+        load(checkpoint(name), timestep_conditioning=name != "ltx-2")
+
+
+def test_a_decoder_is_conditioned_unless_its_config_says_no(checkpoint):
+    section, _ = read(checkpoint("ltx-2-notc"), "vae")
+    del section["timestep_conditioning"]
+    assert VideoVAEConfig.from_dict(section).timestep_conditioning
+
+
+# Pictures and latents
+
+
+def test_bias_is_added_before_clipping(model):
+    latents, noise = draw(model, 1)
+    plain = model.decode(latents, **noise)
+    lighter = model.decode(latents, bias=0.31, **noise)
+    inside = mx.logical_and(plain > 0, plain < 0.69)
+    assert inside.any() and lighter.max() == 1
+    assert mx.where(inside, mx.abs(lighter - plain - 0.31), 0).max() < 1e-6
+
+
+def test_normalising_is_undone(model):
+    latents, _ = draw(model, 2)
+    plain = model.denormalize(latents)
+    assert mx.abs(plain - latents).max() > 0.1
+    assert mx.allclose(model.normalize(plain), latents, atol=1e-6)
+
+
+def test_patches_count_columns_before_rows():
+    pixels = mx.arange(2 * 2 * 3).reshape(1, 1, 2, 2, 3)
+    patch = vae.patchify(pixels, 2)
+    assert patch.flatten().tolist() == [0, 6, 3, 9, 1, 7, 4, 10, 2, 8, 5, 11]
+    assert mx.array_equal(unpatchify(patch, 2), pixels)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("height, width", [(1, 2), (2, 1)])
+def test_a_border_of_one_latent_cannot_be_reflected(models, height, width):
+    for name in ("ltx-2", "ltx-2-notc"):
+        latents, noise = draw(models[name], 1, height, width)
+        with pytest.raises(UserError, match="64x64"):
+            models[name].decode(latents, **noise)
+    latents, _ = draw(models["ltx-2.3"], 1, height, width)
+    frame = models["ltx-2.3"].decode(latents)
+    assert frame.shape == (1, 1, 32 * height, 32 * width, 3)
+
+
+@pytest.mark.parametrize("height, width", [(48, 64), (64, 40)])
+def test_sides_must_be_divisible_by_32(model, height, width):
+    with pytest.raises(UserError, match=f"{width}x{height}"):
+        model.encode(video(1, height=height, width=width))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"decoder_blocks": [["attn_res_x", {"num_layers": 1}]]},
+        {"decoder_blocks": [["res_x", {"num_layers": 1, "inject_noise": True}]]},
+        {"encoder_blocks": [["compress_all", {"multiplier": 2}]]},
+        {"spatial_padding_mode": "replicate"},
+        {"causal_decoder": True},
+        {"norm_layer": "group_norm"},
+        {"latent_log_var": "per_channel"},
+        {"_class_name": "CausalDiffusionVAE"},
+    ],
+)
+def test_another_architecture_is_refused(checkpoint, change):
+    with pytest.raises(UserError, match="implemented"):
+        load(checkpoint("ltx-2.3"), **change)
+
+
+def test_only_statistics_that_nobody_reads_are_dropped():
+    names = [*vae.UNUSED_KEYS, "per_channel_statistics.std-of-means", "decoder.new"]
+    kept = vae.sanitize({name: mx.zeros(2) for name in names})
+    assert [*kept] == ["per_channel_statistics.std-of-means", "decoder.new"]
