@@ -397,7 +397,8 @@ def fit_clip(r: Request) -> tuple[Request, Optional[media.Media], int, list[str]
     notes = []
     fps = float(clip.fps if r.fps is None else r.fps)
     check_range("fps", fps, 1, 120)
-    there = clip.num_frames if fps == clip.fps else math.floor(clip.duration * fps)
+    same = media.frame_rate(fps) == clip.fps
+    there = clip.num_frames if same else math.floor(clip.duration * fps + 0.01)
     frames = (max(there, 1) - 1) // TIME_SCALE * TIME_SCALE + 1
     legal = lambda side: max(side // SPACE_SCALE * SPACE_SCALE, 2 * SPACE_SCALE)
     height = legal(clip.height) if r.height is None else r.height
@@ -407,7 +408,7 @@ def fit_clip(r: Request) -> tuple[Request, Optional[media.Media], int, list[str]
             f"{r.video}: {clip.width}x{clip.height} resized and cropped "
             f"to {width}x{height}"
         )
-    if fps != clip.fps:
+    if not same:
         notes.append(
             f"{r.video}: {float(clip.fps):g} brought to {fps:g} frames a second"
         )

@@ -20,12 +20,12 @@ CASES = (
 ).split()
 
 
-def save_clip(path, frames, waveform=None, rate=None):
+def save_clip(path, frames, fps, waveform=None, rate=None):
     """A lossless clip, with sound (channels, samples) if there is any."""
     height, width = frames.shape[1:3]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y"]
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-    command += ["-r", "24", "-i", "-"]
+    command += ["-r", str(media.frame_rate(fps)), "-i", "-"]
     if waveform is not None:
         sound = path.with_suffix(".f32")
         sound.write_bytes(waveform.T.astype("<f4").tobytes())
@@ -71,12 +71,13 @@ def ask(case, golden, checkpoint, folder):
     if "in.waveform" in golden:
         options["audio"] = str(folder / "sound.mkv")
         still = np.zeros((1, 64, 64, 3), np.uint8)
-        save_clip(folder / "sound.mkv", still, golden["in.waveform"], 16000)
+        save_clip(folder / "sound.mkv", still, 24, golden["in.waveform"], 16000)
     for kind in ("source", "reference"):
         if f"in.{kind}_frames" in golden:
             options["video"] = str(folder / "clip.mkv")
             sound = golden.get(f"in.{kind}_waveform"), info.get("sampling_rate")
-            save_clip(folder / "clip.mkv", golden[f"in.{kind}_frames"], *sound)
+            frames = golden[f"in.{kind}_frames"]
+            save_clip(folder / "clip.mkv", frames, options["fps"], *sound)
     if "start_time" in info:
         options["retake"] = (info["start_time"], info["end_time"])
     if not info.get("regenerate_video", True):

@@ -169,6 +169,15 @@ def test_a_clip_of_any_size_and_rate_is_brought_to_what_is_possible(pipe, tmp_pa
     assert len(job.notes) == 3 and "resized and cropped to 128x64" in job.notes[0]
 
 
+def test_a_rounded_rate_is_the_clips_own(pipe, tmp_path):
+    with media.VideoWriter(tmp_path / "film.mp4", 23.976) as video:
+        video.write(np.zeros((9, 64, 64, 3), np.uint8))
+    for fps in (None, 23.976):
+        video = str(tmp_path / "film.mp4")
+        job = pipe.plan(Request("a", video=video, retake=(0, 1), fps=fps))
+        assert (job.clip_frames, job.notes) == (9, ())
+
+
 # Inputs
 
 
