@@ -475,7 +475,7 @@ class DiT(nn.Module):
                     states[n] = block(
                         i, video_stream, audio_stream, *states[n], run, text
                     )
-            mx.async_eval(states)  # under way while the next block is prepared
+                    mx.async_eval(states[n])  # computes while the next is prepared
             for name, x in zip(("video", "audio"), states[0]):
                 if x is not None:
                     traced(trace, f"block{i}.{name}", x)
