@@ -473,8 +473,13 @@ def load_latents(run: Run):
     ]
     video, audio = (torch.cat([s[name] for s in shards]) for name in ("video", "audio"))
     measured = [model.Statistics(x.shape[-1], 2) for x in (video, audio)]
-    for statistics, first in zip(measured, (shards[0]["video"], shards[0]["audio"])):
-        statistics.measure(first)
+    path = run.work / "statistics.pt"
+    if not path.exists():
+        for statistics, x in zip(measured, (video, audio)):
+            statistics.measure(x)
+        torch.save([statistics.state_dict() for statistics in measured], path)
+    for statistics, state in zip(measured, torch.load(path)):
+        statistics.load_state_dict(state)
     scenes = [data.Scene(**scene) for shard in shards for scene in shard["scenes"]]
     return measured[0].normalize(video), measured[1].normalize(audio), scenes, measured
 
