@@ -142,7 +142,8 @@ def test_every_stage_of_a_decode_is_traced(check, checkpoint, latents, std, mark
     assert code == 0
     sound = ["audio.latents", "audio.mel", "audio.waveform"]
     ups = [f"video.up{i}" for i in range(9)]
-    picture = ["video.latents", "video.conv_in", *ups, "video.conv_out", "video.frames"]
+    picture = ["video.latents", "video.conv_in", *ups]
+    picture += ["video.act", "video.conv_out", "video.frames"]
     assert [name for name in stages if name.startswith("audio.")] == sound
     assert [name for name in stages if name.startswith("video.")] == picture
     for name in "audio.latents", "video.latents":
