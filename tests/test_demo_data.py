@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from demo import data
 from demo.judge import judge
+from ltx2.weights import COMPONENTS
 
 
 def judged(scene: data.Scene, rate: int = 24000) -> dict:
@@ -83,3 +87,14 @@ def test_the_same_seed_gives_the_same_clip_and_caption():
     first, second = data.sample_scene(a), data.sample_scene(b)
     assert first == second
     assert data.caption(first, a) == data.caption(second, b)
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer", "connectors", "vae", "audio_vae", "vocoder"]
+)
+def test_the_demo_is_built_of_the_ordinary_models(name):
+    config = json.loads((Path(data.__file__).parent / "config.json").read_text())
+    component = COMPONENTS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        component.model(component.config(config[component.section]))
