@@ -102,6 +102,16 @@ def recorded_noise(golden):
     return noise
 
 
+class QuickVocoder:
+    """In place of the real one, which is slow and has numbers of its own, where the
+    reference's waveform was not kept."""
+
+    sample_rate = 16000
+
+    def __call__(self, mel):
+        return mx.repeat(mel.mean(2), 160, axis=1)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("model", GENERATIONS)
 def test_a_run_is_the_references(model, case, checkpoint, golden, tmp_path):
@@ -122,7 +132,9 @@ def test_a_run_is_the_references(model, case, checkpoint, golden, tmp_path):
                 ("negative_prompt", "negative"),
             )
         }
-    frames, starts = [], {}
+    if "out.waveform" not in g:
+        pipe._loaded["vocoder"] = QuickVocoder()
+    frames = []
     for event in pipe.stream(
         request,
         noise=recorded_noise(g),
