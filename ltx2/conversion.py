@@ -45,10 +45,12 @@ def quantization(
 
 
 def block_linears(path: str) -> bool:
-    """Attention and feed-forward of the transformer's blocks, which are quantised by
-    default; gates, modulations and projections are small and sensitive."""
+    """Attention and feed-forward of the blocks of the transformer and of Gemma, which
+    are quantised by default; gates, modulations and projections are small and sensitive.
+    """
     layer = r"transformer_blocks\.\d+\.\w+\.(to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"
-    return re.fullmatch(layer, path) is not None
+    gemma = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+    return re.fullmatch(f"{layer}|{gemma}", path) is not None
 
 
 def quantize(weights: Weights, how: dict, predicate: Callable[[str], bool]) -> Weights:
@@ -98,6 +100,7 @@ class Conversion:
             )
         if self.quantization and self.source.quantization:
             raise UserError("the model is quantised already: --dequantize it first")
+        self.source.encoder(self.text_encoder)
         if self.dequantize and not self.source.quantization:
             raise UserError("the model is not quantised: nothing to dequantize")
 
@@ -114,7 +117,7 @@ class Conversion:
             weights = fuse(weights, loras)
         if self.dequantize:
             return dequantize(weights, self.source.quantization, dtype)
-        if self.quantization and name == "transformer":
+        if self.quantization and name in ("transformer", "gemma"):
             return quantize(weights, self.quantization, self.predicate)
         return weights
 
@@ -145,7 +148,7 @@ class Conversion:
             "kind": source.kind,
             **source.config,
             **({"quantization": how, "quantization_config": how} if how else {}),
-            "text_encoder": self.text_encoder or source.text_encoder,
+            "text_encoder": source.encoder(self.text_encoder),
             "provenance": {
                 **origin,
                 "tool": f"ltx2 {__version__}, mlx {mx.__version__}",

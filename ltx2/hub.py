@@ -15,13 +15,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Iterable, Optional
 
 import mlx.core as mx
 
 from .base import UserError
 
-DEFAULT_FILE = "ltx-2-19b-distilled.safetensors"  # where there are several checkpoints
+DEFAULT_FILES = (  # where there are several checkpoints
+    "ltx-2-19b-distilled.safetensors",
+    "ltx-2.5-22b-distilled-transformer-bf16.safetensors",
+)
+# Of LTX-2.5, which comes with a file a component; the first holds the transformers.
+FOLDERS = (
+    "diffusion_models text_encoders vae latent_upscale_models model_patches loras"
+).split()
 DTYPES = {
     "BF16": mx.bfloat16,
     "F16": mx.float16,
@@ -65,21 +72,29 @@ class File:
     @property
     def config(self) -> dict[str, Any]:
         """The configuration in the metadata of an official file."""
+        return self.described("config")
+
+    def described(self, key: str) -> dict[str, Any]:
+        """A JSON object in the metadata."""
         try:
-            return dict(json.loads(self.metadata["config"]))
+            return dict(json.loads(self.metadata[key]))
         except (KeyError, ValueError, TypeError):
-            raise UserError(f"{self.name} is no LTX-2 file, it has no config") from None
+            raise UserError(f"{self.name} is no LTX-2 file, it has no {key}") from None
 
     @property
     def role(self) -> str:
-        """ "lora", "upsampler", "checkpoint" or, of other files, ""."""
+        """ "lora", "upsampler", "checkpoint" (it has a transformer), "part" of a split
+        checkpoint or, of other files, ""."""
         if not self.name.endswith(".safetensors"):
             return ""
         signs = self.name if self.path is None else " ".join(self.keys)
         if "lora" in signs:
             return "lora"
-        upsamples = "upscaler" in signs or "initial_conv.weight" in signs
-        return "upsampler" if upsamples else "checkpoint"
+        if "upscaler" in signs or "initial_conv.weight" in signs:
+            return "upsampler"
+        if "diffusion_model" in signs or self.path is None and "/" not in signs:
+            return "checkpoint"
+        return "part"
 
     def arrays(self) -> dict[str, mx.array]:
         """The tensors, lazily: evaluating one reads it. Of a file still on the Hub,
@@ -170,9 +185,11 @@ def find(name: str, file: Optional[str] = None) -> list[File]:
     a file in one (owner/name/file); `file` picks one checkpoint where there are several.
 
     Of a converted folder: config.json first, then the rest. Of an official one: the
-    checkpoint, the newest of each upsampler and the licence.
+    checkpoint, its parts if it is split, the newest of each upsampler and the licence.
     """
     path = Path(name).expanduser()
+    if path.is_file() and path.parent.name == FOLDERS[0]:
+        path, file = path.parent.parent, f"{FOLDERS[0]}/{path.name}"
     if path.is_file():
         if file:
             raise UserError(f"{name} is a file, so --file {file} is one too many")
@@ -192,23 +209,38 @@ def find(name: str, file: Optional[str] = None) -> list[File]:
     upsamplers = [f for f in weights if f.role == "upsampler"]
     newest = {re.sub(r"-[\d.]+safetensors$", "", f.name): f for f in upsamplers}
     checkpoints = [f for f in weights if f.role == "checkpoint"]
-    if len(checkpoints) > 1 and DEFAULT_FILE in names:
-        file = file or DEFAULT_FILE
+    parts = [f for f in weights if f.role == "part"]
+    default = [f.name for f in checkpoints if f.name.split("/")[-1] in DEFAULT_FILES]
+    if len(checkpoints) > 1 and default:
+        file = file or default[0]
     if file:
-        checkpoints = [f for f in weights if f.name == file]
-    if not checkpoints:
+        checkpoints = [f for f in weights if file in (f.name, f.name.split("/")[-1])]
+    if not checkpoints and (file or not parts):
         there = ", ".join(f.name for f in weights) or "other files"
         raise UserError(f"{name} has no {file or 'checkpoint'}, only {there}")
-    return [*checkpoints, *newest.values(), *licence]
+    return [*checkpoints, *parts, *newest.values(), *licence]
+
+
+def of_model(names: Iterable[str]) -> list[str]:
+    """The names at the top, and those in the folders of a split model. Repositories of
+    older models have folders for other tools."""
+    names = sorted(names)
+    split = any(name.startswith(f"{FOLDERS[0]}/") for name in names)
+    folders = {"", *FOLDERS} if split else {""}
+    return [name for name in names if name.rpartition("/")[0] in folders]
 
 
 def folder_files(folder: Path, repo: str = "") -> list[File]:
-    paths = sorted(p for p in folder.iterdir() if p.is_file())
-    return [File(p.name, p.stat().st_size, p, repo) for p in paths]
+    paths = [
+        *folder.iterdir(),
+        *(p for sub in FOLDERS for p in folder.glob(f"{sub}/*")),
+    ]
+    names = of_model(p.relative_to(folder).as_posix() for p in paths if p.is_file())
+    return [File(n, (folder / n).stat().st_size, folder / n, repo) for n in names]
 
 
 def repository_files(repo: str) -> list[File]:
-    """The files at the top of a repository; of its copy in the cache when offline."""
+    """The files of a repository; of its copy in the cache when offline."""
     from huggingface_hub import HfApi, errors, snapshot_download, try_to_load_from_cache
 
     try:
@@ -223,13 +255,12 @@ def repository_files(repo: str) -> list[File]:
             raise error from None
         warnings.warn(f"{error}; its copy in the cache is used")
         return folder_files(Path(folder), repo)
-    files = []
-    for s in sorted(info.siblings, key=lambda s: s.rfilename):
-        if "/" not in s.rfilename:
-            path = try_to_load_from_cache(repo, s.rfilename, revision=info.sha)
-            path = Path(path) if isinstance(path, str) else None
-            sha256 = s.lfs.sha256 if s.lfs else ""
-            files.append(File(s.rfilename, s.size, path, repo, sha256))
+    siblings, files = {s.rfilename: s for s in info.siblings}, []
+    for name in of_model(siblings):
+        path = try_to_load_from_cache(repo, name, revision=info.sha)
+        path = Path(path) if isinstance(path, str) else None
+        s = siblings[name]
+        files.append(File(name, s.size, path, repo, s.lfs.sha256 if s.lfs else ""))
     return files
 
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+Stride = tuple[int, int, int]  # in time, height and width
 Rope = tuple[mx.array, mx.array]  # cos and sin, each (heads, T, head_dim / 2)
 
 
@@ -194,3 +195,32 @@ class AdaLayerNormSingle(nn.Module):
         embedded = self.emb(timesteps)
         rows = self.linear(nn.silu(embedded))
         return rows.reshape(len(timesteps), self.rows, -1), embedded
+
+
+# Time and space for channels, and back.
+
+
+def space_to_depth(x: mx.array, stride: Stride) -> mx.array:
+    """(B, F p, H q, W r, C) to (B, F, H, W, C p q r)."""
+    B, F, H, W, C = x.shape
+    p, q, r = stride
+    x = x.reshape(B, F // p, p, H // q, q, W // r, r, C)
+    x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(B, F // p, H // q, W // r, -1)
+
+
+def depth_to_space(x: mx.array, stride: Stride) -> mx.array:
+    """(B, F, H, W, C p q r) to (B, F p, H q, W r, C)."""
+    B, F, H, W, _ = x.shape
+    p, q, r = stride
+    x = x.reshape(B, F, H, W, -1, p, q, r).transpose(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(B, F * p, H * q, W * r, -1)
+
+
+def patchify(x: mx.array, size: int) -> mx.array:
+    """Pixels to patches, in which the column counts before the row."""
+    return space_to_depth(x.swapaxes(2, 3), (1, size, size)).swapaxes(2, 3)
+
+
+def unpatchify(x: mx.array, size: int) -> mx.array:
+    return depth_to_space(x.swapaxes(2, 3), (1, size, size)).swapaxes(2, 3)

@@ -20,7 +20,13 @@ from .base import Config, Trace, UserError, traced
 from .layers import Attention, FeedForward, one_ahead, rms_norm, rope_table
 
 MAX_TOKENS = 1024  # of a prompt, and the length of every context
-UNUSED_KEYS = ()
+# Beginnings of what is packed with Gemma 4 for its other uses.
+UNUSED_KEYS = (
+    "vision_model.",
+    "multi_modal_projector.",
+    "audio_projector.",
+    "hf_asset",
+)
 
 
 class TextEncoder:
@@ -87,20 +93,103 @@ class TextEncoder:
         """
         gemma = self.model
         tokens = [mx.array([self.tokenize(prompt)]) for prompt in prompts]
-        scale = math.sqrt(gemma.args.hidden_size)
+        scale = math.sqrt(gemma.norm.weight.size)
         states = [[gemma.embed_tokens(ids) * scale] for ids in tokens]
         layers = list(gemma.layers)
         if self.frugal:
             gemma.layers = []
         for layer in one_ahead(layers):
             for s in states:
-                s.append(layer(s[-1], "causal", None))
+                s.append(self.run(layer, s[-1]))
             mx.async_eval([s[-1] for s in states])
         for s in states:
             s[-1] = gemma.norm(s[-1])
             for i, x in enumerate(s):
                 traced(trace, f"gemma.{i}", x)
         return states
+
+    def run(self, layer: nn.Module, x: mx.array) -> mx.array:
+        return layer(x, "causal", None)
+
+
+@dataclass
+class Gemma4Config(Config):
+    """The text part of the settings that are packed with LTX-2.5's encoder."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    global_head_dim: int
+    num_global_key_value_heads: int
+    attention_k_eq_v: bool
+    rope_parameters: dict
+    rms_norm_eps: float = 1e-6
+    layer_types: Optional[list] = None  # None: every sixth and the last see everything
+    # Not in the section: the size of the tokenizer, by the tensor that holds it.
+    tokenizer_bytes: int = 0
+
+    FIXED = {
+        "model_type": ("gemma4_unified_text",),
+        "attention_bias": (False,),
+        "enable_moe_block": (False,),
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "hidden_size_per_layer_input": (0, None),
+        "num_kv_shared_layers": (0,),
+        "use_bidirectional_attention": ("vision", None),
+    }
+    UNUSED = frozenset(
+        "attention_dropout bos_token_id dtype eos_token_id final_logit_softcapping "
+        "initializer_range max_position_embeddings moe_intermediate_size num_experts "
+        "pad_token_id tie_word_embeddings top_k_experts torch_dtype use_cache "
+        "use_double_wide_mlp vocab_size_per_layer_input".split()
+    )
+
+    @classmethod
+    def from_dict(cls, section: dict[str, Any]) -> Gemma4Config:
+        own = dict(section["text_config"])
+        window = own.pop("sliding_window", MAX_TOKENS)
+        if window < MAX_TOKENS:  # else it hides nothing
+            raise UserError(f"Gemma 4: a window of {window} tokens is not implemented")
+        size = section.get("tokenizer_bytes", 0)
+        return super().from_dict({**own, "tokenizer_bytes": size})
+
+
+class Gemma4(nn.Module):
+    """LTX-2.5's own Gemma 4, its text layers without LM head, and its tokenizer."""
+
+    def __init__(self, c: Gemma4Config):
+        from mlx_lm.models.gemma4_text import Gemma4TextModel, ModelArgs
+
+        super().__init__()
+        full = lambda i: i % 6 == 5 or i == c.num_hidden_layers - 1
+        kinds = [
+            "full_attention" if full(i) else "sliding_attention"
+            for i in range(c.num_hidden_layers)
+        ]
+        given = {k: v for k, v in vars(c).items() if k != "tokenizer_bytes"}
+        given |= {"layer_types": c.layer_types or kinds}
+        self.model = Gemma4TextModel(
+            ModelArgs(**given, num_kv_shared_layers=0, hidden_size_per_layer_input=0)
+        )
+        self.tokenizer_json = mx.zeros(c.tokenizer_bytes, mx.uint8)
+
+
+class PackedTextEncoder(TextEncoder):
+    """The same of Gemma 4, which LTX-2.5 packs in one file with its tokenizer."""
+
+    def __init__(self, gemma: Gemma4, frugal: bool = False):
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_buffer(bytes(gemma.tokenizer_json))
+        self.bos = self.tokenizer.token_to_id("<bos>")
+        self.model, self.frugal = gemma.model, frugal
+
+    def run(self, layer: nn.Module, x: mx.array) -> mx.array:
+        return layer(x, "causal", None)[0]  # also gives keys and values
 
 
 def _for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
@@ -299,7 +388,10 @@ class Connector(nn.Module):
 
 
 def complete(section: dict[str, Any], shapes: dict[str, tuple]) -> dict[str, Any]:
-    """The `transformer` section with what only the tensors tell: the encoder's depth."""
+    """The section with what only the tensors tell: the encoder's depth, or the
+    tokenizer's size."""
+    if "tokenizer_json" in shapes:
+        return {**section, "tokenizer_bytes": shapes["tokenizer_json"][0]}
     for name, shape in shapes.items():
         if name.endswith("_embed.weight") and len(shape) == 2:
             hidden = section.get("caption_channels", shape[1])
@@ -309,4 +401,4 @@ def complete(section: dict[str, Any], shapes: dict[str, tuple]) -> dict[str, Any
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Official names are the module's names."""
-    return weights
+    return {k: w for k, w in weights.items() if not k.startswith(UNUSED_KEYS)}

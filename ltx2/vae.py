@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice, starmap
 from typing import Any, Callable, Iterator, Optional, Union
@@ -20,12 +20,20 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .base import Config, Trace, UserError, traced
-from .layers import TimestepEmbedding, rms_norm, sinusoid
+from .layers import (
+    Stride,
+    TimestepEmbedding,
+    depth_to_space,
+    patchify,
+    rms_norm,
+    sinusoid,
+    space_to_depth,
+    unpatchify,
+)
 
 Chunks = Iterator[mx.array]
 Pairs = Iterator[tuple[mx.array, mx.array]]
 Layer = Callable[[Chunks], Chunks]
-Stride = tuple[int, int, int]  # in time, height and width
 
 AS_TRAINED = "as trained"
 LATENTS_AT_ONCE = 2  # enter the decoder: its widest weights are read half as often
@@ -44,7 +52,7 @@ class VideoVAEConfig(Config):
     """The `vae` section of a checkpoint's configuration: 2.0, 2.3, convolutional 2.5."""
 
     encoder_blocks: list
-    decoder_blocks: list
+    decoder_blocks: list = field(default_factory=list)  # none: the encoder alone
     latent_channels: int = 128
     patch_size: int = 4
     encoder_base_channels: int = 128
@@ -100,35 +108,6 @@ def with_input(chunks: Chunks, branch: Layer) -> Pairs:
         return mx.concatenate(x, axis=1), y
 
     return map(leave, branch(map(enter, chunks)))
-
-
-# Time and space for channels, and back.
-
-
-def space_to_depth(x: mx.array, stride: Stride) -> mx.array:
-    """(B, F p, H q, W r, C) to (B, F, H, W, C p q r)."""
-    B, F, H, W, C = x.shape
-    p, q, r = stride
-    x = x.reshape(B, F // p, p, H // q, q, W // r, r, C)
-    x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)
-    return x.reshape(B, F // p, H // q, W // r, -1)
-
-
-def depth_to_space(x: mx.array, stride: Stride) -> mx.array:
-    """(B, F, H, W, C p q r) to (B, F p, H q, W r, C)."""
-    B, F, H, W, _ = x.shape
-    p, q, r = stride
-    x = x.reshape(B, F, H, W, -1, p, q, r).transpose(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.reshape(B, F * p, H * q, W * r, -1)
-
-
-def patchify(x: mx.array, size: int) -> mx.array:
-    """Pixels to patches, in which the column counts before the row."""
-    return space_to_depth(x.swapaxes(2, 3), (1, size, size)).swapaxes(2, 3)
-
-
-def unpatchify(x: mx.array, size: int) -> mx.array:
-    return depth_to_space(x.swapaxes(2, 3), (1, size, size)).swapaxes(2, 3)
 
 
 # Layers
@@ -371,7 +350,8 @@ class VideoVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        if config.decoder_blocks:
+            self.decoder = Decoder(config)
         plain = mx.zeros(config.latent_channels), mx.ones(config.latent_channels)
         self.per_channel_statistics = dict(zip(STATISTICS, plain))
 
@@ -473,6 +453,14 @@ def groups_of_8(chunks: Chunks) -> Chunks:
             return
         yield mx.concatenate(group, axis=1)
         size = 8
+
+
+def encoder_alone(section: dict[str, Any]) -> dict[str, Any]:
+    """The `vae` section for the encoder of a VAE whose decoder is of another kind."""
+    own = {k: v for k, v in section["encoder"].items() if k != "out_channels"}
+    own["encoder_blocks"] = own.pop("blocks")
+    channels = section["latent_channels"]
+    return own | {"latent_channels": channels, "timestep_conditioning": False}
 
 
 def complete(section: dict[str, Any], shapes: dict[str, tuple]) -> dict[str, Any]:

@@ -12,12 +12,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import audio_vae, dit, hub, text, upsampler, vae, vocoder
+from . import (
+    audio_vae,
+    diffusion_decoder,
+    dit,
+    duration,
+    hub,
+    text,
+    upsampler,
+    vae,
+    vocoder,
+)
 from .base import UserError
 from .hub import File
 
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 GENERATIONS = {(2, 0): "2.0", (2, 3): "2.3", (2, 5): "2.5"}  # since model_version
+GEMMA_4 = (2, 4)  # the first version that packs its own text encoder
 KINDS = ("dev", "distilled")
 CONVERTED = (  # what config.json holds beside the checkpoint's sections
     "model_type model_version kind quantization quantization_config "
@@ -51,6 +62,20 @@ COMPONENTS = {
         "audio_vae", audio_vae, audio_vae.AudioVAEConfig.from_dict, audio_vae.AudioVAE
     ),
     "vocoder": Component("vocoder", vocoder, dict, vocoder.build),
+    # From 2.5 on
+    "gemma": Component("gemma", text, text.Gemma4Config.from_dict, text.Gemma4),
+    "diffusion_decoder": Component(
+        "diffusion_decoder",
+        diffusion_decoder,
+        diffusion_decoder.DiffusionDecoderConfig.from_dict,
+        diffusion_decoder.DiffusionDecoder,
+    ),
+    "duration_head": Component(
+        "duration_head",
+        duration,
+        duration.DurationConfig.from_dict,
+        duration.DurationHead,
+    ),
 } | {
     name: Component(
         name, upsampler, upsampler.UpsamplerConfig.from_dict, upsampler.LatentUpsampler
@@ -67,6 +92,11 @@ PREFIXES = (
     ("vae", "vae.", ""),
     ("audio_vae", "audio_vae.", ""),
     ("vocoder", "vocoder.", ""),
+    # Where a component has its own file, from 2.5 on
+    *(("vae", "", f"{k}.") for k in ("encoder", "decoder", "per_channel_statistics")),
+    *(("gemma", "", f"model.{k}.") for k in ("layers", "embed_tokens", "norm")),
+    *(("gemma", "", k) for k in ("tokenizer_json", *text.UNUSED_KEYS)),
+    ("duration_head", "duration_head.", ""),
 )
 
 
@@ -109,11 +139,28 @@ class Source:
     def components(self) -> list[str]:
         return list(self.parts)
 
+    def require(self, *names: str) -> None:
+        """Raise UserError for parts that this model has not."""
+        missing = [name for name in names if name not in self.parts]
+        if missing:
+            raise UserError(
+                f"this model has no {' and no '.join(missing)}, only "
+                f"{', '.join(self.parts)}: put the file that holds it beside the others"
+            )
+
+    def encoder(self, given: Optional[str] = None) -> str:
+        """The text encoder to use: the model's, or a `given` one where that may be."""
+        if self.version >= GEMMA_4 and given not in (None, self.text_encoder):
+            raise UserError(
+                f"LTX-2 {self.model_version} reads a Gemma 4 of its own, from a file "
+                f"beside the others, and not {given}: drop the text encoder"
+            )
+        return given or self.text_encoder
+
     def weights(self, name: str, dtype: Optional[mx.Dtype] = None) -> Weights:
         """A component's tensors, lazily, under its module's names and in its layouts;
         floating ones cast to `dtype`, fp8 decoded to bfloat16."""
-        if name not in self.parts:
-            raise UserError(f"this model has no {name}, only {', '.join(self.parts)}")
+        self.require(name)
         part = self.parts[name]
         arrays = {f: f.arrays() for f in {f for f, _ in part.values()}}
         weights = {inner: arrays[f][key] for inner, (f, key) in part.items()}
@@ -132,10 +179,8 @@ class Source:
         file = next(iter(self.parts[name].values()))[0].name
         shapes = {key: w.shape for key, w in weights.items()}
         section = self.config[component.section]
-        if name == "connectors":
-            section = text.complete(section, shapes)
-        if name == "vae":
-            section = vae.complete(section, shapes)
+        if hasattr(component.module, "complete"):
+            section = component.module.complete(section, shapes)
         module = component.model(component.config(section))
         if any(key.endswith(".scales") for key in weights):
             how, picked = self.quantization, lambda path, _: f"{path}.scales" in weights
@@ -210,23 +255,56 @@ def official_source(files: list[File]) -> Source:
     config: dict[str, Any] = {}
     parts: Parts = {}
     versions: dict[str, str] = {}
-    for f in (f for f in files if f.role):
-        if f.role != "checkpoint":
+    for f in files:
+        if f.role in ("lora", "upsampler"):
             raise UserError(f"{f.name} is not a model, it is of use as --{f.role}")
-        config |= f.config
+    described = {f: sections(f) for f in files if f.role}
+    convolves = any("decoder_blocks" in d.get("vae", {}) for d in described.values())
+    for f, own in described.items():
+        diffuses = "diffusion_decoder" in own
+        if diffuses and convolves:  # both files have the same encoder
+            del own["vae"]
+        # Of what several files say, the checkpoint's word counts.
+        config = own | config if f.role == "part" else config | own
         if "model_version" in f.metadata:
             versions[f.name] = f.metadata["model_version"]
         for key in f.keys:
             part, inner = place(f, key)
+            if diffuses and not inner.startswith("encoder."):
+                own_part = parts.setdefault("diffusion_decoder", {})
+                own_part[inner.removeprefix("decoder.")] = (f, key)
+            if diffuses and (convolves or inner.startswith("decoder.")):
+                continue
             other, _ = parts.setdefault(part, {}).setdefault(inner, (f, key))
             if other is not f:
                 raise UserError(f"{other.name} and {f.name} both hold the {part}")
+    if "duration_head" in parts:
+        config.setdefault("duration_head", {})
     if "transformer" not in parts:
         raise UserError(f"{files[0].name} is not a model, only {', '.join(parts)}")
-    checkpoint = next(iter(parts["transformer"].values()))[0].name
-    version = check_versions(versions, checkpoint, config.get("transformer", {}))
-    kind = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", checkpoint.lower())
-    return Source(files, version, kind[0] if kind else "dev", not kind, config, parts)
+    checkpoint = next(iter(parts["transformer"].values()))[0]
+    name = checkpoint.name
+    version = check_versions(versions, name, config.get("transformer", {}))
+    if "gemma" in parts:
+        check_gemma(config["gemma"], next(iter(parts["gemma"].values()))[0], checkpoint)
+    kind = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", name.lower())
+    source = Source(files, version, kind[0] if kind else "dev", not kind, config, parts)
+    if source.version >= GEMMA_4:
+        source.text_encoder = "gemma"
+    return source
+
+
+def sections(f: File) -> dict[str, Any]:
+    """The configuration of an official file by section."""
+    if "gemma_config" in f.metadata:
+        return {"gemma": f.described("gemma_config")}
+    config = f.config
+    video = config.get("vae", {})
+    if video.get("_class_name") == "CausalDiffusionVAE":
+        output = {"model_output_type": video.get("model_output_type")}
+        config["diffusion_decoder"] = video["decoder"] | output
+        config["vae"] = vae.encoder_alone(video)
+    return config
 
 
 def place(f: File, key: str) -> tuple[str, str]:
@@ -241,7 +319,7 @@ def add_upsampler(source: Source, f: File) -> None:
     """Add an official upsampler's file; its name tells the generation it is for."""
     if f.role != "upsampler":
         raise UserError(f"{f.name} is no latent upsampler")
-    version = re.match(r"ltx-(2[\d.]*)-", f.name)
+    version = re.match(r"ltx-(2[\d.]*)-", f.name.split("/")[-1])
     if version and generation(parse_version(version[1])) != source.generation:
         raise UserError(f"{f.name} does not go with LTX-2 {source.model_version}")
     axis = "temporal" if f.config.get("temporal_upsample") else "spatial"
@@ -280,6 +358,19 @@ def check_versions(versions: dict[str, str], checkpoint: str, config: dict) -> s
         if generation(parse_version(other)) != generation(parse_version(mine)):
             raise UserError(f"{name} is of version {other}, {checkpoint} of {mine}")
     return mine
+
+
+def check_gemma(config: dict[str, Any], encoder: File, checkpoint: File) -> None:
+    """A checkpoint was trained with one version of Gemma 4, which is not Google's."""
+    have, want = config.get("gemma_version"), None
+    if "gemma_source_checkpoint" in checkpoint.metadata:
+        want = checkpoint.described("gemma_source_checkpoint").get("gemma_version")
+    if have is None or have != want:
+        raise UserError(
+            f"{encoder.name} is Gemma 4 {have or 'as Google released it'}, but "
+            f"{checkpoint.name} was trained with {want or 'another text encoder'}: "
+            "take the encoder that was published with it"
+        )
 
 
 def converted_source(files: list[File]) -> Source:

@@ -9,6 +9,7 @@ from typing import Any, Callable
 import checkpoints
 import numpy as np
 import pytest
+import split_checkpoint
 from safetensors import safe_open
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -23,7 +24,10 @@ def checkpoint(tmp_path_factory) -> Callable[..., Path]:
         key = json.dumps([name, seed, changes], sort_keys=True)
         if key not in built:
             folder = tmp_path_factory.mktemp("checkpoint")
-            built[key] = checkpoints.build(name, folder, seed, **changes)
+            if name == "ltx-2.5":
+                built[key] = split_checkpoint.build(folder, seed, **changes)
+            else:
+                built[key] = checkpoints.build(name, folder, seed, **changes)
         return built[key]
 
     return get

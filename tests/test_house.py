@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     "base media layers",
-    "dit text vae audio_vae vocoder upsampler latents sampling guards",
+    "dit text vae diffusion_decoder duration audio_vae vocoder upsampler latents "
+    "sampling guards",
     "hub weights conversion lora request denoiser inputs preview",
     "pipeline checks",
 ]

@@ -126,8 +126,8 @@ def test_one_checkpoint_of_several_is_named(checkpoint, tmp_path):
         weights.open_model(str(tmp_path))
     source = weights.open_model(str(tmp_path), file="ltx-2-dev.safetensors")
     assert source.kind == "dev"
-    shutil.copy(checkpoint("ltx-2"), tmp_path / hub.DEFAULT_FILE)
-    assert weights.open_model(str(tmp_path)).files[0].name == hub.DEFAULT_FILE
+    shutil.copy(checkpoint("ltx-2"), tmp_path / hub.DEFAULT_FILES[0])
+    assert weights.open_model(str(tmp_path)).files[0].name == hub.DEFAULT_FILES[0]
 
 
 # What is loaded

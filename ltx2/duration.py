@@ -1,0 +1,94 @@
+"""How long a video its prompt asks for: a small head on both contexts, from 2.5 on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .base import Config
+
+
+@dataclass
+class DurationConfig(Config):
+    """The `duration_head` section; the sizes are those of the tensors."""
+
+    video_dim: int
+    audio_dim: int
+    dim: int
+    hidden: int
+    num_pooler_heads: int = 4
+
+    FIXED = {"num_queries": (1,)}
+    UNUSED = frozenset({"pooler_hidden_dim", "mlp_hidden"})
+
+
+class AttentionPooler(nn.Module):
+    """One learnt query attends to all tokens: (B, T, D) to (B, D)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query_tokens = mx.zeros((1, dim))
+        self.cross_attn = {
+            "in_proj_weight": mx.zeros((3 * dim, dim)),
+            "in_proj_bias": mx.zeros(3 * dim),
+            "out_proj": nn.Linear(dim, dim),
+        }
+
+    def __call__(self, x: mx.array) -> mx.array:
+        query = mx.broadcast_to(self.query_tokens, (len(x), *self.query_tokens.shape))
+        weights = mx.split(self.cross_attn["in_proj_weight"], 3)
+        biases = mx.split(self.cross_attn["in_proj_bias"], 3)
+        q, k, v = (
+            (y @ w.T + b).reshape(*y.shape[:2], self.heads, -1).swapaxes(1, 2)
+            for y, w, b in zip((query, x, x), weights, biases)
+        )
+        scale = 1 / math.sqrt(q.shape[-1])
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+        return self.cross_attn["out_proj"](out.flatten(1))
+
+
+class DurationHead(nn.Module):
+    """Contexts (B, T, D) of video and audio to seconds (B,)."""
+
+    def __init__(self, c: DurationConfig):
+        super().__init__()
+        for stream, dim in (("video", c.video_dim), ("audio", c.audio_dim)):
+            self[f"{stream}_input_proj"] = nn.Linear(dim, c.dim)
+            self[f"{stream}_modality_emb"] = mx.zeros(c.dim)
+        self.attention_pooler = AttentionPooler(c.dim, c.num_pooler_heads)
+        self.mlp_hidden = nn.Linear(c.dim, c.hidden)
+        self.mlp_out = nn.Linear(c.hidden, 1)
+
+    def __call__(self, video: mx.array, audio: mx.array) -> mx.array:
+        tokens = [
+            self[f"{stream}_input_proj"](x) + self[f"{stream}_modality_emb"]
+            for stream, x in (("video", video), ("audio", audio))
+        ]
+        x = self.attention_pooler(mx.concatenate(tokens, axis=1))
+        x = self.mlp_out(nn.gelu_approx(self.mlp_hidden(x)))
+        return mx.exp(x.astype(mx.float32)).squeeze(-1)
+
+
+def whole_frames(seconds: float, fps: float, low: float, high: float) -> int:
+    """Frames, 8k + 1, of a duration held between `low` and `high` seconds."""
+    low, high = round(low * fps), round(high * fps)
+    frames = (min(max(round(seconds * fps), low), high) - 1) // 8 * 8 + 1
+    return frames + 8 if frames < low else frames
+
+
+def complete(section: dict[str, Any], shapes: dict[str, tuple]) -> dict[str, Any]:
+    """The section with the sizes of the tensors."""
+    names = ("video_input_proj", "audio_input_proj", "mlp_hidden")
+    video, audio, hidden = (shapes.get(f"{name}.weight", (0, 0)) for name in names)
+    sizes = {"video_dim": video[1], "audio_dim": audio[1]}
+    return {**section, **sizes, "dim": video[0], "hidden": hidden[0]}
+
+
+def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Official names are the module's names."""
+    return weights

@@ -1,0 +1,102 @@
+"""The diffusion decoder of LTX-2.5 against plain neighbourhood attention."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from parity import relative_error
+
+from ltx2 import diffusion_decoder, weights
+from ltx2.diffusion_decoder import (
+    Block,
+    DiffusionDecoder,
+    DiffusionDecoderConfig,
+    NeighborhoodAttention,
+    tiles,
+)
+
+
+@pytest.fixture(scope="module")
+def source(checkpoint):
+    return weights.open_model(str(checkpoint("ltx-2.5")))
+
+
+@pytest.fixture(scope="module")
+def decoder(source):
+    return source.load("diffusion_decoder", mx.float32)
+
+
+def frames_of_noise(seed: int, shape=None):
+    rng = np.random.default_rng(seed)
+    return lambda i, shape: mx.array(rng.standard_normal(shape, np.float32))
+
+
+def decode(decoder, latents, seed=0):
+    frames = decoder.decode_stream(latents, frames_of_noise(seed))
+    return mx.concatenate(list(frames), axis=1)
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_frames_are_the_references(decoder, golden, case):
+    g = golden("ltx-2.5/diffusion_decode")
+    latents = g[f"in.latent{case}"]
+    rng = np.random.default_rng(case)
+    assert np.array_equal(rng.standard_normal(latents.shape, np.float32), latents)
+    height, width = (32 * max(side, 3) for side in latents.shape[3:])
+    drawn = mx.array(rng.standard_normal((1, 17, height, width, 3), np.float32))
+    latents = mx.array(np.moveaxis(latents, 1, -1))
+    frames = [*decoder.decode_stream(latents, lambda i, shape: drawn[:, i : i + 1])]
+    ours = mx.concatenate(frames, axis=1)[:, :, ::4, ::4]
+    reference = mx.array(np.moveaxis(g[f"out.frames{case}"], 1, -1))
+    reference = mx.clip((reference + 1) / 2, 0, 1)
+    assert relative_error(ours, reference) < 1e-4
+
+
+def test_attention_is_that_of_every_place_with_its_window():
+    size, kernel = (5, 9, 11), (3, 5, 7)
+    attention = NeighborhoodAttention(32, 16, kernel)
+    x = mx.random.normal((1, *size, 32))
+    q, k, v = (
+        mx.unflatten(y, -1, (-1, 16)) for y in mx.split(attention.qkv(x[0]), 3, axis=-1)
+    )
+    places = tuple(np.arange(n) for n in size)
+    tables = diffusion_decoder.rope_tables(places, 16)
+    q = diffusion_decoder.rotate(attention.q_norm(q), *tables) / 4
+    k = diffusion_decoder.rotate(attention.k_norm(k), *tables)
+    rows = []
+    for place in np.ndindex(size):
+        starts = (
+            max(0, min(i - w // 2, n - w)) for i, w, n in zip(place, kernel, size)
+        )
+        window = tuple(slice(s, s + w) for s, w in zip(starts, kernel))
+        keys, values = (y[window].reshape(math.prod(kernel), 2, 16) for y in (k, v))
+        logits = (q[place] * keys).sum(-1)
+        rows.append((mx.softmax(logits, 0)[..., None] * values).sum(0).flatten())
+    whole = attention.proj(mx.stack(rows).reshape(*size, 32))
+    for time in tiles(size[0], kernel[0]):
+        ours = attention(x[:, time.keys[0] : time.keys[-1] + 1], time)[0]
+        assert relative_error(ours, whole[mx.array(time.queries)]) < 1e-5
+
+
+def test_split_is_as_unsplit(source, monkeypatch):
+    small = source.config["diffusion_decoder"] | {"stage_depths": [1] * 5}
+    mx.random.seed(0)
+    decoder = DiffusionDecoder(DiffusionDecoderConfig.from_dict(small))
+    latents = mx.random.normal((1, 1, 3, 3, 20), key=mx.random.key(0))
+    split = decode(decoder, latents)
+    monkeypatch.setattr(diffusion_decoder, "tile", lambda kernel: 10**6)
+    assert mx.abs(decode(decoder, latents) - split).max() < 1e-6
+
+
+def test_memory_does_not_grow_with_the_clip():
+    block = Block(16, 16, (5, 3, 3))
+
+    def peak(length: int) -> int:
+        frames = (mx.zeros((1, 1, 8, 8, 16)) for _ in range(length))
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        assert sum(1 for _ in block(frames, length)) == length
+        return mx.get_peak_memory()
+
+    assert peak(100) < 1.1 * peak(20)
