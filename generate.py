@@ -42,7 +42,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--height", type=int, help="512, or the clip's")
     add("--width", type=int, help="768, or the clip's")
-    add("--num-frames", type=int, help="8k+1; 121, or the clip's")
+    add("--num-frames", type=int, help="8k+1; 121, the clip's or the prompt's")
+    add(
+        "--auto-duration",
+        type=float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="seconds between which the prompt tells the length: LTX-2.5, 1 20",
+    )
     add("--fps", type=float, help="24, or the clip's")
     add("--no-audio", action="store_true", default=None, help="picture only")
     add("--audio-only", action="store_true", default=None, help="sound only, a .wav")
@@ -67,7 +74,12 @@ def parser() -> argparse.ArgumentParser:
     add = group("the model")
     add("--model", help="mlx_model")
     add("--kind", choices=["dev", "distilled"], help="if no name tells")
-    add("--text-encoder", metavar="MODEL", help="Gemma 3, a folder or repository")
+    add(
+        "--text-encoder",
+        metavar="MODEL",
+        help="Gemma 3, a folder or repository; not of LTX-2.5",
+    )
+    add("--video-decoder", choices=["conv", "diffusion"], help="conv if it is there")
     add("--upsampler", dest="upsamplers", metavar="FILE", action="append")
     add("--low-memory", action="store_true", help="read weights layer by layer")
     add("--dtype", choices=["bfloat16", "float32"], help="bfloat16")
@@ -76,6 +88,12 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="10")
     add("--stages", choices=["one", "two", "hq"], help="two if there is an upsampler")
     add("--temporal-upsample", action="store_true", default=None, help="double the fps")
+    add(
+        "--generated-keyframes",
+        type=int,
+        metavar="N",
+        help="LTX-2.5: frames made beside the video, which keep it sharp",
+    )
     add("--steps", type=int, help="of a dev model: 40, from LTX-2.3 on 30, hq 15")
     add("--sigmas", type=numbers, metavar="1,...,0", help="instead of a schedule")
     add("--sampler", help="euler, euler_ancestral, gradient_estimation, res_2s")

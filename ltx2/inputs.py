@@ -19,6 +19,7 @@ from .latents import (
     Conditioning,
     Freeze,
     Keyframe,
+    KeyframeSlots,
     Reference,
     Regenerate,
     Replace,
@@ -63,6 +64,9 @@ def encode(job: Job, stage: Stage, load: Load) -> dict[str, Start]:
             if image.frame or r.keyframes
             else Replace(latents, 0, image.strength)
         )
+    if stage.keyframes:
+        slots = KeyframeSlots(stage.keyframes, stage.latent_size, stage.fps)
+        starts["video"].items.append(slots)
     if r.audio:
         tokens = job.audio_tokens
         seconds = tokens / AUDIO_TOKENS_PER_SECOND + 1

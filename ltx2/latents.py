@@ -220,6 +220,30 @@ class Keyframe:
         return state.append(video_tokens(self.latents), bounds, self.strength)
 
 
+def evenly_spaced(count: int, num_frames: int) -> tuple[int, ...]:
+    """Frames that cut a video into `count` + 1 equal parts."""
+    places = np.rint(np.linspace(0, num_frames - 1, count + 2))
+    return tuple(map(int, places[1:-1]))
+
+
+@dataclass(frozen=True)
+class KeyframeSlots:
+    """Single frames, generated beside the video of latents (F, H, W), that keep it sharp
+    at these places: from 2.5 on."""
+
+    frames: tuple[int, ...]
+    latent_size: tuple[int, int, int]
+    fps: float
+
+    def __call__(self, state: LatentState) -> LatentState:
+        grid = video_bounds(1, *self.latent_size[1:], 1.0)
+        bounds = np.concatenate([grid] * len(self.frames), axis=1)
+        starts = np.repeat(np.float32(self.frames), grid.shape[1])
+        bounds[0] = np.stack([starts, starts + 1], axis=-1) / np.float32(self.fps)
+        empty = mx.zeros((1, bounds.shape[1], state.latent.shape[-1]))
+        return state.append(empty, bounds, strength=0.0, keyframes=True)
+
+
 @dataclass(frozen=True)
 class Reference:
     """A reference clip (1, f, H, W, C) for an IC-LoRA, over the whole target.

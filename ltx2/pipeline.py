@@ -6,6 +6,7 @@ import dataclasses
 import json
 import platform
 import time
+import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from .audio_vae import AudioVAEConfig
 from .base import Trace, UserError, traced
 from .denoiser import Contexts, Denoiser
 from .dit import DiT, StreamedBlocks
+from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .latents import (
     LatentState,
@@ -36,7 +38,7 @@ from .lora import Lora, attach
 from .preview import Preview
 from .request import Job, LoraFile, Request, Stage, plan
 from .sampling import SAMPLERS, Noise, Streams
-from .text import MAX_TOKENS, TextEncoder, enhance
+from .text import MAX_TOKENS, PackedTextEncoder, TextEncoder, enhance
 
 
 def seeded_noise(seed: int) -> Noise:
@@ -144,7 +146,7 @@ class Pipeline:
     ):
         self.source, self.dtype, self.origin = source, dtype, origin or {}
         self.low_memory = low_memory
-        self.text_encoder = text_encoder or source.text_encoder
+        self.text_encoder = source.encoder(text_encoder)
         self._loaded: dict[str, nn.Module] = {}
         self._attached: tuple[LoraFile, ...] = ()  # LoRAs beside the transformer
 
@@ -212,11 +214,12 @@ class Pipeline:
             f"LTX-2 {source.model_version} ({source.kind}{assumed}), "
             f"seed {job.request.seed}"
         ]
+        most = "up to " if job.request.auto_duration else ""
         for stage in job.stages:
             guided = "guided" if stage.guidance else "not guided"
             lines.append(
-                f"{stage.name}: {stage.width}x{stage.height}, {stage.num_frames} frames "
-                f"at {stage.fps:g}, {len(stage.sigmas) - 1} steps of {stage.sampler}, "
+                f"{stage.name}: {stage.width}x{stage.height}, "
+                f"{most}{stage.num_frames} frames at {stage.fps:g}, {len(stage.sigmas) - 1} steps of {stage.sampler}, "
                 f"{guided}"
             )
         return "\n".join(lines)
@@ -225,8 +228,13 @@ class Pipeline:
         self, prompts: Sequence[str], trace: Optional[Trace] = None
     ) -> dict[str, Contexts]:
         """Contexts (video, audio), each (1, 1024, D), by prompt; frees all it loaded."""
-        folder = weights.fetch_text_encoder(self.text_encoder)
-        encoder = TextEncoder(folder, self.dtype, self.low_memory)
+        if self.source.version >= weights.GEMMA_4:
+            gemma = self.source.load("gemma", self.dtype, lazy=self.low_memory)
+            encoder = PackedTextEncoder(gemma, self.low_memory)
+            del gemma
+        else:
+            folder = weights.fetch_text_encoder(self.text_encoder)
+            encoder = TextEncoder(folder, self.dtype, self.low_memory)
         states = encoder(prompts, trace)
         mx.eval(states)
         del encoder
@@ -241,6 +249,8 @@ class Pipeline:
 
     def enhance(self, prompt: str, seed: int) -> str:
         """The prompt rewritten at more length by the text encoder's own Gemma."""
+        if self.source.version >= weights.GEMMA_4:
+            raise UserError("the text encoder of LTX-2.5 cannot write: drop enhance")
         longer = enhance(weights.fetch_text_encoder(self.text_encoder), prompt, seed)
         mx.clear_cache()
         if not longer:
@@ -249,6 +259,8 @@ class Pipeline:
 
     def preview(self) -> Preview:
         """A quick map from this model's latents to pictures."""
+        if "decoder" not in self.vae:
+            raise UserError("previews are fitted on the conv video decoder, not here")
         preview = Preview(self.vae)
         self.free("vae")
         return preview
@@ -292,7 +304,8 @@ class Pipeline:
         randomness, by default seeded normals; it is asked, in this order, for
         "stage1.video", "stage1.audio" (tokens (1, T, C), appended ones included), a
         sampler's own "<stage>.<stream>.step<i>" and ".substep<i>", the next stage's, and
-        "vae" ((1, F, H, W, C), timestep-conditioned decoders only). `contexts` by prompt
+        "vae" ((1, F, H, W, C), timestep-conditioned decoders only) or "vae.frame<i>"
+        ((1, 1, H, W, 3), the diffusion decoder). `contexts` by prompt
         replace the text encoder; `resume` goes on with the only request where it was
         left. `frozen_from_noise` starts the kept stream of a retake from noise, as the
         reference does. Raises UserError before any weights are read.
@@ -312,6 +325,7 @@ class Pipeline:
             with meter.phase("text"):
                 prompts = [p for p in dict.fromkeys(asked) if p is not None]
                 contexts = self.encode_prompts(prompts, trace)
+        jobs = [self._fit_duration(job, contexts) for job in jobs]
         starts = []
         for n, job in enumerate(jobs):
             if inputs.wanted(job):
@@ -342,7 +356,21 @@ class Pipeline:
         )
         for n, job in enumerate(jobs):
             yield from self._decode(n, job, finished[n], draws[n], trace, meter)
-        self.free("vae", "audio_vae", "vocoder")
+        self.free("vae", "diffusion_decoder", "audio_vae", "vocoder")
+
+    def _fit_duration(self, job: Job, contexts: dict[str, Contexts]) -> Job:
+        """The job as long as its prompt asks for, if that is left to it."""
+        r = job.request
+        if r.auto_duration is None:
+            return job
+        head = self.source.load("duration_head", mx.float32)
+        seconds = head(*contexts[r.prompt]).item()
+        frames = whole_frames(seconds, r.fps, *r.auto_duration)
+        warnings.warn(
+            f"{frames} frames, {frames / r.fps:.1f} s: the prompt asks for "
+            f"{seconds:.1f} s (--num-frames or --auto-duration set it)"
+        )
+        return self.plan(dataclasses.replace(r, num_frames=frames, auto_duration=None))
 
     def _denoise(
         self, job: Job, starts, contexts, noise, trace, meter, resume, frozen_from_noise
@@ -463,12 +491,11 @@ class Pipeline:
             yield Event("video", 0, last.num_frames, n)
             guard = FrameGuard()
             with meter.phase("video"):
-                conditioned = self.vae.config.timestep_conditioning
-                drawn = noise("vae", latents["video"].shape) if conditioned else None
                 mark = trace and (lambda k, v: trace(f"video.{k}", v))
-                for frames in self.vae.decode_stream(
-                    latents["video"], noise=drawn, trace=mark
-                ):
+                decode = (
+                    self._diffuse if "diff" in job.video_decoder else self._convolve
+                )
+                for frames in decode(latents["video"], noise, mark):
                     guard.see(frames[0])
                     pixels = np.array(mx.round(frames[0] * 255).astype(mx.uint8))
                     yield Event(
@@ -477,6 +504,15 @@ class Pipeline:
             guard.judge()
         result.metadata = self._provenance(job, meter)
         yield result
+
+    def _convolve(self, latents: mx.array, noise: Noise, trace) -> Iterator[mx.array]:
+        conditioned = self.vae.config.timestep_conditioning
+        drawn = noise("vae", latents.shape) if conditioned else None
+        return self.vae.decode_stream(latents, noise=drawn, trace=trace)
+
+    def _diffuse(self, latents: mx.array, noise: Noise, trace) -> Iterator[mx.array]:
+        draw = lambda i, shape: noise(f"vae.frame{i}", shape)
+        return self.component("diffusion_decoder").decode_stream(latents, draw, trace)
 
     def _provenance(self, job: Job, meter: Meter) -> dict[str, Any]:
         """How a result was made: enough to make it again."""

@@ -9,7 +9,14 @@ from typing import Any, Mapping, Optional, Union
 
 from . import media
 from .base import UserError
-from .latents import SPACE_SCALE, TIME_SCALE, audio_tokens, latent_frames
+from .duration import whole_frames
+from .latents import (
+    SPACE_SCALE,
+    TIME_SCALE,
+    audio_tokens,
+    evenly_spaced,
+    latent_frames,
+)
 from .lora import Lora
 from .sampling import (
     DISTILLED_SIGMAS,
@@ -24,7 +31,9 @@ NEGATIVE_PROMPT = (
     "muffled sound, noise, clipping, silence"
 )
 STAGES = ("one", "two", "hq")
-MAX_FRAMES, MAX_SIDE = 2049, 4096
+MAX_FRAMES, MAX_SIDE, FPS = 2049, 4096, 24.0
+AUTO_DURATION = (1.0, 20.0)  # the reference's
+VIDEO_DECODERS = {"conv": "vae", "diffusion": "diffusion_decoder"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class Request:
     height: Optional[int] = None
     width: Optional[int] = None
     num_frames: Optional[int] = None
+    auto_duration: Optional[tuple[float, float]] = None  # seconds: the prompt tells
     fps: Optional[float] = None
     seed: int = 10
     # Sampling; of guidance, what is given replaces the model's default.
@@ -66,6 +76,7 @@ class Request:
     loras: tuple[LoraFile, ...] = ()
     distilled_lora: Optional[LoraFile] = None  # what makes a dev model refine
     temporal_upsample: bool = False
+    generated_keyframes: int = 0  # single frames made beside the video
     # Inputs
     images: tuple[Image, ...] = ()
     keyframes: bool = False  # guide at every image, frame 0 too, instead of showing it
@@ -81,6 +92,7 @@ class Request:
     # Outputs
     no_audio: bool = False
     audio_only: bool = False
+    video_decoder: Optional[str] = None  # VIDEO_DECODERS
 
     @property
     def changes_clip(self) -> bool:
@@ -102,7 +114,7 @@ class Request:
             given = values.get(key)
             if given and given.keys() == {f.name for f in fields(Guidance)}:
                 values[key] = Guidance(**given)
-        for key in ("sigmas", "retake", "retake_streams"):
+        for key in ("auto_duration", "sigmas", "retake", "retake_streams"):
             if values.get(key) is not None:
                 values[key] = tuple(values[key])
         return cls(**values)
@@ -124,6 +136,7 @@ class Stage:
     upsampler: Optional[str] = None  # what brings the last stage's latents to this size
     loras: tuple[LoraFile, ...] = ()
     references: bool = True  # reference clips take part
+    keyframes: tuple[int, ...] = ()  # frames that are generated beside it
     keeps_audio: bool = True  # its sound is the result's
 
     @property
@@ -150,6 +163,7 @@ class Job:
     clip_frames: int  # how many of its frames are read, at the first stage's rate
     reference_scale: tuple[int, int]  # by which a reference is smaller, and slower
     notes: tuple[str, ...]  # what was done to the inputs
+    video_decoder: str  # the component that makes the pixels
 
 
 def default_guidance(source: Any, stages: str = "one") -> dict[str, Guidance]:
@@ -176,18 +190,20 @@ def plan(r: Request, source: Any) -> Job:
     check_combinations(r, kind, distilled, upsamplers, source)
     check_range("seed", r.seed, 0, 2**63 - 1)
 
-    r, clip, clip_frames, notes = fit_clip(r)
+    streams = (
+        ("audio",) if r.audio_only else ("video", "audio")[: 1 if r.no_audio else 2]
+    )
+    check_parts(streams, source)
+    r, clip, clip_frames, notes = fit_clip(fit_duration(r, source))
     upsampler = None if kind == "one" else upsamplers[0]
     scale = 1 if kind == "one" else spatial_scale(source, upsampler)
     check_size("height", r.height, scale, source)
     check_size("width", r.width, scale, source)
     check_frames(r.num_frames)
+    check_range("generated_keyframes", r.generated_keyframes, 0, r.num_frames - 2)
     check_range("fps", r.fps, 1, 120)
     images = tuple(place_image(image, r) for image in r.images)
 
-    streams = (
-        ("audio",) if r.audio_only else ("video", "audio")[: 1 if r.no_audio else 2]
-    )
     frozen = frozen_streams(r, clip)
     guidance = {} if distilled else default_guidance(source, kind)
     for name in ("video", "audio"):
@@ -228,6 +244,7 @@ def plan(r: Request, source: Any) -> Job:
         sampler,
         guidance,
         loras=loras(1),
+        keyframes=evenly_spaced(r.generated_keyframes, r.num_frames),
     )
     stages = [first]
     if kind != "one":
@@ -270,6 +287,7 @@ def plan(r: Request, source: Any) -> Job:
                 noise_scale=REFINE_SIGMAS[0],
                 upsampler="temporal_upsampler",
                 references=False,
+                keyframes=(),
                 keeps_audio=False,
             )
         )
@@ -285,7 +303,39 @@ def plan(r: Request, source: Any) -> Job:
         clip_frames,
         reference_scale(r, stages[0]) if refers else (1, 1),
         tuple(notes),
+        video_decoder(r, source),
     )
+
+
+def video_decoder(r: Request, source: Any) -> str:
+    """The component that decodes: the lighter one if the model has both."""
+    lacks = {"conv": "decoder_blocks" not in source.config.get("vae", {})}
+    lacks["diffusion"] = "diffusion_decoder" not in source.components
+    kind = r.video_decoder or ("diffusion" if lacks["conv"] else "conv")
+    if kind not in VIDEO_DECODERS:
+        choices = ", ".join(VIDEO_DECODERS)
+        raise UserError(f"video_decoder is {kind!r}: choose of {choices}")
+    if lacks[kind] and not r.audio_only:
+        raise UserError(f"video_decoder is {kind}, which this model's files have not")
+    return VIDEO_DECODERS[kind]
+
+
+def fit_duration(r: Request, source: Any) -> Request:
+    """The request with the most frames that its prompt may come to, if that is what
+    tells how long it is to be: by default where the model can."""
+    given = r.video or r.audio or r.num_frames is not None
+    if r.auto_duration is not None:
+        if given:
+            raise UserError("auto_duration and a length, clip or sound: drop one")
+        source.require("duration_head")
+        low, high = r.auto_duration
+        check_range("auto_duration", low, 0, high)
+        check_range("auto_duration", high, low, MAX_FRAMES / (r.fps or FPS))
+    elif given or "duration_head" not in source.components:
+        return r
+    low, high = r.auto_duration or AUTO_DURATION
+    frames = whole_frames(high, r.fps or FPS, low, high)
+    return replace(r, auto_duration=(low, high), num_frames=frames)
 
 
 def reference_scale(r: Request, stage: Stage) -> tuple[int, int]:
@@ -388,7 +438,7 @@ def fit_clip(r: Request) -> tuple[Request, Optional[media.Media], int, list[str]
     """The request with size, length and rate, the clip, how much of it is read, and what
     was done to it. A clip's own size and rate are kept as far as the model can."""
     if r.video is None:
-        usual = {"height": 512, "width": 768, "num_frames": 121, "fps": 24.0}
+        usual = {"height": 512, "width": 768, "num_frames": 121, "fps": FPS}
         missing = {k: v for k, v in usual.items() if getattr(r, k) is None}
         return replace(r, **missing), None, 0, []
     clip = media.probe(r.video)
@@ -499,6 +549,15 @@ def check_combinations(
         f"retake_streams is {r.retake_streams}: choose of video, audio",
     )
     refuse(r.keyframes and not r.images, "keyframes was given, but there are no images")
+    c = source.config["transformer"]
+    refuse(
+        r.generated_keyframes and not c.get("use_keyframes_abs_pos_embedding"),
+        f"generated_keyframes are for LTX-2.5 on, and this is {source.model_version}",
+    )
+    refuse(
+        r.generated_keyframes and (r.changes_clip or r.audio_only),
+        "generated_keyframes are for new videos, not for sound, retake or extend",
+    )
     check_range("reference_strength", r.reference_strength, 0, 1)
     check_range("reference_attention", r.reference_attention, 0, 1)
     check_range("audio_start", r.audio_start, 0, 86400)
@@ -556,6 +615,15 @@ def check_combinations(
         )
 
 
+def check_parts(streams: tuple[str, ...], source: Any) -> None:
+    """Refuse what needs a part of the model that is not there."""
+    needed = {"transformer", "connectors"}
+    needed |= {"vae"} if "video" in streams else set()
+    needed |= {"audio_vae", "vocoder"} if "audio" in streams else set()
+    needed |= {"gemma"} if source.text_encoder == "gemma" else set()
+    source.require(*sorted(needed))
+
+
 # Limits, each said in one line with the nearest value that would do
 
 
@@ -567,7 +635,9 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 def check_size(name: str, value: int, scale: Union[int, Fraction], source: Any) -> None:
     """A side must be whole latents in every stage; reflected borders need two."""
     multiple = SPACE_SCALE * Fraction(scale).numerator
-    reflect = source.config["vae"].get("spatial_padding_mode", "reflect") == "reflect"
+    reflect = (
+        source.config.get("vae", {}).get("spatial_padding_mode", "reflect") == "reflect"
+    )
     low = max(multiple, 2 * SPACE_SCALE) if reflect else multiple
     high = MAX_SIDE // multiple * multiple
     if not isinstance(value, int) or value % multiple or not low <= value <= high:

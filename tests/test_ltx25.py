@@ -1,0 +1,279 @@
+"""LTX-2.5: its split files, its text encoder, and whole runs."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from parity import channels_last, cosine, relative_error
+from test_pipeline import recorded_noise
+
+from ltx2 import pipeline, weights
+from ltx2.base import UserError
+from ltx2.conversion import Conversion, quantization
+from ltx2.duration import whole_frames
+from ltx2.request import Request, plan
+from ltx2.text import PackedTextEncoder
+
+TRANSFORMER = "diffusion_models/ltx-2.5-transformer.safetensors"
+ENCODER = "text_encoders/ltx-2.5-text-encoder.safetensors"
+VIDEO = "vae/ltx-2.5-video-vae.safetensors"
+DIFFUSION = "vae/ltx-2.5-video-vae-diffusion.safetensors"
+AUDIO = "vae/ltx-2.5-audio-vae.safetensors"
+HEAD = "model_patches/ltx-2.5-duration-head.safetensors"
+
+
+@pytest.fixture(scope="module")
+def source(checkpoint):
+    return weights.open_model(str(checkpoint("ltx-2.5")), "distilled")
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint):
+    up = str(checkpoint("spatial-x2", in_channels=20))
+    folder = str(checkpoint("ltx-2.5"))
+    return pipeline.load(folder, None, "distilled", mx.float32, [up])
+
+
+@pytest.fixture
+def pack(checkpoint, tmp_path):
+    """A copy of the split files, to be spoilt."""
+    return shutil.copytree(checkpoint("ltx-2.5"), tmp_path / "pack")
+
+
+def rewrite(path, **metadata):
+    arrays, old = mx.load(str(path), return_metadata=True)
+    mx.save_safetensors(str(path), dict(arrays), old | metadata)
+
+
+def texts(golden):
+    c = golden("ltx-2.5/contexts")
+    streams = (mx.array(c[f"out.positive.{stream}"]) for stream in ("video", "audio"))
+    return {c["info"]["prompt"]: tuple(streams)}
+
+
+# Files
+
+
+def test_a_folder_of_split_files_is_one_model(source):
+    assert source.generation == "2.5" and source.text_encoder == "gemma"
+    assert source.components == list(source.parts)
+    assert set(source.parts) == {
+        *("transformer", "connectors", "gemma", "vae", "diffusion_decoder"),
+        *("audio_vae", "vocoder", "duration_head"),
+    }
+    for name in source.components:
+        source.load(name)
+
+
+def test_files_may_lie_side_by_side(pack, source):
+    flat = pack.parent / "flat"
+    flat.mkdir()
+    for path in pack.rglob("*.safetensors"):
+        path.rename(flat / path.name)
+    assert weights.open_model(str(flat)).components == source.components
+
+
+def test_one_of_two_transformers_is_named_by_its_path(pack):
+    other = pack / "diffusion_models" / "ltx-2.5-distilled.safetensors"
+    shutil.copy(pack / TRANSFORMER, other)
+    with pytest.raises(UserError, match="both hold the transformer"):
+        weights.open_model(str(pack))
+    source = weights.open_model(str(other))
+    assert source.kind == "distilled" and "gemma" in source.components
+
+
+def test_folders_of_other_tools_are_left_alone(checkpoint, tmp_path):
+    shutil.copy(checkpoint("ltx-2"), tmp_path / "ltx-2.safetensors")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_text("not ours")
+    assert weights.open_model(str(tmp_path)).generation == "2.0"
+
+
+@pytest.mark.parametrize(
+    "missing, options",
+    [
+        (ENCODER, {}),
+        (VIDEO, {"video_decoder": "conv"}),
+        (DIFFUSION, {"video_decoder": "diffusion"}),
+        (AUDIO, {}),
+        (HEAD, {"auto_duration": (1, 2)}),
+    ],
+)
+def test_a_missing_file_matters_if_it_is_needed(pack, missing, options):
+    name = {ENCODER: "gemma", AUDIO: "vocoder", HEAD: "duration_head"}.get(missing)
+    (pack / missing).unlink()
+    source = weights.open_model(str(pack))
+    with pytest.raises(UserError, match=name or options["video_decoder"]):
+        plan(Request("a fox", **options), source)
+    if missing != ENCODER:
+        plan(Request("a fox", no_audio=missing == AUDIO), source)
+
+
+def test_a_diffusion_vae_alone_encodes_too(pack, source):
+    (pack / VIDEO).unlink()
+    alone = weights.open_model(str(pack))
+    assert plan(Request("a fox"), alone).video_decoder == "diffusion_decoder"
+    vae = alone.load("vae", mx.float32)
+    frames = mx.random.uniform(-1, 1, (1, 9, 64, 64, 3))
+    assert vae.encode(frames).shape == (1, 2, 2, 2, 20)
+
+
+def test_generations_do_not_mix(pack):
+    rewrite(pack / VIDEO, model_version="2.3.0")
+    with pytest.raises(UserError, match=f"{VIDEO} is of version 2.3.0, {TRANSFORMER}"):
+        weights.open_model(str(pack))
+
+
+@pytest.mark.parametrize("version", [None, "ltx-other-1"])
+def test_another_gemma_4_is_refused(pack, version):
+    _, metadata = mx.load(str(pack / ENCODER), return_metadata=True)
+    config = json.loads(metadata["gemma_config"])
+    config |= {"gemma_version": version} if version else {}
+    if not version:
+        del config["gemma_version"]
+    rewrite(pack / ENCODER, gemma_config=json.dumps(config))
+    says = f"{version or 'as Google released it'}.*was trained with ltx-small-1"
+    with pytest.raises(UserError, match=says):
+        weights.open_model(str(pack))
+
+
+def test_a_text_encoder_cannot_be_chosen(source):
+    for use in (pipeline.Pipeline, lambda s, e: Conversion(s, text_encoder=e)):
+        with pytest.raises(UserError, match="and not google/gemma-4-12b"):
+            use(source, "google/gemma-4-12b")
+
+
+def test_the_converted_folder_is_the_same_model(source, tmp_path):
+    Conversion(source).write(tmp_path / "model")
+    converted = weights.open_model(str(tmp_path / "model"))
+    assert converted.components == source.components
+    assert converted.config == source.config and converted.text_encoder == "gemma"
+    for name in source.components:
+        old, new = source.weights(name), converted.weights(name)
+        assert old.keys() == new.keys()
+        assert all(mx.array_equal(old[key], new[key]) for key in old)
+        converted.load(name)
+
+
+def test_the_encoder_is_quantised_with_the_transformer(source, tmp_path, golden):
+    how = quantization("affine", 8, 32)
+    Conversion(source, how).write(tmp_path / "model")
+    gemma = weights.open_model(str(tmp_path / "model")).load("gemma", mx.float32)
+    g = golden("ltx-2.5/gemma4_hidden")
+    [states] = PackedTextEncoder(gemma)(g["info"]["prompts"][:1])
+    assert "scales" in gemma.model.layers[0].mlp.down_proj
+    last = mx.array(g["out.hidden0"][..., -1])
+    assert 0.99 < cosine(states[-1][0], last) < 0.99999
+
+
+# The text side
+
+
+def test_hidden_states_are_the_references(source, golden):
+    encoder = PackedTextEncoder(source.load("gemma", mx.float32))
+    g = golden("ltx-2.5/gemma4_hidden")
+    for n, prompt in enumerate(g["info"]["prompts"]):
+        assert encoder.tokenize(prompt) == g[f"in.ids{n}"].tolist()
+        [states] = encoder([prompt])
+        for i, state in enumerate(states):
+            reference = mx.array(g[f"out.hidden{n}"][..., i])
+            # Rounding grows from layer to layer; each one adds less than 1e-5.
+            assert relative_error(state[0], reference) < 5e-5, i
+
+
+def test_contexts_and_their_duration_are_the_references(source, golden):
+    states = PackedTextEncoder(source.load("gemma", mx.float32))
+    [states] = states(golden("ltx-2.5/gemma4_hidden")["info"]["prompts"][:1])
+    contexts = source.load("connectors", mx.float32)(states, 256)
+    g = golden("ltx-2.5/text_from_gemma")
+    for ours, stream in zip(contexts, ("video", "audio")):
+        assert relative_error(ours, mx.array(g[f"out.{stream}0"])) < 2e-5
+    seconds = source.load("duration_head", mx.float32)(*contexts)
+    reference = mx.array(golden("ltx-2.5/duration_head")["out.both"])
+    assert relative_error(seconds, reference) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "seconds, fps, frames",
+    [(0.1, 24, 25), (1.04, 24, 25), (3.33, 24, 73), (33, 24, 473), (1.0, 30, 33)],
+)
+def test_a_duration_is_whole_latents_within_its_limits(seconds, fps, frames):
+    assert whole_frames(seconds, fps, 1, 20) == frames
+
+
+# Runs
+
+
+@pytest.mark.parametrize("case", ["two_stage_distilled", "keyframe_slots"])
+def test_a_run_is_the_references(pipe, case, golden):
+    g = golden(f"ltx-2.5/pipeline_{case}")
+    info, last = g["info"], g["info"]["stages"][-1]
+    size = {"height": last["height"], "width": last["width"]}
+    result = pipe.generate(
+        info["prompt"],
+        noise=recorded_noise(g),
+        contexts=texts(golden),
+        num_frames=last["frames"],
+        sigmas=tuple(g["in.stage1.sigmas"].tolist()),
+        generated_keyframes=info["generated_keyframes"],
+        **size,
+    )
+    for stream in ("video", "audio"):
+        ours = getattr(result, f"{stream}_latents")[None]
+        reference = channels_last(g[f"out.stage2.{stream}"])
+        assert relative_error(ours, reference) < 1e-4
+    shown = result.frames[-1, ::3, ::3].astype(np.float32)
+    assert np.abs(shown - np.rint(g["out.last_frame"] * 255)).max() <= 1
+
+
+def test_defaults(source, pipe):
+    job = pipe.plan(Request("a fox", num_frames=9))
+    assert job.image_crf == 18
+    assert [s.sampler for s in job.stages] == ["euler_ancestral", "euler"]
+    dev = weights.open_model(str(source.files[0].path.parents[1]), "dev")
+    assert len(plan(Request("a fox", num_frames=9), dev).stages[0].sigmas) == 31
+
+
+def test_the_prompt_tells_the_length(pipe, golden, recwarn):
+    [prompt] = contexts = texts(golden)
+    request = Request(prompt, height=64, width=64, stages="one", auto_duration=(0, 0.4))
+    assert "up to 9 frames" in pipe.describe(pipe.plan(request))
+    job = pipe.plan(Request(prompt))
+    assert job.request.auto_duration == (1, 20) and job.stages[0].num_frames == 473
+    *_, result = pipe.stream(request, contexts=contexts)
+    assert result.request.num_frames == len(result.video_latents) * 8 - 7
+    [note] = [
+        str(w.message) for w in recwarn if "the prompt asks for" in str(w.message)
+    ]
+    assert note.startswith(f"{result.request.num_frames} frames, ")
+    with pytest.raises(UserError, match="drop one"):
+        pipe.plan(Request(prompt, num_frames=9, auto_duration=(1, 2)))
+
+
+def test_keyframe_slots_need_the_embedding(checkpoint):
+    source = weights.open_model(str(checkpoint("ltx-2.3")))
+    with pytest.raises(UserError, match="for LTX-2.5 on, and this is 2.3.0"):
+        plan(Request("a fox", generated_keyframes=2), source)
+
+
+def test_the_diffusion_decoder_makes_the_frames(pipe, golden):
+    [prompt] = contexts = texts(golden)
+    asked = []
+
+    def noise(name, shape):
+        asked.append(name)
+        return pipeline.seeded_noise(1)(name, shape)
+
+    options = {"height": 64, "width": 64, "num_frames": 9, "stages": "one"}
+    by = {
+        kind: pipe.generate(
+            prompt, contexts=contexts, noise=noise, video_decoder=kind, **options
+        )
+        for kind in ("conv", "diffusion")
+    }
+    assert by["conv"].frames.shape == by["diffusion"].frames.shape == (9, 64, 64, 3)
+    assert mx.array_equal(by["conv"].video_latents, by["diffusion"].video_latents)
+    assert not np.array_equal(by["conv"].frames, by["diffusion"].frames)
+    assert asked[-17:] == [f"vae.frame{i}" for i in range(17)]
