@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--video-decoder", choices=["conv", "diffusion"], help="conv if it is there")
     add("--upsampler", dest="upsamplers", metavar="FILE", action="append")
-    add("--low-memory", action="store_true", help="read weights layer by layer")
+    add("--low-memory", action="store_true", default=None, help="whatever there is")
     add("--dtype", choices=["bfloat16", "float32"], help="bfloat16")
 
     add = group("sampling")
@@ -104,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
             add(flag, type=type_, help=None if prefix else text)
 
     add = group("keeping track")
+    add("--plan", action="store_true", help="stop when memory is planned")
     add("--from", dest="recorded", metavar="MP4", help="make that one again")
     add("--save-json", action="store_true", help="how it was made, beside it")
     add("--save-latents", action="store_true", help="beside it, for --resume")
@@ -172,6 +173,11 @@ def main() -> None:
     for line in dict.fromkeys(line for job in jobs for line in job.notes):
         print(f"note: {line}")
     print(pipe.describe(jobs[0]))
+    needed = pipe.memory(*jobs)
+    print(needed)
+    needed.check()
+    if args.plan:
+        return
     if args.enhance_prompt:
         requests = [enhanced(pipe, r) for r in requests]
     strips = pipe.preview() if args.preview_every else None
@@ -189,16 +195,16 @@ def main() -> None:
 def recorded(args: argparse.Namespace) -> tuple[dict, Any, Any]:
     """How to load the model, the request to start from and a snapshot, as far as an
     earlier video or saved latents tell."""
-    from ltx2 import media, pipeline
+    from ltx2 import media, snapshot
     from ltx2.request import Request
 
     if args.resume and (args.recorded or args.prompts or args.num_videos > 1):
         raise UserError(
-            "--resume goes on with one video: drop --from, --prompts and -N"
+            "--resume goes on with one video: drop --from, --prompts, --num-videos"
         )
     if args.resume:
-        snapshot = pipeline.Snapshot.load(args.resume)
-        return {}, snapshot.request, snapshot
+        resume = snapshot.Snapshot.read(args.resume)
+        return resume.load, resume.request, resume
     if args.recorded:
         metadata = media.read_metadata(args.recorded)
         if not {"load", "request"} <= metadata.keys():
@@ -220,6 +226,9 @@ def asked(args: argparse.Namespace, request: Any) -> list[Any]:
         flags = {name: value for name, value in flags.items() if value is not None}
         if flags:
             given[f"{stream}_guidance"] = flags
+    if args.resume and given:
+        flag = next(iter(given)).replace("_", "-")
+        raise UserError(f"--resume goes on as it was asked: drop --{flag}")
     base = dataclasses.asdict(request) if request else {}
     prompts = [given.pop("prompt", base.pop("prompt", None))]
     if args.prompts:

@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections import defaultdict, namedtuple
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Iterator, NamedTuple, Optional
 
 import mlx.core as mx
@@ -16,7 +17,8 @@ import mlx.core as mx
 from .base import UserError, run
 
 if TYPE_CHECKING:  # imported where they are used, so that --help answers at once
-    from .pipeline import Pipeline, Snapshot
+    from .pipeline import Pipeline
+    from .snapshot import Snapshot
     from .vae import VideoVAE
     from .weights import Source, Weights
 
@@ -121,18 +123,19 @@ def trace(pipe: Pipeline, tracer: Tracer, start: Snapshot) -> None:
 
 def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
     """A run's beginning, a saved one, or one just before it decodes made-up latents."""
-    from .pipeline import Snapshot, seeded_noise
+    from .pipeline import seeded_noise
     from .request import Request
+    from .snapshot import Snapshot
 
     asked = {k: getattr(args, k) for k in (*SIZE, "seed", "steps")}
     asked = {k: v for k, v in asked.items() if v is not None}
     if args.prompt:
-        return Snapshot(Request(args.prompt, **{**SIZE, **asked}), 0, 0, {}, {})
+        return pipe.beginning(pipe.plan(Request(args.prompt, **{**SIZE, **asked})))
     made_up = args.latents in ("zeros", "random")
     if args.steps or asked and not made_up:
         raise UserError(f"--latents {args.latents} leaves no choice of {[*asked][-1]}")
     if not made_up:
-        return Snapshot.load(args.latents)
+        return Snapshot.read(args.latents)
     job = pipe.plan(Request("", stages="one", **{**SIZE, **asked}))
     draw, scale = seeded_noise(job.request.seed), float(args.latents == "random")
     video, audio = pipe.vae.config, pipe.audio_vae.config
@@ -141,7 +144,7 @@ def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
         "audio": (1, job.audio_tokens, audio.latent_bins, audio.z_channels),
     }
     latents = {name: scale * draw(name, shape) for name, shape in shapes.items()}
-    return Snapshot(job.request, len(job.stages), 0, {}, latents)
+    return replace(pipe.beginning(job), stage=len(job.stages), latents=latents)
 
 
 # Weights beside their source

@@ -198,22 +198,21 @@ def res_2s(denoise, x, sigmas, blend, noise, first=0, eta=0.5, anchored=True):
         b1 = _phi1(h) - b2
         start = f64(x)
         x0 = denoise(x, s, i)
-        first = f64(x0)
-        middle = {k: start[k] + h * a21 * (first[k] - start[k]) for k in start}
+        near = f64(x0)
+        middle = {k: start[k] + h * a21 * (near[k] - start[k]) for k in start}
         sigma_middle = math.sqrt(s * to)
         middle = renoise("substep", i, start, middle, s, sigma_middle, 0.5)
-        slope = {k: first[k] - start[k] for k in start}
+        slope = {k: near[k] - start[k] for k in start}
         if anchored and h < 0.5 and s > 0.03:
-            slope = {k: (first[k] - middle[k]) / (1 - h * a21) for k in start}
+            slope = {k: (near[k] - middle[k]) / (1 - h * a21) for k in start}
             start = {k: middle[k] - h * a21 * slope[k] for k in start}
-        second = f64(denoise(f32(middle), sigma_middle, i))
+        far = f64(denoise(f32(middle), sigma_middle, 0))  # never skipped
         end = {
-            k: start[k] + h * (b1 * slope[k] + b2 * (second[k] - start[k]))
-            for k in start
+            k: start[k] + h * (b1 * slope[k] + b2 * (far[k] - start[k])) for k in start
         }
         x = f32(renoise("step", i, start, end, s, to, eta))
         yield x, x0
-    if ends_at_zero:
+    if ends_at_zero and first <= steps:
         x = denoise(x, sigmas[-2], steps)
         yield x, x
 

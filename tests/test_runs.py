@@ -3,14 +3,15 @@
 import json
 import sys
 
-import generate
 import mlx.core as mx
 import numpy as np
 import pytest
 
+import generate
 from ltx2 import media, pipeline
 from ltx2.base import OutputError, UserError
 from ltx2.request import Image, Request
+from ltx2.snapshot import Snapshot
 from ltx2.text import enhance
 
 SIZE = {"height": 64, "width": 96, "num_frames": 17}
@@ -98,7 +99,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(pipe, contexts, tmp_path):
     events = pipe.stream(request, contexts=contexts)
     stopped = next(e for e in events if e.snapshot and e.step == 5)
     stopped.snapshot.save(tmp_path / "kept.safetensors")
-    snapshot = pipeline.Snapshot.load(tmp_path / "kept.safetensors")
+    snapshot = Snapshot.read(tmp_path / "kept.safetensors")
     assert (snapshot.stage, snapshot.step) == (0, 5)
     *_, resumed = pipe.stream(snapshot.request, contexts=contexts, resume=snapshot)
     assert mx.array_equal(resumed.video_latents, whole.video_latents)
@@ -249,8 +250,8 @@ def test_ctrl_c_keeps_the_latents(command, monkeypatch, tmp_path):
         command("--prompt", "a cat")
     assert [p.name for p in tmp_path.iterdir()] == ["output.latents.safetensors"]
     monkeypatch.setattr(generate.Run, "picture", step)
-    flags = command("--resume", "output.latents.safetensors", "--output", "b.mp4")
-    assert "wrote b.mp4" in flags
+    flags = ("--resume", "output.latents.safetensors", "--output", "b.mp4")
+    assert "wrote b.mp4" in command(*flags, small=False)
 
 
 def test_a_bad_picture_is_not_written(command, monkeypatch, tmp_path):
