@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice, tee
 from typing import Callable, Iterator, Optional
 
@@ -60,70 +61,41 @@ def tile(kernel: int) -> int:
     return max(4, (kernel + 1) // 2)
 
 
-def window_starts(places: np.ndarray, length: int, kernel: int) -> np.ndarray:
-    """Where the windows of some places begin: centred, but shifted at the borders."""
-    return np.clip(places - kernel // 2, 0, length - kernel)
+class Tiles:
+    """An axis cut into tiles of one size, the last one laid over the one before: places
+    of their queries, of the keys, and which keys a query sees. A window is centred, but
+    shifted at the borders."""
+
+    def __init__(self, length: int, kernel: int):
+        kernel, size = min(kernel, length), min(tile(kernel), length)
+        span = min(size + kernel - 1, length)
+        starts = np.minimum(np.arange(0, length, size), length - size)
+        self.queries = starts[:, None] + np.arange(size)
+        first_keys = np.clip(starts - kernel // 2, 0, length - span)
+        self.keys = first_keys[:, None] + np.arange(span)
+        windows = np.clip(self.queries - kernel // 2, 0, length - kernel)[..., None]
+        seen = self.keys[:, None] - windows
+        self.visible = mx.array((seen >= 0) & (seen < kernel))
+        # Where each place of the axis is among all queries.
+        places, tiles = np.arange(length), np.arange(length) // size
+        self.order = mx.array(places + tiles * size - starts[tiles])
 
 
-@dataclass
-class Tile:
-    """Queries along an axis, the keys their windows span, and which of them they see."""
-
-    queries: np.ndarray
-    keys: np.ndarray
-    visible: np.ndarray  # (queries, keys)
-
-    @classmethod
-    def at(cls, start: int, length: int, kernel: int) -> Tile:
-        queries = np.arange(start, min(start + tile(kernel), length))
-        starts = window_starts(queries, length, kernel)
-        keys = np.arange(starts[0], starts[-1] + kernel)
-        after = keys >= starts[:, None]
-        return cls(queries, keys, after & (keys < starts[:, None] + kernel))
-
-
-def tiles(length: int, kernel: int) -> Iterator[Tile]:
-    """An axis cut into tiles; no window is longer than the axis."""
-    kernel = min(kernel, length)
-    for start in range(0, length, tile(kernel)):
-        yield Tile.at(start, length, kernel)
-
-
-def equal_tiles(length: int, kernel: int) -> tuple[Tile, np.ndarray]:
-    """The same with tiles of one size, stacked, and each place's index in them."""
-    kernel = min(kernel, length)
-    size = min(tile(kernel), length)
-    span = min(size + kernel - 1, length)
-    starts = np.minimum(np.arange(0, length, size), length - size)
-    queries = starts[:, None] + np.arange(size)
-    keys = np.clip(starts - kernel // 2, 0, length - span)[:, None] + np.arange(span)
-    first = window_starts(queries, length, kernel)[..., None]
-    visible = (keys[:, None] >= first) & (keys[:, None] < first + kernel)
-    place = np.arange(length)
-    return (
-        Tile(queries, keys, visible),
-        place + (place // size) * size - starts[place // size],
-    )
-
-
-def rope_tables(places: tuple[np.ndarray, ...], dim: int) -> tuple[mx.array, mx.array]:
-    """Cosines and sines (F, H, W, 1, dim / 2) of the three axes' angles, a quarter of
-    the pairs for time and the rest for rows and columns, float32."""
+def rope_tables(size: Size, dim: int) -> tuple[mx.array, mx.array]:
+    """Cosines and sines (F, H, W, 1, dim / 2) of the three axes' angles, float32: a
+    quarter of the pairs is for time, the rest for rows and columns."""
     time = dim // 4 // 2 * 2
-    if (dim - time) // 2 % 2:
-        time -= 2
-    sizes = (time, (dim - time) // 2, (dim - time) // 2)
-    grid = tuple(len(p) for p in places)
-    cos, sin = [], []
-    for axis, (size, place) in enumerate(zip(sizes, places)):
-        frequencies = 1 / 10000.0 ** (np.arange(0, size, 2) / size)
-        angles = place.astype(np.float32)[:, None] * frequencies.astype(np.float32)
-        shape = [1, 1, 1, 1, size // 2]
-        shape[axis] = len(place)
-        for table, f in ((cos, np.cos), (sin, np.sin)):
-            values = mx.array(f(angles)).reshape(shape)
-            table.append(mx.broadcast_to(values, (*grid, 1, size // 2)))
-    return mx.concatenate(cos, axis=-1), mx.concatenate(sin, axis=-1)
+    time -= (dim - time) // 2 % 2 * 2
+    angles = []
+    for axis, part in enumerate((time, (dim - time) // 2, (dim - time) // 2)):
+        frequencies = 10000.0 ** -(np.arange(0, part, 2) / part)
+        places = np.arange(size[axis], dtype=np.float32)
+        shape = [1, 1, 1, 1, part // 2]
+        shape[axis] = -1
+        table = mx.array(places[:, None] * frequencies.astype(np.float32))
+        angles.append(mx.broadcast_to(table.reshape(shape), (*size, 1, part // 2)))
+    x = mx.concatenate(angles, axis=-1)
+    return mx.cos(x), mx.sin(x)
 
 
 @mx.compile
@@ -146,45 +118,39 @@ class NeighborhoodAttention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, 1e-6)
         self.proj = nn.Linear(dim, dim)
 
-    def __call__(self, x: mx.array, time: Tile) -> mx.array:
-        """From the frames `time.keys` (1, R, H, W, C) to the frames `time.queries`."""
-        _, _, height, width, dim = x.shape
-        rows, columns = np.arange(height), np.arange(width)
+    def __call__(self, x: mx.array, asked: mx.array, visible: mx.array) -> mx.array:
+        """From frames (1, R, H, W, C) to those of them that are `asked` for, of which
+        each sees what is `visible` (asked, R)."""
+        _, length, height, width, _ = x.shape
+        down, across = Tiles(height, self.kernel[1]), Tiles(width, self.kernel[2])
         qkv = mx.unflatten(self.qkv(x[0]), -1, (3, -1, self.head_dim))
-        q, k, v = (qkv[..., i, :, :] for i in range(3))
-        q = q[mx.array(time.queries - time.keys[0])]
-        tables = rope_tables((time.queries, rows, columns), self.head_dim)
-        q = rotate(self.q_norm(q), *tables)
-        tables = rope_tables((time.keys, rows, columns), self.head_dim)
-        k = rotate(self.k_norm(k), *tables)
-        across, place = equal_tiles(width, self.kernel[2])
-        out = []
-        for down in tiles(height, self.kernel[1]):
-            y = self.attend(q, k, v, time, down, across)
-            y = y[:, :, mx.array(place)]
-            mx.eval(y)  # or the keys of all tiles are held
-            out.append(y)
-        return self.proj(mx.concatenate(out, axis=1))[None]
-
-    def attend(self, q, k, v, time: Tile, down: Tile, across: Tile) -> mx.array:
-        """A row of tiles, all of them at once: (frames, rows, tiles * columns, C)."""
+        tables = rope_tables((length, height, width), self.head_dim)
+        q = rotate(self.q_norm(qkv[..., 0, :, :]), *tables)[asked]
+        k = rotate(self.k_norm(qkv[..., 1, :, :]), *tables)
+        v = qkv[..., 2, :, :]
 
         def cut(x: mx.array, rows: np.ndarray, columns: np.ndarray) -> mx.array:
             x = x[:, rows[0] : rows[-1] + 1][:, :, mx.array(columns)]
-            x = x.transpose(2, 4, 0, 1, 3, 5)  # tiles, heads, frames, rows, columns, d
-            return x.flatten(2, 4)
+            # tiles, heads, (frames, rows, columns), channels
+            return x.transpose(2, 4, 0, 1, 3, 5).flatten(2, 4)
 
-        q = cut(q, down.queries, across.queries)
-        k, v = (cut(x, down.keys, across.keys) for x in (k, v))
-        seen = mx.array(time.visible)[None, :, None, None, :, None, None]
-        seen = seen & mx.array(down.visible)[None, None, :, None, None, :, None]
-        seen = seen & mx.array(across.visible)[:, None, None, :, None, None, :]
-        mask = seen.reshape(len(q), 1, q.shape[2], k.shape[2])
-        scale = 1 / math.sqrt(self.head_dim)
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-        sizes = (len(time.queries), len(down.queries), -1)
-        out = mx.unflatten(out, 2, sizes).transpose(2, 3, 0, 4, 1, 5)
-        return out.flatten(4).flatten(2, 3)
+        out = []
+        for queries, keys, seen in zip(down.queries, down.keys, down.visible):
+            mask = visible[None, :, None, None, :, None, None]
+            mask = mask & seen[None, None, :, None, None, :, None]
+            mask = mask & across.visible[:, None, None, :, None, None, :]
+            mask = mask.flatten(4).flatten(1, 3)[:, None]
+            y = mx.fast.scaled_dot_product_attention(
+                cut(q, queries, across.queries),
+                *(cut(x, keys, across.keys) for x in (k, v)),
+                scale=1 / math.sqrt(self.head_dim),
+                mask=mask,
+            )
+            y = mx.unflatten(y, 2, (len(asked), len(queries), -1))
+            y = y.transpose(2, 3, 0, 4, 1, 5).flatten(4).flatten(2, 3)
+            out.append(y[:, :, across.order])
+            mx.eval(out[-1])  # or the keys of all tiles are held
+        return self.proj(mx.concatenate(out, axis=1)[:, down.order])[None]
 
 
 # Layers
@@ -223,15 +189,16 @@ class Block(nn.Module):
         second: Optional[Rows] = None,
     ) -> Frames:
         """`length` frames to as many, modulated before the attention and after it."""
-        held: list[mx.array] = []  # what the windows of the next frames span
-        at = 0
-        for time in tiles(length, self.attn.kernel[0]):
-            held = held[time.keys[0] - at :]
-            at = time.keys[0]
-            held += islice(frames, len(time.keys) - len(held))
-            x = mx.concatenate(held, axis=1)
-            y = self.attn(modulate(self.norm1(x), first), time)
-            own = [held[i] for i in time.queries - at]
+        time = Tiles(length, self.attn.kernel[0])
+        held, at, done = [], 0, 0  # what the windows of the next frames span
+        for queries, keys, visible in zip(time.queries, time.keys, time.visible):
+            held, at = held[keys[0] - at :], keys[0]
+            held += islice(frames, len(keys) - len(held))
+            fresh = mx.array(np.flatnonzero(queries >= done))
+            asked, done = queries[queries >= done] - at, queries[-1] + 1
+            y = modulate(self.norm1(mx.concatenate(held, axis=1)), first)
+            y = self.attn(y, mx.array(asked), visible[fresh])
+            own = [held[i] for i in asked]
             for x, y in zip(own, mx.split(y, len(own), axis=1)):
                 x = x + y
                 x = x + self.mlp(modulate(self.norm2(x), second))
@@ -271,18 +238,6 @@ class Upsample(nn.Module):
         return islice(frames, self.stride[0] - 1, None)
 
 
-class TimeEmbedding(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.mlp = [nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim)]
-
-    def __call__(self, time: float) -> mx.array:
-        x = sinusoid(mx.array([time])).astype(self.mlp[0].bias.dtype)
-        for layer in self.mlp:
-            x = layer(x)
-        return x
-
-
 class DiffusionDecoder(nn.Module):
     """Normalised latents (1, F, h, w, C) to pixels (1, 8F - 7, 32h, 32w, 3)."""
 
@@ -301,7 +256,8 @@ class DiffusionDecoder(nn.Module):
             for dim, (stride, fewer) in zip(widths, c.upsamples)
         ]
         self.conv_in_x_t = nn.Linear(patch, last)
-        self.t_embedder = TimeEmbedding(c.t_emb_dim)
+        mlp = [nn.Linear(256, c.t_emb_dim), nn.SiLU()]
+        self.t_embedder = {"mlp": [*mlp, nn.Linear(c.t_emb_dim, c.t_emb_dim)]}
         self.shared_adaln = {"proj": nn.Linear(c.t_emb_dim, 7 * last)}
         self.diff_blocks = [
             DiffusionBlock(last, c.head_dim, tuple(c.stage5_kernel))
@@ -352,13 +308,15 @@ class DiffusionDecoder(nn.Module):
                 frames = block(frames, length)
             frames = up(frames)
             length = length * up.stride[0] - up.stride[0] + 1
-            frames = (traced(trace, f"stage{i + 1}", x) for x in frames)
+            frames = map(partial(traced, trace, f"stage{i + 1}"), frames)
         return frames, length
 
     def denoise(self, contexts: Frames, length: int, noise, trace) -> Frames:
         """Frames of noise to frames of pixels, in one step from noise level 1."""
         size = self.config.patch_size
-        time = self.t_embedder(self.config.timestep_scale_multiplier)
+        time = sinusoid(mx.array([self.config.timestep_scale_multiplier]))
+        for layer in self.t_embedder["mlp"]:
+            time = layer(time.astype(self.conv_out.weight.dtype))
         time = self.shared_adaln["proj"](nn.silu(time)).reshape(7, -1)
         first, *contexts = tee(contexts, 1 + len(self.diff_blocks))
 

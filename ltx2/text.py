@@ -141,21 +141,15 @@ class Gemma4Config(Config):
         "num_kv_shared_layers": (0,),
         "use_bidirectional_attention": ("vision", None),
     }
-    UNUSED = frozenset(
-        "attention_dropout bos_token_id dtype eos_token_id final_logit_softcapping "
-        "initializer_range max_position_embeddings moe_intermediate_size num_experts "
-        "pad_token_id tie_word_embeddings top_k_experts torch_dtype use_cache "
-        "use_double_wide_mlp vocab_size_per_layer_input".split()
-    )
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> Gemma4Config:
-        own = dict(section["text_config"])
-        window = own.pop("sliding_window", MAX_TOKENS)
-        if window < MAX_TOKENS:  # else it hides nothing
-            raise UserError(f"Gemma 4: a window of {window} tokens is not implemented")
-        size = section.get("tokenizer_bytes", 0)
-        return super().from_dict({**own, "tokenizer_bytes": size})
+        known = cls.__dataclass_fields__.keys() | cls.FIXED.keys()
+        text = section["text_config"]
+        if text.get("sliding_window", MAX_TOKENS) < MAX_TOKENS:  # else it hides nothing
+            raise UserError("Gemma 4: its window is shorter than a prompt may be")
+        own = {k: v for k, v in text.items() if k in known}
+        return super().from_dict(own | {"tokenizer_bytes": section["tokenizer_bytes"]})
 
 
 class Gemma4(nn.Module):
@@ -165,17 +159,14 @@ class Gemma4(nn.Module):
         from mlx_lm.models.gemma4_text import Gemma4TextModel, ModelArgs
 
         super().__init__()
-        full = lambda i: i % 6 == 5 or i == c.num_hidden_layers - 1
-        kinds = [
-            "full_attention" if full(i) else "sliding_attention"
-            for i in range(c.num_hidden_layers)
-        ]
-        given = {k: v for k, v in vars(c).items() if k != "tokenizer_bytes"}
-        given |= {"layer_types": c.layer_types or kinds}
+        kinds = ["sliding_attention"] * c.num_hidden_layers
+        for i in (*range(5, len(kinds), 6), -1):
+            kinds[i] = "full_attention"
+        given = vars(c) | {"layer_types": c.layer_types or kinds}
+        self.tokenizer_json = mx.zeros(given.pop("tokenizer_bytes"), mx.uint8)
         self.model = Gemma4TextModel(
             ModelArgs(**given, num_kv_shared_layers=0, hidden_size_per_layer_input=0)
         )
-        self.tokenizer_json = mx.zeros(c.tokenizer_bytes, mx.uint8)
 
 
 class PackedTextEncoder(TextEncoder):

@@ -18,12 +18,19 @@ MODELS = {  # configuration: version, tensors, and the files they are in
     "ltx-2-19b-distilled": ("2.0.0", 4091, ["ltx-2-19b"]),
     "ltx-2-19b-dev": ("2.0.0", 4049, ["ltx-2-19b"]),
     "ltx-2.3-22b": ("2.3.0", 5947, ["ltx-2.3-22b"]),
-    "ltx-2.5-22b": (  # its video VAE and text encoder have files of another kind
+    "ltx-2.5-22b": (  # of its text encoder, only the projections' shapes are published
         "2.5.0",
-        4349 + 4 + 1329,
-        ["ltx-2.5-transformer", "ltx-2.5-text-projections", "ltx-2.5-audio-vae"],
+        4349 + 4 + 1329 + 170 + 395 + 15,
+        [
+            f"ltx-2.5-{part}"
+            for part in (
+                "transformer text-projections audio-vae video-vae-conv "
+                "video-vae-diffusion duration-head"
+            ).split()
+        ],
     ),
 }
+DIFFUSION = "ltx-2.5-video-vae-diffusion"  # has a configuration of its own
 UPSAMPLERS = {
     "ltx-2-spatial-upscaler-x2-1.0": "spatial_upsampler",
     "ltx-2-temporal-upscaler-x2-1.0": "temporal_upsampler",
@@ -36,11 +43,15 @@ def released(layout: str, config: str, version: str = "") -> File:
     """A released file as its header tells it; the tensors are zeros nobody computes."""
     with gzip.open(HERE / "layouts" / f"{layout}.tsv.gz", "rt") as rows:
         table = list(csv.DictReader(rows, delimiter="\t"))
+    config = "ltx-2.5-diffusion-vae" if layout == DIFFUSION else config
     if config == "ltx-2-19b-dev":
         table = [row for row in table if not row["note"]]
     tensors = {row["key"]: ("BF16", tuple(json.loads(row["shape"]))) for row in table}
     f = File(f"{layout}.safetensors", 0)
-    f.header = {"__metadata__": {"config": json.dumps(CONFIGS[config])}, **tensors}
+    sections = dict(CONFIGS[config])
+    if "2.5" in layout and "video" not in layout:
+        del sections["vae"]  # split files describe what they hold
+    f.header = {"__metadata__": {"config": json.dumps(sections)}, **tensors}
     if version:
         f.metadata["model_version"] = version
     return f
@@ -60,6 +71,16 @@ def test_every_tensor_has_one_parameter(config):
         source.module(name, source.weights(name))
     assert sum(len(f.keys) for f in source.files) == MODELS[config][1]
     assert mx.get_peak_memory() - before < 1 << 20
+
+
+def test_a_diffusion_vae_without_the_other():
+    version, _, layouts = MODELS["ltx-2.5-22b"]
+    files = [released(f, "ltx-2.5-22b", version) for f in layouts if "conv" not in f]
+    source = weights.official_source(files)
+    for name in ("vae", "diffusion_decoder"):
+        source.module(name, source.weights(name))
+    assert len(source.parts["vae"]) == 84 + 2
+    assert len(source.parts["diffusion_decoder"]) == 309 + 2
 
 
 @pytest.mark.parametrize("file", UPSAMPLERS)
