@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from . import __version__, inputs, media, weights
+from . import __version__, inputs, media, memory, weights
 from .audio_vae import AudioVAEConfig
 from .base import Trace, UserError, traced
 from .denoiser import Contexts, Denoiser
@@ -142,10 +142,10 @@ class Pipeline:
         text_encoder: Optional[str] = None,
         dtype: mx.Dtype = mx.bfloat16,
         origin: Optional[dict[str, Any]] = None,
-        low_memory: bool = False,
+        low_memory: Optional[bool] = None,
     ):
         self.source, self.dtype, self.origin = source, dtype, origin or {}
-        self.low_memory = low_memory
+        self.low_memory, self._streamed = low_memory, bool(low_memory)
         self.text_encoder = source.encoder(text_encoder)
         self._loaded: dict[str, nn.Module] = {}
         self._attached: tuple[LoraFile, ...] = ()  # LoRAs beside the transformer
@@ -153,7 +153,7 @@ class Pipeline:
     def component(self, name: str) -> nn.Module:
         """A part of the model, loaded once."""
         if name not in self._loaded:
-            if name == "transformer" and self.low_memory:
+            if name == "transformer" and self._streamed:
                 model = self._with_loras()
                 model.transformer_blocks = StreamedBlocks(self._with_loras)
             else:
@@ -206,6 +206,19 @@ class Pipeline:
         if not fits:
             raise UserError("the saved latents are of another model or other stages")
 
+    def memory(self, *jobs: Job, text: bool = True) -> memory.Plan:
+        """What jobs that are done together will hold, by phase, and whether that fits;
+        without `text`, contexts are at hand."""
+        packed = self.source.version >= weights.GEMMA_4 or not text
+        files = [] if packed else weights.text_encoder_files(self.text_encoder)
+        encoder = [f for f in files if f.name.endswith(".safetensors")]
+        predictor = memory.Predictor(self.source, self.dtype, encoder)
+        found = predictor.plan(jobs, self.low_memory)
+        if not found.fits:
+            instead = predictor.what_fits(jobs[0], self.plan, self.low_memory)
+            found = dataclasses.replace(found, instead=instead)
+        return found
+
     def describe(self, job: Job) -> str:
         """The model, the size and the stages of a job, for people."""
         source = self.source
@@ -229,21 +242,20 @@ class Pipeline:
     ) -> dict[str, Contexts]:
         """Contexts (video, audio), each (1, 1024, D), by prompt; frees all it loaded."""
         if self.source.version >= weights.GEMMA_4:
-            gemma = self.source.load("gemma", self.dtype, lazy=self.low_memory)
-            encoder = PackedTextEncoder(gemma, self.low_memory)
+            gemma = self.source.load("gemma", self.dtype, lazy=True)
+            encoder = PackedTextEncoder(gemma, frugal=True)
             del gemma
         else:
             folder = weights.fetch_text_encoder(self.text_encoder)
-            encoder = TextEncoder(folder, self.dtype, self.low_memory)
+            encoder = TextEncoder(folder, self.dtype, frugal=True)  # it is used once
         states = encoder(prompts, trace)
         mx.eval(states)
         del encoder
         mx.clear_cache()
-        contexts = {
-            prompt: self.connectors(s, MAX_TOKENS, trace)
-            for prompt, s in zip(prompts, states)
-        }
-        mx.eval(contexts)
+        contexts = {}
+        for prompt, s in zip(prompts, states):
+            contexts[prompt] = self.connectors(s, MAX_TOKENS, trace)
+            mx.eval(contexts[prompt])
         self.free("connectors")
         return contexts
 
@@ -313,6 +325,10 @@ class Pipeline:
         jobs = [self.plan(request) for request in requests]
         if resume is not None:
             self._check_resume(jobs[0], resume)
+        needed = self.memory(*jobs, text=contexts is None)
+        needed.check()
+        memory.set_limits(needed)
+        self._streamed = needed.streamed
         draws = [noise or seeded_noise(job.request.seed) for job in jobs]
         meter = Meter()
         if resume is not None and resume.stage == len(jobs[0].stages):
@@ -459,7 +475,7 @@ class Pipeline:
 
     def _attach(self, files: tuple[LoraFile, ...]) -> None:
         """Put a stage's LoRAs beside the transformer, instead of the last stage's."""
-        if files != self._attached and self.low_memory:
+        if files != self._attached and self._streamed:
             self.free("transformer")  # blocks are read with their LoRAs
         elif files != self._attached:
             attach(self.transformer, [(Lora.read(f.path), f.strength) for f in files])
@@ -560,15 +576,15 @@ def load(
     kind: Optional[str] = None,
     dtype: Union[mx.Dtype, str, None] = None,
     upsamplers: Sequence[str] = (),
-    low_memory: bool = False,
+    low_memory: Optional[bool] = None,
 ) -> Pipeline:
     """A pipeline from an official file, a folder, a converted folder or a Hub repo.
 
     `kind` ("dev" or "distilled") overrides what the file name says, `upsamplers` those
     beside the model, `dtype` (bfloat16) is of the text side and the transformer. Weights
-    are read when a phase needs them; with `low_memory` those of the text encoder and the
-    transformer layer by layer, which changes no bit of the result. Raises UserError when
-    files do not fit together.
+    are read when a phase needs them; with `low_memory` (None: if there is too little for
+    all of them) the transformer's block by block in every step, which changes no bit of
+    the result. Raises UserError when files do not fit together.
     """
     name = str(dtype or "bfloat16").removeprefix("mlx.core.")
     source = weights.open_model(model, kind, upsamplers=upsamplers)

@@ -213,6 +213,8 @@ class Source:
         another shape than the configuration says.
         """
         weights = self.weights(name, mx.float32 if name in FLOAT32 else dtype)
+        # A permuted kernel would be copied by each convolution.
+        weights = {key: mx.contiguous(w) for key, w in weights.items()}
         module = self.module(name, weights)
         module.load_weights(list(weights.items()))
         if not lazy:
@@ -409,12 +411,19 @@ def shard_names(name: str, count: int) -> list[str]:
     return [f"{name}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
+def text_encoder_files(name: str) -> list[File]:
+    """What is read of a text encoder's folder or repository."""
+    folder = Path(name).expanduser()
+    there = hub.folder_files(folder) if folder.is_dir() else hub.repository_files(name)
+    kinds = (".safetensors", ".json", ".model")
+    return [f for f in there if f.name.endswith(kinds)]
+
+
 def fetch_text_encoder(name: str) -> Path:
     """The folder of a text encoder in Hugging Face's layout, fetched if need be."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        kinds = (".safetensors", ".json", ".model")
-        files = [f for f in hub.repository_files(name) if f.name.endswith(kinds)]
+        files = text_encoder_files(name)
         hub.fetch_all(files)
         folder = files[0].fetch().parent
     return folder
@@ -439,8 +448,9 @@ def decode_fp8(weights: Weights, names: Iterable[str]) -> Weights:
     return weights
 
 
-def evaluate(arrays: Iterable[mx.array], limit: int = 1 << 30) -> None:
-    """Evaluate arrays in groups of about `limit` bytes."""
+def evaluate(arrays: Iterable[mx.array], limit: int = 1 << 22) -> None:
+    """Evaluate arrays in groups of about `limit` bytes: what they are made of is there
+    for one group at a time. Files are read one tensor after the other anyway."""
     group, size = [], 0
     for x in arrays:
         group.append(x)
