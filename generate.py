@@ -1,4 +1,4 @@
-"""Make videos with their sound from prompts: parse, call, report."""
+"""Make videos with their sound from prompts."""
 
 import argparse
 import dataclasses
@@ -15,10 +15,21 @@ MODEL is an official .safetensors file, a folder with one, a folder that convert
 wrote, or a Hub repository of any of these. What is asked for follows from what is
 given: an image, a sound, a clip. Guidance is for dev models.
 """
+IMAGE, LORA, SOUND = (
+    "PATH[@FRAME][:STRENGTH]",
+    "PATH[:STRENGTH][@STAGE]",
+    "FILE[@START]",
+)
+
+
+def integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
+
+
 GUIDANCE = {
     "cfg_scale": (float, "towards the prompt, 1 is off"),
     "stg_scale": (float, "towards coherence, 0 is off"),
-    "stg_blocks": (lambda text: integers(text), "blocks that STG perturbs, as 28,29"),
+    "stg_blocks": (integers, "blocks that STG perturbs, as 28,29"),
     "modality_scale": (float, "towards agreement of picture and sound, 1 is off"),
     "rescale_scale": (float, "0 to 1, against overexposure"),
     "skip_step": (int, "steps left out after each computed one"),
@@ -56,19 +67,36 @@ def parser() -> argparse.ArgumentParser:
     add("--output", metavar="FILE", help="output.mp4")
 
     add = group("what is given")
-    add("--image", dest="images", type=image, action="append", metavar="IMAGE")
+    add(
+        "--image",
+        dest="images",
+        type=image,
+        action="append",
+        metavar=IMAGE,
+        help="picture to be seen at a frame: 24, -1 (the last), 1.5s; repeatable",
+    )
     add("--keyframes", action="store_true", default=None, help="guide at all images")
     add("--image-crf", type=int, help="33, from LTX-2.4 on 18; 0 is off")
-    add("--audio", type=sound, metavar="FILE[@START]", help="sound to go with")
+    add("--audio", type=sound, metavar=SOUND, help="sound to go with")
     add("--video", metavar="FILE", help="clip to change, or reference of an IC-LoRA")
     add("--retake", type=span, metavar="FROM-TO", help="seconds to make anew")
     add("--retake-streams", type=words, metavar="video,audio", help="what of them")
     add("--extend", type=float, metavar="SECONDS", help="negative: before the clip")
     add("--reference-strength", type=float, help="0 to 1, how firmly it is held")
     add("--reference-attention", type=float, help="0 to 1, how much it is seen")
-    add("--lora", dest="loras", type=lora, action="append", metavar="LORA")
     add(
-        "--distilled-lora", type=lora, metavar="LORA", help="of a dev model's 2nd stage"
+        "--lora",
+        dest="loras",
+        type=lora,
+        action="append",
+        metavar=LORA,
+        help="in all stages or one; repeatable",
+    )
+    add(
+        "--distilled-lora",
+        type=lora,
+        metavar="PATH[:STRENGTH]",
+        help="for the second stage of a dev model",
     )
 
     add = group("the model")
@@ -80,13 +108,23 @@ def parser() -> argparse.ArgumentParser:
         help="Gemma 3, a folder or repository; not of LTX-2.5",
     )
     add("--video-decoder", choices=["conv", "diffusion"], help="conv if it is there")
-    add("--upsampler", dest="upsamplers", metavar="FILE", action="append")
+    add(
+        "--upsampler",
+        dest="upsamplers",
+        metavar="FILE",
+        action="append",
+        help="latent upsampler instead of those beside the model; repeatable",
+    )
     add("--low-memory", action="store_true", default=None, help="whatever there is")
     add("--dtype", choices=["bfloat16", "float32"], help="bfloat16")
 
     add = group("sampling")
     add("--seed", type=int, help="10")
-    add("--stages", choices=["one", "two", "hq"], help="two if there is an upsampler")
+    add(
+        "--stages",
+        choices=["one", "two", "hq"],
+        help="distilled: two if there is an upsampler, else one",
+    )
     add("--temporal-upsample", action="store_true", default=None, help="double the fps")
     add(
         "--generated-keyframes",
@@ -113,12 +151,16 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def parts(form: str, pattern: str, text: str) -> tuple[Any, ...]:
+    """The groups of a flag's value."""
+    match = re.fullmatch(pattern, text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+    return match.groups()
+
+
 def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
-
-
-def integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part)
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -126,32 +168,27 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def span(text: str) -> tuple[float, ...]:
-    match = re.fullmatch(r"([\d.]+)-([\d.]+)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not FROM-TO, as in 1.0-2.5")
-    return tuple(map(float, match.groups()))
+    return tuple(map(float, parts("FROM-TO", r"([\d.]+)-([\d.]+)", text)))
 
 
 def image(text: str) -> dict[str, Any]:
     """PATH[@FRAME][:STRENGTH], where FRAME is an index, -1 or a time as 1.5s."""
-    path, frame, strength = re.fullmatch(
-        r"(.+?)(?:@(-?\d+|[\d.]+s))?(?::(\d*\.?\d+))?", text
-    ).groups()
+    path, frame, strength = parts(
+        IMAGE, r"(.+?)(?:@(-?\d+|[\d.]+s))?(?::(\d*\.?\d+))?", text
+    )
     index = frame if frame and frame.endswith("s") else int(frame or 0)
     return {"path": path, "frame": index, "strength": float(strength or 1)}
 
 
 def lora(text: str) -> dict[str, Any]:
     """PATH[:STRENGTH][@STAGE]."""
-    path, strength, stage = re.fullmatch(
-        r"(.+?)(?::(-?\d*\.?\d+))?(?:@(\d+))?", text
-    ).groups()
+    path, strength, stage = parts(LORA, r"(.+?)(?::(-?\d*\.?\d+))?(?:@(\d+))?", text)
     stage = int(stage) if stage else None
     return {"path": path, "strength": float(strength or 1), "stage": stage}
 
 
 def sound(text: str) -> tuple[str, float]:
-    path, start = re.fullmatch(r"(.+?)(?:@([\d.]+)s?)?", text).groups()
+    path, start = parts(SOUND, r"(.+?)(?:@([\d.]+)s?)?", text)
     return path, float(start or 0)
 
 
@@ -166,10 +203,17 @@ def main() -> None:
     requests = asked(args, request)
     suffix = ".wav" if requests[0].audio_only else ".mp4"
     outputs = name_outputs(args.output or f"output{suffix}", len(requests))
+    inputs = {r.video for r in requests} | {r.audio for r in requests} | {args.recorded}
     for output in outputs:
         media.check_output(output, suffix)
+        if any(i and Path(i).resolve() == Path(output).resolve() for i in inputs):
+            raise UserError(f"{output} is read for this run: give another --output")
     pipe = pipeline.load(**{"model": "mlx_model", **load}, low_memory=args.low_memory)
     jobs = [pipe.plan(r) for r in requests]
+    if args.recorded:
+        made_with = media.read_metadata(args.recorded)["model"]["files"]
+        if pipe.files() != made_with:
+            print(f"note: {args.recorded} was made with other weights")
     for line in dict.fromkeys(line for job in jobs for line in job.notes):
         print(f"note: {line}")
     print(pipe.describe(jobs[0]))
@@ -232,14 +276,17 @@ def asked(args: argparse.Namespace, request: Any) -> list[Any]:
     base = dataclasses.asdict(request) if request else {}
     prompts = [given.pop("prompt", base.pop("prompt", None))]
     if args.prompts:
-        if prompts[0] is not None:
+        if args.prompt is not None:
             raise UserError("--prompt and --prompts were both given: drop one")
-        lines = Path(args.prompts).read_text().splitlines()
+        text = Path(args.prompts).read_bytes().decode("utf-8-sig", "replace")
+        lines = text.splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise UserError(f"{args.prompts} has no prompts, one a line")
     if prompts[0] is None:
         raise UserError("what is to be seen and heard? give a --prompt")
+    if args.preview_every is not None and args.preview_every < 1:
+        raise UserError(f"--preview-every is {args.preview_every}: give 1 or more")
     if not 1 <= args.num_videos <= 1000:
         raise UserError(f"--num-videos is {args.num_videos}, allowed are 1 to 1000")
     first = Request.from_json({**base, **given, "prompt": prompts[0]})
@@ -274,11 +321,11 @@ class Run:
         """Pass events on; phases are named, and those with steps have a bar."""
         from tqdm import tqdm
 
-        bar, last = tqdm(disable=True), None
+        bar, last = tqdm(disable=True), {}
         try:
             for event in events:
                 if getattr(event, "snapshot", None):
-                    last = event
+                    last[event.job] = event
                     self.picture(event)
                 if getattr(event, "step", None) == 0:
                     bar.close()
@@ -294,8 +341,8 @@ class Run:
                     bar.update(event.step - bar.n)
                 yield event
         except (KeyboardInterrupt, OutputError):
-            if last:
-                print(f"\nlatents are kept, go on with --resume {self.keep(last)}")
+            for event in last.values():
+                print(f"\nlatents are kept, go on with --resume {self.keep(event)}")
             raise
         finally:
             bar.close()

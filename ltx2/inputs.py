@@ -59,8 +59,9 @@ def encode(job: Job, stage: Stage, load: Load) -> dict[str, Start]:
         pixels = media.recompress(media.load_image(image.path), job.image_crf)
         pixels = media.resize_and_crop(pixels[None], stage.height, stage.width)
         latents = load("vae").encode(mx.array(pixels)[None])
+        frame = round(image.frame * stage.fps / r.fps)
         starts["video"].items.append(
-            Keyframe(latents, image.frame, stage.fps, image.strength)
+            Keyframe(latents, frame, stage.fps, image.strength)
             if image.frame or r.keyframes
             else Replace(latents, 0, image.strength)
         )
@@ -107,7 +108,7 @@ def retake(job: Job, stage: Stage, starts: dict[str, Start], load: Load) -> None
 
 def reference(job: Job, stage: Stage, load: Load) -> Reference:
     """The clip as an IC-LoRA's reference, scaled as the LoRA's metadata say."""
-    latents = encode_clip(job, stage, load, job.reference_scale[0])
+    latents = encode_clip(job, stage, load, *job.reference_scale)
     r = job.request
     return Reference(
         latents,
@@ -118,13 +119,17 @@ def reference(job: Job, stage: Stage, load: Load) -> Reference:
     )
 
 
-def encode_clip(job: Job, stage: Stage, load: Load, down: int = 1) -> mx.array:
-    """The input video as latents (1, f, h, w, C), streamed through the encoder."""
+def encode_clip(
+    job: Job, stage: Stage, load: Load, down: int = 1, slow: int = 1
+) -> mx.array:
+    """The input video as latents (1, f, h, w, C), streamed through the encoder, `down`
+    times smaller, with the first and then each `slow`-th frame."""
     height, width = stage.height // down, stage.width // down
     frames = media.read_video(job.request.video, 0, job.clip_frames, stage.fps)
     chunks = (
         mx.array(media.resize_and_crop(frame[None], height, width))[None]
-        for frame in frames
+        for i, frame in enumerate(frames)
+        if i == 0 or (i - 1) % slow == 0
     )
     return mx.concatenate(list(load("vae").encode_stream(chunks)), axis=1)
 

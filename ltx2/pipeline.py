@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from . import __version__, inputs, media, memory, weights
+from . import __version__, hub, inputs, media, memory, weights
 from .audio_vae import AudioVAEConfig
 from .base import Trace, UserError, traced
 from .denoiser import Contexts, Denoiser
@@ -38,6 +38,7 @@ from .lora import Lora, attach
 from .preview import Preview
 from .request import Job, LoraFile, Request, Stage, plan
 from .sampling import SAMPLERS, Noise, Streams
+from .snapshot import Snapshot, stages_of
 from .text import MAX_TOKENS, PackedTextEncoder, TextEncoder, enhance
 
 
@@ -49,44 +50,6 @@ def seeded_noise(seed: int) -> Noise:
         return mx.array(rng.standard_normal(shape, np.float32))
 
     return noise
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Where a run stands: enough to go on from, or only to decode."""
-
-    request: Request
-    stage: int  # the one under way
-    step: int  # how many of its steps are done
-    tokens: Streams  # (1, T, C) of the stage under way
-    latents: Streams  # normalised, of the stages before
-
-    def save(self, path: Union[str, Path]) -> None:
-        """Write a safetensors file; it takes its name when it is complete."""
-        arrays = {f"tokens.{k}": v for k, v in self.tokens.items()}
-        arrays |= {f"latents.{k}": v for k, v in self.latents.items()}
-        state = {"stage": self.stage, "step": self.step}
-        state["request"] = dataclasses.asdict(self.request)
-        part = Path(path).with_suffix(".part.safetensors")
-        mx.save_safetensors(str(part), arrays, {"ltx2": json.dumps(state)})
-        part.replace(path)
-
-    @classmethod
-    def load(cls, path: Union[str, Path]) -> Snapshot:
-        """Read what `save` wrote; UserError if it is something else."""
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file")
-        try:
-            arrays, metadata = mx.load(str(path), "safetensors", return_metadata=True)
-            state = json.loads(metadata["ltx2"])
-        except (RuntimeError, KeyError):
-            raise UserError(f"{path} holds no saved latents") from None
-        parts: dict[str, Streams] = {"tokens": {}, "latents": {}}
-        for key, value in arrays.items():
-            part, name = key.split(".")
-            parts[part][name] = value
-        request = Request.from_json(state["request"])
-        return cls(request, state["stage"], state["step"], **parts)
 
 
 @dataclass(frozen=True)
@@ -153,6 +116,7 @@ class Pipeline:
     def component(self, name: str) -> nn.Module:
         """A part of the model, loaded once."""
         if name not in self._loaded:
+            hub.fetch_all(self.source.files)
             if name == "transformer" and self._streamed:
                 model = self._with_loras()
                 model.transformer_blocks = StreamedBlocks(self._with_loras)
@@ -192,19 +156,14 @@ class Pipeline:
                 Lora.read(path).check(model)
         return job
 
-    def _check_resume(self, job: Job, snapshot: Snapshot) -> None:
-        """Saved latents must be of this model, and of a stage that the job has."""
-        c = self.source.config["transformer"]
-        mel = AudioVAEConfig.from_dict(self.source.config["audio_vae"])
-        channels = {"video": c["in_channels"], "audio": mel.z_channels}
-        wide = {**channels, "audio": mel.z_channels * mel.latent_bins}
-        fits = snapshot.stage <= len(job.stages) and all(
-            kinds[name] == x.shape[-1]
-            for kinds, arrays in ((wide, snapshot.tokens), (channels, snapshot.latents))
-            for name, x in arrays.items()
-        )
-        if not fits:
-            raise UserError("the saved latents are of another model or other stages")
+    def beginning(self, job: Job) -> Snapshot:
+        """A job before its first step."""
+        load = self.origin | {"text_encoder": self.text_encoder}
+        return Snapshot(job.request, stages_of(job), load, self.files())
+
+    def files(self) -> dict[str, str]:
+        """The weights' files with their fingerprints."""
+        return {f.name: f.fingerprint for f in self.source.files if f.role and f.path}
 
     def memory(self, *jobs: Job, text: bool = True) -> memory.Plan:
         """What jobs that are done together will hold, by phase, and whether that fits;
@@ -318,21 +277,23 @@ class Pipeline:
         sampler's own "<stage>.<stream>.step<i>" and ".substep<i>", the next stage's, and
         "vae" ((1, F, H, W, C), timestep-conditioned decoders only) or "vae.frame<i>"
         ((1, 1, H, W, 3), the diffusion decoder). `contexts` by prompt
-        replace the text encoder; `resume` goes on with the only request where it was
-        left. `frozen_from_noise` starts the kept stream of a retake from noise, as the
+        replace the text encoder; `resume` goes on where a run was left, with no or the
+        same request. `frozen_from_noise` starts the kept stream of a retake from noise, as the
         reference does. Raises UserError before any weights are read.
         """
+        requests = requests or (resume.request,)
         jobs = [self.plan(request) for request in requests]
-        if resume is not None:
-            self._check_resume(jobs[0], resume)
+        if resume is not None and resume.stage == len(jobs[0].stages):
+            contexts = {}  # only to be decoded
         needed = self.memory(*jobs, text=contexts is None)
         needed.check()
+        hub.fetch_all(self.source.files)
+        if resume is not None:
+            resume.check(jobs[0], self.files())
         memory.set_limits(needed)
         self._streamed = needed.streamed
         draws = [noise or seeded_noise(job.request.seed) for job in jobs]
         meter = Meter()
-        if resume is not None and resume.stage == len(jobs[0].stages):
-            contexts = {}
         if contexts is None:
             asked = [
                 p for job in jobs for p in (job.request.prompt, job.negative_prompt)
@@ -367,9 +328,7 @@ class Pipeline:
                 yield dataclasses.replace(event, job=n)
                 last = event.snapshot
             finished.append(last)
-        self.free(
-            *(n for n in self._loaded if n.endswith(("transformer", "upsampler")))
-        )
+        self.free(*(n for n in self._loaded if n == "transformer" or "upsampler" in n))
         for n, job in enumerate(jobs):
             yield from self._decode(n, job, finished[n], draws[n], trace, meter)
         self.free("vae", "diffusion_decoder", "audio_vae", "vocoder")
@@ -393,10 +352,11 @@ class Pipeline:
     ) -> Iterator[Event]:
         """The stages of one video; the last event's snapshot holds the latents."""
         r, negative = job.request, job.negative_prompt
-        at = resume or Snapshot(r, 0, 0, {}, {})
-        latents, kept = dict(at.latents), {}
+        at = resume or self.beginning(job)
+        latents, kept = at.latents, at.kept
         for n, stage in enumerate(job.stages[at.stage :], at.stage):
             total, first = len(stage.sigmas) - 1, at.step if n == at.stage else 0
+            skips = any(g.skip_step for g in stage.guidance.values())
             yield Event(stage.name, 0, total)
             mark = trace and (lambda k, v: trace(f"{stage.name}.{k}", v))
             with meter.phase(stage.name):
@@ -421,12 +381,22 @@ class Pipeline:
                     stage.guidance,
                     mark,
                 )
+                if first:
+                    denoise.last = dict(at.guided)
                 blend = lambda k, v: states[k].blend(v)
                 sample = SAMPLERS[stage.sampler]
                 steps = sample(denoise, x, stage.sigmas, blend, draw, first)
                 for i, (x, x0) in enumerate(steps, first + 1):
                     mx.eval(x, x0)
-                    now = Snapshot(r, n, i, x, latents)
+                    now = dataclasses.replace(
+                        at,
+                        stage=n,
+                        step=i,
+                        tokens=x,
+                        guided=denoise.last if skips else {},
+                        latents=latents,
+                        kept=kept,
+                    )
                     seen = self._latents(stage, states, x0)
                     yield Event(stage.name, min(i, total), total, 0, now, seen)
             for k, v in x.items():
@@ -435,7 +405,14 @@ class Pipeline:
             latents = self._latents(stage, states, x)
             if stage.keeps_audio and "audio" in latents:
                 kept = {"audio": latents["audio"]}
-        done = Snapshot(r, len(job.stages), 0, {}, latents | kept)
+        done = dataclasses.replace(
+            at,
+            stage=len(job.stages),
+            step=0,
+            tokens={},
+            guided={},
+            latents=latents | kept,
+        )
         yield Event("latents", snapshot=done)
 
     def _states(self, job, stage, starts, latents: Streams) -> dict[str, LatentState]:
@@ -501,7 +478,7 @@ class Pipeline:
                     waveform = traced(trace, "audio.waveform", self.vocoder(mel))
                     result.waveform = np.array(waveform[0])
                     result.sample_rate = self.vocoder.sample_rate
-            check_waveform(result.waveform)
+                    check_waveform(result.waveform)
         if "video" in latents:
             result.video_latents = latents["video"][0]
             yield Event("video", 0, last.num_frames, n)
@@ -540,7 +517,7 @@ class Pipeline:
                 "version": source.model_version,
                 "kind": source.kind,
                 "quantization": source.quantization,
-                "files": {f.name: f.fingerprint for f in source.files if f.role},
+                "files": self.files(),
             },
             "load": self.origin | {"text_encoder": self.text_encoder},
             "versions": {
@@ -587,7 +564,7 @@ def load(
     the result. Raises UserError when files do not fit together.
     """
     name = str(dtype or "bfloat16").removeprefix("mlx.core.")
-    source = weights.open_model(model, kind, upsamplers=upsamplers)
+    source = weights.open_model(model, kind, upsamplers=upsamplers, fetch=False)
     origin = {"model": str(model), "kind": source.kind, "dtype": name}
     origin["upsamplers"] = [str(path) for path in upsamplers]
     return Pipeline(source, text_encoder, getattr(mx, name), origin, low_memory)

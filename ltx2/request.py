@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any, Mapping, Optional, Union
@@ -194,45 +195,27 @@ def plan(r: Request, source: Any) -> Job:
         ("audio",) if r.audio_only else ("video", "audio")[: 1 if r.no_audio else 2]
     )
     check_parts(streams, source)
-    r, clip, clip_frames, notes = fit_clip(fit_duration(r, source))
     upsampler = None if kind == "one" else upsamplers[0]
-    scale = 1 if kind == "one" else spatial_scale(source, upsampler)
-    check_size("height", r.height, scale, source)
-    check_size("width", r.width, scale, source)
+    scale = Fraction(1) if kind == "one" else spatial_scale(source, upsampler)
+    refers = r.video is not None and not single
+    smaller, slower = reference_scale(r) if refers else (1, 1)
+    multiple = SPACE_SCALE * scale.numerator * smaller
+    r, clip, clip_frames, notes = fit_clip(fit_duration(r, source), multiple)
+    check_size("height", r.height, multiple, source)
+    check_size("width", r.width, multiple, source)
     check_frames(r.num_frames)
-    check_range("generated_keyframes", r.generated_keyframes, 0, r.num_frames - 2)
+    most = max(r.num_frames - 2, 0)
+    check_range("generated_keyframes", r.generated_keyframes, 0, most)
     check_range("fps", r.fps, 1, 120)
     images = tuple(place_image(image, r) for image in r.images)
 
-    frozen = frozen_streams(r, clip)
-    guidance = {} if distilled else default_guidance(source, kind)
-    for name in ("video", "audio"):
-        asked = getattr(r, f"{name}_guidance")
-        if isinstance(asked, Guidance):
-            guidance[name] = asked
-        elif asked and name in guidance:
-            guidance[name] = replace(guidance[name], **asked)
-        if name not in streams or name in frozen:
-            guidance.pop(name, None)
-    if len(streams) == 1:  # nothing to be isolated from
-        guidance = {k: replace(g, modality_scale=1.0) for k, g in guidance.items()}
-    for name, g in guidance.items():
-        check_guidance(name, g, source.config["transformer"]["num_layers"])
-    negative = r.negative_prompt
-    if not any(g.cfg_scale != 1 for g in guidance.values()):
-        if negative is not None:
-            raise UserError(
-                "a negative prompt was given, but nothing reads it without guidance: "
-                "drop it" + ("" if distilled else ", or set a CFG scale other than 1")
-            )
-    elif negative is None:
-        negative = NEGATIVE_PROMPT
+    guidance = guidance_by_stream(r, source, kind, streams)
+    negative = negative_prompt(r, guidance, distilled)
 
     sampler = r.sampler or default_sampler(source, kind)
     if sampler not in SAMPLERS:
         raise UserError(f"sampler is {sampler!r}: choose of {', '.join(SAMPLERS)}")
     loras = lambda n: tuple(l for l in r.loras if l.stage in (None, n))
-    refers = r.video is not None and not single
     height, width = round(r.height / scale), round(r.width / scale)
     first = Stage(
         "stage1",
@@ -249,7 +232,7 @@ def plan(r: Request, source: Any) -> Job:
     stages = [first]
     if kind != "one":
         # A reference's LoRA has done its work in the first stage.
-        second = () if refers else loras(2)
+        second = tuple(l for l in loras(2) if l.stage == 2 or not refers)
         if kind == "hq" or not distilled:
             weak, strong = (0.25, 0.5) if kind == "hq" else (None, 1.0)
             lora = r.distilled_lora
@@ -291,20 +274,65 @@ def plan(r: Request, source: Any) -> Job:
                 keeps_audio=False,
             )
         )
+    tokens = audio_tokens(r.num_frames, r.fps)
+    if "audio" in streams and not tokens:
+        raise UserError(
+            f"num_frames is {r.num_frames} at {r.fps:g} fps, too short for a sound: "
+            "make it longer, or give no_audio"
+        )
     return Job(
         r,
         negative,
         tuple(stages),
         streams,
-        audio_tokens(r.num_frames, r.fps),
+        tokens,
         images,
         crf(r, source),
         clip,
         clip_frames,
-        reference_scale(r, stages[0]) if refers else (1, 1),
+        (smaller, slower),
         tuple(notes),
         video_decoder(r, source),
     )
+
+
+def guidance_by_stream(
+    r: Request, source: Any, stages: str, streams: tuple[str, ...]
+) -> dict[str, Guidance]:
+    """The model's guidance with what was asked for, of the streams that are made."""
+    if source.kind == "distilled":
+        return {}
+    guidance = default_guidance(source, stages)
+    blocks = source.config["transformer"]["num_layers"]
+    usual = default_guidance(source)["video"].stg_blocks
+    for name in guidance:
+        asked = getattr(r, f"{name}_guidance")
+        if isinstance(asked, Guidance):
+            guidance[name] = asked
+        elif asked:
+            # Where STG is off by default, its block is the usual one.
+            blocks_of = {} if guidance[name].stg_scale else {"stg_blocks": usual}
+            guidance[name] = replace(guidance[name], **{**blocks_of, **asked})
+        check_guidance(name, guidance[name], blocks)
+    given = ("audio",) if r.audio else ()  # not to be changed
+    guidance = {k: g for k, g in guidance.items() if k in streams and k not in given}
+    if len(streams) == 1:  # nothing to be isolated from
+        guidance = {k: replace(g, modality_scale=1.0) for k, g in guidance.items()}
+    return guidance
+
+
+def negative_prompt(
+    r: Request, guidance: Mapping[str, Guidance], distilled: bool
+) -> Optional[str]:
+    """What the unconditional pass reads, None if there is no such pass."""
+    if any(g.cfg_scale != 1 for g in guidance.values()):
+        return NEGATIVE_PROMPT if r.negative_prompt is None else r.negative_prompt
+    if r.negative_prompt is not None:
+        raise UserError(
+            "a negative prompt was given, but nothing reads it without guidance: "
+            "drop it" + ("" if distilled else ", or set a CFG scale other than 1")
+        )
+    return None
 
 
 def video_decoder(r: Request, source: Any) -> str:
@@ -338,19 +366,20 @@ def fit_duration(r: Request, source: Any) -> Request:
     return replace(r, auto_duration=(low, high), num_frames=frames)
 
 
-def reference_scale(r: Request, stage: Stage) -> tuple[int, int]:
+def reference_scale(r: Request) -> tuple[int, int]:
     """The factors that an IC-LoRA's metadata give for its reference: space and time."""
-    said: dict[str, str] = {}
-    for lora in stage.loras:
-        said |= Lora.read(lora.path).metadata
-    down = int(said.get("reference_downscale_factor", 1))
-    for name, side in (("height", stage.height), ("width", stage.width)):
-        if side % (down * SPACE_SCALE):
-            raise UserError(
-                f"the LoRA reads its reference {down} times smaller, so the first stage's "
-                f"{name} must be a multiple of {down * SPACE_SCALE}, and it is {side}"
-            )
-    return down, int(said.get("reference_temporal_scale_factor", 1))
+    factors = [1, 1]
+    for lora in r.loras:
+        metadata = Lora.read(lora.path).metadata if lora.stage in (None, 1) else {}
+        for i, axis in enumerate(("downscale", "temporal_scale")):
+            said = metadata.get(f"reference_{axis}_factor", "1")
+            if not re.fullmatch("[1-9]", said) or factors[i] not in (1, int(said)):
+                raise UserError(
+                    f"LoRA {lora.path}: a reference_{axis}_factor of {said!r} is "
+                    "not possible, or not with the other LoRAs"
+                )
+            factors[i] = max(factors[i], int(said))
+    return tuple(factors)
 
 
 def default_sampler(source: Any, stages: str) -> str:
@@ -401,16 +430,6 @@ def spatial_scale(source: Any, upsampler: str) -> Fraction:
     return Fraction(scale).limit_denominator(4)
 
 
-def frozen_streams(r: Request, clip: Optional[media.Media]) -> tuple[str, ...]:
-    """The streams that are given whole and only listened to."""
-    if r.audio:
-        return ("audio",)
-    if r.retake:
-        kept = {"video", "audio"} - set(r.retake_streams)
-        return tuple(k for k in kept if k == "video" or clip.has_audio)
-    return ()
-
-
 def place_image(image: Image, r: Request) -> Image:
     """An image with its frame as an index."""
     frame = image.frame
@@ -429,12 +448,14 @@ def place_image(image: Image, r: Request) -> Image:
             f"image {image.path} is for frame {image.frame}, "
             f"but the video has frames 0 to {r.num_frames - 1}"
         )
-    check_range(f"image {image.path}: strength", image.strength, 0, 1)
+    check_range(f"image {image.path}: strength", image.strength, 0.01, 1)
     media.load_image(image.path)
     return replace(image, frame=frame)
 
 
-def fit_clip(r: Request) -> tuple[Request, Optional[media.Media], int, list[str]]:
+def fit_clip(
+    r: Request, multiple: int
+) -> tuple[Request, Optional[media.Media], int, list[str]]:
     """The request with size, length and rate, the clip, how much of it is read, and what
     was done to it. A clip's own size and rate are kept as far as the model can."""
     if r.video is None:
@@ -449,8 +470,9 @@ def fit_clip(r: Request) -> tuple[Request, Optional[media.Media], int, list[str]
     check_range("fps", fps, 1, 120)
     same = media.frame_rate(fps) == clip.fps
     there = clip.num_frames if same else math.floor(clip.duration * fps + 0.01)
-    frames = (max(there, 1) - 1) // TIME_SCALE * TIME_SCALE + 1
-    legal = lambda side: max(side // SPACE_SCALE * SPACE_SCALE, 2 * SPACE_SCALE)
+    frames = (min(max(there, 1), MAX_FRAMES) - 1) // TIME_SCALE * TIME_SCALE + 1
+    fewest = -(-2 * SPACE_SCALE // multiple) * multiple
+    legal = lambda side: max(min(side, MAX_SIDE) // multiple * multiple, fewest)
     height = legal(clip.height) if r.height is None else r.height
     width = legal(clip.width) if r.width is None else r.width
     if (height, width) != (clip.height, clip.width):
@@ -466,6 +488,10 @@ def fit_clip(r: Request) -> tuple[Request, Optional[media.Media], int, list[str]
     if r.extend is not None:
         check_range("extend", abs(r.extend), 1 / fps, MAX_FRAMES / fps)
         total = frames + max(round(abs(r.extend) * fps / TIME_SCALE), 1) * TIME_SCALE
+    if r.retake is not None and total > frames:
+        raise UserError(
+            f"num_frames is {total}, but a retake of this clip has {frames} at most"
+        )
     frames = min(frames, total)
     if frames != there:
         notes.append(f"{r.video}: {frames} of {there} frames are read (8k+1)")
@@ -581,6 +607,10 @@ def check_combinations(
         "distilled_lora was given, but only the two stages of a dev model use it",
     )
     refuse(
+        needs_lora and (r.distilled_lora.stage or not r.distilled_lora.strength),
+        "distilled_lora has its own stages, and no effect at strength 0: drop them",
+    )
+    refuse(
         r.temporal_upsample and "temporal_upsampler" not in source.components,
         "temporal_upsample needs a temporal latent upsampler and this model has none: "
         "give its file with upsampler",
@@ -632,9 +662,8 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise UserError(f"{name} is {value}, allowed are {low:g} to {high:g}")
 
 
-def check_size(name: str, value: int, scale: Union[int, Fraction], source: Any) -> None:
+def check_size(name: str, value: int, multiple: int, source: Any) -> None:
     """A side must be whole latents in every stage; reflected borders need two."""
-    multiple = SPACE_SCALE * Fraction(scale).numerator
     reflect = (
         source.config.get("vae", {}).get("spatial_padding_mode", "reflect") == "reflect"
     )
@@ -642,7 +671,7 @@ def check_size(name: str, value: int, scale: Union[int, Fraction], source: Any) 
     high = MAX_SIDE // multiple * multiple
     if not isinstance(value, int) or value % multiple or not low <= value <= high:
         nearest = min(max(round(value / multiple) * multiple, low), high)
-        two = ", since two stages are made" if multiple > SPACE_SCALE else ""
+        two = ", in all stages and references" if multiple > SPACE_SCALE else ""
         raise UserError(
             f"{name} is {value}, but it must be a multiple of {multiple} "
             f"from {low} to {high}{two}: try {nearest}"

@@ -241,7 +241,10 @@ def open_model(
     else:
         beside = [f for f in files[1:] if f.role == "upsampler"]
         source = official_source([f for f in files if f not in beside])
-    for f in [f for other in upsamplers for f in hub.find(other)] or beside:
+    given = [f for other in upsamplers for f in hub.find(other)]
+    if given:  # instead of a converted folder's own, too
+        source.parts = {k: v for k, v in source.parts.items() if "upsampler" not in k}
+    for f in given or beside:
         add_upsampler(source, f)
     if kind is not None:
         source.kind, source.kind_assumed = kind, False
