@@ -340,7 +340,7 @@ class Pipeline:
             return job
         head = self.source.load("duration_head", mx.float32)
         seconds = head(*contexts[r.prompt]).item()
-        frames = whole_frames(seconds, r.fps, *r.auto_duration)
+        frames = min(whole_frames(seconds, r.fps, *r.auto_duration), r.num_frames)
         warnings.warn(
             f"{frames} frames, {frames / r.fps:.1f} s: the prompt asks for "
             f"{seconds:.1f} s (--num-frames or --auto-duration set it)"

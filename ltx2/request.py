@@ -351,18 +351,23 @@ def video_decoder(r: Request, source: Any) -> str:
 def fit_duration(r: Request, source: Any) -> Request:
     """The request with the most frames that its prompt may come to, if that is what
     tells how long it is to be: by default where the model can."""
-    given = r.video or r.audio or r.num_frames is not None
-    if r.auto_duration is not None:
-        if given:
-            raise UserError("auto_duration and a length, clip or sound: drop one")
-        source.require("duration_head")
-        low, high = r.auto_duration
-        check_range("auto_duration", low, 0, high)
-        check_range("auto_duration", high, low, MAX_FRAMES / (r.fps or FPS))
-    elif given or "duration_head" not in source.components:
-        return r
+    given = r.video or r.audio
+    if r.auto_duration is None:
+        if (
+            given
+            or r.num_frames is not None
+            or "duration_head" not in source.components
+        ):
+            return r
+    elif given:
+        raise UserError("auto_duration was given, but the clip or sound tells: drop it")
+    source.require("duration_head")
+    fps = FPS if r.fps is None else r.fps
     low, high = r.auto_duration or AUTO_DURATION
-    frames = whole_frames(high, r.fps or FPS, low, high)
+    check_range("auto_duration", low, 0, MAX_FRAMES / fps)
+    check_range("auto_duration", high, low, MAX_FRAMES / fps)
+    most = whole_frames(high, fps, low, high)
+    frames = most if r.num_frames is None else min(r.num_frames, most)
     return replace(r, auto_duration=(low, high), num_frames=frames)
 
 

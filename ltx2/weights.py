@@ -266,33 +266,26 @@ def official_source(files: list[File]) -> Source:
     described = {f: sections(f) for f in files if f.role}
     convolves = any("decoder_blocks" in d.get("vae", {}) for d in described.values())
     for f, own in described.items():
-        diffuses = "diffusion_decoder" in own
-        if diffuses and convolves:  # both files have the same encoder
-            del own["vae"]
+        if "diffusion_decoder" in own and convolves:
+            del own["vae"]  # both files have the same encoder
         # Of what several files say, the checkpoint's word counts.
         config = own | config if f.role == "part" else config | own
         if "model_version" in f.metadata:
             versions[f.name] = f.metadata["model_version"]
         for key in f.keys:
-            part, inner = place(f, key)
-            if diffuses and not inner.startswith("encoder."):
-                own_part = parts.setdefault("diffusion_decoder", {})
-                own_part[inner.removeprefix("decoder.")] = (f, key)
-            if diffuses and (convolves or inner.startswith("decoder.")):
-                continue
-            other, _ = parts.setdefault(part, {}).setdefault(inner, (f, key))
-            if other is not f:
-                raise UserError(f"{other.name} and {f.name} both hold the {part}")
+            for part, inner in place(f, key, own):
+                other, _ = parts.setdefault(part, {}).setdefault(inner, (f, key))
+                if other is not f:
+                    raise UserError(f"{other.name} and {f.name} both hold the {part}")
     if "duration_head" in parts:
         config.setdefault("duration_head", {})
     if "transformer" not in parts:
         raise UserError(f"{files[0].name} is not a model, only {', '.join(parts)}")
     checkpoint = next(iter(parts["transformer"].values()))[0]
-    name = checkpoint.name
-    version = check_versions(versions, name, config.get("transformer", {}))
+    version = check_versions(versions, checkpoint.name, config.get("transformer", {}))
     if "gemma" in parts:
         check_gemma(config["gemma"], next(iter(parts["gemma"].values()))[0], checkpoint)
-    kind = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", name.lower())
+    kind = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", checkpoint.name.lower())
     source = Source(files, version, kind[0] if kind else "dev", not kind, config, parts)
     if source.version >= GEMMA_4:
         source.text_encoder = "gemma"
@@ -312,11 +305,19 @@ def sections(f: File) -> dict[str, Any]:
     return config
 
 
-def place(f: File, key: str) -> tuple[str, str]:
-    """Component and inner name of an official tensor."""
+def place(f: File, key: str, own: dict[str, Any]) -> list[tuple[str, str]]:
+    """Component and inner name of an official tensor of a file with the sections `own`.
+    A diffusion VAE's are the decoder's, the encoder's, or both's."""
     for component, stripped, start in PREFIXES:
-        if key.startswith(stripped + start):
-            return component, key[len(stripped) :]
+        if not key.startswith(stripped + start):
+            continue
+        inner = key[len(stripped) :]
+        if component != "vae" or "diffusion_decoder" not in own:
+            return [(component, inner)]
+        side = inner.split(".")[0]
+        decodes = [("diffusion_decoder", inner.removeprefix("decoder."))]
+        encodes = [("vae", inner)] if "vae" in own else []
+        return decodes * (side != "encoder") + encodes * (side != "decoder")
     raise UserError(f"{f.name}: {key} belongs to no known part of LTX-2")
 
 

@@ -20,11 +20,12 @@ class FakeHub:
     def model_info(self, repo, files_metadata):
         siblings = [
             SimpleNamespace(
-                rfilename=p.name,
+                rfilename=p.relative_to(self.repo).as_posix(),
                 size=p.stat().st_size,
                 lfs=SimpleNamespace(sha256="ab" * 32) if p.suffix != ".json" else None,
             )
-            for p in sorted(self.repo.iterdir())
+            for p in sorted(self.repo.rglob("*"))
+            if p.is_file()
         ]
         nested = SimpleNamespace(rfilename="vae/model.safetensors", size=9, lfs=None)
         return SimpleNamespace(siblings=[*siblings, nested], sha="c0ffee")
@@ -39,6 +40,7 @@ class FakeHub:
 
     def download(self, repo, name):
         self.fetched.append(name)
+        (self.cache / name).parent.mkdir(exist_ok=True)
         return shutil.copy(self.repo / name, self.cache / name)
 
     def create_repo(self, repo_id, exist_ok):

@@ -84,6 +84,23 @@ def test_one_of_two_transformers_is_named_by_its_path(pack):
     assert source.kind == "distilled" and "gemma" in source.components
 
 
+def test_a_repository_is_fetched_but_for_what_a_run_does_not_read(fake_hub, pack):
+    shutil.rmtree(fake_hub.repo)
+    (pack / "loras").mkdir()
+    shutil.copy(pack / HEAD, pack / "loras" / "ltx-2.5-lora.safetensors")
+    shutil.copytree(pack, fake_hub.repo)
+    source = weights.open_model("Lightricks/LTX-2.5")
+    assert set(fake_hub.fetched) == {
+        TRANSFORMER,
+        ENCODER,
+        VIDEO,
+        DIFFUSION,
+        AUDIO,
+        HEAD,
+    }
+    source.load("gemma")
+
+
 def test_folders_of_other_tools_are_left_alone(checkpoint, tmp_path):
     shutil.copy(checkpoint("ltx-2"), tmp_path / "ltx-2.safetensors")
     (tmp_path / "vae").mkdir()
@@ -248,8 +265,10 @@ def test_the_prompt_tells_the_length(pipe, golden, recwarn):
         str(w.message) for w in recwarn if "the prompt asks for" in str(w.message)
     ]
     assert note.startswith(f"{result.request.num_frames} frames, ")
-    with pytest.raises(UserError, match="drop one"):
-        pipe.plan(Request(prompt, num_frames=9, auto_duration=(1, 2)))
+    assert pipe.plan(job.request) == job
+    with pytest.raises(UserError, match="the clip or sound tells"):
+        clip = Request(prompt, video="a.mp4", retake=(0, 1), auto_duration=(1, 2))
+        pipe.plan(clip)
 
 
 def test_keyframe_slots_need_the_embedding(checkpoint):
