@@ -27,8 +27,7 @@ class FakeHub:
             for p in sorted(self.repo.rglob("*"))
             if p.is_file()
         ]
-        nested = SimpleNamespace(rfilename="vae/model.safetensors", size=9, lfs=None)
-        return SimpleNamespace(siblings=[*siblings, nested], sha="c0ffee")
+        return SimpleNamespace(siblings=siblings, sha="c0ffee")
 
     def parse_safetensors_file_metadata(self, repo, name):
         header = hub.read_header(self.repo / name)
@@ -64,6 +63,8 @@ def fake_hub(checkpoint, tmp_path, monkeypatch):
     up = repo / "ltx-2-temporal-upscaler-x2-1.0.safetensors"
     shutil.copy(checkpoint("temporal-x2"), up)
     (repo / "LICENSE").write_text("the licence")
+    (repo / "vae").mkdir()
+    (repo / "vae" / "model.safetensors").write_text("for another tool")
     fake = FakeHub(repo, tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.download)
