@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Iterator, NamedTuple, Optional
 
 import mlx.core as mx
 
-from .base import UserError, run
+from .base import Parser, UserError, run
 
 if TYPE_CHECKING:  # imported where they are used, so that --help answers at once
     from .pipeline import Pipeline
@@ -291,8 +291,8 @@ def oddities(seen: dict[str, float], least: float, plain: bool) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("python -m ltx2.checks", description=__doc__)
-    model = argparse.ArgumentParser(add_help=False)
+    p = Parser(prog="python -m ltx2.checks", description=__doc__)
+    model = Parser(add_help=False)
     model.add_argument("model", help="what generate.py takes as --model")
     checks = p.add_subparsers(dest="check", required=True)
 

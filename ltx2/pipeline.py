@@ -121,9 +121,16 @@ class Pipeline:
                 model = self._with_loras()
                 model.transformer_blocks = StreamedBlocks(self._with_loras)
             else:
-                model = self.source.load(name, self.dtype)
+                model = self.source.load(
+                    name, self._text_dtype if name == "connectors" else self.dtype
+                )
             self._loaded[name] = model
         return self._loaded[name]
+
+    @property
+    def _text_dtype(self) -> mx.Dtype:
+        """Gemma's states do not fit into float16."""
+        return mx.bfloat16 if self.dtype == mx.float16 else self.dtype
 
     def _with_loras(self) -> DiT:
         """The transformer with the stage's LoRAs, of which nothing is read yet."""
@@ -201,12 +208,20 @@ class Pipeline:
     ) -> dict[str, Contexts]:
         """Contexts (video, audio), each (1, 1024, D), by prompt; frees all it loaded."""
         if self.source.version >= weights.GEMMA_4:
-            gemma = self.source.load("gemma", self.dtype, lazy=True)
+            gemma = self.source.load("gemma", self._text_dtype, lazy=True)
             encoder = PackedTextEncoder(gemma, frugal=True)
             del gemma
         else:
             folder = weights.fetch_text_encoder(self.text_encoder)
-            encoder = TextEncoder(folder, self.dtype, frugal=True)  # it is used once
+            encoder = TextEncoder(
+                folder, self._text_dtype, frugal=True
+            )  # it is used once
+            reads = self.source.load("connectors", lazy=True).config
+            if encoder.width != reads.caption_channels * reads.encoder_states:
+                raise UserError(
+                    f"text encoder {self.text_encoder} has another size than this model "
+                    "was trained with: LTX-2 reads Gemma 3 12B"
+                )
         states = encoder(prompts, trace)
         mx.eval(states)
         del encoder
@@ -308,7 +323,11 @@ class Pipeline:
             if inputs.wanted(job):
                 yield Event("inputs", job=n)
             with meter.phase("inputs"):
-                of_stages = [inputs.encode(job, s, self.component) for s in job.stages]
+                behind = 0 if resume is None else resume.stage
+                of_stages = [
+                    inputs.encode(job, stage, self.component) if i >= behind else {}
+                    for i, stage in enumerate(job.stages)
+                ]
                 mx.eval([start.arrays for s in of_stages for start in s.values()])
             starts.append(of_stages)
         self.free("vae", "audio_vae")

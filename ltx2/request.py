@@ -377,7 +377,9 @@ def reference_scale(r: Request) -> tuple[int, int]:
     for lora in r.loras:
         metadata = Lora.read(lora.path).metadata if lora.stage in (None, 1) else {}
         for i, axis in enumerate(("downscale", "temporal_scale")):
-            said = metadata.get(f"reference_{axis}_factor", "1")
+            said = metadata.get(f"reference_{axis}_factor")
+            if said is None:
+                continue
             if not re.fullmatch("[1-9]", said) or factors[i] not in (1, int(said)):
                 raise UserError(
                     f"LoRA {lora.path}: a reference_{axis}_factor of {said!r} is "

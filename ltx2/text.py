@@ -72,6 +72,11 @@ class TextEncoder:
                     "its config.json lacks rope_scaling"
                 )
 
+    @property
+    def width(self) -> int:
+        """How long all states of a token are together."""
+        return self.model.args.hidden_size * (len(self.model.layers) + 1)
+
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids with BOS in front and no EOS, at most 1024."""
         ids = self.tokenizer.encode(prompt.strip()).ids

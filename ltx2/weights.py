@@ -25,6 +25,7 @@ from . import (
 )
 from .base import UserError
 from .hub import File
+from .layers import quantize
 
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 GENERATIONS = {(2, 0): "2.0", (2, 3): "2.3", (2, 5): "2.5"}  # since model_version
@@ -185,7 +186,7 @@ class Source:
         if any(key.endswith(".scales") for key in weights):
             how, picked = self.quantization, lambda path, _: f"{path}.scales" in weights
             try:
-                nn.quantize(module, **how, class_predicate=picked)
+                quantize(module, **how, class_predicate=picked)
             except (TypeError, ValueError):
                 raise UserError(f"{file} cannot be quantised as {how}") from None
         wanted = {key: p.shape for key, p in tree_flatten(module.parameters())}
@@ -280,7 +281,8 @@ def official_source(files: list[File]) -> Source:
     if "duration_head" in parts:
         config.setdefault("duration_head", {})
     if "transformer" not in parts:
-        raise UserError(f"{files[0].name} is not a model, only {', '.join(parts)}")
+        found = ", ".join(parts) or "none of its parts"
+        raise UserError(f"{files[0].name} is not a model, it holds {found}")
     checkpoint = next(iter(parts["transformer"].values()))[0]
     version = check_versions(versions, checkpoint.name, config.get("transformer", {}))
     if "gemma" in parts:
@@ -418,6 +420,8 @@ def shard_names(name: str, count: int) -> list[str]:
 def text_encoder_files(name: str) -> list[File]:
     """What is read of a text encoder's folder or repository."""
     folder = Path(name).expanduser()
+    if not folder.is_dir() and "/" not in name:
+        raise UserError(f"text encoder {name}: no such folder")
     there = hub.folder_files(folder) if folder.is_dir() else hub.repository_files(name)
     kinds = (".safetensors", ".json", ".model")
     return [f for f in there if f.name.endswith(kinds)]

@@ -1,5 +1,6 @@
 """What runs promise beyond the reference: repeatable, resumable, described, exact in time."""
 
+import dataclasses
 import json
 import sys
 
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 
 import generate
-from ltx2 import media, pipeline
+from ltx2 import inputs, media, pipeline
 from ltx2.base import OutputError, UserError
-from ltx2.request import Image, Request
+from ltx2.request import Image, LoraFile, Request
 from ltx2.snapshot import Snapshot
 from ltx2.text import enhance
 
@@ -110,8 +111,57 @@ def test_latents_of_another_model_are_refused(pipe, contexts, checkpoint):
     request = Request("a cat", **SIZE)
     event = next(e for e in pipe.stream(request, contexts=contexts) if e.snapshot)
     other = pipeline.load(checkpoint("ltx-2.3"), str(checkpoint("gemma3")), "distilled")
-    with pytest.raises(UserError, match="of another model"):
-        next(other.stream(request, resume=event.snapshot))
+    with pytest.raises(UserError, match="of another model or other settings"):
+        next(other.stream(contexts=contexts, resume=event.snapshot))
+    with pytest.raises(UserError, match="of another model or other settings"):
+        next(pipe.stream(Request("a cat"), contexts=contexts, resume=event.snapshot))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "euler_ancestral"},
+        {"sampler": "res_2s"},
+        {"video_guidance": {"skip_step": 2}, "steps": 6},
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_every_sampler_goes_on_where_it_was(pipe, contexts, checkpoint, options):
+    if "steps" in options:
+        model, encoder = checkpoint("ltx-2-notc"), str(checkpoint("gemma3"))
+        pipe = pipeline.load(model, encoder, "dev", "float32")
+        contexts = {p: contexts["a cat"] for p in ("a cat", "bad")}
+        options = {**options, "negative_prompt": "bad"}
+    request = Request("a cat", no_audio=True, **options, **SIZE)
+    events = list(pipe.stream(request, contexts=contexts))
+    snapshots = [e.snapshot for e in events if getattr(e, "snapshot", None)]
+    for snapshot in snapshots[4], snapshots[-2], snapshots[-1]:
+        *_, resumed = pipe.stream(contexts=contexts, resume=snapshot)
+        assert mx.array_equal(resumed.video_latents, events[-1].video_latents)
+
+
+def test_what_looks_back_is_not_resumed_in_the_middle(pipe, contexts):
+    request = Request("a cat", sampler="gradient_estimation", **SIZE)
+    event = next(e for e in pipe.stream(request, contexts=contexts) if e.snapshot)
+    with pytest.raises(UserError, match="only be resumed between stages"):
+        next(pipe.stream(contexts=contexts, resume=event.snapshot))
+
+
+def test_a_second_stage_goes_on_with_the_first_ones_sound(checkpoint, contexts):
+    files = (checkpoint("gemma3"), checkpoint("spatial-x2-rational"))
+    encoder, upsampler = map(str, files)
+    model = checkpoint("ltx-2-notc")
+    pipe = pipeline.load(model, encoder, "dev", "float32", [upsampler])
+    lora = LoraFile(str(checkpoint("ltx-2-distilled-lora")))
+    texts = {p: contexts["a cat"] for p in ("a cat", "bad")}
+    request = Request(
+        "a cat", "bad", 128, 128, 9, stages="two", steps=2, distilled_lora=lora
+    )
+    *events, whole = pipe.stream(request, contexts=texts)
+    snapshot = next(e.snapshot for e in events if e.phase == "stage2" and e.step == 1)
+    *_, resumed = pipe.stream(contexts=texts, resume=snapshot)
+    assert mx.array_equal(resumed.video_latents, whole.video_latents)
+    assert mx.array_equal(resumed.audio_latents, whole.audio_latents)
 
 
 # Time
@@ -177,6 +227,34 @@ def test_a_rounded_rate_is_the_clips_own(pipe, tmp_path):
         video = str(tmp_path / "film.mp4")
         job = pipe.plan(Request("a", video=video, retake=(0, 1), fps=fps))
         assert (job.clip_frames, job.notes) == (9, ())
+
+
+def test_images_keep_their_time_when_the_rate_doubles(checkpoint, tmp_path):
+    upsampler, encoder = str(checkpoint("temporal-x2")), str(checkpoint("gemma3"))
+    model = checkpoint("ltx-2-notc")
+    pipe = pipeline.load(model, encoder, "distilled", "float32", [upsampler])
+    media.save_png(tmp_path / "i.png", np.zeros((64, 96, 3), np.uint8))
+    images = (Image(str(tmp_path / "i.png"), -1),)
+    job = pipe.plan(Request("a", images=images, temporal_upsample=True, **SIZE))
+    first, second = (inputs.encode(job, s, pipe.component) for s in job.stages)
+    assert [s["video"].items[0].frame for s in (first, second)] == [16, 32]
+    assert (job.stages[1].num_frames, job.stages[1].fps) == (33, 48)
+
+
+def test_a_clip_fits_all_stages(checkpoint, tmp_path):
+    upsampler, encoder = str(checkpoint("spatial-x2-rational")), str(
+        checkpoint("gemma3")
+    )
+    pipe = pipeline.load(checkpoint("ltx-2"), encoder, "distilled", None, [upsampler])
+    with media.VideoWriter(tmp_path / "clip.mp4", 24) as video:
+        video.write(np.zeros((9, 200, 300, 3), np.uint8))
+    lora = LoraFile(str(checkpoint("ltx-2-lora2")))  # reads its reference half as big
+    request = Request("a", video=str(tmp_path / "clip.mp4"), loras=(lora,))
+    job = pipe.plan(request)
+    assert [(s.width, s.height) for s in job.stages] == [(128, 64), (256, 128)]
+    style = LoraFile(str(checkpoint("ltx-2-lora")), 0.5, 2)
+    job = pipe.plan(dataclasses.replace(request, loras=(lora, style)))
+    assert [s.loras for s in job.stages] == [(lora,), (style,)]
 
 
 # Inputs
