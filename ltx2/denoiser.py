@@ -27,14 +27,8 @@ def guidance_passes(
         pick = zip(streams, contexts, negative)
         passes["uncond"] = Pass(*(n if k in guidance else c for k, c, n in pick))
     if any(g.stg_scale != 0 for g in both):
-        cuts = (
-            (
-                (EVERYWHERE if g.stg_blocks is None else frozenset(g.stg_blocks))
-                if g.stg_scale != 0
-                else NOWHERE
-            )
-            for g in both
-        )
+        cut = lambda g: EVERYWHERE if g.stg_blocks is None else g.stg_blocks
+        cuts = (cut(g) if g.stg_scale != 0 else NOWHERE for g in both)
         passes["perturbed"] = Pass(*contexts, *cuts)
     if any(g.modality_scale != 1 for g in both):
         passes["isolated"] = Pass(*contexts, cut_a2v=EVERYWHERE, cut_v2a=EVERYWHERE)

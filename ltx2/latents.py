@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Iterable, Optional, Protocol
+from typing import Callable, Iterable, Optional
 
 import mlx.core as mx
 import numpy as np
@@ -119,7 +119,7 @@ class LatentState:
 
     def blend(self, x: mx.array) -> mx.array:
         """Pull `x` to the clean tokens where the mask says so; 0 and 1 are exact."""
-        if self.mask.all() and (self.mask == 1).all():
+        if (self.mask == 1).all():
             return x
         m = self.mask_tokens
         return x * m + self.clean * (1 - m)
@@ -171,10 +171,8 @@ class LatentState:
         )
 
 
-class Conditioning(Protocol):
-    """Something the user asks for, as a change of one stream's state."""
-
-    def __call__(self, state: LatentState) -> LatentState: ...
+# Something the user asks for, as a change of one stream's state.
+Conditioning = Callable[[LatentState], LatentState]
 
 
 def condition(state: LatentState, items: Iterable[Conditioning]) -> LatentState:

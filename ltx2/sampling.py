@@ -26,18 +26,8 @@ Sampler = Callable[
 
 # Schedules. The constants are the reference's, as the distilled models were trained.
 
-DISTILLED_SIGMAS = (
-    1.0,
-    0.99375,
-    0.9875,
-    0.98125,
-    0.975,
-    0.909375,
-    0.725,
-    0.421875,
-    0.0,
-)
 REFINE_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
+DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, *REFINE_SIGMAS)
 
 
 def shifted_sigmas(steps: int, tokens: int = 4096) -> tuple[float, ...]:
