@@ -1,6 +1,5 @@
 """The command line: what it refuses, and that a refusal is one line and costs nothing."""
 
-import shutil
 import sys
 
 import numpy as np
