@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
         help="latent upsampler instead of those beside the model; repeatable",
     )
     add("--low-memory", action="store_true", default=None, help="whatever there is")
-    add("--dtype", choices=["bfloat16", "float32"], help="bfloat16")
+    add("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16")
 
     add = group("sampling")
     add("--seed", type=int, help="10")

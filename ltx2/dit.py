@@ -150,17 +150,18 @@ class Pass:
         )
 
 
-# What the blocks see
+# What the blocks see. States are sums over all blocks, too large for float16: they are
+# float32 in a float16 run, all else is not.
 
 
 @mx.compile
 def modulate(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    return rms_norm(x) * (1 + scale) + shift
+    return (rms_norm(x) * (1 + scale) + shift).astype(shift.dtype)
 
 
 @mx.compile
 def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
-    return x + y * gate
+    return x + y.astype(x.dtype) * gate
 
 
 @dataclass
@@ -236,7 +237,7 @@ class Block(nn.Module):
         )
         x = gated_add(x, y, gate)
         if len(table) == 6:  # 2.0: neither modulated nor gated
-            return x + self[prefix + "attn2"](rms_norm(x), text)
+            return x + self[prefix + "attn2"](rms_norm(x).astype(gate.dtype), text)
         shift, scale, gate = s.rows(table, s.modulation, slice(6, 9))
         y = self[prefix + "attn2"](modulate(x, scale, shift), text)
         return gated_add(x, y, gate)
@@ -367,17 +368,18 @@ class DiT(nn.Module):
         """The embedded tokens (B, T, D) and the stream that the blocks see."""
         c, scale = self.config, self.config.timestep_scale_multiplier
         x = self[prefix + "patchify_proj"](tokens.latent.astype(self.dtype))
+        x = x.astype(mx.float32) if self.dtype == mx.float16 else x
         if not prefix and c.use_keyframes_abs_pos_embedding:
             marked = (tokens.keyframes > 0).astype(x.dtype)[:, None]
             x = x + marked * self.keyframes_abs_pos_embedding
         modulation, embedded = self[prefix + "adaln_single"](tokens.timesteps * scale)
         mask = None
         if tokens.mask is not None:  # weights in [0, 1] become additive logits
-            low = mx.finfo(x.dtype).min
+            low = mx.finfo(self.dtype).min
             mask = mx.where(
                 tokens.mask > 0, mx.log(mx.maximum(tokens.mask, 1e-38)), low
             )
-            mask = mask.astype(x.dtype)[None, None]
+            mask = mask.astype(self.dtype)[None, None]
         stream = Stream(
             modulation,
             embedded,
@@ -406,7 +408,8 @@ class DiT(nn.Module):
         x = mx.fast.layer_norm(x, None, None, self.config.norm_eps)
         both = mx.stack([s.embedded, s.embedded], axis=1)
         shift, scale = s.rows(self[prefix + "scale_shift_table"], both, slice(0, 2))
-        return self[prefix + "proj_out"](x * (1 + scale) + shift)
+        x = (x * (1 + scale) + shift).astype(self.dtype)
+        return self[prefix + "proj_out"](x)
 
     def _project_text(self, passes: list[Pass]) -> list[Pass]:
         """The passes with contexts in the activations' dtype and, in 2.0, projected."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Iterator, Optional, Sequence
 
 import mlx.core as mx
@@ -48,6 +49,39 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     """Rotate the two halves of each head of `x` (B, heads, T, head_dim)."""
     a, b = mx.split(x, 2, axis=-1)
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+# Rows from which on it is faster to dequantise a layer and multiply: a quantised matmul
+# is slow on MLX's CPU backend (measured) and, at many rows, on M1 and M2 (g13, g14).
+DEQUANTIZE_FROM = {"cpu": 6, "applegpu_g13": 512, "applegpu_g14": 512}
+
+
+@cache
+def dequantize_from() -> float:
+    """The rows of DEQUANTIZE_FROM for this machine; infinity on all others."""
+    cpu = mx.default_device().type == mx.cpu
+    chip = "cpu" if cpu else mx.device_info().get("architecture", "")
+    return next((n for k, n in DEQUANTIZE_FROM.items() if chip.startswith(k)), math.inf)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """Multiplies by the quantised weight or dequantises it first, by what is faster."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.size // x.shape[-1] < dequantize_from():
+            return super().__call__(x)
+        parts = self.weight, self.scales, self.get("biases")
+        how = self.group_size, self.bits, self.mode
+        y = x @ mx.dequantize(*parts, *how, dtype=x.dtype).T
+        return y + self.bias if "bias" in self else y
+
+
+def quantize(model: nn.Module, **options) -> None:
+    """`nn.quantize` with layers that multiply as it suits the machine."""
+    nn.quantize(model, **options)
+    for layer in model.modules():
+        if type(layer) is nn.QuantizedLinear:
+            layer.__class__ = QuantizedLinear
 
 
 def one_ahead(modules: list[nn.Module]) -> Iterator[nn.Module]:
