@@ -82,7 +82,28 @@ def check_combinations(
         not r.retake_streams or set(r.retake_streams) - {"video", "audio"},
         f"retake_streams is {r.retake_streams}: choose of video, audio",
     )
-    refuse(r.keyframes and not r.images, "keyframes was given, but there are no images")
+    refuse(
+        (r.keyframes or r.image_crf is not None) and not r.images,
+        "keyframes or image_crf was given, but there are no images",
+    )
+    refuse(
+        r.retake is None and r.retake_streams != ("video", "audio"),
+        "retake_streams was given, but there is no retake",
+    )
+    refuse(
+        r.extend is not None and r.num_frames is not None,
+        "num_frames was given, but an extension is as long as the clip and extend say",
+    )
+    refuse(
+        (r.reference_strength, r.reference_attention) != (1, 1)
+        and (r.changes_clip or not r.video),
+        "reference_strength or reference_attention was given, but there is no reference",
+    )
+    refuse(
+        (r.no_audio or r.audio_only)
+        and any("modality_scale" in g for g in guided if isinstance(g, Mapping)),
+        "modality_scale was given, but one stream alone has nothing to agree with",
+    )
     c = source.config["transformer"]
     refuse(
         r.generated_keyframes and not c.get("use_keyframes_abs_pos_embedding"),

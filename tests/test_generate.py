@@ -41,7 +41,8 @@ def cli(checkpoint, files, monkeypatch, capsys, tmp_path):
             monkeypatch.setattr(text.TextEncoder, "__call__", read)
         argv = ["generate.py", "--model", str(checkpoint(model)), "--kind", kind]
         argv += ["--text-encoder", str(checkpoint("gemma3")), "--prompt", "a dog"]
-        argv += ["--height", "64", "--width", "96", "--num-frames", "17", *flags]
+        length = [] if "--extend" in flags else ["--num-frames", "17"]
+        argv += ["--height", "64", "--width", "96", *length, *flags]
         monkeypatch.setattr(sys, "argv", [a.replace("FILES", str(files)) for a in argv])
         with pytest.raises(SystemExit) as stop:
             generate.run(generate.main)
@@ -86,8 +87,12 @@ REFUSED = {
     "--image FILES/image.png@17": "the video has frames 0 to 16",
     "--image FILES/image.png@9.5s": "for frame 9.5s, but the video has frames 0 to 16",
     "--image FILES/image.png:7": "strength is 7",
-    "--image-crf 99": "image_crf is 99",
-    "--keyframes": "keyframes was given, but there are no images",
+    "--image FILES/image.png --image-crf 99": "image_crf is 99",
+    "--keyframes": "keyframes or image_crf was given, but there are no images",
+    "--retake-streams audio": "retake_streams was given, but there is no retake",
+    "--reference-strength 0.5": "given, but there is no reference",
+    "--preview-every 0": "--preview-every is 0: give 1 or more",
+    "--num-frames 1 --fps 60": "too short for a sound",
     "--audio nowhere.wav": "nowhere.wav: cannot be opened",
     "--audio FILES/noise.bin": "noise.bin",
     "--audio FILES/tone.wav@500": "no sound at 500",
@@ -101,6 +106,8 @@ REFUSED = {
     "--video FILES/clip.mp4 --retake soon": "'soon' is not FROM-TO",
     "--video FILES/clip.mp4 --extend 0.5 --retake 0-1": "both given",
     "--retake 0-1": "retake and extend change a clip: give it with video",
+    "--video FILES/clip.mp4 --extend 1 --num-frames 9": "num_frames was given, but an extension",
+    "--video FILES/clip.mp4 --retake 0-1 --output FILES/clip.mp4": "is read for this run",
     "--video FILES/clip.mp4 --extend 1e9": "extend is 1000000000.0",
     "--lora nowhere.safetensors": "nowhere.safetensors: no such file",
     "--lora FILES/noise.bin": "is not a safetensors file",
@@ -145,6 +152,7 @@ GUIDED = {
     "--steps 0": "steps is 0",
     "--steps 5 --sigmas 1,0": "steps and sigmas were both given",
     "--no-audio --audio-cfg-scale 2": "audio guidance was given together with no_audio",
+    "--no-audio --modality-scale 2": "one stream alone has nothing to agree with",
     "--negative-prompt x --cfg-scale 1 --audio-cfg-scale 1": "set a CFG scale",
 }
 
