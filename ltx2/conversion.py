@@ -246,7 +246,11 @@ def model_card(config: dict[str, Any], generation: str, name: str) -> str:
         license_link=link,
         tags=["ltx-2", "text-to-audio-video"],
     )
-    quantized = "The transformer's blocks are quantised: {bits} bits ({mode}) in groups of {group_size}."
+    gemma = " and the text encoder's" if generation == "2.5" else ""
+    quantized = (
+        f"The transformer's{gemma} blocks are "
+        "quantised: {bits} bits ({mode}) in groups of {group_size}."
+    )
     return f"""---
 {data.to_yaml()}
 ---

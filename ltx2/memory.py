@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from .base import UserError
 from .denoiser import guidance_passes
+from .diffusion_decoder import tile
 from .dit import DiTConfig
 from .hub import DTYPES, File
 from .inputs import wanted
@@ -182,8 +183,11 @@ class Predictor:
             needs["audio"] = Need(sound, contexts + self.sound(job.audio_tokens))
         if "video" in job.streams:
             frame = FLOAT * 3 * job.stages[-1].height * job.stages[-1].width
-            buffers = self.convolutions(job.stages[-1], UP) + 4 * frame
-            needs["video"] = Need(sound + self.size["vae"], contexts + buffers)
+            convolves = job.video_decoder == "vae"
+            decode = self.convolutions if convolves else self.neighbours
+            buffers = decode(job.stages[-1], UP) + 4 * frame
+            weights = sound + self.size[job.video_decoder]
+            needs["video"] = Need(weights, contexts + buffers)
         return needs
 
     def per_token(self, video: int, audio: int) -> int:
@@ -192,6 +196,18 @@ class Predictor:
 
     def scores(self, heads: int, queries: int, keys: int) -> int:
         return 0 if self.gpu else heads * queries * keys * self.item
+
+    def neighbours(self, stage: Stage, _) -> float:
+        """What the diffusion decoder's last blocks hold: the frames their windows span,
+        as inputs, contexts and on the way, and the scores of a row of tiles."""
+        c = self.config["diffusion_decoder"]
+        tiles = [tile(kernel) for kernel in c["stage5_kernel"]]
+        spans = [a + b - 1 for a, b in zip(tiles, c["stage5_kernel"])]
+        channels, places = c["stage_channels"][-1], stage.height * stage.width // 16
+        row = stage.width // 4 * math.prod(tiles[:2])
+        scores = 2 * self.scores(channels // c["head_dim"], row, math.prod(spans))
+        copies = 2 * c["stage_depths"][-1] + 14
+        return copies * spans[0] * places * channels * self.item + scores
 
     def contexts(self, job: Job) -> int:
         """Of the prompt and, if it is read, the negative prompt."""

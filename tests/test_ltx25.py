@@ -296,4 +296,7 @@ def test_the_diffusion_decoder_makes_the_frames(pipe, golden):
     assert by["conv"].frames.shape == by["diffusion"].frames.shape == (9, 64, 64, 3)
     assert mx.array_equal(by["conv"].video_latents, by["diffusion"].video_latents)
     assert not np.array_equal(by["conv"].frames, by["diffusion"].frames)
+    job = pipe.plan(Request(prompt, video_decoder="diffusion", **options))
+    planned = pipe.memory(job).needs["video"].total(streamed=False)
+    assert 0.5 < planned / by["diffusion"].phases["video"][1] < 2
     assert asked[-17:] == [f"vae.frame{i}" for i in range(17)]
