@@ -138,7 +138,7 @@ class Gemma4Config(Config):
     tokenizer_bytes: int = 0
 
     FIXED = {
-        "model_type": ("gemma4_unified_text",),
+        "model_type": ("gemma4_unified_text", "gemma4_text"),
         "attention_bias": (False,),
         "enable_moe_block": (False,),
         "hidden_activation": ("gelu_pytorch_tanh",),
@@ -153,6 +153,14 @@ class Gemma4Config(Config):
         text = section["text_config"]
         if text.get("sliding_window", MAX_TOKENS) < MAX_TOKENS:  # else it hides nothing
             raise UserError("Gemma 4: its window is shorter than a prompt may be")
+        ropes = text.get("rope_parameters", {})
+        if ropes.keys() != {
+            "full_attention",
+            "sliding_attention",
+        }:  # mlx-lm would guess
+            raise UserError(
+                "Gemma 4: its config lacks rope_parameters by attention type"
+            )
         own = {k: v for k, v in text.items() if k in known}
         return super().from_dict(own | {"tokenizer_bytes": section["tokenizer_bytes"]})
 

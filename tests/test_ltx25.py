@@ -15,7 +15,7 @@ from ltx2.base import UserError
 from ltx2.conversion import Conversion, quantization
 from ltx2.duration import whole_frames
 from ltx2.request import Request, plan
-from ltx2.text import PackedTextEncoder
+from ltx2.text import Gemma4Config, PackedTextEncoder
 
 TRANSFORMER = "diffusion_models/ltx-2.5-transformer.safetensors"
 ENCODER = "text_encoders/ltx-2.5-text-encoder.safetensors"
@@ -155,6 +155,22 @@ def test_another_gemma_4_is_refused(pack, version):
     says = f"{version or 'as Google released it'}.*was trained with ltx-small-1"
     with pytest.raises(UserError, match=says):
         weights.open_model(str(pack))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"sliding_window": 512}, "window is shorter"),
+        ({"rope_parameters": {}}, "lacks rope_parameters"),
+        ({"hidden_activation": "silu"}, "only 'gelu_pytorch_tanh' is implemented"),
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2"),
+    ],
+)
+def test_a_gemma_4_of_another_build_is_refused(source, change, says):
+    section = source.config["gemma"]
+    section = section | {"text_config": section["text_config"] | change}
+    with pytest.raises(UserError, match=says):
+        Gemma4Config.from_dict(section | {"tokenizer_bytes": 1})
 
 
 def test_a_text_encoder_cannot_be_chosen(source):
