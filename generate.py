@@ -116,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
         help="latent upsampler instead of those beside the model; repeatable",
     )
     add("--low-memory", action="store_true", default=None, help="whatever there is")
+    add("--cache-contexts", metavar="FOLDER", help="where prompts are kept encoded")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16")
 
     add = group("sampling")
@@ -208,7 +209,8 @@ def main() -> None:
         media.check_output(output, suffix)
         if any(i and Path(i).resolve() == Path(output).resolve() for i in inputs):
             raise UserError(f"{output} is read for this run: give another --output")
-    pipe = pipeline.load(**{"model": "mlx_model", **load}, low_memory=args.low_memory)
+    how = {"low_memory": args.low_memory, "cache_contexts": args.cache_contexts}
+    pipe = pipeline.load(**{"model": "mlx_model", **load}, **how)
     jobs = [pipe.plan(r) for r in requests]
     if args.recorded:
         made_with = media.read_metadata(args.recorded)["model"]["files"]

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from . import __version__, hub, inputs, media, memory, weights
 from .audio_vae import AudioVAEConfig
 from .base import Trace, UserError, traced
+from .cache import ContextCache
 from .denoiser import Contexts, Denoiser
 from .dit import DiT, StreamedBlocks
 from .duration import whole_frames
@@ -105,9 +106,11 @@ class Pipeline:
         dtype: mx.Dtype = mx.bfloat16,
         origin: Optional[dict[str, Any]] = None,
         low_memory: Optional[bool] = None,
+        cache_contexts: Union[str, Path, None] = None,
     ):
         self.source, self.dtype, self.origin = source, dtype, origin or {}
         self.low_memory, self._streamed = low_memory, bool(low_memory)
+        self.cache_contexts = cache_contexts
         self.text_encoder = source.encoder(text_encoder)
         self._loaded: dict[str, nn.Module] = {}
         self._attached: tuple[LoraFile, ...] = ()  # LoRAs beside the transformer
@@ -171,12 +174,16 @@ class Pipeline:
         """The weights' files with their fingerprints."""
         return {f.name: f.fingerprint for f in self.source.files if f.role and f.path}
 
+    def _encoder_files(self) -> list[hub.File]:
+        """The text encoder's weights, if they are not among the model's own."""
+        packed = self.source.version >= weights.GEMMA_4
+        files = [] if packed else weights.text_encoder_files(self.text_encoder)
+        return [f for f in files if f.name.endswith(".safetensors")]
+
     def memory(self, *jobs: Job, text: bool = True) -> memory.Plan:
         """What jobs that are done together will hold, by phase, and whether that fits;
         without `text`, contexts are at hand."""
-        packed = self.source.version >= weights.GEMMA_4 or not text
-        files = [] if packed else weights.text_encoder_files(self.text_encoder)
-        encoder = [f for f in files if f.name.endswith(".safetensors")]
+        encoder = self._encoder_files() if text else []
         predictor = memory.Predictor(self.source, self.dtype, encoder)
         found = predictor.plan(jobs, self.low_memory)
         if not found.fits:
@@ -202,6 +209,17 @@ class Pipeline:
             )
         return "\n".join(lines)
 
+    def _contexts(
+        self, prompts: Sequence[str], trace: Optional[Trace]
+    ) -> dict[str, Contexts]:
+        """Contexts by prompt, from the folder that keeps them, if there is one."""
+        encode = lambda prompts: self.encode_prompts(prompts, trace)
+        if self.cache_contexts is None or trace is not None:
+            return encode(prompts)
+        encoder = {f.name: f.fingerprint for f in self._encoder_files()}
+        made_by = [self.files(), encoder, str(self.dtype)]
+        return ContextCache(self.cache_contexts, made_by)(prompts, encode)
+
     def encode_prompts(
         self, prompts: Sequence[str], trace: Optional[Trace] = None
     ) -> dict[str, Contexts]:
@@ -212,9 +230,7 @@ class Pipeline:
             del gemma
         else:
             folder = weights.fetch_text_encoder(self.text_encoder)
-            encoder = TextEncoder(
-                folder, self._text_dtype, frugal=True
-            )  # it is used once
+            encoder = TextEncoder(folder, self._text_dtype, frugal=True)
             reads = self.source.load("connectors", lazy=True).config
             if encoder.width != reads.caption_channels * reads.encoder_states:
                 raise UserError(
@@ -315,7 +331,7 @@ class Pipeline:
             yield Event("text")
             with meter.phase("text"):
                 prompts = [p for p in dict.fromkeys(asked) if p is not None]
-                contexts = self.encode_prompts(prompts, trace)
+                contexts = self._contexts(prompts, trace)
         jobs = [self._fit_duration(job, contexts) for job in jobs]
         starts = []
         for n, job in enumerate(jobs):
@@ -572,6 +588,7 @@ def load(
     dtype: Union[mx.Dtype, str, None] = None,
     upsamplers: Sequence[str] = (),
     low_memory: Optional[bool] = None,
+    cache_contexts: Union[str, Path, None] = None,
 ) -> Pipeline:
     """A pipeline from an official file, a folder, a converted folder or a Hub repo.
 
@@ -579,10 +596,12 @@ def load(
     beside the model, `dtype` (bfloat16) is of the text side and the transformer. Weights
     are read when a phase needs them; with `low_memory` (None: if there is too little for
     all of them) the transformer's block by block in every step, which changes no bit of
-    the result. Raises UserError when files do not fit together.
+    the result. `cache_contexts` is a folder where contexts are kept for the next time.
+    Raises UserError when files do not fit together.
     """
     name = str(dtype or "bfloat16").removeprefix("mlx.core.")
     source = weights.open_model(model, kind, upsamplers=upsamplers, fetch=False)
     origin = {"model": str(model), "kind": source.kind, "dtype": name}
     origin["upsamplers"] = [str(path) for path in upsamplers]
-    return Pipeline(source, text_encoder, getattr(mx, name), origin, low_memory)
+    dtype = getattr(mx, name)
+    return Pipeline(source, text_encoder, dtype, origin, low_memory, cache_contexts)
