@@ -90,18 +90,30 @@ def test_the_first_command_makes_a_video(tmp_path):
 def test_generate(command, monkeypatch, folder, checkpoint, capsys):
     monkeypatch.setattr("tqdm.tqdm.display", lambda *a, **k: None)
     kind = "dev" if any(flag in command for flag in GUIDED) else "distilled"
-    extra = ["--dtype", "float32", "--text-encoder", str(checkpoint("gemma3"))]
-    extra += ["--model", str(checkpoint("ltx-2")), "--kind", kind]
+    split = "ltx-2.5" in command
+    extra = [
+        "--model",
+        str(checkpoint("ltx-2.5" if split else "ltx-2")),
+        "--kind",
+        kind,
+    ]
+    if not split:  # which has its own
+        extra += ["--text-encoder", str(checkpoint("gemma3"))]
+    if "--dtype" not in command:
+        extra += ["--dtype", "float32"]
     if "--video" not in command:
         two = "--stages two" in command or "--stages hq" in command
         size = ["128", "192"] if two else ["64", "96"]
-        extra += ["--height", size[0], "--width", size[1], "--num-frames", "41"]
+        extra += ["--height", size[0], "--width", size[1]]
+        auto = "--auto-duration" in command
+        extra += ["--auto-duration", "0.3", "0.4"] if auto else ["--num-frames", "41"]
     if "--from" in command or "--resume" in command:
         # What was made knows its size, and an mp4 its model as well.
         run(generate, KEEPING, extra, monkeypatch, folder)
         extra = [] if "--from" in command else extra[:8]
     run(generate, command, extra, monkeypatch, folder)
-    assert "wrote" in capsys.readouterr().out
+    done = "the transformer is" if "--plan" in command else "wrote"
+    assert done in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", CONVERT)
