@@ -46,7 +46,7 @@ def ask(case, golden, checkpoint, folder):
         "fps": stages[-1]["fps"],
         "sigmas": tuple(golden["in.stage1.sigmas"].tolist()),
         "stages": "hq" if case == "hq" else "two" if len(stages) > 1 else "one",
-        "image_crf": 0,
+        "image_crf": 0 if "images" in info else None,
         "keyframes": case == "keyframes",
         "audio_only": case == "text_to_audio",
     }
