@@ -3,7 +3,7 @@
 A phase holds weights, whose sizes are in the files' headers, and buffers, counted in
 its widest tensors. How many of them are alive together was measured on MLX's CPU
 backend, which also writes out attention scores and unfolds what it convolves. A GPU does
-neither; what it holds instead is an estimate.
+neither: there the multiples, the second of each pair, are estimates.
 """
 
 from __future__ import annotations
@@ -134,11 +134,9 @@ class Predictor:
             self.encoder = sum(read.values()) - spared(read, self.gpu)
         self.dit = DiTConfig.from_dict(self.config["transformer"])
         self.vae = VideoVAEConfig.from_dict(self.config["vae"])
-        c, keys = self.config["transformer"], (
-            "num_attention_heads",
-            "attention_head_dim",
-        )
-        video = [c[f"connector_{key}"] for key in keys]
+        c = self.config["transformer"]
+        keys = "num_attention_heads", "attention_head_dim"
+        video = [c[f"connector_{k}"] for k in keys]
         audio = [c.get(f"audio_connector_{k}", v) for k, v in zip(keys, video)]
         self.connectors = video, audio  # heads and the size of one
 
@@ -267,8 +265,8 @@ class Predictor:
     def convolutions(self, stage: Stage, strides: dict, frames: int = 1) -> float:
         """Of the video VAE's decoder (`UP`) or encoder (`DOWN`): the frames that each
         convolution keeps, and the widest one at work."""
-        c, scale = self.vae, 1 if strides is UP else -1
-        if strides is UP:
+        c, up = self.vae, strides is UP
+        if up:
             blocks, dim = c.decoder_blocks[::-1], c.decoder_base_channels
             dim *= math.prod(o.get("multiplier", 1) for _, o in blocks)
             area = math.prod(stage.latent_size[1:])
@@ -283,10 +281,10 @@ class Predictor:
             else:
                 kept += 4 * dim * area
                 time, *space = strides[name]
-                factor = options.get("multiplier", 1)
-                dim = dim // factor if scale > 0 else dim * factor
-                area = round(area * math.prod(space) ** scale)
-                frames = frames if scale > 0 else math.ceil(frames / time)
+                factor, pixels = options.get("multiplier", 1), math.prod(space)
+                dim = dim // factor if up else dim * factor
+                area = area * pixels if up else area // pixels
+                frames = frames if up else math.ceil(frames / time)
         widest = max(widest, dim * area * frames)
         return FLOAT * (kept + 2 * dim * area + UNFOLDED[self.gpu] * widest)
 
