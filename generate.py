@@ -136,6 +136,13 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="of a dev model: 40, from LTX-2.3 on 30, hq 15")
     add("--sigmas", type=numbers, metavar="1,...,0", help="instead of a schedule")
     add("--sampler", help="euler, euler_ancestral, gradient_estimation, res_2s")
+    add("--guidance-interval", type=span, metavar="FROM-TO", help="sigmas guided, 0-1")
+    add(
+        "--step-cache",
+        type=float,
+        metavar="PART",
+        help="0 is off; how far tokens may move before the model is asked again",
+    )
     add = group("guidance, with --audio-... in front for the sound")
     for prefix in ("", "audio-"):
         for name, (type_, text) in GUIDANCE.items():

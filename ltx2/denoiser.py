@@ -46,35 +46,57 @@ class Denoiser:
         negative: Optional[Contexts],
         guidance: Mapping[str, Guidance],
         trace: Optional[Trace] = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+        cache: float = 0.0,
     ):
         self.transformer, self.states, self.trace = transformer, states, trace
         self.guidance = {k: guidance.get(k, Guidance()) for k in states}
         self.passes = guidance_passes(guidance, contexts, negative)
         ropes = {"video": transformer.video_rope, "audio": transformer.audio_rope}
         self.ropes = {k: ropes[k](s.bounds) for k, s in states.items()}
+        self.interval, self.cache = interval, cache
         self.last: Streams = {}  # guided x0, for the steps that are skipped
+        self.seen: Streams = {}  # the tokens it was computed from
 
     def __call__(self, x: Streams, sigma: float, step: int) -> Streams:
-        """x0 (1, T, C) by stream, from tokens `x` at `sigma`."""
+        """x0 (1, T, C) by stream, from tokens `x` at `sigma`.
+
+        Outside of the interval of sigmas only the prompt's own pass is made. With a
+        `cache` above 0 the last x0 stands while the tokens have moved less than that
+        part of their length.
+        """
+        low, high = self.interval
+        guided = low <= sigma <= high
+        passes = self.passes if guided else {"cond": self.passes["cond"]}
+        still = self.cache and self.seen and self._moved(x) < self.cache
         skipped = {
-            k: k in self.last and g.skips(step) for k, g in self.guidance.items()
+            k: k in self.last and bool(still or g.skips(step))
+            for k, g in self.guidance.items()
         }
         if not all(skipped.values()):
+            self.seen = x
             tokens = {k: self._tokens(k, x[k], sigma, skipped[k]) for k in x}
             trace = self.trace and (lambda k, v: self.trace(f"step{step}.{k}", v))
-            passes = list(self.passes.values())
             velocities = self.transformer(
-                tokens.get("video"), tokens.get("audio"), passes, trace
+                tokens.get("video"), tokens.get("audio"), list(passes.values()), trace
             )
             for i, name in enumerate(("video", "audio")):
                 if name in x and not skipped[name]:
                     reach = self.states[name].mask_tokens * sigma
                     x0 = {
                         kind: x[name] - v[i].astype(mx.float32) * reach
-                        for kind, v in zip(self.passes, velocities)
+                        for kind, v in zip(passes, velocities)
                     }
-                    self.last[name] = self.guidance[name](**x0)
+                    guide = self.guidance[name] if guided else Guidance()
+                    self.last[name] = guide(**x0)
         return {k: self.states[k].blend(self.last[k]) for k in x}
+
+    def _moved(self, x: Streams) -> float:
+        """How far the tokens are from where they were last looked at, relatively."""
+        far = (
+            mx.linalg.norm(x[k] - v) / mx.linalg.norm(v) for k, v in self.seen.items()
+        )
+        return max(d.item() for d in far)
 
     def _tokens(self, name: str, x: mx.array, sigma: float, skipped: bool) -> Tokens:
         state = self.states[name]

@@ -113,6 +113,14 @@ def check_combinations(
         r.generated_keyframes and (r.changes_clip or r.audio_only),
         "generated_keyframes are for new videos, not for sound, retake or extend",
     )
+    low, high = r.guidance_interval
+    check_range("guidance_interval's end", high, 0, 1)
+    check_range("guidance_interval's start", low, 0, high)
+    refuse(
+        distilled and r.guidance_interval != (0, 1),
+        "guidance_interval was given, but a distilled model is not guided",
+    )
+    check_range("step_cache", r.step_cache, 0, 1)
     check_range("reference_strength", r.reference_strength, 0, 1)
     check_range("reference_attention", r.reference_attention, 0, 1)
     check_range("audio_start", r.audio_start, 0, 86400)

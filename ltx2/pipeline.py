@@ -204,8 +204,8 @@ class Pipeline:
             guided = "guided" if stage.guidance else "not guided"
             lines.append(
                 f"{stage.name}: {stage.width}x{stage.height}, "
-                f"{most}{stage.num_frames} frames at {stage.fps:g}, {len(stage.sigmas) - 1} steps of {stage.sampler}, "
-                f"{guided}"
+                f"{most}{stage.num_frames} frames at {stage.fps:g}, "
+                f"{len(stage.sigmas) - 1} steps of {stage.sampler}, {guided}"
             )
         return "\n".join(lines)
 
@@ -306,9 +306,9 @@ class Pipeline:
         "stage1.video", "stage1.audio" (tokens (1, T, C), appended ones included), a
         sampler's own "<stage>.<stream>.step<i>" and ".substep<i>", the next stage's, and
         "vae" ((1, F, H, W, C), timestep-conditioned decoders only) or "vae.frame<i>"
-        ((1, 1, H, W, 3), the diffusion decoder). `contexts` by prompt
-        replace the text encoder; `resume` goes on where a run was left, with no or the
-        same request. `frozen_from_noise` starts the kept stream of a retake from noise, as the
+        ((1, 1, H, W, 3), the diffusion decoder). `contexts` by prompt replace the text
+        encoder; `resume` goes on where a run was left, with no or the same request.
+        `frozen_from_noise` starts the kept stream of a retake from noise, as the
         reference does. Raises UserError before any weights are read.
         """
         requests = requests or (resume.request,)
@@ -414,6 +414,8 @@ class Pipeline:
                     None if negative is None else contexts[negative],
                     stage.guidance,
                     mark,
+                    stage.guidance_interval,
+                    stage.step_cache,
                 )
                 if first:
                     denoise.last = dict(at.guided)

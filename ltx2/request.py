@@ -85,6 +85,8 @@ class Request:
     sampler: Optional[str] = None
     video_guidance: Union[Guidance, Mapping[str, Any], None] = None
     audio_guidance: Union[Guidance, Mapping[str, Any], None] = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # sigmas that are guided
+    step_cache: float = 0.0  # part the tokens must move before the model is asked again
     loras: tuple[LoraFile, ...] = ()
     distilled_lora: Optional[LoraFile] = None  # what makes a dev model refine
     temporal_upsample: bool = False
@@ -144,6 +146,8 @@ class Stage:
     sigmas: tuple[float, ...]
     sampler: str = "euler"
     guidance: Mapping[str, Guidance] = field(default_factory=dict)  # by stream
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    step_cache: float = 0.0
     noise_scale: float = 1.0
     upsampler: Optional[str] = None  # what brings the last stage's latents to this size
     loras: tuple[LoraFile, ...] = ()
@@ -237,6 +241,8 @@ def plan(r: Request, source: Any) -> Job:
         first_sigmas(r, source, kind, height, width),
         sampler,
         guidance,
+        r.guidance_interval,
+        r.step_cache,
         loras=loras(1),
         keyframes=evenly_spaced(r.generated_keyframes, r.num_frames),
     )

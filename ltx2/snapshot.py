@@ -41,10 +41,11 @@ class Snapshot:
         """Refuse to go on with another model, or with what was planned otherwise."""
         if self.files != files or self.stages != stages_of(job):
             raise UserError("the saved latents are of another model or other settings")
-        if self.step and job.stages[self.stage].sampler == "gradient_estimation":
+        stage = job.stages[self.stage] if self.step else None
+        if stage and (stage.step_cache or stage.sampler == "gradient_estimation"):
             raise UserError(
-                "gradient_estimation looks back at the step before, which is not saved: "
-                "a run with it can only be resumed between stages"
+                "gradient_estimation and step_cache look back at steps that are not "
+                "saved: a run with them can only be resumed between stages"
             )
 
     def save(self, path: Union[str, Path]) -> None:

@@ -340,3 +340,55 @@ def test_a_bad_picture_is_not_written(command, monkeypatch, tmp_path):
         command("--prompt", "a cat")
     assert (tmp_path / "output.mp4").read_text() == "earlier"
     assert (tmp_path / "output.latents.safetensors").exists()
+
+
+# Fewer operations, if asked for
+
+
+@pytest.fixture(scope="module")
+def guided(checkpoint, contexts):
+    """Latents of a guided run with these options, and how often the model was asked."""
+    encoder = str(checkpoint("gemma3"))
+    pipe = pipeline.load(checkpoint("ltx-2-notc"), encoder, "dev", "float32")
+    texts = {"a cat": contexts["a cat"], "bad": contexts["a dog"]}
+
+    def run(**options):
+        asked = []
+        ask = type(pipe.transformer).__call__
+        with pytest.MonkeyPatch.context() as patch:
+            count = lambda self, v, a, passes, t: asked.append(len(passes)) or ask(
+                self, v, a, passes, t
+            )
+            patch.setattr(type(pipe.transformer), "__call__", count)
+            request = Request(
+                "a cat", "bad", steps=12, no_audio=True, **SIZE, **options
+            )
+            *_, result = pipe.stream(request, contexts=texts)
+        return result.video_latents, asked
+
+    return run
+
+
+def test_a_guidance_interval_saves_the_passes_outside(guided):
+    whole, asked = guided()
+    assert asked == [3] * 12
+    same, _ = guided(guidance_interval=(0.0, 1.0))
+    assert mx.array_equal(same, whole)
+    part, asked = guided(guidance_interval=(0.5, 1.0))
+    assert asked == [3] * 10 + [1] * 2
+    error = (mx.linalg.norm(part - whole) / mx.linalg.norm(whole)).item()
+    print(f"guidance_interval: {error:.3f}")
+    assert 0 < error < 0.2
+
+
+def test_a_step_cache_asks_less_and_stays_near(guided):
+    whole, _ = guided()
+    near, asked = guided(step_cache=0.05)
+    further, less = guided(step_cache=0.2)
+    assert len(less) < len(asked) < 12
+    error, more = (
+        (mx.linalg.norm(x - whole) / mx.linalg.norm(whole)).item()
+        for x in (near, further)
+    )
+    print(f"step_cache: {len(asked)} of 12 asked, {error:.3f}; {len(less)}, {more:.3f}")
+    assert 0 < error < 0.2 and error < more
