@@ -322,7 +322,8 @@ class Pipeline:
             resume.check(jobs[0], self.files())
         memory.set_limits(needed)
         self._streamed = needed.streamed
-        draws = [noise or seeded_noise(job.request.seed) for job in jobs]
+        given = noise and (lambda *asked: mx.array(noise(*asked)).astype(mx.float32))
+        draws = [given or seeded_noise(job.request.seed) for job in jobs]
         meter = Meter()
         if contexts is None:
             asked = [

@@ -128,7 +128,8 @@ class Request:
             given = values.get(key)
             if given and given.keys() == {f.name for f in fields(Guidance)}:
                 values[key] = Guidance(**given)
-        for key in ("auto_duration", "sigmas", "retake", "retake_streams"):
+        pairs = ("auto_duration", "guidance_interval", "retake")
+        for key in (*pairs, "sigmas", "retake_streams"):
             if values.get(key) is not None:
                 values[key] = tuple(values[key])
         return cls(**values)
@@ -200,6 +201,8 @@ def plan(r: Request, source: Any) -> Job:
     distilled = source.kind == "distilled"
     if r.stages not in (None, *STAGES):
         raise UserError(f"stages is {r.stages!r}: choose of {', '.join(STAGES)}")
+    if r.sigmas is not None:  # any sequence of numbers
+        r = replace(r, sigmas=tuple(float(s) for s in r.sigmas))
     upsamplers = [n for n in source.components if n.startswith("spatial_upsampler")]
     single = r.changes_clip or r.audio_only
     kind = r.stages or ("two" if distilled and upsamplers and not single else "one")

@@ -79,6 +79,20 @@ def test_noise_depends_on_name_and_seed():
     assert abs(many.mean().item()) < 0.02 and abs(many.var().item() - 1) < 0.02
 
 
+def test_noise_and_sigmas_may_be_numpys(pipe, contexts, tmp_path):
+    normals = pipeline.seeded_noise(10)
+    noise = lambda name, shape: np.array(normals(name, shape), np.float64)
+    sigmas = np.array([1, 0.7, 0.3, 0])
+    given = pipe.generate(
+        "a cat", contexts=contexts, noise=noise, sigmas=sigmas, **SIZE
+    )
+    same = pipe.generate("a cat", contexts=contexts, sigmas=(1, 0.7, 0.3, 0), **SIZE)
+    assert mx.array_equal(given.video_latents, same.video_latents)
+    given.save(tmp_path / "out.mp4")
+    recorded = media.read_metadata(tmp_path / "out.mp4")["request"]
+    assert recorded["sigmas"] == [1, 0.7, 0.3, 0]
+
+
 def test_many_videos_encode_each_prompt_once(pipe, monkeypatch):
     asked = []
     encode = pipe.encode_prompts
