@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Callable, Container, Iterator, Optional
+from typing import Callable, Container, Iterator, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
