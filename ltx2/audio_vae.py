@@ -16,7 +16,6 @@ SAMPLE_RATE = 16000
 N_FFT = 1024
 HOP_LENGTH = 160
 MEL_BINS = 64
-UNUSED_KEYS = ()
 
 
 def leaves(section: dict[str, Any]) -> Iterator[tuple[str, Any]]:

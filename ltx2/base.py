@@ -66,6 +66,11 @@ def traced(trace: Optional[Trace], name: str, x: mx.array) -> mx.array:
     return x
 
 
+def within(trace: Optional[Trace], scope: str) -> Optional[Trace]:
+    """The trace callback for what happens inside of `scope`, if there is one."""
+    return trace and (lambda name, x: trace(f"{scope}.{name}", x))
+
+
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with the arguments, and takes no abbreviations."""
 

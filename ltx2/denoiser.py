@@ -7,7 +7,7 @@ from typing import Mapping, Optional
 import mlx.core as mx
 import numpy as np
 
-from .base import Trace
+from .base import Trace, within
 from .dit import EVERYWHERE, NOWHERE, DiT, Pass, Tokens
 from .latents import LatentState
 from .sampling import Guidance, Streams
@@ -76,7 +76,7 @@ class Denoiser:
         if not all(skipped.values()):
             self.seen = x
             tokens = {k: self._tokens(k, x[k], sigma, skipped[k]) for k in x}
-            trace = self.trace and (lambda k, v: self.trace(f"step{step}.{k}", v))
+            trace = within(self.trace, f"step{step}")
             velocities = self.transformer(
                 tokens.get("video"), tokens.get("audio"), list(passes.values()), trace
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable, Container, Iterator, Optional
 
 import mlx.core as mx
@@ -24,7 +24,6 @@ from .layers import (
 
 NOWHERE: Container[int] = range(0)
 EVERYWHERE: Container[int] = range(sys.maxsize)
-UNUSED_KEYS = ()
 
 
 @dataclass
@@ -142,12 +141,8 @@ class Pass:
     cut_v2a: Container[int] = NOWHERE
 
     def cuts(self, block: int) -> bool:
-        return (
-            block in self.cut_video_self
-            or block in self.cut_audio_self
-            or block in self.cut_a2v
-            or block in self.cut_v2a
-        )
+        own = (self.cut_video_self, self.cut_audio_self)
+        return any(block in cut for cut in (*own, self.cut_a2v, self.cut_v2a))
 
 
 # What the blocks see. States are sums over all blocks, too large for float16: they are
@@ -424,13 +419,10 @@ class DiT(nn.Module):
             return done.get(key)
 
         return [
-            Pass(
-                project("", p.video_context),
-                project("audio_", p.audio_context),
-                p.cut_video_self,
-                p.cut_audio_self,
-                p.cut_a2v,
-                p.cut_v2a,
+            replace(
+                p,
+                video_context=project("", p.video_context),
+                audio_context=project("audio_", p.audio_context),
             )
             for p in passes
         ]

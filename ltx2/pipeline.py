@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from . import __version__, hub, inputs, media, memory, weights
 from .audio_vae import AudioVAEConfig
-from .base import Trace, UserError, traced
+from .base import Trace, UserError, traced, within
 from .cache import ContextCache
 from .denoiser import Contexts, Denoiser
 from .dit import DiT, StreamedBlocks
@@ -393,7 +393,7 @@ class Pipeline:
             total, first = len(stage.sigmas) - 1, at.step if n == at.stage else 0
             skips = any(g.skip_step for g in stage.guidance.values())
             yield Event(stage.name, 0, total)
-            mark = trace and (lambda k, v: trace(f"{stage.name}.{k}", v))
+            mark = within(trace, stage.name)
             with meter.phase(stage.name):
                 self._attach(stage.loras)
                 states = self._states(job, stage, starts[n], latents)
@@ -521,7 +521,7 @@ class Pipeline:
             yield Event("video", 0, last.num_frames, n)
             guard = FrameGuard()
             with meter.phase("video"):
-                mark = trace and (lambda k, v: trace(f"video.{k}", v))
+                mark = within(trace, "video")
                 decode = (
                     self._diffuse if "diff" in job.video_decoder else self._convolve
                 )

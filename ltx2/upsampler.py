@@ -9,8 +9,6 @@ import mlx.nn as nn
 
 from .base import Config, UserError
 
-UNUSED_KEYS = ()
-
 
 @dataclass
 class UpsamplerConfig(Config):
