@@ -204,7 +204,7 @@ def main() -> None:
     args = parser().parse_args()
     from ltx2 import media, pipeline
 
-    load, request, resume = recorded(args)
+    load, request, resume, made_with = recorded(args)
     for name in ("model", "kind", "text_encoder", "upsamplers", "dtype"):
         if getattr(args, name) is not None:
             load[name] = getattr(args, name)
@@ -219,10 +219,8 @@ def main() -> None:
     how = {"low_memory": args.low_memory, "cache_contexts": args.cache_contexts}
     pipe = pipeline.load(**{"model": "mlx_model", **load}, **how)
     jobs = [pipe.plan(r) for r in requests]
-    if args.recorded:
-        made_with = media.read_metadata(args.recorded)["model"]["files"]
-        if pipe.files() != made_with:
-            print(f"note: {args.recorded} was made with other weights")
+    if args.recorded and pipe.files() != made_with:
+        print(f"note: {args.recorded} was made with other weights")
     for line in dict.fromkeys(line for job in jobs for line in job.notes):
         print(f"note: {line}")
     print(pipe.describe(jobs[0]))
@@ -245,9 +243,9 @@ def main() -> None:
     print(table(result.phases))
 
 
-def recorded(args: argparse.Namespace) -> tuple[dict, Any, Any]:
-    """How to load the model, the request to start from and a snapshot, as far as an
-    earlier video or saved latents tell."""
+def recorded(args: argparse.Namespace) -> tuple[dict, Any, Any, Any]:
+    """How to load the model, the request to start from, a snapshot and the fingerprints
+    of the weights, as far as an earlier video or saved latents tell."""
     from ltx2 import media, snapshot
     from ltx2.request import Request
 
@@ -257,13 +255,14 @@ def recorded(args: argparse.Namespace) -> tuple[dict, Any, Any]:
         )
     if args.resume:
         resume = snapshot.Snapshot.read(args.resume)
-        return resume.load, resume.request, resume
+        return resume.load, resume.request, resume, resume.files
     if args.recorded:
         metadata = media.read_metadata(args.recorded)
         if not {"load", "request"} <= metadata.keys():
             raise UserError(f"{args.recorded} was not made by generate.py")
-        return metadata["load"], Request.from_json(metadata["request"]), None
-    return {}, None, None
+        request = Request.from_json(metadata["request"])
+        return metadata["load"], request, None, metadata["model"]["files"]
+    return {}, None, None, None
 
 
 def asked(args: argparse.Namespace, request: Any) -> list[Any]:
