@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -117,6 +118,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--low-memory", action="store_true", default=None, help="whatever there is")
     add("--cache-contexts", metavar="FOLDER", help="where prompts are kept encoded")
+    add(
+        "--parallel",
+        choices=["many", "passes", "shards"],
+        help="what machines share, if mlx.launch starts several",
+    )
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16")
 
     add = group("sampling")
@@ -202,8 +208,17 @@ def sound(text: str) -> tuple[str, float]:
 
 def main() -> None:
     args = parser().parse_args()
-    from ltx2 import media, pipeline
+    import mlx.core as mx
 
+    from ltx2 import media, parallel, pipeline
+
+    group = mx.distributed.init()  # of one, unless mlx.launch starts this
+    if group.size() == 1:
+        group = None
+    elif group.rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # the first tells
+    if args.parallel and group is None:
+        raise UserError("--parallel is for several machines: start with mlx.launch")
     load, request, resume, made_with = recorded(args)
     for name in ("model", "kind", "text_encoder", "upsamplers", "dtype"):
         if getattr(args, name) is not None:
@@ -217,6 +232,7 @@ def main() -> None:
         if any(i and Path(i).resolve() == Path(output).resolve() for i in inputs):
             raise UserError(f"{output} is read for this run: give another --output")
     how = {"low_memory": args.low_memory, "cache_contexts": args.cache_contexts}
+    how |= {"group": group, "share": args.parallel}
     pipe = pipeline.load(**{"model": "mlx_model", **load}, **how)
     jobs = [pipe.plan(r) for r in requests]
     if args.recorded and pipe.files() != made_with:
@@ -234,6 +250,10 @@ def main() -> None:
     strips = pipe.preview() if args.preview_every else None
     run_ = Run(args, outputs, strips)
     events = run_.watch(pipe.stream(*requests, resume=resume))
+    if pipe.rank > 0:
+        for _ in events:  # the first machine writes
+            pass
+        return
     for job, output in zip(jobs, outputs):
         result = write(output, job, events)
         if args.save_json:

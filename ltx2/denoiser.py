@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Mapping, Optional
+from typing import Callable, Mapping, Optional
 
 import mlx.core as mx
 import numpy as np
@@ -48,8 +48,13 @@ class Denoiser:
         trace: Optional[Trace] = None,
         interval: tuple[float, float] = (0.0, 1.0),
         cache: float = 0.0,
+        forward: Optional[Callable] = None,
+        agree: Callable[[float], float] = float,
     ):
-        self.transformer, self.states, self.trace = transformer, states, trace
+        """`forward` makes the passes in the transformer's place, and `agree` is told
+        what is to be the same wherever this step is made."""
+        self.forward, self.agree = forward or transformer, agree
+        self.states, self.trace = states, trace
         self.guidance = {k: guidance.get(k, Guidance()) for k in states}
         self.passes = guidance_passes(guidance, contexts, negative)
         ropes = {"video": transformer.video_rope, "audio": transformer.audio_rope}
@@ -68,7 +73,7 @@ class Denoiser:
         low, high = self.interval
         guided = low <= sigma <= high
         passes = self.passes if guided else {"cond": self.passes["cond"]}
-        still = self.cache and self.seen and self._moved(x) < self.cache
+        still = self.cache and self.seen and self.agree(self._moved(x)) < self.cache
         skipped = {
             k: k in self.last and bool(still or g.skips(step))
             for k, g in self.guidance.items()
@@ -77,7 +82,7 @@ class Denoiser:
             self.seen = x
             tokens = {k: self._tokens(k, x[k], sigma, skipped[k]) for k in x}
             trace = within(self.trace, f"step{step}")
-            velocities = self.transformer(
+            velocities = self.forward(
                 tokens.get("video"), tokens.get("audio"), list(passes.values()), trace
             )
             for i, name in enumerate(("video", "audio")):

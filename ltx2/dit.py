@@ -294,6 +294,8 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Tokens of two streams and their text in, velocities out."""
 
+    group: Optional[mx.distributed.Group] = None  # that the blocks are split over
+
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = c = config
@@ -319,6 +321,15 @@ class DiT(nn.Module):
         if c.use_keyframes_abs_pos_embedding:
             self.keyframes_abs_pos_embedding = mx.zeros((1, c.video_dim))
         self.transformer_blocks = [Block(c) for _ in range(c.num_layers)]
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Keep this rank's heads and part of the feed-forwards of each block, of N ranks
+        a 1/N of the weights; the rest of the model is small and on every rank."""
+        self.group = group
+        for block in self.transformer_blocks:
+            for layer in block.children().values():
+                if isinstance(layer, (Attention, FeedForward)):
+                    layer.shard(group)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -356,8 +367,14 @@ class DiT(nn.Module):
             ],
             c.positional_embedding_theta,
         )
-        cast = lambda rope: tuple(table.astype(self.dtype) for table in rope)
-        return cast(own), cast(cross)
+
+        def mine(table: mx.array) -> mx.array:
+            """This rank's heads, in the dtype of the activations."""
+            if self.group is not None:
+                table = mx.split(table, self.group.size())[self.group.rank()]
+            return table.astype(self.dtype)
+
+        return tuple(map(mine, own)), tuple(map(mine, cross))
 
     def _embed(self, prefix: str, tokens: Tokens, other: Optional[Tokens]):
         """The embedded tokens (B, T, D) and the stream that the blocks see."""
@@ -427,7 +444,7 @@ class DiT(nn.Module):
             for p in passes
         ]
 
-    def _shared(self, passes: list[Pass], n: int) -> tuple[int, int]:
+    def shared(self, passes: list[Pass], n: int) -> tuple[int, int]:
         """An earlier pass that is equal to pass n up to some block, and that block."""
         p = passes[n]
         for m, q in enumerate(passes[:n]):
@@ -458,7 +475,7 @@ class DiT(nn.Module):
         if audio is not None:
             ax, audio_stream = self._embed("audio_", audio, video)
         passes = self._project_text(passes)
-        shared = [self._shared(passes, n) for n in range(len(passes))]
+        shared = [self.shared(passes, n) for n in range(len(passes))]
         states = [(vx, ax)] * len(passes)
         for i, block in enumerate(self.transformer_blocks):
             text: dict = {}

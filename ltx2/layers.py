@@ -9,6 +9,8 @@ from typing import Iterator, Optional, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.nn.layers.distributed import shard_inplace
+from mlx.utils import tree_map_with_path
 
 Stride = tuple[int, int, int]  # in time, height and width
 Rope = tuple[mx.array, mx.array]  # cos and sin, each (heads, T, head_dim / 2)
@@ -95,9 +97,49 @@ def one_ahead(modules: list[nn.Module]) -> Iterator[nn.Module]:
         mx.synchronize()
 
 
+# Layers that are split over the ranks of a group, each of which has all of the input.
+
+
+def split_outputs(layer: nn.Module, group: mx.distributed.Group) -> None:
+    """Keep this rank's outputs of a linear layer (or its entries of a vector)."""
+    whole = ("lora_a", "strength")  # of a LoRA beside it
+    shard_inplace(layer, lambda k, _: None if k.endswith(whole) else 0, group=group)
+
+
+def split_inputs(layer: nn.Module, group: mx.distributed.Group) -> None:
+    """Keep what this rank's inputs add to the outputs; the bias is the first rank's."""
+    whole = ("bias", "lora_b", "strength")
+    shard_inplace(layer, lambda k, _: None if k.endswith(whole) else -1, group=group)
+    if group.rank() > 0:
+        zero = lambda k, w: mx.zeros_like(w) if k.endswith("bias") else w
+        layer.update(tree_map_with_path(zero, layer.parameters()))
+
+
+def summed(x: mx.array, group: Optional[mx.distributed.Group]) -> mx.array:
+    """The sum of the ranks' parts."""
+    return x if group is None else mx.distributed.all_sum(x, group=group)
+
+
+class SplitRMSNorm(nn.Module):
+    """RMS norm over a width of which each rank has a part."""
+
+    def __init__(self, norm: nn.RMSNorm, group: mx.distributed.Group):
+        super().__init__()
+        self.weight, self.eps, self.group = norm.weight, norm.eps, group
+        split_outputs(self, group)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = x.astype(mx.float32)
+        total = summed(y.square().sum(-1, keepdims=True), self.group)
+        width = self.group.size() * x.shape[-1]
+        return (y * mx.rsqrt(total / width + self.eps) * self.weight).astype(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head attention with q/k norms over the whole width and, from 2.3 on, gated
     heads: each head's output times 2 sigmoid(logit of the query-side input)."""
+
+    group: Optional[mx.distributed.Group] = None  # that the heads are split over
 
     def __init__(
         self,
@@ -119,6 +161,16 @@ class Attention(nn.Module):
         self.to_out = [nn.Linear(inner, query_dim)]
         if gated:
             self.to_gate_logits = nn.Linear(query_dim, heads)
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Keep this rank's heads."""
+        self.group, self.heads = group, self.heads // group.size()
+        self.q_norm = SplitRMSNorm(self.q_norm, group)
+        self.k_norm = SplitRMSNorm(self.k_norm, group)
+        for name in ("to_q", "to_k", "to_v", "to_gate_logits"):
+            if name in self:
+                split_outputs(self[name], group)
+        split_inputs(self.to_out[0], group)
 
     def _split(self, x: mx.array) -> mx.array:
         return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
@@ -155,7 +207,7 @@ class Attention(nn.Module):
         if "to_gate_logits" in self:
             gate = 2 * mx.sigmoid(self.to_gate_logits(x))
             out = out * gate.swapaxes(1, 2)[..., None]
-        return self.to_out[0](out.swapaxes(1, 2).flatten(2))
+        return summed(self.to_out[0](out.swapaxes(1, 2).flatten(2)), self.group)
 
 
 class GELU(nn.Module):
@@ -172,6 +224,8 @@ class GELU(nn.Module):
 class FeedForward(nn.Module):
     """Linear, GELU, Linear with four times the width inside."""
 
+    group: Optional[mx.distributed.Group] = None  # that the inner width is split over
+
     def __init__(self, dim: int, bias: bool = True):
         super().__init__()
         # The checkpoint counts a dropout between the two layers.
@@ -181,7 +235,13 @@ class FeedForward(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         for layer in self.net:
             x = layer(x)
-        return x
+        return summed(x, self.group)
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Keep this rank's part of the inner width."""
+        self.group = group
+        split_outputs(self.net[0].proj, group)
+        split_inputs(self.net[2], group)
 
 
 def sinusoid(timesteps: mx.array, dim: int = 256) -> mx.array:

@@ -473,9 +473,7 @@ class VideoWriter:
         self._complaint = f"{path}: cannot be written"
 
     def __enter__(self) -> VideoWriter:
-        self._folder = _workspace(self.path)
-        self._picture = f"file:{self._folder.name}/picture"
-        self._encoding, self._encoder = ExitStack(), None
+        self._open, self._encoding, self._encoder = ExitStack(), ExitStack(), None
         return self
 
     def write(self, frames: np.ndarray) -> None:
@@ -486,6 +484,9 @@ class VideoWriter:
                 raise UserError(
                     f"{self.path}: {width}x{height} is odd, give even sides"
                 )
+            # Not before: a program that is killed till then leaves nothing behind.
+            self._folder = self._open.enter_context(_workspace(self.path))
+            self._picture = f"file:{self._folder}/picture"
             encoder = _running(
                 self._complaint,
                 f"{_raw_input(height, width, self.fps)} -vf {self.BT709}",
@@ -500,7 +501,7 @@ class VideoWriter:
         self.num_frames += len(frames)
 
     def __exit__(self, *failure) -> None:
-        with self._folder:
+        with self._open:
             self._encoding.__exit__(*failure)
             if failure[0] is None:
                 self._finish()
@@ -509,7 +510,7 @@ class VideoWriter:
         """Join picture and sound, count the frames, give the file its name."""
         if not self.num_frames:
             raise ValueError(f"{self.path}: no frames were written")
-        made = f"{self._folder.name}/made"
+        made = f"{self._folder}/made"
         sound, data = self._exact_sound(self.num_frames / self.fps)
         _run(
             self._complaint,

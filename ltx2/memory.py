@@ -13,10 +13,11 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Callable, Iterable, Mapping, Optional
+from typing import Callable, Container, Iterable, Mapping, Optional
 
 import mlx.core as mx
 
+from . import parallel
 from .base import UserError
 from .denoiser import guidance_passes
 from .diffusion_decoder import tile
@@ -59,6 +60,7 @@ class Plan:
     limit: int
     streamed: bool = False
     instead: str = ""  # what would fit, if this does not
+    shared: str = ""  # how several machines share the work
 
     @property
     def peak(self) -> tuple[float, str]:
@@ -86,6 +88,8 @@ class Plan:
             rows.append(f"{phase:<10}" + "".join(f"{p / 1e9:>10.2f}" for p in parts))
         how = "read block by block" if self.streamed else "held in memory"
         rows.append(f"of {self.limit / 1e9:.2f} GB; the transformer is {how}")
+        if self.shared:
+            rows.append(f"--parallel {self.shared}: {parallel.WAYS[self.shared]}")
         return "\n".join(rows)
 
 
@@ -110,7 +114,10 @@ def set_limits(plan: Plan) -> None:
 class Predictor:
     """Tells what jobs of a model need; its headers are read once."""
 
-    def __init__(self, source: Source, dtype: mx.Dtype, text_encoder: list[File]):
+    def __init__(
+        self, source: Source, dtype: mx.Dtype, text_encoder: list[File], shards: int = 1
+    ):
+        """`shards` machines have each a part of the transformer's blocks."""
         self.config = source.config
         self.gpu = mx.default_device().type != mx.cpu
         # The CPU computes in float32 some of what has 16 bits.
@@ -118,8 +125,12 @@ class Predictor:
         self.size = {}
         for name in source.components:
             tensors = source.weights(name, mx.float32 if name in FLOAT32 else dtype)
-            self.size[name] = sum(w.nbytes for w in tensors.values())
-            spare = spared({k: w.nbytes for k, w in tensors.items()}, self.gpu)
+            sizes = {
+                k: w.nbytes // (shards if k.startswith("transformer_blocks.") else 1)
+                for k, w in tensors.items()
+            }
+            self.size[name] = sum(sizes.values())
+            spare = spared(sizes, self.gpu)
             if name == "transformer":
                 self.spared = spare
             elif name == "gemma":
@@ -140,11 +151,18 @@ class Predictor:
         audio = [c.get(f"audio_connector_{k}", v) for k, v in zip(keys, video)]
         self.connectors = video, audio  # heads and the size of one
 
-    def plan(self, jobs: Iterable[Job], streamed: Optional[bool] = None) -> Plan:
-        """Of jobs that are done together; blocks are streamed if it is left open and all
-        of them would not fit."""
+    def plan(
+        self,
+        jobs: Iterable[Job],
+        streamed: Optional[bool] = None,
+        phases: Optional[Container[str]] = None,
+    ) -> Plan:
+        """Of jobs that are done together, or some phases of them; blocks are streamed if
+        it is left open and all of them would not fit."""
         needs: dict[str, Need] = {}
         for phase, need in (item for job in jobs for item in self.needs(job).items()):
+            if phases is not None and phase not in phases:
+                continue
             before = needs.setdefault(phase, need)
             needs[phase] = max(need, before, key=lambda n: n.total(False))
         plan = Plan(needs, available(), bool(streamed))

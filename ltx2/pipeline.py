@@ -17,12 +17,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from . import __version__, hub, inputs, media, memory, weights
+from . import __version__, hub, inputs, media, memory, parallel, weights
 from .audio_vae import AudioVAEConfig
 from .base import Trace, UserError, traced, within
 from .cache import ContextCache
-from .denoiser import Contexts, Denoiser
-from .dit import DiT, StreamedBlocks
+from .denoiser import Contexts, Denoiser, guidance_passes
+from .dit import DiT, DiTConfig, StreamedBlocks
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .latents import (
@@ -107,8 +107,12 @@ class Pipeline:
         origin: Optional[dict[str, Any]] = None,
         low_memory: Optional[bool] = None,
         cache_contexts: Union[str, Path, None] = None,
+        group: Optional[parallel.Group] = None,
+        share: Optional[str] = None,
     ):
         self.source, self.dtype, self.origin = source, dtype, origin or {}
+        self.group, self.share, self._shared = group, share, ""
+        self.rank, self.ranks = (group.rank(), group.size()) if group else (0, 1)
         self.low_memory, self._streamed = low_memory, bool(low_memory)
         self.cache_contexts = cache_contexts
         self.text_encoder = source.encoder(text_encoder)
@@ -119,9 +123,10 @@ class Pipeline:
         """A part of the model, loaded once."""
         if name not in self._loaded:
             hub.fetch_all(self.source.files)
-            if name == "transformer" and self._streamed:
+            if name == "transformer" and self._rereads:
                 model = self._with_loras()
-                model.transformer_blocks = StreamedBlocks(self._with_loras)
+                if self._streamed:
+                    model.transformer_blocks = StreamedBlocks(self._with_loras)
             else:
                 model = self.source.load(
                     name, self._text_dtype if name == "connectors" else self.dtype
@@ -134,10 +139,18 @@ class Pipeline:
         """Gemma's states do not fit into float16."""
         return mx.bfloat16 if self.dtype == mx.float16 else self.dtype
 
+    @property
+    def _rereads(self) -> bool:
+        """Whether other LoRAs are for another transformer, instead of beside this one."""
+        return self._streamed or self._shared == "shards"
+
     def _with_loras(self) -> DiT:
-        """The transformer with the stage's LoRAs, of which nothing is read yet."""
+        """The transformer with the stage's LoRAs, or this machine's part of it, of which
+        nothing is read yet."""
         model = self.source.load("transformer", self.dtype, lazy=True)
         attach(model, [(Lora.read(f.path), f.strength) for f in self._attached])
+        if self._shared == "shards":
+            model.shard(self.group)
         return model
 
     def free(self, *names: str) -> None:
@@ -183,13 +196,36 @@ class Pipeline:
     def memory(self, *jobs: Job, text: bool = True) -> memory.Plan:
         """What jobs that are done together will hold, by phase, and whether that fits;
         without `text`, contexts are at hand."""
-        encoder = self._encoder_files() if text else []
+        encoder = self._encoder_files() if text and self.rank == 0 else []
+        # The first machine alone encodes prompts and decodes.
+        names = {stage.name for job in jobs for stage in job.stages}
+        phases = None if self.rank == 0 else {"inputs", *names}
         predictor = memory.Predictor(self.source, self.dtype, encoder)
-        found = predictor.plan(jobs, self.low_memory)
+        found, shared = predictor.plan(jobs, self.low_memory, phases), ""
+        if self.ranks > 1:
+            shared = self._share(jobs, found.fits and not found.streamed)
+        if shared == "shards":
+            predictor = memory.Predictor(self.source, self.dtype, encoder, self.ranks)
+            found = predictor.plan(jobs, self.low_memory, phases)
+        found = dataclasses.replace(found, shared=shared)
         if not found.fits:
             instead = predictor.what_fits(jobs[0], self.plan, self.low_memory)
             found = dataclasses.replace(found, instead=instead)
         return found
+
+    def _share(self, jobs: Sequence[Job], fits: bool) -> str:
+        """How the machines share these jobs; UserError if they cannot."""
+        passes = max(
+            len(guidance_passes(stage.guidance, (None, None), (None, None)))
+            for job in jobs
+            for stage in job.stages
+        )
+        c = DiTConfig.from_dict(self.source.config["transformer"])
+        heads = {c.num_attention_heads: c.video_dim}
+        heads[c.audio_num_attention_heads] = c.audio_dim  # the narrower
+        unit = (self.source.quantization or {}).get("group_size", 1)
+        work = len(jobs), passes, fits
+        return parallel.choose(self.group, self.share, *work, heads, unit)
 
     def describe(self, job: Job) -> str:
         """The model, the size and the stages of a job, for people."""
@@ -252,7 +288,12 @@ class Pipeline:
         """The prompt rewritten at more length by the text encoder's own Gemma."""
         if self.source.version >= weights.GEMMA_4:
             raise UserError("the text encoder of LTX-2.5 cannot write: drop enhance")
-        longer = enhance(weights.fetch_text_encoder(self.text_encoder), prompt, seed)
+        longer = ""
+        if self.rank == 0:
+            folder = weights.fetch_text_encoder(self.text_encoder)
+            longer = enhance(folder, prompt, seed)
+        if self.ranks > 1:
+            longer = parallel.broadcast_text(self.group, longer)
         mx.clear_cache()
         if not longer:
             raise UserError(f"the text encoder made nothing of {prompt!r}")
@@ -321,7 +362,7 @@ class Pipeline:
         if resume is not None:
             resume.check(jobs[0], self.files())
         memory.set_limits(needed)
-        self._streamed = needed.streamed
+        self._streamed, self._shared = needed.streamed, needed.shared
         given = noise and (lambda *asked: mx.array(noise(*asked)).astype(mx.float32))
         draws = [given or seeded_noise(job.request.seed) for job in jobs]
         meter = Meter()
@@ -332,10 +373,13 @@ class Pipeline:
             yield Event("text")
             with meter.phase("text"):
                 prompts = [p for p in dict.fromkeys(asked) if p is not None]
-                contexts = self._contexts(prompts, trace)
+                contexts = self._contexts(prompts, trace) if self.rank == 0 else {}
+                contexts = self._told(prompts, contexts)
         jobs = [self._fit_duration(job, contexts) for job in jobs]
-        starts = []
-        for n, job in enumerate(jobs):
+        starts, mine = {}, range(len(jobs))
+        if self._shared == "many":
+            mine = mine[self.rank :: self.ranks]
+        for n, job in ((n, jobs[n]) for n in mine):
             if inputs.wanted(job):
                 yield Event("inputs", job=n)
             with meter.phase("inputs"):
@@ -345,10 +389,10 @@ class Pipeline:
                     for i, stage in enumerate(job.stages)
                 ]
                 mx.eval([start.arrays for s in of_stages for start in s.values()])
-            starts.append(of_stages)
+            starts[n] = of_stages
         self.free("vae", "audio_vae")
-        finished = []
-        for n, job in enumerate(jobs):
+        finished = {}
+        for n, job in ((n, jobs[n]) for n in mine):
             run = self._denoise(
                 job,
                 starts[n],
@@ -362,11 +406,34 @@ class Pipeline:
             for event in run:
                 yield dataclasses.replace(event, job=n)
                 last = event.snapshot
-            finished.append(last)
+            finished[n] = last
         self.free(*(n for n in self._loaded if n == "transformer" or "upsampler" in n))
-        for n, job in enumerate(jobs):
+        if self._shared == "many":
+            for n, job in enumerate(jobs):
+                latents = finished[n].latents if n in finished else {}
+                latents = parallel.broadcast(self.group, latents, n % self.ranks)
+                done = self.beginning(job)
+                finished[n] = dataclasses.replace(done, latents=latents)
+        for n, job in enumerate(jobs if self.rank == 0 else ()):
             yield from self._decode(n, job, finished[n], draws[n], trace, meter)
         self.free("vae", "diffusion_decoder", "audio_vae", "vocoder")
+
+    def _told(self, prompts: Sequence[str], contexts: dict[str, Contexts]):
+        """The first machine's contexts, on all."""
+        if self.ranks == 1:
+            return contexts
+        named = {
+            f"{prompts.index(p)}.{i}": x
+            for p, pair in contexts.items()
+            for i, x in enumerate(pair)
+        }
+        named = parallel.broadcast(self.group, named)
+        return {p: (named[f"{n}.0"], named[f"{n}.1"]) for n, p in enumerate(prompts)}
+
+    def _agree(self, value: float) -> float:
+        """The first machine's value, where several do the same."""
+        together = self._shared in ("passes", "shards")
+        return parallel.agree(self.group, value) if together else value
 
     def _fit_duration(self, job: Job, contexts: dict[str, Contexts]) -> Job:
         """The job as long as its prompt asks for, if that is left to it."""
@@ -374,7 +441,7 @@ class Pipeline:
         if r.auto_duration is None:
             return job
         head = self.source.load("duration_head", mx.float32)
-        seconds = head(*contexts[r.prompt]).item()
+        seconds = self._agree(head(*contexts[r.prompt]).item())
         frames = min(whole_frames(seconds, r.fps, *r.auto_duration), r.num_frames)
         warnings.warn(
             f"{frames} frames, {frames / r.fps:.1f} s: the prompt asks for "
@@ -417,6 +484,8 @@ class Pipeline:
                     mark,
                     stage.guidance_interval,
                     stage.step_cache,
+                    self._forward,
+                    self._agree,
                 )
                 if first:
                     denoise.last = dict(at.guided)
@@ -451,6 +520,12 @@ class Pipeline:
             latents=latents | kept,
         )
         yield Event("latents", snapshot=done)
+
+    @property
+    def _forward(self):
+        """What makes a step's passes: the transformer, or several machines'."""
+        dealt = self._shared == "passes"
+        return parallel.Dealt(self.transformer, self.group) if dealt else None
 
     def _states(self, job, stage, starts, latents: Streams) -> dict[str, LatentState]:
         """The streams at a stage's start: empty, given, or the last stage's."""
@@ -489,8 +564,8 @@ class Pipeline:
 
     def _attach(self, files: tuple[LoraFile, ...]) -> None:
         """Put a stage's LoRAs beside the transformer, instead of the last stage's."""
-        if files != self._attached and self._streamed:
-            self.free("transformer")  # blocks are read with their LoRAs
+        if files != self._attached and self._rereads:
+            self.free("transformer")
         elif files != self._attached:
             attach(self.transformer, [(Lora.read(f.path), f.strength) for f in files])
         self._attached = files
@@ -592,6 +667,8 @@ def load(
     upsamplers: Sequence[str] = (),
     low_memory: Optional[bool] = None,
     cache_contexts: Union[str, Path, None] = None,
+    group: Optional[parallel.Group] = None,
+    share: Optional[str] = None,
 ) -> Pipeline:
     """A pipeline from an official file, a folder, a converted folder or a Hub repo.
 
@@ -600,6 +677,7 @@ def load(
     are read when a phase needs them; with `low_memory` (None: if there is too little for
     all of them) the transformer's block by block in every step, which changes no bit of
     the result. `cache_contexts` is a folder where contexts are kept for the next time.
+    A `group` of machines, all of which run this, share the work in one of parallel.WAYS.
     Raises UserError when files do not fit together.
     """
     name = str(dtype or "bfloat16").removeprefix("mlx.core.")
@@ -607,4 +685,5 @@ def load(
     origin = {"model": str(model), "kind": source.kind, "dtype": name}
     origin["upsamplers"] = [str(path) for path in upsamplers]
     dtype = getattr(mx, name)
-    return Pipeline(source, text_encoder, dtype, origin, low_memory, cache_contexts)
+    how = low_memory, cache_contexts, group, share
+    return Pipeline(source, text_encoder, dtype, origin, *how)
