@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import checkpoints  # noqa: E402
 
-from ltx2 import latents, pipeline, vae, weights  # noqa: E402
+from ltx2 import latents, parallel, pipeline, vae, weights  # noqa: E402
 from ltx2.conversion import block_linears, quantization  # noqa: E402
 from ltx2.denoiser import guidance_passes  # noqa: E402
 from ltx2.dit import DiT, DiTConfig, Tokens  # noqa: E402
@@ -89,8 +89,9 @@ def dit_config(name, **changes):
     return DiTConfig.from_dict({"audio_in_channels": 128} | section)
 
 
-def step(model, size, names=("cond",)):
-    """A forward of a video with its sound, with the dev model's passes of these names."""
+def step(model, size, names=("cond",), forward=None):
+    """A forward of a video with its sound, with the dev model's passes of these names,
+    which `forward` may make instead."""
     width, height, frames = size
     shape = (latents.latent_frames(frames), height // 32, width // 32)
     c, sound = model.config, latents.audio_tokens(frames, 24)
@@ -116,7 +117,7 @@ def step(model, size, names=("cond",)):
     )
     passes = guidance_passes(default_guidance(source), contexts, negative)
     mx.eval(contexts, negative, [s.latent for s in streams], ropes)
-    return lambda: model(*streams, [passes[name] for name in names])
+    return lambda: (forward or model)(*streams, [passes[name] for name in names])
 
 
 PASSES = ("cond", "uncond", "perturbed", "isolated")
@@ -133,6 +134,25 @@ def guided_ratio(name, size):
     model = DiT(dit_config(name))
     plain, guided = (asked_flops(step(model, size, n)) for n in (("cond",), PASSES))
     return guided / plain
+
+
+def exchanged(name, size, machines):
+    """Bytes that each of some machines sends in a step of four passes, by --parallel."""
+    group, sums = mock.Mock(size=lambda: machines, rank=lambda: 0), []
+    ring = 2 * (machines - 1) / machines  # of the bytes to be summed
+    with mock.patch.object(mx.distributed, "all_sum") as all_sum:
+        all_sum.side_effect = lambda x, group: sums.append(x.nbytes) or x
+        sent = {}
+        for way in ("passes", "shards"):
+            sums.clear()
+            model = DiT(dit_config(name))
+            model.set_dtype(mx.bfloat16)
+            if way == "shards":
+                model.shard(group)
+            forward = parallel.Dealt(model, group) if way == "passes" else None
+            asked_flops(step(model, size, PASSES, forward))
+            sent[way] = ring * sum(sums)
+    return sent
 
 
 def beside_matmul(dtype, runs, **functions):
@@ -318,9 +338,16 @@ def main():
         f"rate.\nThis is 48 times one block with random weights, measured at "
         f"{block['measured_frames']} frames and scaled by its FLOPs."
     )
+    sent = {n: exchanged("ltx-2-19b-dev", size, n) for n in (2, 4)}
+    for n, ways in sent.items():
+        for way, count in ways.items():
+            print(
+                f"--parallel {way}, {n} machines: each sends {count / 1e9:.3f} GB a step"
+            )
     if args.json:
         results = {"machine": machine, "ratios": ratios, "utilisation": used}
         results |= {"small_model": found, "released_block": block}
+        results["exchanged"] = sent
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -21,6 +21,7 @@ LINES = [line for block in BLOCKS for line in block.splitlines() if line[0] != "
 COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
 GENERATE = [c for c in COMMANDS if c.startswith("python generate.py")]
 CONVERT = [c for c in COMMANDS if c.startswith("python convert.py")]
+LAUNCHED = [c for c in COMMANDS if c.startswith("mlx.launch")]
 CHECKS = [c for c in COMMANDS if c.startswith("python -m ltx2.checks")]
 # Which small checkpoint stands for a file that the README names.
 FILES = {
@@ -37,7 +38,7 @@ GUIDED = ("--cfg-scale", "--distilled-lora")  # for a dev model
 
 
 def test_every_command_is_of_a_known_kind():
-    known = {*GENERATE, *CONVERT, *CHECKS}
+    known = {*GENERATE, *CONVERT, *CHECKS, *LAUNCHED}
     rest = {c for c in COMMANDS if c not in known}
     assert rest == {
         "pip install -r requirements.txt",
@@ -114,6 +115,16 @@ def test_generate(command, monkeypatch, folder, checkpoint, capsys):
     run(generate, command, extra, monkeypatch, folder)
     done = "the transformer is" if "--plan" in command else "wrote"
     assert done in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", LAUNCHED)
+def test_launched(command):
+    """Parsed: test_parallel runs such."""
+    launch, program = command.split(" -- ")
+    assert shlex.split(program)[:2] == ["python", "generate.py"]
+    args = generate.parser().parse_args(shlex.split(program)[2:])
+    assert args.num_videos > 1 or args.parallel
+    assert re.fullmatch(r"mlx.launch (-n 2|--backend ring --hostfile \S+)", launch)
 
 
 @pytest.mark.parametrize("command", CONVERT)
