@@ -41,8 +41,8 @@ class Scene:
     timbre: str
     x: float = 0.5
     y: float = 0.5
-    radius: float = 0.18
-    travel: float = 0.56
+    radius: float = 0.2
+    travel: float = 0.48
     first_contact: float = 0.3
     rgb: tuple = ()
     grey: float = -1.0
@@ -65,13 +65,13 @@ def sample_scene(rng: np.random.Generator, **fixed: str) -> Scene:
     named = {k: fixed.get(k) or v[rng.integers(len(v))] for k, v in choices.items()}
     return Scene(
         **named,
-        x=rng.uniform(0.36, 0.64),
-        y=rng.uniform(0.36, 0.64),
-        radius=rng.uniform(0.15, 0.2),
-        travel=rng.uniform(0.5, 0.6),
+        x=rng.uniform(0.38, 0.62),
+        y=rng.uniform(0.38, 0.62),
+        radius=rng.uniform(0.17, 0.22),
+        travel=rng.uniform(0.44, 0.52),
         first_contact=int(rng.integers(25, 36)) / 100,
-        rgb=tuple(float(c + rng.uniform(-10, 10)) for c in COLOURS[named["colour"]]),
-        grey=BACKGROUNDS[named["background"]] + rng.uniform(-12, 12),
+        rgb=tuple(float(c + rng.uniform(-6, 6)) for c in COLOURS[named["colour"]]),
+        grey=BACKGROUNDS[named["background"]] + rng.uniform(-6, 6),
     )
 
 

@@ -457,9 +457,14 @@ class Attention(nn.Module):
         )
         if rope_q is not None:
             q, k = rotate(q, rope_q), rotate(k, rope_q if rope_k is None else rope_k)
-        bias = None if bias is None else bias[None, None, None]
-        # In float32: on CPUs the 16-bit gradient of attention is many times slower.
-        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), bias)
+        if k.shape[2] > 256:
+            bias = None if bias is None else bias[None, None, None]
+            q, k, v = q.float(), k.float(), v.float()
+            out = F.scaled_dot_product_attention(q, k, v, bias)
+        else:  # on CPUs the gradient of the fused attention takes twice as long
+            logits = (q @ k.mT).float() * q.shape[-1] ** -0.5
+            logits = logits if bias is None else logits + bias
+            out = logits.softmax(-1).to(v.dtype) @ v
         gate = 2 * torch.sigmoid(self.to_gate_logits(x))
         out = out.transpose(1, 2) * gate[..., None]
         return self.to_out[0](out.flatten(2))
@@ -499,7 +504,9 @@ class Connector(nn.Module):
     ):
         super().__init__()
         self.width, self.heads, self.max_pos = width, heads, max_pos
-        self.learnable_registers = nn.Parameter(torch.rand(registers, width) * 2 - 1)
+        # Nearly alike, so that attention learns at once to tell words from registers.
+        alike, own = torch.rand(2, registers, width) * 2 - 1
+        self.learnable_registers = nn.Parameter(alike[:1] + 0.1 * own)
         self.transformer_1d_blocks = nn.ModuleList(
             ConnectorBlock(width, heads) for _ in range(layers)
         )

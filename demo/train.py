@@ -250,10 +250,12 @@ def train_vae(run: Run):
         with run.autocast():
             latents = vae.encoder(video)
             decoded = vae.decoder(latents + 0.1 * torch.randn_like(latents)).float()
-        error = (decoded - video).abs() * (1 + 3 * shape)
+        difference = decoded - video
+        error = difference.abs() * (1 + 3 * shape)
         return dict(
             l1=error.mean(),
-            mse=4 * (error * (decoded - video).abs()).mean(),
+            mse=4 * (error * difference.abs()).mean(),
+            edges=sum(difference.diff(dim=axis).abs().mean() for axis in (3, 4)),
             size=1e-3 * latents.float().square().mean(),
         )
 
@@ -527,7 +529,7 @@ def train_dit(run: Run):
             "" if rng.random() < 0.1 else data.caption(scenes[i], rng) for i in chosen
         ]
         ids, lengths = encoder.tokenize(captions)
-        growth = min(1.0, step / (0.6 * steps))
+        growth = min(1.0, step / (0.4 * steps))
         rows, bias = np.arange(CONTEXT), np.zeros(CONTEXT, np.float32)
         if not whole:
             length = 64 * (CONTEXT / 64) ** growth
