@@ -27,6 +27,10 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
 
 
+DEMO = Path(__file__).parent / "demo" / "model"
+NOTICE = """\
+demo model, it knows prompts as "A red circle moves from left to right, with a low tone": demo/README.md
+the real one: python convert.py --quantize -q-bits 4 (it lists what is downloaded first)"""
 GUIDANCE = {
     "cfg_scale": (float, "towards the prompt, 1 is off"),
     "stg_scale": (float, "towards coherence, 0 is off"),
@@ -52,8 +56,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--num-videos", type=int, default=1, metavar="N", help="seeds SEED, SEED+1, ..."
     )
-    add("--height", type=int, help="512, or the clip's")
-    add("--width", type=int, help="768, or the clip's")
+    add("--height", type=int, help="512, or the model's or clip's own")
+    add("--width", type=int, help="768, likewise")
     add("--num-frames", type=int, help="8k+1; 121, the clip's or the prompt's")
     add(
         "--auto-duration",
@@ -101,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     add = group("the model")
-    add("--model", help="mlx_model")
+    add("--model", help="mlx_model, or the demo model if there is none")
     add("--kind", choices=["dev", "distilled"], help="if no name tells")
     add(
         "--text-encoder",
@@ -233,7 +237,11 @@ def main() -> None:
             raise UserError(f"{output} is read for this run: give another --output")
     how = {"low_memory": args.low_memory, "cache_contexts": args.cache_contexts}
     how |= {"group": group, "share": args.parallel}
-    pipe = pipeline.load(**{"model": "mlx_model", **load}, **how)
+    load.setdefault("model", "mlx_model")
+    if load["model"] == "mlx_model" and not Path("mlx_model").exists():
+        print(NOTICE)
+        load["model"] = str(DEMO)
+    pipe = pipeline.load(**load, **how)
     jobs = [pipe.plan(r) for r in requests]
     if args.recorded and pipe.files() != made_with:
         print(f"note: {args.recorded} was made with other weights")

@@ -149,6 +149,7 @@ class Conversion:
             **source.config,
             **({"quantization": how, "quantization_config": how} if how else {}),
             "text_encoder": source.encoder(self.text_encoder),
+            **({"defaults": source.defaults} if source.defaults else {}),
             "provenance": {
                 **origin,
                 "tool": f"ltx2 {__version__}, mlx {mx.__version__}",

@@ -218,7 +218,7 @@ def plan(r: Request, source: Any) -> Job:
     refers = r.video is not None and not single
     smaller, slower = reference_scale(r) if refers else (1, 1)
     multiple = SPACE_SCALE * scale.numerator * smaller
-    r, clip, clip_frames, notes = fit_clip(fit_duration(r, source), multiple)
+    r, clip, clip_frames, notes = fit_clip(fit_duration(r, source), multiple, source)
     check_size("height", r.height, multiple, source)
     check_size("width", r.width, multiple, source)
     check_frames(r.num_frames)
@@ -481,12 +481,13 @@ def place_image(image: Image, r: Request) -> Image:
 
 
 def fit_clip(
-    r: Request, multiple: int
+    r: Request, multiple: int, source: Any
 ) -> tuple[Request, Optional[media.Media], int, list[str]]:
     """The request with size, length and rate, the clip, how much of it is read, and what
     was done to it. A clip's own size and rate are kept as far as the model can."""
     if r.video is None:
         usual = {"height": 512, "width": 768, "num_frames": 121, "fps": FPS}
+        usual |= {k: v for k, v in source.defaults.items() if k in usual}
         missing = {k: v for k, v in usual.items() if getattr(r, k) is None}
         return replace(r, **missing), None, 0, []
     clip = media.probe(r.video)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
@@ -117,6 +117,7 @@ class Source:
     quantization: Optional[dict[str, Any]] = None
     text_encoder: str = TEXT_ENCODER
     provenance: Optional[dict[str, Any]] = None  # of converted models
+    defaults: dict[str, Any] = field(default_factory=dict)  # the video's size and rate
 
     def __post_init__(self):
         self.parts = {
@@ -404,6 +405,7 @@ def converted_source(files: list[File]) -> Source:
         raise UserError(f"{files[0].path} has no {missing[0]}: convert again")
     said.pop("model_type")
     said.pop("quantization_config")
+    said["defaults"] = config.pop("defaults", {})
     inside = files[0].path.parent / said["text_encoder"]
     if inside.is_dir():
         said["text_encoder"] = str(inside)

@@ -1,0 +1,149 @@
+"""Does the demo model do what its prompts say? A judge that knows nothing of it counts.
+
+    python benchmarks/obedience.py --clips 48
+    python benchmarks/obedience.py --clips 378 --variants float32
+
+Scenes take turns through all combinations of shape, colour, motion and pitch, in wordings
+that training never saw and with seeds of their own. Each row is a way to run the model:
+its 8 steps or guided ones, from weights of several precisions, without the other stream,
+or beginning with a given picture.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from demo import data  # noqa: E402
+from demo.judge import judge, read_mp4  # noqa: E402
+from ltx2 import conversion, media, pipeline, weights  # noqa: E402
+from ltx2.request import Image, Request  # noqa: E402
+
+DEMO = ROOT / "demo" / "model"
+SEEN = ("colour", "shape", "motion", "background")
+HEARD = ("pitch",)
+GUIDED = dict(
+    steps=12,
+    negative_prompt="",
+    video_guidance=dict(cfg_scale=2.5, stg_scale=0, modality_scale=1),
+    audio_guidance=dict(cfg_scale=2.5, stg_scale=0, modality_scale=1),
+)
+VARIANTS = {
+    "float32": {},
+    "bfloat16": dict(dtype="bfloat16"),
+    "8 bits": dict(bits=8),
+    "4 bits": dict(bits=4),
+    "guided": dict(kind="dev", options=GUIDED),
+    "unguided, dev": dict(
+        kind="dev",
+        options=GUIDED
+        | dict(negative_prompt=None)
+        | {k: v | dict(cfg_scale=1) for k, v in GUIDED.items() if "guidance" in k},
+    ),
+    "picture only": dict(options=dict(no_audio=True)),
+    "from an image": dict(image=True),
+}
+
+
+def scenes(count: int, seed: int) -> list[tuple[data.Scene, str]]:
+    """Scenes and captions; the first of all combinations in an order of their own."""
+    rng = np.random.default_rng(seed)
+    names = dict(shape=data.SHAPES, colour=tuple(data.COLOURS), motion=data.MOTIONS)
+    names["pitch"] = tuple(data.PITCHES)
+    combinations = list(itertools.product(*names.values()))
+    order = [combinations[i] for i in rng.permutation(len(combinations))]
+    chosen = itertools.islice(itertools.cycle(order), count)
+    drawn = [data.sample_scene(rng, **dict(zip(names, c))) for c in chosen]
+    return [(scene, data.caption(scene, rng, unseen=True)) for scene in drawn]
+
+
+def make(model, asked, folder, kind=None, dtype="float32", bits=0, options={}, image=0):
+    """Mp4s of (scene, caption) in `folder`, and the latents they were made of."""
+    if bits:
+        source, converted = weights.open_model(str(model)), folder / "converted"
+        how = conversion.quantization(bits=bits, group_size=32)
+        conversion.Conversion(source, how).write(converted)
+        model = converted
+    requests = []
+    for n, (scene, caption) in enumerate(asked):
+        request = dict(options)
+        if image:
+            path = folder / f"{n}.png"
+            media.save_png(path, data.render(scene, [0])[0])
+            request.update(images=(Image(str(path)),), image_crf=0)
+        requests.append(Request(caption, seed=1000 + n, **request))
+    pipe, made, frames = pipeline.load(str(model), None, kind, dtype), [], []
+    for event in pipe.stream(*requests):
+        if isinstance(event, pipeline.Result):
+            event.frames, frames = np.concatenate(frames), []
+            path = folder / f"{len(made)}.mp4"
+            event.save(path)
+            made.append((path, event))
+        elif event.frames is not None:
+            frames.append(event.frames)
+    return made
+
+
+def decibels(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures."""
+    error = np.square(a.astype(np.float64) - b).mean()
+    return 10 * np.log10(255**2 / max(error, 1e-9))
+
+
+def obedience(model, asked, folder, **variant) -> dict[str, float]:
+    """Shares of clips that are judged as asked; how far the sound is from the shape;
+    with an image the first frame's likeness to it."""
+    right, pan, likeness = {}, [], []
+    for (scene, _), (path, result) in zip(
+        asked, make(model, asked, folder, **variant), strict=True
+    ):
+        heard = result.waveform is not None
+        clip = read_mp4(path) if heard else (result.frames, np.zeros((24000, 2)), 24000)
+        found = judge(*clip)
+        for name in SEEN + HEARD * heard:
+            right.setdefault(name, []).append(found[name] == getattr(scene, name))
+        if heard and found["pan_error"] is not None:
+            pan.append(found["pan_error"])
+        if variant.get("image"):
+            likeness.append(decibels(result.frames[0], data.render(scene, [0])[0]))
+    shares = {name: float(np.mean(found)) for name, found in right.items()}
+    if pan:
+        shares["pan error"] = float(np.mean(pan))
+    if likeness:
+        shares["first frame dB"] = float(np.mean(likeness))
+    return shares
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", type=Path, default=DEMO)
+    add("--clips", type=int, default=48)
+    add("--seed", type=int, default=1)
+    add("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    add("--json", type=Path, help="where to write all figures")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    asked, found = scenes(args.clips, args.seed), {}
+    for name in args.variants:
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            found[name] = obedience(args.model, asked, folder, **VARIANTS[name])
+        figures = (f"{k} {v:.3g}" for k, v in found[name].items())
+        print(f"{name:<16}", *figures, sep="  ", flush=True)
+    if args.json:
+        made = {"clips": args.clips, "seed": args.seed, "mlx": mx.__version__}
+        args.json.write_text(json.dumps(made | found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
