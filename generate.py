@@ -212,15 +212,9 @@ def sound(text: str) -> tuple[str, float]:
 
 def main() -> None:
     args = parser().parse_args()
-    import mlx.core as mx
+    from ltx2 import media, pipeline
 
-    from ltx2 import media, parallel, pipeline
-
-    group = mx.distributed.init()  # of one, unless mlx.launch starts this
-    if group.size() == 1:
-        group = None
-    elif group.rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # the first tells
+    group = machines()
     if args.parallel and group is None:
         raise UserError("--parallel is for several machines: start with mlx.launch")
     load, request, resume, made_with = recorded(args)
@@ -237,10 +231,10 @@ def main() -> None:
             raise UserError(f"{output} is read for this run: give another --output")
     how = {"low_memory": args.low_memory, "cache_contexts": args.cache_contexts}
     how |= {"group": group, "share": args.parallel}
-    load.setdefault("model", "mlx_model")
-    if load["model"] == "mlx_model" and not Path("mlx_model").exists():
-        print(NOTICE)
-        load["model"] = str(DEMO)
+    if "model" not in load:
+        converted = Path("mlx_model").exists()
+        print("" if converted else NOTICE + "\n", end="")
+        load["model"] = "mlx_model" if converted else str(DEMO)
     pipe = pipeline.load(**load, **how)
     jobs = [pipe.plan(r) for r in requests]
     if args.recorded and pipe.files() != made_with:
@@ -269,6 +263,16 @@ def main() -> None:
             Path(output).with_suffix(".json").write_text(text)
         print(f"wrote {output}")
     print(table(result.phases))
+
+
+def machines() -> Any:
+    """The group of machines that mlx.launch starts, or None; the first one tells."""
+    import mlx.core as mx
+
+    group = mx.distributed.init()
+    if group.rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return group if group.size() > 1 else None
 
 
 def recorded(args: argparse.Namespace) -> tuple[dict, Any, Any, Any]:
