@@ -252,11 +252,14 @@ class Predictor:
     def stage(self, job: Job, stage: Stage) -> Need:
         frames, height, width = stage.latent_size
         tokens = frames * height * width * ("video" in job.streams)
-        tokens += height * width * sum(bool(i.frame) for i in job.images)
+        stills = len(stage.keyframes) * (2 if stage.tile else 1)  # its anchors
+        tokens += height * width * (stills + sum(bool(i.frame) for i in job.images))
+        if stage.details:
+            tokens += frames * height * width // stage.details**2
         if job.clip and stage.references and not job.request.changes_clip:
             down = job.reference_scale[0] ** 2
             tokens += latent_frames(job.clip_frames) * height * width // down
-        sound = job.audio_tokens if "audio" in job.streams else 0
+        sound = job.audio_tokens if "audio" in job.streams and not stage.tile else 0
         passes = guidance_passes(stage.guidance, (None, None), (None, None))
         contexts = 2 if "uncond" in passes else 1
         keys = max(tokens, MAX_TOKENS)
@@ -276,6 +279,9 @@ class Predictor:
         if stage.upsampler:
             weights += self.size[stage.upsampler]
             c = UpsamplerConfig.from_dict(self.config[stage.upsampler])
+            if stage.tile:  # the whole canvas is upsampled with the first
+                whole = latent_frames(stage.tile.segments * stage.tile.length + 1)
+                tokens = max(tokens, whole * height * width)
             wide = UNFOLDED[self.gpu] * FLOAT * c.mid_channels * tokens
             buffers = max(buffers, wide)
         return Need(weights, buffers, int(spare))
