@@ -1,6 +1,5 @@
-"""DFR, diffusion fidelity rendering: segments that end in keyframes, and the tiles of them
-in which a canvas is refined at twice its frame rate. The constants are the reference's.
-"""
+"""DFR, detail-fidelity rendering: segments that end in keyframes, and the tiles of them
+in which a canvas is refined at twice its frame rate, as the reference lays them out."""
 
 from __future__ import annotations
 
