@@ -159,7 +159,8 @@ def test_the_rate_and_the_length_double_and_the_sound_stays(
     made = media.probe("output.mp4")
     assert (made.num_frames, made.fps, made.has_audio) == (17, 48, True)
     assert made.audio_duration == pytest.approx(17 / 48, abs=0.03)
-    assert media.read_metadata("output.mp4")["request"]["temporal_rounds"] == 1
+    again = Request.from_json(media.read_metadata("output.mp4")["request"])
+    assert (again.temporal_rounds, again.detailing_lora.strength) == (1, 0.5)
 
 
 def latents_of(pipe, *requests, **options):
