@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="10")
     add(
         "--stages",
-        choices=["one", "two", "hq"],
+        choices=["one", "two", "hq", "dfr"],
         help="distilled: two if there is an upsampler, else one",
     )
     add("--temporal-upsample", action="store_true", default=None, help="double the fps")
@@ -143,9 +143,16 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="LTX-2.5: frames made beside the video, which keep it sharp",
     )
+    add(
+        "--detailing-lora",
+        type=lora,
+        metavar="PATH[:STRENGTH]",
+        help="of dfr: draws details into the second stage",
+    )
+    add("--temporal-rounds", type=int, metavar="N", help="of dfr: double the fps, 0-2")
     add("--steps", type=int, help="of a dev model: 40, from LTX-2.3 on 30, hq 15")
     add("--sigmas", type=numbers, metavar="1,...,0", help="instead of a schedule")
-    add("--sampler", help="euler, euler_ancestral, gradient_estimation, res_2s")
+    add("--sampler", help="euler, euler_ancestral, res_2s, ...")
     add("--guidance-interval", type=span, metavar="FROM-TO", help="sigmas guided, 0-1")
     add(
         "--step-cache",
@@ -410,7 +417,7 @@ def write(path: str, job: Any, events: Iterator[Any]) -> Any:
         result = next(e for e in events if isinstance(e, pipeline.Result))
         result.save(path)
         return result
-    with media.VideoWriter(path, job.stages[-1].fps) as video:
+    with media.VideoWriter(path, job.fps) as video:
         for event in events:
             if isinstance(event, pipeline.Result):
                 video.sound, video.metadata = event.sound, event.metadata

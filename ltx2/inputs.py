@@ -25,7 +25,9 @@ from .latents import (
     Replace,
 )
 from .request import Job, Stage
+from .sampling import Streams
 
+ANCHOR_STRENGTH = 0.95  # the reference's: a tile may still settle its seams
 Load = Callable[[str], nn.Module]
 
 
@@ -55,19 +57,22 @@ def encode(job: Job, stage: Stage, load: Load) -> dict[str, Start]:
     the "vae" and the "audio_vae" if they are needed."""
     r = job.request
     starts = {name: Start() for name in job.streams}
+    first, rate = 0, stage.fps / r.fps
+    if stage.tile:
+        starts.pop("audio", None)
+        first, rate = stage.tile.first, stage.tile.rate
     for image in job.images:
+        frame = round(image.frame * rate) - first
+        if not 0 <= frame < stage.num_frames:  # of another tile
+            continue
         pixels = media.recompress(media.load_image(image.path), job.image_crf)
         pixels = media.resize_and_crop(pixels[None], stage.height, stage.width)
         latents = load("vae").encode(mx.array(pixels)[None])
-        frame = round(image.frame * stage.fps / r.fps)
         starts["video"].items.append(
             Keyframe(latents, frame, stage.fps, image.strength)
-            if image.frame or r.keyframes
+            if frame or r.keyframes
             else Replace(latents, 0, image.strength)
         )
-    if stage.keyframes:
-        slots = KeyframeSlots(stage.keyframes, stage.latent_size, stage.fps)
-        starts["video"].items.append(slots)
     if r.audio:
         tokens = job.audio_tokens
         seconds = tokens / AUDIO_TOKENS_PER_SECOND + 1
@@ -80,6 +85,22 @@ def encode(job: Job, stage: Stage, load: Load) -> dict[str, Start]:
     elif job.clip and stage.references:
         starts["video"].items.append(reference(job, stage, load))
     return starts
+
+
+def carried(stage: Stage, latents: Streams) -> list[Conditioning]:
+    """The keyframes of a stage, and what guides it of the last one's latents."""
+    items: list[Conditioning] = []
+    initial = latents.get("keyframes")
+    if stage.tile:
+        for frame, still in stage.tile.anchors(initial):
+            items.append(Keyframe(still, frame, stage.fps, ANCHOR_STRENGTH))
+        initial = stage.tile.seeds(latents["video"])
+    if stage.keyframes:
+        where = stage.keyframes, stage.latent_size, stage.fps
+        items.append(KeyframeSlots(*where, initial))
+    if stage.details:
+        items.append(Reference(latents["smaller"], stage.fps, 1.0, stage.details))
+    return items
 
 
 def extend(job: Job, stage: Stage, starts: dict[str, Start], load: Load) -> None:

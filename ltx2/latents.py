@@ -144,8 +144,10 @@ class LatentState:
         strength: float = 1.0,
         attention: Optional[np.ndarray] = None,
         keyframes: bool = False,
+        initial: Optional[mx.array] = None,
     ) -> LatentState:
-        """Add tokens (1, n, C) that guide from their own positions.
+        """Add tokens (1, n, C) that guide from their own positions, or that are generated
+        themselves, from zeros or initial ones.
 
         `attention` (n,) in [0, 1] is how much the picture and they see of each other;
         appended groups never see each other once any of them is weighted.
@@ -162,7 +164,9 @@ class LatentState:
         both = lambda a, b: mx.concatenate([a, b.astype(mx.float32)], axis=1)
         return replace(
             self,
-            latent=both(self.latent, mx.zeros(tokens.shape)),
+            latent=both(
+                self.latent, mx.zeros(tokens.shape) if initial is None else initial
+            ),
             clean=both(self.clean, tokens),
             mask=np.append(self.mask, np.full(n, 1 - strength, np.float32)),
             bounds=np.concatenate([self.bounds, bounds], axis=1),
@@ -227,11 +231,12 @@ def evenly_spaced(count: int, num_frames: int) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class KeyframeSlots:
     """Single frames, generated beside the video of latents (F, H, W), that keep it sharp
-    at these places: from 2.5 on."""
+    at these places, from zeros or initial latents (1, K, H, W, C): from 2.5 on."""
 
     frames: tuple[int, ...]
     latent_size: tuple[int, int, int]
     fps: float
+    initial: Optional[mx.array] = None
 
     def __call__(self, state: LatentState) -> LatentState:
         grid = video_bounds(1, *self.latent_size[1:], 1.0)
@@ -239,7 +244,8 @@ class KeyframeSlots:
         starts = np.repeat(np.float32(self.frames), grid.shape[1])
         bounds[0] = np.stack([starts, starts + 1], axis=-1) / np.float32(self.fps)
         empty = mx.zeros((1, bounds.shape[1], state.latent.shape[-1]))
-        return state.append(empty, bounds, strength=0.0, keyframes=True)
+        initial = None if self.initial is None else video_tokens(self.initial)
+        return state.append(empty, bounds, 0.0, keyframes=True, initial=initial)
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,27 @@ def check_combinations(
         r.generated_keyframes and (r.changes_clip or r.audio_only),
         "generated_keyframes are for new videos, not for sound, retake or extend",
     )
+    dfr = stages == "dfr"
+    refuse(
+        not dfr and (r.detailing_lora or r.temporal_rounds),
+        "detailing_lora and temporal_rounds are of stages=dfr: ask for it",
+    )
+    refuse(
+        dfr and not c.get("use_keyframes_abs_pos_embedding"),
+        f"stages=dfr is for LTX-2.5 on, and this is {source.model_version}",
+    )
+    others = "video audio keyframes generated_keyframes temporal_upsample steps"
+    others = [name for name in others.split() if getattr(r, name)]
+    others += ["guidance"] if guided or r.guidance_interval != (0, 1) else []
+    refuse(
+        dfr and others,
+        "stages=dfr makes a new video with a schedule, keyframes and frame rates of its "
+        f"own: drop {', '.join(others)}",
+    )
+    refuse(
+        r.temporal_rounds not in (0, 1, 2),
+        f"temporal_rounds is {r.temporal_rounds}: choose of 0, 1, 2",
+    )
     low, high = r.guidance_interval
     check_range("guidance_interval's end", high, 0, 1)
     check_range("guidance_interval's start", low, 0, high)
@@ -148,9 +169,14 @@ def check_combinations(
         "distilled_lora has its own stages, and no effect at strength 0: drop them",
     )
     refuse(
-        r.temporal_upsample and "temporal_upsampler" not in source.components,
-        "temporal_upsample needs a temporal latent upsampler and this model has none: "
-        "give its file with upsampler",
+        r.detailing_lora and (r.detailing_lora.stage or not r.detailing_lora.strength),
+        "detailing_lora has its own stage, and no effect at strength 0: drop them",
+    )
+    refuse(
+        (r.temporal_upsample or r.temporal_rounds)
+        and "temporal_upsampler" not in source.components,
+        f"temporal_{'rounds' if r.temporal_rounds else 'upsample'} needs a temporal latent "
+        "upsampler and this model has none: give its file with upsampler",
     )
     refuse(
         r.temporal_upsample and (r.audio_only or r.changes_clip),

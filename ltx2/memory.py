@@ -35,6 +35,7 @@ from .weights import FLOAT32, Source
 FLOAT = 4  # bytes: encoders and decoders compute in float32
 # Alive together, on the CPU and elsewhere: copies of the widest tensor.
 UNFOLDED = (34, 6)  # of a 3x3x3 convolution
+UPSAMPLED = (102, 6)  # of an upsampler, whose convolutions see all frames at once
 SPECTRAL = (90, 12)  # of the audio VAE and of HiFi-GAN
 SNAKES = (215, 30)  # of BigVGAN
 
@@ -252,11 +253,14 @@ class Predictor:
     def stage(self, job: Job, stage: Stage) -> Need:
         frames, height, width = stage.latent_size
         tokens = frames * height * width * ("video" in job.streams)
-        tokens += height * width * sum(bool(i.frame) for i in job.images)
+        stills = len(stage.keyframes) * (2 if stage.tile else 1)  # its anchors
+        tokens += height * width * (stills + sum(bool(i.frame) for i in job.images))
+        if stage.details:
+            tokens += frames * height * width // stage.details**2
         if job.clip and stage.references and not job.request.changes_clip:
             down = job.reference_scale[0] ** 2
             tokens += latent_frames(job.clip_frames) * height * width // down
-        sound = job.audio_tokens if "audio" in job.streams else 0
+        sound = job.audio_tokens if "audio" in job.streams and not stage.tile else 0
         passes = guidance_passes(stage.guidance, (None, None), (None, None))
         contexts = 2 if "uncond" in passes else 1
         keys = max(tokens, MAX_TOKENS)
@@ -273,10 +277,14 @@ class Predictor:
         )
         spare = self.spared + loras * (1 - (1 + self.gpu) / self.dit.num_layers)
         weights = self.size["transformer"] + loras
+        so_far = job.stages[: job.stages.index(stage) + 1]
+        weights += sum(self.size[u] for u in {s.upsampler for s in so_far} - {None})
         if stage.upsampler:
-            weights += self.size[stage.upsampler]
             c = UpsamplerConfig.from_dict(self.config[stage.upsampler])
-            wide = UNFOLDED[self.gpu] * FLOAT * c.mid_channels * tokens
+            if stage.tile:  # the whole canvas is upsampled with the first
+                whole = latent_frames(stage.tile.segments * stage.tile.length + 1)
+                tokens = max(tokens, whole * height * width)
+            wide = UPSAMPLED[self.gpu] * FLOAT * c.mid_channels * tokens
             buffers = max(buffers, wide)
         return Need(weights, buffers, int(spare))
 

@@ -31,6 +31,7 @@ from .latents import (
     audio_from_tokens,
     audio_to_tokens,
     condition,
+    latent_frames,
     video_bounds,
     video_tokens,
 )
@@ -463,7 +464,8 @@ class Pipeline:
             mark = within(trace, stage.name)
             with meter.phase(stage.name):
                 self._attach(stage.loras)
-                states = self._states(job, stage, starts[n], latents)
+                given = self._upsampled(stage, latents)
+                states = self._states(job, stage, starts[n], given)
                 draw = lambda k, shape: noise(f"{stage.name}.{k}", shape)
                 x = (
                     dict(at.tokens)
@@ -509,15 +511,20 @@ class Pipeline:
                 traced(mark, k, v)
                 check_latents(f"{stage.name}, {k}", v)
             latents = self._latents(stage, states, x)
+            if stage.tile:
+                latents = stage.tile.stitch(given, latents)
             if stage.keeps_audio and "audio" in latents:
                 kept = {"audio": latents["audio"]}
+        latents = {k: (latents | kept)[k] for k in job.streams}
+        if "video" in latents:
+            latents["video"] = latents["video"][:, : latent_frames(job.num_frames)]
         done = dataclasses.replace(
             at,
             stage=len(job.stages),
             step=0,
             tokens={},
             guided={},
-            latents=latents | kept,
+            latents=latents,
         )
         yield Event("latents", snapshot=done)
 
@@ -527,14 +534,24 @@ class Pipeline:
         dealt = self._shared == "passes"
         return parallel.Dealt(self.transformer, self.group) if dealt else None
 
+    def _upsampled(self, stage: Stage, latents: Streams) -> Streams:
+        """The last stage's latents at the size of this one."""
+        if stage.upsampler is None:
+            return latents
+        stills = stage.keyframes and not stage.tile  # single frames, which no round doubles
+        names = ("video", "keyframes")[: 2 if stills else 1]
+        grown = {k: self._upsample(stage.upsampler, latents[k]) for k in names}
+        smaller = {"smaller": latents["video"]} if stage.details else {}
+        return latents | grown | smaller
+
     def _states(self, job, stage, starts, latents: Streams) -> dict[str, LatentState]:
         """The streams at a stage's start: empty, given, or the last stage's."""
         config, states = self.transformer.config, {}
         for name, start in starts.items():
-            initial = latents.get(name, start.initial)
+            initial, items = latents.get(name, start.initial), start.items
             if name == "video":
-                if stage.upsampler:
-                    initial = self._upsample(stage.upsampler, initial)
+                initial = stage.tile.cut(initial) if stage.tile else initial
+                items = items + inputs.carried(stage, latents)
                 bounds = video_bounds(*stage.latent_size, stage.fps)
                 channels, flat = config.in_channels, video_tokens
             else:
@@ -542,7 +559,7 @@ class Pipeline:
                 channels, flat = config.audio_in_channels, audio_to_tokens
             initial = None if initial is None else flat(initial)
             state = LatentState.start(bounds, channels, initial)
-            states[name] = condition(state, start.items)
+            states[name] = condition(state, items)
         return states
 
     def _latents(self, stage: Stage, states, tokens: Streams) -> Streams:
@@ -550,6 +567,11 @@ class Pipeline:
         shaped = {k: v[:, : states[k].size] for k, v in tokens.items()}
         if "video" in shaped:
             shaped["video"] = shaped["video"].reshape(1, *stage.latent_size, -1)
+        if stage.keyframes:
+            size, channels = states["video"].size, tokens["video"].shape[-1]
+            slots = np.flatnonzero(states["video"].keyframes[size:]) + size
+            made = tokens["video"][:, mx.array(slots)]
+            shaped["keyframes"] = made.reshape(1, -1, *stage.latent_size[1:], channels)
         if "audio" in shaped:
             config = AudioVAEConfig.from_dict(self.source.config["audio_vae"])
             shaped["audio"] = audio_from_tokens(shaped["audio"], config.z_channels)
@@ -573,14 +595,14 @@ class Pipeline:
 
     def _decode(self, n, job: Job, snapshot, noise, trace, meter):
         """Sound, then frames as they come, then the result."""
-        r, last, latents = job.request, job.stages[-1], snapshot.latents
-        result = Result(r, last.fps, phases=meter.phases)
+        r, latents = job.request, snapshot.latents
+        result = Result(r, job.fps, phases=meter.phases)
         if "audio" in latents:
             result.audio_latents = latents["audio"][0]
             yield Event("audio", job=n)
             with meter.phase("audio"):
                 if r.audio:  # as it was given
-                    seconds = last.num_frames / last.fps
+                    seconds = job.num_frames / job.fps
                     sound = media.read_audio(r.audio, r.audio_start, seconds)
                     result.waveform, result.sample_rate = sound
                     result.sound_file = None if r.audio_start else r.audio
@@ -593,7 +615,7 @@ class Pipeline:
                     check_waveform(result.waveform)
         if "video" in latents:
             result.video_latents = latents["video"][0]
-            yield Event("video", 0, last.num_frames, n)
+            yield Event("video", 0, job.num_frames, n)
             guard = FrameGuard()
             with meter.phase("video"):
                 mark = within(trace, "video")
@@ -603,9 +625,7 @@ class Pipeline:
                 for frames in decode(latents["video"], noise, mark):
                     guard.see(frames[0])
                     pixels = np.array(mx.round(frames[0] * 255).astype(mx.uint8))
-                    yield Event(
-                        "video", guard.frames, last.num_frames, n, frames=pixels
-                    )
+                    yield Event("video", guard.frames, job.num_frames, n, frames=pixels)
             guard.judge()
         result.metadata = self._provenance(job, meter)
         yield result

@@ -10,6 +10,7 @@ from typing import Any, Mapping, Optional, Union
 
 from . import media
 from .base import UserError
+from .dfr import MAX_FPS, Tile, canvas, tiles
 from .duration import whole_frames
 from .latents import (
     SPACE_SCALE,
@@ -42,7 +43,7 @@ NEGATIVE_PROMPT = (
     "low quality, blurry, distorted, flickering, watermark, text on screen, "
     "muffled sound, noise, clipping, silence"
 )
-STAGES = ("one", "two", "hq")
+STAGES = ("one", "two", "hq", "dfr")
 FPS = 24.0
 AUTO_DURATION = (1.0, 20.0)  # the reference's
 VIDEO_DECODERS = {"conv": "vae", "diffusion": "diffusion_decoder"}
@@ -91,6 +92,8 @@ class Request:
     distilled_lora: Optional[LoraFile] = None  # what makes a dev model refine
     temporal_upsample: bool = False
     generated_keyframes: int = 0  # single frames made beside the video
+    detailing_lora: Optional[LoraFile] = None  # dfr: the second stage's IC-LoRA
+    temporal_rounds: int = 0  # dfr: how often the frame rate is doubled
     # Inputs
     images: tuple[Image, ...] = ()
     keyframes: bool = False  # guide at every image, frame 0 too, instead of showing it
@@ -122,8 +125,9 @@ class Request:
             raise UserError(f"the recorded request has unknown settings {unknown}")
         for key, kind in (("images", Image), ("loras", LoraFile)):
             values[key] = tuple(kind(**item) for item in values.get(key, ()))
-        if values.get("distilled_lora"):
-            values["distilled_lora"] = LoraFile(**values["distilled_lora"])
+        for key in ("distilled_lora", "detailing_lora"):
+            if values.get(key):
+                values[key] = LoraFile(**values[key])
         for key in ("video_guidance", "audio_guidance"):
             given = values.get(key)
             if given and given.keys() == {f.name for f in fields(Guidance)}:
@@ -155,6 +159,8 @@ class Stage:
     references: bool = True  # reference clips take part
     keyframes: tuple[int, ...] = ()  # frames that are generated beside it
     keeps_audio: bool = True  # its sound is the result's
+    details: int = 0  # by how much the last stage's video, as a reference, is smaller
+    tile: Optional[Tile] = None  # the part of a canvas that it refines, without sound
 
     @property
     def latent_size(self) -> tuple[int, int, int]:
@@ -181,6 +187,19 @@ class Job:
     reference_scale: tuple[int, int]  # by which a reference is smaller, and slower
     notes: tuple[str, ...]  # what was done to the inputs
     video_decoder: str  # the component that makes the pixels
+
+    @property
+    def rate(self) -> int:
+        """Frames of the result for one of the first stage."""
+        return 2 ** (self.request.temporal_rounds + self.request.temporal_upsample)
+
+    @property
+    def fps(self) -> float:
+        return self.request.fps * self.rate
+
+    @property
+    def num_frames(self) -> int:
+        return (self.request.num_frames - 1) * self.rate + 1
 
 
 def default_guidance(source: Any, stages: str = "one") -> dict[str, Guidance]:
@@ -216,7 +235,7 @@ def plan(r: Request, source: Any) -> Job:
     upsampler = None if kind == "one" else upsamplers[0]
     scale = Fraction(1) if kind == "one" else spatial_scale(source, upsampler)
     refers = r.video is not None and not single
-    smaller, slower = reference_scale(r) if refers else (1, 1)
+    smaller, slower = reference_scale(r.loras) if refers else (1, 1)
     multiple = SPACE_SCALE * scale.numerator * smaller
     r, clip, clip_frames, notes = fit_clip(fit_duration(r, source), multiple, source)
     check_size("height", r.height, multiple, source)
@@ -228,7 +247,7 @@ def plan(r: Request, source: Any) -> Job:
     images = tuple(place_image(image, r) for image in r.images)
 
     guidance = guidance_by_stream(r, source, kind, streams)
-    negative = negative_prompt(r, guidance, distilled)
+    negative = negative_prompt(r, guidance, distilled or kind == "dfr")
 
     sampler = r.sampler or default_sampler(source, kind)
     if sampler not in SAMPLERS:
@@ -250,7 +269,14 @@ def plan(r: Request, source: Any) -> Job:
         keyframes=evenly_spaced(r.generated_keyframes, r.num_frames),
     )
     stages = [first]
-    if kind != "one":
+    if kind == "dfr":
+        stages = dfr_stages(r, first, upsampler, scale)
+        if stages[0].num_frames != r.num_frames and r.auto_duration is None:
+            notes.append(
+                f"{stages[0].num_frames} frames are made, in whole segments between "
+                f"keyframes, and cut to {r.num_frames}"
+            )
+    elif kind != "one":
         # A reference's LoRA has done its work in the first stage.
         second = tuple(l for l in loras(2) if l.stage == 2 or not refers)
         if kind == "hq" or not distilled:
@@ -294,7 +320,7 @@ def plan(r: Request, source: Any) -> Job:
                 keeps_audio=False,
             )
         )
-    tokens = audio_tokens(r.num_frames, r.fps)
+    tokens = audio_tokens(stages[0].num_frames, r.fps)
     if "audio" in streams and not tokens:
         raise UserError(
             f"num_frames is {r.num_frames} at {r.fps:g} fps, too short for a sound: "
@@ -316,11 +342,65 @@ def plan(r: Request, source: Any) -> Job:
     )
 
 
+def dfr_stages(
+    r: Request, first: Stage, upsampler: str, scale: Fraction
+) -> list[Stage]:
+    """A canvas with keyframes at half size, at full size with the details of the first,
+    then tile by tile at twice the rate, in each round."""
+    if r.num_frames == 1 or scale != 2:
+        raise UserError(
+            "stages=dfr makes 9 frames or more with an x2 upsampler, but num_frames is "
+            f"{r.num_frames} and the upsampler's factor {float(scale):g}"
+        )
+    total, keyframes = canvas(r.num_frames)
+    own, detailing = (
+        (lora,) if lora else () for lora in (r.distilled_lora, r.detailing_lora)
+    )
+    loras = lambda n: tuple(l for l in r.loras if l.stage in (None, n)) + own
+    first = replace(first, num_frames=total, keyframes=keyframes, loras=loras(1))
+    refine = replace(
+        first,
+        name="stage2",
+        height=r.height,
+        width=r.width,
+        sigmas=REFINE_SIGMAS,
+        sampler="euler",
+        step_cache=0.0,
+        noise_scale=REFINE_SIGMAS[0],
+        upsampler=upsampler,
+        loras=loras(2) + detailing,
+        keeps_audio=False,
+        details=max(reference_scale(detailing)[0], 2) if detailing else 0,
+    )
+    stages, sigmas = [first, refine], DISTILLED_SIGMAS[4:]
+    for n in range(1, r.temporal_rounds + 1):
+        # The keyframes of the round before are every other one of its own.
+        segments = len(keyframes) * 2 ** (n - 1)
+        stages += [
+            replace(
+                refine,
+                name=f"stage{len(stages) + k}",
+                num_frames=tile.num_frames,
+                fps=min(r.fps * tile.rate, MAX_FPS),
+                sigmas=sigmas,
+                sampler="euler_half_ancestral",
+                noise_scale=sigmas[0],
+                upsampler=None if tile.lead else "temporal_upsampler",
+                loras=loras(None),
+                keyframes=tile.slots,
+                details=0,
+                tile=tile,
+            )
+            for k, tile in enumerate(tiles(segments, 2 * keyframes[0], 2**n), 1)
+        ]
+    return stages
+
+
 def guidance_by_stream(
     r: Request, source: Any, stages: str, streams: tuple[str, ...]
 ) -> dict[str, Guidance]:
     """The model's guidance with what was asked for, of the streams that are made."""
-    if source.kind == "distilled":
+    if source.kind == "distilled" or stages == "dfr":
         return {}
     guidance = default_guidance(source, stages)
     blocks = source.config["transformer"]["num_layers"]
@@ -391,10 +471,10 @@ def fit_duration(r: Request, source: Any) -> Request:
     return replace(r, auto_duration=(low, high), num_frames=frames)
 
 
-def reference_scale(r: Request) -> tuple[int, int]:
-    """The factors that an IC-LoRA's metadata give for its reference: space and time."""
+def reference_scale(loras: tuple[LoraFile, ...]) -> tuple[int, int]:
+    """The factors that IC-LoRAs' metadata give for their reference: space and time."""
     factors = [1, 1]
-    for lora in r.loras:
+    for lora in loras:
         metadata = Lora.read(lora.path).metadata if lora.stage in (None, 1) else {}
         for i, axis in enumerate(("downscale", "temporal_scale")):
             said = metadata.get(f"reference_{axis}_factor")
@@ -413,8 +493,9 @@ def default_sampler(source: Any, stages: str) -> str:
     """The reference's choice for the first stage."""
     if stages == "hq":
         return "res_2s"
-    ancestral = source.kind == "distilled" and source.version >= (2, 5)
-    return "euler_ancestral" if ancestral else "euler"
+    if stages == "dfr" or source.kind == "dev" or source.version < (2, 5):
+        return "euler"
+    return "euler_ancestral"
 
 
 def first_sigmas(
@@ -425,7 +506,7 @@ def first_sigmas(
         if r.steps is not None:
             raise UserError("steps and sigmas were both given: drop one")
         return check_sigmas(r.sigmas)
-    if source.kind == "distilled":
+    if source.kind == "distilled" or stages == "dfr":
         own = len(DISTILLED_SIGMAS) - 1
         if r.steps not in (None, own):
             raise UserError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, Iterator, Optional, Sequence
 
 import mlx.core as mx
@@ -237,6 +238,7 @@ def _variance_preserving(y, denoised, s, to, eta, n):
 SAMPLERS: dict[str, Sampler] = {
     "euler": euler,
     "euler_ancestral": euler_ancestral,
+    "euler_half_ancestral": partial(euler_ancestral, eta=0.5),
     "gradient_estimation": gradient_estimation,
     "res_2s": res_2s,
 }

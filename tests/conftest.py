@@ -26,6 +26,9 @@ def checkpoint(tmp_path_factory) -> Callable[..., Path]:
             folder = tmp_path_factory.mktemp("checkpoint")
             if name == "ltx-2.5":
                 built[key] = split_checkpoint.build(folder, seed, **changes)
+            elif name.startswith("ltx-2.5-"):
+                kind = name.removeprefix("ltx-2.5-")
+                built[key] = split_checkpoint.build_lora(kind, folder, seed)
             else:
                 built[key] = checkpoints.build(name, folder, seed, **changes)
         return built[key]

@@ -17,11 +17,13 @@ from checkpoints import (
     AUDIO_VAE,
     CONFIGS,
     DATA,
+    LORAS,
     Shapes,
     audio_vae,
     connectors,
     flatten,
     linear,
+    lora,
     merge,
     numbered,
     random_weight,
@@ -290,6 +292,14 @@ def build(folder: str | Path, seed: int = 0, **changes: Any) -> Path:
         str(path), weights, {"format": "pt", "gemma_config": json.dumps(gemma)}
     )
     return root
+
+
+def build_lora(kind: str, folder: str | Path, seed: int = 0) -> Path:
+    """Write a LoRA of `checkpoints.LORAS` for the pack and return its path."""
+    rank, parts, metadata = LORAS[kind]
+    shapes = lora(merge(CONFIGS["ltx-2.5-22b"], LTX_2_5)["transformer"], rank, parts)
+    path = Path(folder) / f"ltx-2.5-{kind}.safetensors"
+    return save(path, shapes, seed, {"model_version": VERSION} | metadata)
 
 
 if __name__ == "__main__":

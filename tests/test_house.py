@@ -10,7 +10,7 @@ FLOORS = [
     "base media layers",
     "dit text vae diffusion_decoder duration audio_vae vocoder upsampler latents "
     "sampling guards",
-    "hub weights conversion lora limits request denoiser inputs preview memory parallel snapshot cache",
+    "dfr hub weights conversion lora limits request denoiser inputs preview memory parallel snapshot cache",
     "pipeline checks",
 ]
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names.split()}

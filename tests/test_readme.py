@@ -32,6 +32,11 @@ FILES = {
     "detail.safetensors": "ltx-2-lora",
     "ic-lora.safetensors": "ltx-2-lora2",
     "ltx-2-19b-distilled.safetensors": "ltx-2",
+    "ltx-2.5-22b-ic-lora-pixel-spatial-upscaler-x2-1.0.safetensors": "ltx-2.5-lora2",
+}
+UPSAMPLERS = {  # of LTX-2.5
+    "ltx-2.5-latent-spatial-upscaler-x2-bf16-1.0.safetensors": "spatial-x2",
+    "ltx-2.5-latent-temporal-upscaler-x2-bf16-1.0.safetensors": "temporal-x2",
 }
 KEEPING = next(c for c in GENERATE if "--save-latents" in c)
 GUIDED = ("--cfg-scale", "--distilled-lora")  # for a dev model
@@ -55,6 +60,8 @@ def folder(tmp_path_factory, checkpoint):
     folder = tmp_path_factory.mktemp("readme")
     for file, name in FILES.items():
         shutil.copy(checkpoint(name), folder / file)
+    for file, name in UPSAMPLERS.items():
+        shutil.copy(checkpoint(name, in_channels=20), folder / file)
     frames = np.random.default_rng(0).integers(0, 255, (17, 64, 128, 3), np.uint8)
     tone = np.sin(np.arange(32000) / 20)[:, None].astype(np.float32)
     for clip in ("clip.mp4", "depth.mp4"):
@@ -103,11 +110,12 @@ def test_generate(command, monkeypatch, folder, checkpoint, capsys):
     if "--dtype" not in command:
         extra += ["--dtype", "float32"]
     if "--video" not in command:
-        two = "--stages two" in command or "--stages hq" in command
+        two = re.search("--stages (two|hq|dfr)", command)
         size = ["128", "192"] if two else ["64", "96"]
         extra += ["--height", size[0], "--width", size[1]]
         auto = "--auto-duration" in command
         extra += ["--auto-duration", "0.3", "0.4"] if auto else ["--num-frames", "41"]
+        extra += ["--num-frames", "9"] if "dfr" in command else []  # and then 17
     if "--from" in command or "--resume" in command:
         # What was made knows its size, and an mp4 its model as well.
         run(generate, KEEPING, extra, monkeypatch, folder)

@@ -1,0 +1,266 @@
+"""DFR: the canvas and its tiles, whole runs of the reference, and what does not go with it."""
+
+import dataclasses
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from parity import channels_last, relative_error
+from test_ltx25 import texts
+from test_pipeline import QuickVocoder, recorded_noise
+
+import generate
+from ltx2 import inputs, media, pipeline, weights
+from ltx2.base import UserError
+from ltx2.dfr import canvas, tiles
+from ltx2.request import Image, LoraFile, Request, plan
+from ltx2.snapshot import Snapshot
+
+SIZE = {"height": 128, "width": 128, "stages": "dfr"}
+QUICK = SIZE | {"num_frames": 41, "temporal_rounds": 1, "sigmas": (1.0, 0.5, 0.0)}
+
+
+@pytest.fixture(scope="module")
+def load(checkpoint):
+    """`load("dev")`: the small 2.5 with its upsamplers, or those named."""
+
+    def load(kind="distilled", ups=("spatial-x2", "temporal-x2"), model="ltx-2.5"):
+        files = [str(checkpoint(up, in_channels=20)) for up in ups]
+        return pipeline.load(str(checkpoint(model)), None, kind, mx.float32, files)
+
+    return load
+
+
+# Layout
+
+
+@pytest.mark.parametrize(
+    "frames, total, keyframes",
+    [
+        (9, 25, (24,)),
+        (25, 25, (24,)),
+        (33, 33, (32,)),
+        (41, 49, (24, 48)),
+        (97, 97, (32, 64, 96)),  # 24 would do as well
+        (121, 121, (24, 48, 72, 96, 120)),
+    ],
+)
+def test_a_canvas_is_whole_segments(frames, total, keyframes):
+    assert canvas(frames) == (total, keyframes)
+
+
+@pytest.mark.parametrize(
+    "segments, rate, parts",
+    [
+        (1, 2, [(0, 1, 0)]),
+        (2, 2, [(0, 1, 0), (0, 2, 1)]),
+        (5, 2, [(0, 3, 0), (2, 5, 1)]),
+        (3, 4, [(0, 1, 0), (0, 2, 1), (1, 3, 1)]),
+        (6, 4, [(0, 2, 0), (1, 4, 1), (3, 5, 1), (4, 6, 1)]),
+    ],
+)
+def test_tiles_share_the_segments_and_lead_in_by_one(segments, rate, parts):
+    ours = tiles(segments, 48, rate)
+    assert [(tile.start, tile.stop, tile.lead) for tile in ours] == parts
+
+
+def test_a_tile_knows_its_frames_and_its_neighbours_keyframes():
+    first, second = tiles(2, 48, 2)
+    latents, stills = mx.arange(13)[None], mx.array([[48, 96]])
+    for tile, frames, anchors in ((first, 49, [48]), (second, 97, [48, 96])):
+        assert (tile.first, tile.num_frames) == (0, frames)
+        assert [(at, x.item()) for at, x in tile.anchors(stills)] == [
+            (at, at) for at in anchors
+        ]
+        assert tile.seeds(latents)[0].tolist() == [at // 8 for at in tile.slots]
+    assert first.slots == (24,) and second.slots == (24, 72)
+    last = tiles(4, 48, 4)[3]
+    assert last.first == 96 and last.slots == (24, 72)
+    assert [at for at, _ in last.anchors(mx.arange(4)[None])] == [0, 48, 96]
+
+
+@pytest.mark.parametrize("segments", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("rate", [2, 4])
+@pytest.mark.parametrize("length", [48, 64])
+def test_tiles_are_stitched_to_the_canvas_and_the_earlier_wins(segments, rate, length):
+    frames = segments * length // 8 + 1
+    ends = mx.arange(1, segments + 1)[None] * length
+    given = {"video": mx.arange(frames)[None], "keyframes": ends}
+    parts = tiles(segments, length, rate)
+    for n, tile in enumerate(parts):
+        made = tile.cut(given["video"]) + 1000 * n
+        slots = mx.array([tile.slots]) + tile.first
+        given = tile.stitch(given, {"video": made, "keyframes": slots})
+    assert given.keys() == {"video", "keyframes"}
+    video, by = given["video"][0] % 1000, given["video"][0] // 1000
+    assert video.tolist() == list(range(frames))
+    for n, tile in enumerate(parts):  # each up to its last keyframe's latent
+        assert by[tile.stop * length // 8].item() == n
+    every = range(length // 2, segments * length + 1, length // 2)
+    assert given["keyframes"][0].tolist() == list(every)
+
+
+# Runs
+
+
+def asked(g, checkpoint, folder):
+    """The request that the reference's run answered."""
+    info, options = g["info"], SIZE | {"image_crf": 0}
+    for name in ("num_frames", "temporal_rounds"):
+        options[name] = info[name]
+    for name in ("distilled_lora", "detailing_lora"):
+        for kind, strength in info[name]:
+            options[name] = LoraFile(str(checkpoint(f"ltx-2.5-{kind}")), strength)
+    images = []
+    for n, frame, strength in info["images"]:
+        images.append(Image(str(folder / f"{n}.png"), frame, strength))
+        media.save_png(images[-1].path, g[f"in.image{n}"])
+    sigmas = tuple(g["in.stage1.sigmas"].tolist())
+    return Request(info["prompt"], sigmas=sigmas, images=tuple(images), **options)
+
+
+@pytest.mark.parametrize("case", ["dfr", "dfr_rounds"])
+def test_a_run_is_the_references(load, case, golden, checkpoint, tmp_path):
+    g = golden(f"ltx-2.5/pipeline_{case}")
+    pipe = load("dev" if g["info"]["distilled_lora"] else "distilled")
+    request, stages = asked(g, checkpoint, tmp_path), g["info"]["stages"]
+    job = pipe.plan(request)
+    assert [(s.num_frames, s.fps) for s in job.stages] == [
+        (stage["frames"], stage["fps"]) for stage in stages
+    ]
+    pipe._loaded["vocoder"] = QuickVocoder()
+    events = pipe.stream(request, noise=recorded_noise(g), contexts=texts(golden))
+    made = next(e.snapshot for e in events if e.phase == "latents").latents
+    for stream, reference in (("video", "final"), ("audio", "stage1")):
+        reference = channels_last(g[f"out.{reference}.{stream}"])
+        assert relative_error(made[stream], reference) < 1e-5
+    if "out.last_frame" in g:
+        *_, result = (e for e in events if e.frames is not None)
+        shown = result.frames[-1, ::3, ::3].astype(np.float32)
+        assert np.abs(shown - np.rint(g["out.last_frame"] * 255)).max() <= 1
+
+
+def test_the_rate_and_the_length_double_and_the_sound_stays(
+    load, checkpoint, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tqdm.tqdm.display", lambda *a, **k: None)
+    monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
+    argv = ["generate.py", "--model", str(checkpoint("ltx-2.5")), "--prompt", "a fox"]
+    for up in ("spatial-x2", "temporal-x2"):
+        argv += ["--upsampler", str(checkpoint(up, in_channels=20))]
+    argv += "--kind distilled --dtype float32 --height 128 --width 128".split()
+    argv += "--num-frames 9 --stages dfr --temporal-rounds 1 --sigmas 1,0.5,0".split()
+    argv += ["--detailing-lora", str(checkpoint("ltx-2.5-lora2")) + ":0.5"]
+    monkeypatch.setattr(sys, "argv", argv)
+    generate.main()
+    assert "note: 25 frames are made" in capsys.readouterr().out
+    made = media.probe("output.mp4")
+    assert (made.num_frames, made.fps, made.has_audio) == (17, 48, True)
+    assert made.audio_duration == pytest.approx(17 / 48, abs=0.03)
+    again = Request.from_json(media.read_metadata("output.mp4")["request"])
+    assert (again.temporal_rounds, again.detailing_lora.strength) == (1, 0.5)
+
+
+def latents_of(pipe, *requests, **options):
+    """A run's events up to its latents, without the decoder."""
+    for event in pipe.stream(*requests, **options):
+        yield event
+        if event.phase == "latents":
+            break
+
+
+def test_a_run_goes_on_between_its_tiles_and_within_one(load, golden, tmp_path):
+    pipe, contexts = load(), texts(golden)
+    [prompt] = contexts
+    request = Request(prompt, no_audio=True, **QUICK)
+    events = list(latents_of(pipe, request, contexts=contexts))
+    whole = events[-1].snapshot.latents["video"]
+    assert whole.shape == (1, 11, 4, 4, 20)
+    for step in (2, 4):
+        left = next(e for e in events if (e.phase, e.step) == ("stage4", step))
+        names = {"video", "refined", "keyframes", "slots"}
+        assert left.snapshot.latents.keys() == names
+        left.snapshot.save(tmp_path / "left.safetensors")
+        read = Snapshot.read(tmp_path / "left.safetensors")
+        *_, last = latents_of(pipe, contexts=contexts, resume=read)
+        assert mx.array_equal(last.snapshot.latents["video"], whole)
+
+
+def test_a_tile_is_shown_the_images_of_its_frames(load, tmp_path):
+    media.save_png(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
+    path = str(tmp_path / "a.png")
+    images = tuple(Image(path, frame) for frame in (0, 60, -1))
+    options = SIZE | {"num_frames": 73, "temporal_rounds": 1}
+    pipe = load()
+    job = pipe.plan(Request("a fox", images=images, **options))
+    *_, first, second = (
+        inputs.encode(job, stage, pipe.component)["video"].items for stage in job.stages
+    )
+    assert second.pop(0).frame == 120 - 48 and second.pop().frame == 144 - 48
+    assert [getattr(item, "at", None) for item in first] == [0] and not second
+
+
+def test_it_needs_the_memory_that_is_told(load, checkpoint):
+    lora = LoraFile(str(checkpoint("ltx-2.5-lora2")))
+    options = QUICK | {"height": 192, "width": 256, "no_audio": True}
+    request, pipe, peaks = Request("a fox", detailing_lora=lora, **options), load(), {}
+    for event in latents_of(pipe, request):
+        peaks[event.phase] = mx.get_peak_memory()
+    needs = pipe.memory(pipe.plan(request)).needs
+    for stage in ("stage1", "stage2", "stage3", "stage4"):
+        assert 0.8 < needs[stage].total(False) / peaks[stage] < 1.2, stage
+
+
+# What does not go together
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"stages": "two", "temporal_rounds": 1}, "are of stages=dfr: ask for it"),
+        ({"stages": "one", "detailing_lora": LoraFile("a")}, "are of stages=dfr"),
+        ({"temporal_rounds": 3}, "temporal_rounds is 3: choose of 0, 1, 2"),
+        ({"detailing_lora": LoraFile("a", 0)}, "no effect at strength 0"),
+        ({"detailing_lora": LoraFile("a", stage=1)}, "has its own stage"),
+        ({"detailing_lora": LoraFile("a")}, "LoRA a: no such file"),
+        ({"distilled_lora": LoraFile("a")}, "only the two stages of a dev model"),
+        ({"generated_keyframes": 2}, "of its own: drop generated_keyframes"),
+        ({"temporal_upsample": True, "steps": 8}, "drop temporal_upsample, steps"),
+        ({"audio": "a.wav"}, "of its own: drop audio"),
+        ({"video": "a.mp4", "loras": (LoraFile("a"),)}, "of its own: drop video"),
+        ({"video": "a.mp4", "retake": (0, 1)}, "drop stages=dfr"),
+        ({"video": "a.mp4", "extend": 1}, "drop stages=dfr"),
+        ({"audio_only": True}, "drop stages=dfr"),
+        ({"images": (Image("a"),), "keyframes": True}, "of its own: drop keyframes"),
+        ({"negative_prompt": "ugly"}, "nothing reads it"),
+        ({"num_frames": 1}, "stages=dfr makes 9 frames or more"),
+        ({"height": 96}, "multiple of 64"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together(load, options, says):
+    with pytest.raises(UserError, match=says):
+        load().plan(Request("a fox", **(SIZE | {"num_frames": 25} | options)))
+
+
+def test_what_is_missing_is_named(load, checkpoint):
+    request = Request("a fox", num_frames=25, temporal_rounds=1, **SIZE)
+    with pytest.raises(UserError, match="temporal_rounds needs a temporal latent"):
+        load(ups=["spatial-x2"]).plan(request)
+    with pytest.raises(UserError, match="stages=dfr needs a latent upsampler"):
+        load(ups=[]).plan(request)
+    with pytest.raises(UserError, match="x2 upsampler, but .* factor 1.5"):
+        load(ups=["spatial-x1.5", "temporal-x2"]).plan(
+            dataclasses.replace(request, height=192, width=192)
+        )
+    with pytest.raises(UserError, match="refines with the distilled LoRA"):
+        load("dev").plan(request)
+    lora = LoraFile(str(checkpoint("ltx-2.5-distilled-lora")))
+    guided = {"distilled_lora": lora, "video_guidance": {"cfg_scale": 2.0}}
+    with pytest.raises(UserError, match="of its own: drop guidance"):
+        load("dev").plan(dataclasses.replace(request, **guided))
+    older = weights.open_model(str(checkpoint("ltx-2.3")), "distilled")
+    with pytest.raises(UserError, match="for LTX-2.5 on, and this is 2.3.0"):
+        plan(request, older)
