@@ -538,7 +538,9 @@ class Pipeline:
         """The last stage's latents at the size of this one."""
         if stage.upsampler is None:
             return latents
-        stills = stage.keyframes and not stage.tile  # single frames, which no round doubles
+        stills = (
+            stage.keyframes and not stage.tile
+        )  # single frames, which no round doubles
         names = ("video", "keyframes")[: 2 if stills else 1]
         grown = {k: self._upsample(stage.upsampler, latents[k]) for k in names}
         smaller = {"smaller": latents["video"]} if stage.details else {}

@@ -49,7 +49,7 @@ def test_every_command_is_of_a_known_kind():
         "pip install -r requirements.txt",
         "pip install -r requirements.txt pytest",
         "python -m pytest",
-        "python tests/checkpoints.py ltx-2.3 gemma3 small",
+        "python demo/strip.py demo/strip.png demo-1.mp4 demo-2.mp4 demo-3.mp4 demo-4.mp4",
     }
     assert len(GENERATE) > 20 and len(CONVERT) >= 4 and len(CHECKS) == 4
 
@@ -82,19 +82,27 @@ def run(script, command, extra, monkeypatch, folder):
     script.main()
 
 
-def test_the_first_command_makes_a_video(tmp_path):
-    """As a newcomer types it, but for the installation."""
-    line = next(line for line in LINES if "tests/checkpoints.py" in line)
-    for name in ("ltx2", "tests", "generate.py"):
+def test_the_first_commands_make_clips_and_their_picture(tmp_path):
+    """As a newcomer types them, but for the installation."""
+    for name in ("ltx2", "demo", "generate.py"):
         (tmp_path / name).symlink_to(ROOT / name)
-    command = line.split("&&", 1)[1].replace("python", sys.executable)
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    (tmp_path / "two.txt").write_text(
+        "a red ball, still\nA high tone: a blue box falls"
+    )
+    first, clips = GENERATE[:2]
+    strip = next(c for c in COMMANDS if c.startswith("python demo/strip.py"))
+    clips = clips.replace("demo/prompts.txt", "two.txt")
+    strip = strip.replace("demo/strip.png", "strip.png").split(" demo-3")[0]
+    for command in (first, clips, strip):
+        argv = [sys.executable, *shlex.split(command)[1:]]
+        subprocess.run(argv, check=True, cwd=tmp_path)
     made = media.probe(tmp_path / "output.mp4")
-    assert (made.width, made.height, made.num_frames) == (96, 64, 25)
-    assert made.sample_rate == 48000
+    assert (made.width, made.height, made.num_frames) == (96, 96, 25)
+    assert made.sample_rate == 24000
+    assert media.load_image(tmp_path / "strip.png").shape == (2 * 96, 8 * 96, 3)
 
 
-@pytest.mark.parametrize("command", GENERATE[1:], ids=lambda c: c[19:60])
+@pytest.mark.parametrize("command", GENERATE[2:], ids=lambda c: c[19:60])
 def test_generate(command, monkeypatch, folder, checkpoint, capsys):
     monkeypatch.setattr("tqdm.tqdm.display", lambda *a, **k: None)
     kind = "dev" if any(flag in command for flag in GUIDED) else "distilled"

@@ -1,0 +1,25 @@
+"""Some frames of clips as one picture, a row a clip: python demo/strip.py strip.png a.mp4 b.mp4"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from demo.judge import read_mp4
+from ltx2 import media
+
+
+def strip(clips: list[np.ndarray], count: int = 8) -> np.ndarray:
+    """Evenly spaced frames of clips (F, H, W, 3), all of one size."""
+    rows = []
+    for frames in clips:
+        picked = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+        rows.append(np.concatenate(list(picked), axis=1))
+    return np.concatenate(rows)
+
+
+if __name__ == "__main__":
+    target, *names = sys.argv[1:]
+    media.save_png(target, strip([read_mp4(name)[0] for name in names]))
