@@ -515,7 +515,7 @@ class Pipeline:
                 latents = stage.tile.stitch(given, latents)
             if stage.keeps_audio and "audio" in latents:
                 kept = {"audio": latents["audio"]}
-        latents = {k: (latents | kept)[k] for k in job.streams}
+        latents = {k: x for k, x in (latents | kept).items() if k in job.streams}
         if "video" in latents:
             latents["video"] = latents["video"][:, : latent_frames(job.num_frames)]
         done = dataclasses.replace(

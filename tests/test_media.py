@@ -440,7 +440,7 @@ def test_missing_permission_is_one_line(earlier, monkeypatch):
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     for write in (
         lambda: media.check_output(earlier, ".mp4"),
-        lambda: media.VideoWriter(earlier, 24).__enter__(),
+        lambda: media.VideoWriter(earlier, 24).__enter__().write(clip(1)),
         lambda: media.write_wav(earlier, tones(0.1, 8000), 8000),
         lambda: media.save_png(earlier, clip(1)[0]),
     ):
