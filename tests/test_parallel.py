@@ -158,14 +158,14 @@ def cases(checkpoint, tmp_path_factory):
         passes=dict(dev, share="passes", loras=[lora]),
         cached=dict(dev, share="passes", more=dict(step_cache=0.9)),
         reads=dict(distilled, videos=2, silent=True, share="many", reads=True),
-        shards=dict(dev, share="shards"),
+        shards=dict(distilled, share="shards"),
         streamed=dict(dev, share="shards", loras=[lora], low_memory=True),
         shards_4_bits=dict(distilled, share="shards", model=str(in_4_bits)),
         passes_4_bits=dict(dev, share="passes", model=str(in_4_bits)),
         many_4_bits=dict(
             distilled, videos=2, silent=True, share="many", model=str(in_4_bits)
         ),
-        lora_4_bits=dict(dev, share="shards", model=str(in_4_bits), loras=[lora]),
+        lora_4_bits=dict(distilled, share="shards", model=str(in_4_bits), loras=[lora]),
     )
     given = dict(model=str(model), encoder=str(checkpoint("gemma3")))
     return [dict(given, name=name, **case) for name, case in listed.items()]
@@ -244,12 +244,20 @@ def command(cases):
 
 def processes(marker: str) -> list[int]:
     """Those that run with this in their command line."""
-    found = subprocess.run(
-        ["ps", "-wweo", "pid,args"], capture_output=True, text=True, check=True
-    )
-    lines = [line.split(maxsplit=1) for line in found.stdout.splitlines()]
-    programs = [(int(n), args) for n, args in lines[1:] if marker in args]
-    return [n for n, args in programs if "mlx.launch" not in args]
+    if Path("/proc/self/cmdline").exists():  # where ps may not be
+        commands = {}
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):
+                commands[int(path.parent.name)] = path.read_bytes().decode(
+                    "utf-8", "replace"
+                )
+    else:
+        command = ["ps", "-wweo", "pid=,args="]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True)
+        lines = (line.split(maxsplit=1) for line in listed.stdout.splitlines())
+        commands = {int(number): args for number, args in lines}
+    programs = {n: args for n, args in commands.items() if marker in args}
+    return [n for n, args in programs.items() if "mlx.launch" not in args]
 
 
 def test_a_machine_that_dies_ends_all_and_leaves_no_file(command, tmp_path):
