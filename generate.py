@@ -239,9 +239,10 @@ def main() -> None:
     how = {"low_memory": args.low_memory, "cache_contexts": args.cache_contexts}
     how |= {"group": group, "share": args.parallel}
     if "model" not in load:
-        converted = Path("mlx_model").exists()
-        print("" if converted else NOTICE + "\n", end="")
-        load["model"] = "mlx_model" if converted else str(DEMO)
+        load["model"] = "mlx_model"
+        if not Path("mlx_model").exists():
+            print(NOTICE)
+            load["model"] = str(DEMO)
     pipe = pipeline.load(**load, **how)
     jobs = [pipe.plan(r) for r in requests]
     if args.recorded and pipe.files() != made_with:

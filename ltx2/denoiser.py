@@ -35,6 +35,11 @@ def guidance_passes(
     return passes
 
 
+def pass_kinds(guidance: Mapping[str, Guidance]) -> list[str]:
+    """What the passes of a step give, without making any."""
+    return list(guidance_passes(guidance, (None, None), (None, None)))
+
+
 class Denoiser:
     """x0 of the streams at a sigma, guided, and blended with what is held clean."""
 

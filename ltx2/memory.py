@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from . import parallel
 from .base import UserError
-from .denoiser import guidance_passes
+from .denoiser import pass_kinds
 from .diffusion_decoder import tile
 from .dit import DiTConfig
 from .hub import DTYPES, File
@@ -261,7 +261,7 @@ class Predictor:
             down = job.reference_scale[0] ** 2
             tokens += latent_frames(job.clip_frames) * height * width // down
         sound = job.audio_tokens if "audio" in job.streams and not stage.tile else 0
-        passes = guidance_passes(stage.guidance, (None, None), (None, None))
+        passes = pass_kinds(stage.guidance)
         contexts = 2 if "uncond" in passes else 1
         keys = max(tokens, MAX_TOKENS)
         buffers = (

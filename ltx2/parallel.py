@@ -7,7 +7,7 @@ decodes and writes; the steps between are shared in one of three WAYS.
 from __future__ import annotations
 
 import json
-from typing import Mapping, Optional, Sequence
+from typing import Optional, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -29,12 +29,12 @@ def choose(
     videos: int,
     passes: int,
     fits: bool,
-    heads: Mapping[int, int],
+    heads: Sequence[tuple[int, int]],
     group_size: int,
 ) -> str:
     """The way to share: what is `wanted`, or the one that exchanges least if the whole
-    transformer `fits` into each machine. `heads` are numbers with the widths that they
-    share. UserError for a way that shares nothing."""
+    transformer `fits` into each machine. `heads` are of each stream: how many, and
+    the width they share. UserError for a way that shares nothing."""
     n = group.size()
     way = wanted or "shards"
     if mx.distributed.all_min(mx.array(fits), group=group) and wanted is None:
@@ -43,9 +43,9 @@ def choose(
         raise UserError("--parallel many: there is one video, ask for more or drop it")
     if way == "passes" and passes == 1:
         raise UserError("--parallel passes: without guidance a step has one, drop it")
-    fine = all(h % n == 0 == width % (n * group_size) for h, width in heads.items())
+    fine = all(h % n == 0 == width % (n * group_size) for h, width in heads)
     if way == "shards" and not fine:
-        counts = " and ".join(map(str, heads))
+        counts = " and ".join(str(h) for h, _ in heads)
         raise UserError(
             f"--parallel shards: layers of {counts} heads cannot be cut into {n} parts "
             "of whole heads and groups: take fewer machines, or --parallel passes"
@@ -124,6 +124,5 @@ class Dealt:
                 continue
             nothing = mx.zeros((*tokens.latent.shape[:2], channels))
             parts = [v[i].astype(mx.float32) if v else nothing for v in own]
-            total = mx.distributed.all_sum(mx.stack(parts), group=self.group)
-            both.append(list(total))
+            both.append(list(mx.distributed.all_sum(mx.stack(parts), group=self.group)))
         return list(zip(*both))

@@ -21,7 +21,7 @@ from . import __version__, hub, inputs, media, memory, parallel, weights
 from .audio_vae import AudioVAEConfig
 from .base import Trace, UserError, traced, within
 from .cache import ContextCache
-from .denoiser import Contexts, Denoiser, guidance_passes
+from .denoiser import Contexts, Denoiser, pass_kinds
 from .dit import DiT, DiTConfig, StreamedBlocks
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
@@ -216,14 +216,13 @@ class Pipeline:
 
     def _share(self, jobs: Sequence[Job], fits: bool) -> str:
         """How the machines share these jobs; UserError if they cannot."""
-        passes = max(
-            len(guidance_passes(stage.guidance, (None, None), (None, None)))
-            for job in jobs
-            for stage in job.stages
-        )
+        stages = (stage for job in jobs for stage in job.stages)
+        passes = max(len(pass_kinds(stage.guidance)) for stage in stages)
         c = DiTConfig.from_dict(self.source.config["transformer"])
-        heads = {c.num_attention_heads: c.video_dim}
-        heads[c.audio_num_attention_heads] = c.audio_dim  # the narrower
+        heads = [
+            (c.num_attention_heads, c.video_dim),
+            (c.audio_num_attention_heads, c.audio_dim),
+        ]
         unit = (self.source.quantization or {}).get("group_size", 1)
         work = len(jobs), passes, fits
         return parallel.choose(self.group, self.share, *work, heads, unit)
@@ -538,9 +537,8 @@ class Pipeline:
         """The last stage's latents at the size of this one."""
         if stage.upsampler is None:
             return latents
-        stills = (
-            stage.keyframes and not stage.tile
-        )  # single frames, which no round doubles
+        # Keyframes are single frames, which no round doubles.
+        stills = stage.keyframes and not stage.tile
         names = ("video", "keyframes")[: 2 if stills else 1]
         grown = {k: self._upsample(stage.upsampler, latents[k]) for k in names}
         smaller = {"smaller": latents["video"]} if stage.details else {}

@@ -485,22 +485,12 @@ def upsampler(c: dict) -> Shapes:
     }
 
 
-def gemma3(c: dict) -> Shapes:
-    text, vision = c["text_config"], c["vision_config"]
-    dim, hidden = text["hidden_size"], text["intermediate_size"]
-    query = text["num_attention_heads"] * text["head_dim"]
-    key = text["num_key_value_heads"] * text["head_dim"]
+def gemma_layer(attention: Shapes, dim: int, hidden: int) -> Shapes:
+    """A layer of any Gemma around its attention."""
     norm = {"weight": (dim,)}
-    layer = {
+    return {
         "input_layernorm": norm,
-        "self_attn": {
-            "q_proj": linear(dim, query, bias=False),
-            "k_proj": linear(dim, key, bias=False),
-            "v_proj": linear(dim, key, bias=False),
-            "o_proj": linear(query, dim, bias=False),
-            "q_norm": {"weight": (text["head_dim"],)},
-            "k_norm": {"weight": (text["head_dim"],)},
-        },
+        "self_attn": attention,
         "post_attention_layernorm": norm,
         "pre_feedforward_layernorm": norm,
         "mlp": {
@@ -510,6 +500,23 @@ def gemma3(c: dict) -> Shapes:
         },
         "post_feedforward_layernorm": norm,
     }
+
+
+def gemma3(c: dict) -> Shapes:
+    text, vision = c["text_config"], c["vision_config"]
+    dim, hidden = text["hidden_size"], text["intermediate_size"]
+    query = text["num_attention_heads"] * text["head_dim"]
+    key = text["num_key_value_heads"] * text["head_dim"]
+    norm = {"weight": (dim,)}
+    attention = {
+        "q_proj": linear(dim, query, bias=False),
+        "k_proj": linear(dim, key, bias=False),
+        "v_proj": linear(dim, key, bias=False),
+        "o_proj": linear(query, dim, bias=False),
+        "q_norm": {"weight": (text["head_dim"],)},
+        "k_norm": {"weight": (text["head_dim"],)},
+    }
+    layer = gemma_layer(attention, dim, hidden)
     eye, inner = vision["hidden_size"], vision["intermediate_size"]
     eye_norm, eye_linear = {"weight": (eye,), "bias": (eye,)}, linear(eye, eye)
     eye_layer = {

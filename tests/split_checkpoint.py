@@ -22,6 +22,7 @@ from checkpoints import (
     audio_vae,
     connectors,
     flatten,
+    gemma_layer,
     linear,
     lora,
     merge,
@@ -99,19 +100,7 @@ def gemma4(c: dict) -> Shapes:
         }
         if not everywhere:
             attention["v_proj"] = linear(dim, keys * size, bias=False)
-        return {
-            "input_layernorm": norm,
-            "self_attn": attention,
-            "post_attention_layernorm": norm,
-            "pre_feedforward_layernorm": norm,
-            "mlp": {
-                "gate_proj": linear(dim, hidden, bias=False),
-                "up_proj": linear(dim, hidden, bias=False),
-                "down_proj": linear(hidden, dim, bias=False),
-            },
-            "post_feedforward_layernorm": norm,
-            "layer_scalar": (1,),
-        }
+        return gemma_layer(attention, dim, hidden) | {"layer_scalar": (1,)}
 
     eye = v["mm_embed_dim"]
     patch = 3 * (v["patch_size"] * v["pooling_kernel_size"]) ** 2

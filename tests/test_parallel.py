@@ -295,7 +295,7 @@ class Ranks:
 def choose(monkeypatch):
     """`choose(ranks, wanted, videos, passes, fits)` for a model of 4 and 4 heads."""
     monkeypatch.setattr(mx.distributed, "all_min", lambda x, group: x)
-    heads = {4: 64 * 4, 8: 32 * 4}
+    heads = [(4, 64 * 4), (8, 32 * 4)]
 
     def call(ranks, *asked, group_size=1):
         return parallel.choose(Ranks(ranks), *asked, heads, group_size)
