@@ -89,9 +89,8 @@ def dit_config(name, **changes):
     return DiTConfig.from_dict({"audio_in_channels": 128} | section)
 
 
-def step(model, size, names=("cond",), forward=None):
-    """A forward of a video with its sound, with the dev model's passes of these names,
-    which `forward` may make instead."""
+def step(model, size, names=("cond",)):
+    """A forward of a video with its sound, with the dev model's passes of these names."""
     width, height, frames = size
     shape = (latents.latent_frames(frames), height // 32, width // 32)
     c, sound = model.config, latents.audio_tokens(frames, 24)
@@ -117,7 +116,7 @@ def step(model, size, names=("cond",), forward=None):
     )
     passes = guidance_passes(default_guidance(source), contexts, negative)
     mx.eval(contexts, negative, [s.latent for s in streams], ropes)
-    return lambda: (forward or model)(*streams, [passes[name] for name in names])
+    return lambda: model(*streams, [passes[name] for name in names])
 
 
 PASSES = ("cond", "uncond", "perturbed", "isolated")
@@ -149,8 +148,9 @@ def exchanged(name, size, machines):
             model.set_dtype(mx.bfloat16)
             if way == "shards":
                 model.shard(group)
-            forward = parallel.Dealt(model, group) if way == "passes" else None
-            asked_flops(step(model, size, PASSES, forward))
+            else:
+                model = parallel.Dealt(model, group)
+            asked_flops(step(model, size, PASSES))
             sent[way] = ring * sum(sums)
     return sent
 

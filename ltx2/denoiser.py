@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Mapping, Optional
+from typing import Mapping, Optional, Union
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from .base import Trace, within
 from .dit import EVERYWHERE, NOWHERE, DiT, Pass, Tokens
 from .latents import LatentState
+from .parallel import Dealt, told
 from .sampling import Guidance, Streams
 
 Contexts = tuple[mx.array, mx.array]  # of video and audio, each (1, 1024, D)
@@ -45,7 +46,7 @@ class Denoiser:
 
     def __init__(
         self,
-        transformer: DiT,
+        transformer: Union[DiT, Dealt],
         states: dict[str, LatentState],
         contexts: Contexts,
         negative: Optional[Contexts],
@@ -53,13 +54,8 @@ class Denoiser:
         trace: Optional[Trace] = None,
         interval: tuple[float, float] = (0.0, 1.0),
         cache: float = 0.0,
-        forward: Optional[Callable] = None,
-        agree: Callable[[float], float] = float,
     ):
-        """`forward` makes the passes in the transformer's place, and `agree` is told
-        what is to be the same wherever this step is made."""
-        self.forward, self.agree = forward or transformer, agree
-        self.states, self.trace = states, trace
+        self.transformer, self.states, self.trace = transformer, states, trace
         self.guidance = {k: guidance.get(k, Guidance()) for k in states}
         self.passes = guidance_passes(guidance, contexts, negative)
         ropes = {"video": transformer.video_rope, "audio": transformer.audio_rope}
@@ -78,7 +74,7 @@ class Denoiser:
         low, high = self.interval
         guided = low <= sigma <= high
         passes = self.passes if guided else {"cond": self.passes["cond"]}
-        still = self.cache and self.seen and self.agree(self._moved(x)) < self.cache
+        still = self.cache and self.seen and self._moved(x) < self.cache
         skipped = {
             k: k in self.last and bool(still or g.skips(step))
             for k, g in self.guidance.items()
@@ -87,7 +83,7 @@ class Denoiser:
             self.seen = x
             tokens = {k: self._tokens(k, x[k], sigma, skipped[k]) for k in x}
             trace = within(self.trace, f"step{step}")
-            velocities = self.forward(
+            velocities = self.transformer(
                 tokens.get("video"), tokens.get("audio"), list(passes.values()), trace
             )
             for i, name in enumerate(("video", "audio")):
@@ -102,11 +98,13 @@ class Denoiser:
         return {k: self.states[k].blend(self.last[k]) for k in x}
 
     def _moved(self, x: Streams) -> float:
-        """How far the tokens are from where they were last looked at, relatively."""
+        """How far the tokens are from where they were last looked at, relatively; on all
+        machines that make this step, what the first one finds."""
         far = (
             mx.linalg.norm(x[k] - v) / mx.linalg.norm(v) for k, v in self.seen.items()
         )
-        return max(d.item() for d in far)
+        furthest, group = max(d.item() for d in far), self.transformer.group
+        return furthest if group is None else told(group, furthest)
 
     def _tokens(self, name: str, x: mx.array, sigma: float, skipped: bool) -> Tokens:
         state = self.states[name]

@@ -444,7 +444,7 @@ class DiT(nn.Module):
             for p in passes
         ]
 
-    def shared(self, passes: list[Pass], n: int) -> tuple[int, int]:
+    def _shared(self, passes: list[Pass], n: int) -> tuple[int, int]:
         """An earlier pass that is equal to pass n up to some block, and that block."""
         p = passes[n]
         for m, q in enumerate(passes[:n]):
@@ -475,7 +475,7 @@ class DiT(nn.Module):
         if audio is not None:
             ax, audio_stream = self._embed("audio_", audio, video)
         passes = self._project_text(passes)
-        shared = [self.shared(passes, n) for n in range(len(passes))]
+        shared = [self._shared(passes, n) for n in range(len(passes))]
         states = [(vx, ax)] * len(passes)
         for i, block in enumerate(self.transformer_blocks):
             text: dict = {}

@@ -13,7 +13,7 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Callable, Container, Iterable, Mapping, Optional
+from typing import Callable, Iterable, Mapping, Optional
 
 import mlx.core as mx
 
@@ -152,18 +152,11 @@ class Predictor:
         audio = [c.get(f"audio_connector_{k}", v) for k, v in zip(keys, video)]
         self.connectors = video, audio  # heads and the size of one
 
-    def plan(
-        self,
-        jobs: Iterable[Job],
-        streamed: Optional[bool] = None,
-        phases: Optional[Container[str]] = None,
-    ) -> Plan:
-        """Of jobs that are done together, or some phases of them; blocks are streamed if
-        it is left open and all of them would not fit."""
+    def plan(self, jobs: Iterable[Job], streamed: Optional[bool] = None) -> Plan:
+        """Of jobs that are done together; blocks are streamed if it is left open and all
+        of them would not fit."""
         needs: dict[str, Need] = {}
         for phase, need in (item for job in jobs for item in self.needs(job).items()):
-            if phases is not None and phase not in phases:
-                continue
             before = needs.setdefault(phase, need)
             needs[phase] = max(need, before, key=lambda n: n.total(False))
         plan = Plan(needs, available(), bool(streamed))

@@ -6,8 +6,8 @@ decodes and writes; the steps between are shared in one of three WAYS.
 
 from __future__ import annotations
 
-import json
-from typing import Optional, Sequence
+import pickle
+from typing import Any, Optional, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -53,55 +53,26 @@ def choose(
     return way
 
 
-def agree(group: Group, value: float) -> float:
-    """The first machine's value."""
-    return total(mx.array(float(value)), group, group.rank() == 0).item()
-
-
-def total(x: mx.array, group: Group, root: bool) -> mx.array:
-    """The root's array: all others give zeros."""
-    return mx.distributed.all_sum(x if root else mx.zeros_like(x), group=group)
-
-
-def broadcast_text(group: Group, text: str, root: int = 0) -> str:
-    """The root's text, on every rank."""
-    mine, data = group.rank() == root, np.frombuffer(text.encode(), np.uint8)
-    size = total(mx.array(len(data)), group, mine).item()
-    data = mx.array(data if mine else np.zeros(size, np.uint8))
-    return np.array(total(data, group, mine)).tobytes().decode()
-
-
-def broadcast(group: Group, arrays: dict[str, mx.array], root: int = 0):
-    """The root's arrays on every rank; those of the others are not looked at."""
+def told(group: Group, value: Any, root: int = 0) -> Any:
+    """The root's value on every rank; those of the others are not looked at."""
     mine = group.rank() == root
-    kinds = {k: (x.shape, str(x.dtype).split(".")[-1]) for k, x in arrays.items()}
-    kinds = json.loads(broadcast_text(group, json.dumps(kinds), root))
-    if not mine:
-        arrays = {k: mx.zeros(s, getattr(mx, d)) for k, (s, d) in kinds.items()}
-    sent = {k: total(arrays[k], group, mine) for k in kinds}
-    mx.eval(sent)
-    return sent
-
-
-def deal(transformer: DiT, passes: Sequence[Pass], ranks: int) -> list[int]:
-    """A rank for each pass, so that all are done soon. One that begins as an earlier one
-    costs that one's rank only the rest; such are dealt last."""
-    load, owners = [0.0] * ranks, {}
-    begins = [transformer.shared(passes, n) for n in range(len(passes))]
-    for n in sorted(range(len(passes)), key=lambda n: begins[n][1]):
-        earlier, until = begins[n]
-        spared = until / transformer.config.num_layers
-        done = [load[r] + 1 - spared * (owners.get(earlier) == r) for r in range(ranks)]
-        owners[n] = int(np.argmin(done))
-        load[owners[n]] = min(done)
-    return [owners[n] for n in range(len(passes))]
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    size = mx.distributed.all_sum(mx.array(len(data) * mine), group=group).item()
+    data = mx.array(data if mine else np.zeros(size, np.uint8))
+    return pickle.loads(np.array(mx.distributed.all_sum(data, group=group)))
 
 
 class Dealt:
-    """A transformer that makes this rank's passes and hears of the others'."""
+    """A transformer that makes every Nth pass and hears of the others'. Dealt like that,
+    a perturbed pass stays with the prompt's own one, with which it begins, on two."""
 
     def __init__(self, transformer: DiT, group: Group):
         self.transformer, self.group = transformer, group
+        self.config = transformer.config
+        self.video_rope, self.audio_rope = (
+            transformer.video_rope,
+            transformer.audio_rope,
+        )
 
     def __call__(
         self,
@@ -111,18 +82,15 @@ class Dealt:
         trace: Optional[Trace] = None,
     ) -> list[tuple[Optional[mx.array], Optional[mx.array]]]:
         """As the transformer's: velocities (video, audio) of each pass, float32."""
-        owners = deal(self.transformer, passes, self.group.size())
-        mine = [p for p, r in zip(passes, owners) if r == self.group.rank()]
-        made = iter(self.transformer(video, audio, mine, trace) if mine else ())
-        own = [next(made) if r == self.group.rank() else None for r in owners]
-        c, both = self.transformer.config, []
-        for i, (tokens, channels) in enumerate(
-            ((video, c.out_channels), (audio, c.audio_out_channels))
-        ):
+        mine = slice(self.group.rank(), None, self.group.size())
+        own = passes[mine] and self.transformer(video, audio, passes[mine], trace)
+        widths, both = (self.config.out_channels, self.config.audio_out_channels), []
+        for i, (tokens, width) in enumerate(zip((video, audio), widths)):
             if tokens is None:
                 both.append([None] * len(passes))
                 continue
-            nothing = mx.zeros((*tokens.latent.shape[:2], channels))
-            parts = [v[i].astype(mx.float32) if v else nothing for v in own]
-            both.append(list(mx.distributed.all_sum(mx.stack(parts), group=self.group)))
+            made = mx.zeros((len(passes), *tokens.latent.shape[:2], width))
+            if own:
+                made[mine] = mx.stack([v[i].astype(mx.float32) for v in own])
+            both.append(list(mx.distributed.all_sum(made, group=self.group)))
         return list(zip(*both))

@@ -10,7 +10,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Optional, Sequence, Union
+from typing import Any, Callable, Iterator, Optional, Sequence, TypeVar, Union
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,6 +41,8 @@ from .request import Job, LoraFile, Request, Stage, plan
 from .sampling import SAMPLERS, Noise, Streams
 from .snapshot import Snapshot, stages_of
 from .text import MAX_TOKENS, PackedTextEncoder, TextEncoder, enhance
+
+T = TypeVar("T")
 
 
 def seeded_noise(seed: int) -> Noise:
@@ -198,16 +200,13 @@ class Pipeline:
         """What jobs that are done together will hold, by phase, and whether that fits;
         without `text`, contexts are at hand."""
         encoder = self._encoder_files() if text and self.rank == 0 else []
-        # The first machine alone encodes prompts and decodes.
-        names = {stage.name for job in jobs for stage in job.stages}
-        phases = None if self.rank == 0 else {"inputs", *names}
         predictor = memory.Predictor(self.source, self.dtype, encoder)
-        found, shared = predictor.plan(jobs, self.low_memory, phases), ""
+        found, shared = predictor.plan(jobs, self.low_memory), ""
         if self.ranks > 1:
             shared = self._share(jobs, found.fits and not found.streamed)
         if shared == "shards":
             predictor = memory.Predictor(self.source, self.dtype, encoder, self.ranks)
-            found = predictor.plan(jobs, self.low_memory, phases)
+            found = predictor.plan(jobs, self.low_memory)
         found = dataclasses.replace(found, shared=shared)
         if not found.fits:
             instead = predictor.what_fits(jobs[0], self.plan, self.low_memory)
@@ -288,12 +287,10 @@ class Pipeline:
         """The prompt rewritten at more length by the text encoder's own Gemma."""
         if self.source.version >= weights.GEMMA_4:
             raise UserError("the text encoder of LTX-2.5 cannot write: drop enhance")
-        longer = ""
-        if self.rank == 0:
-            folder = weights.fetch_text_encoder(self.text_encoder)
-            longer = enhance(folder, prompt, seed)
-        if self.ranks > 1:
-            longer = parallel.broadcast_text(self.group, longer)
+        folder = self.text_encoder
+        longer = self._first(
+            lambda: enhance(weights.fetch_text_encoder(folder), prompt, seed)
+        )
         mx.clear_cache()
         if not longer:
             raise UserError(f"the text encoder made nothing of {prompt!r}")
@@ -373,8 +370,7 @@ class Pipeline:
             yield Event("text")
             with meter.phase("text"):
                 prompts = [p for p in dict.fromkeys(asked) if p is not None]
-                contexts = self._contexts(prompts, trace) if self.rank == 0 else {}
-                contexts = self._told(prompts, contexts)
+                contexts = self._first(lambda: self._contexts(prompts, trace))
         jobs = [self._fit_duration(job, contexts) for job in jobs]
         starts, mine = {}, range(len(jobs))
         if self._shared == "many":
@@ -409,31 +405,17 @@ class Pipeline:
             finished[n] = last
         self.free(*(n for n in self._loaded if n == "transformer" or "upsampler" in n))
         if self._shared == "many":
-            for n, job in enumerate(jobs):
-                latents = finished[n].latents if n in finished else {}
-                latents = parallel.broadcast(self.group, latents, n % self.ranks)
-                done = self.beginning(job)
-                finished[n] = dataclasses.replace(done, latents=latents)
+            for n in range(len(jobs)):
+                root = n % self.ranks
+                finished[n] = parallel.told(self.group, finished.get(n), root)
         for n, job in enumerate(jobs if self.rank == 0 else ()):
             yield from self._decode(n, job, finished[n], draws[n], trace, meter)
         self.free("vae", "diffusion_decoder", "audio_vae", "vocoder")
 
-    def _told(self, prompts: Sequence[str], contexts: dict[str, Contexts]):
-        """The first machine's contexts, on all."""
-        if self.ranks == 1:
-            return contexts
-        named = {
-            f"{prompts.index(p)}.{i}": x
-            for p, pair in contexts.items()
-            for i, x in enumerate(pair)
-        }
-        named = parallel.broadcast(self.group, named)
-        return {p: (named[f"{n}.0"], named[f"{n}.1"]) for n, p in enumerate(prompts)}
-
-    def _agree(self, value: float) -> float:
-        """The first machine's value, where several do the same."""
-        together = self._shared in ("passes", "shards")
-        return parallel.agree(self.group, value) if together else value
+    def _first(self, make: Callable[[], T]) -> T:
+        """What the first machine makes, on all of them."""
+        made = make() if self.rank == 0 else None
+        return parallel.told(self.group, made) if self.ranks > 1 else made
 
     def _fit_duration(self, job: Job, contexts: dict[str, Contexts]) -> Job:
         """The job as long as its prompt asks for, if that is left to it."""
@@ -441,7 +423,7 @@ class Pipeline:
         if r.auto_duration is None:
             return job
         head = self.source.load("duration_head", mx.float32)
-        seconds = self._agree(head(*contexts[r.prompt]).item())
+        seconds = self._first(lambda: head(*contexts[r.prompt]).item())
         frames = min(whole_frames(seconds, r.fps, *r.auto_duration), r.num_frames)
         warnings.warn(
             f"{frames} frames, {frames / r.fps:.1f} s: the prompt asks for "
@@ -476,8 +458,11 @@ class Pipeline:
                 )
                 if frozen_from_noise and r.retake is not None:
                     x |= {k: draw(k, x[k].shape) for k, s in states.items() if s.frozen}
+                transformer = self.transformer
+                if self._shared == "passes":
+                    transformer = parallel.Dealt(transformer, self.group)
                 denoise = Denoiser(
-                    self.transformer,
+                    transformer,
                     states,
                     contexts[r.prompt],
                     None if negative is None else contexts[negative],
@@ -485,8 +470,6 @@ class Pipeline:
                     mark,
                     stage.guidance_interval,
                     stage.step_cache,
-                    self._forward,
-                    self._agree,
                 )
                 if first:
                     denoise.last = dict(at.guided)
@@ -526,12 +509,6 @@ class Pipeline:
             latents=latents,
         )
         yield Event("latents", snapshot=done)
-
-    @property
-    def _forward(self):
-        """What makes a step's passes: the transformer, or several machines'."""
-        dealt = self._shared == "passes"
-        return parallel.Dealt(self.transformer, self.group) if dealt else None
 
     def _upsampled(self, stage: Stage, latents: Streams) -> Streams:
         """The last stage's latents at the size of this one."""

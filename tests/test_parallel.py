@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT))  # for those that are started
 
 from ltx2 import conversion, parallel, pipeline, weights
 from ltx2.base import UserError
-from ltx2.dit import Pass
 from ltx2.request import LoraFile, Request
 
 LAUNCH = [str(Path(sys.executable).parent / "mlx.launch"), "--backend", "ring"]
@@ -329,19 +328,6 @@ def test_groups_of_quantised_weights_are_not_cut(choose):
     assert in_groups(32) == "shards"
     with pytest.raises(UserError, match="cannot be cut"):
         in_groups(64)
-
-
-def test_passes_go_where_they_are_done_first(checkpoint):
-    model = weights.open_model(str(checkpoint("ltx-2.3"))).load("transformer")
-    prompt, negative = (mx.zeros((1, 4, 8)),) * 2, (mx.ones((1, 4, 8)),) * 2
-    cond, uncond = Pass(*prompt), Pass(*negative)
-    perturbed = Pass(*prompt, cut_video_self=(2,))  # the last of three blocks
-    isolated = Pass(*prompt, cut_a2v=range(3), cut_v2a=range(3))
-    four = [cond, uncond, perturbed, isolated]
-    assert parallel.deal(model, four, 2) == [0, 1, 1, 0]
-    assert parallel.deal(model, four, 3) == [0, 1, 0, 2]
-    assert parallel.deal(model, four, 4) == [0, 1, 3, 2]
-    assert parallel.deal(model, four[:1], 2) == [0]
 
 
 if __name__ == "__main__":
