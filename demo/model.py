@@ -369,12 +369,16 @@ class VocoderBlock(nn.Module):
 
 
 class Vocoder(nn.Module):
-    """HiFi-GAN: log-mels (B, 2, T, 64) to a waveform (B, 2, T * prod(rates))."""
+    """HiFi-GAN: log-mels (B, 2, T, 64) to a waveform (B, 2, T * prod(rates)).
+
+    Each ear has half of the channels, with the same weights: how loud one is cannot be
+    mistaken for the other's, as a network that mixes both from the start has to unlearn.
+    """
 
     def __init__(self, c: dict):
         super().__init__()
-        width = c["upsample_initial_channel"]
-        self.conv_pre = nn.Conv1d(128, width, 7, padding=3)
+        width = c["upsample_initial_channel"] // 2
+        self.conv_pre = nn.Conv1d(64, width, 7, padding=3)
         self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
         for rate, kernel in zip(c["upsample_rates"], c["upsample_kernel_sizes"]):
             padding = (kernel - rate) // 2
@@ -384,16 +388,28 @@ class Vocoder(nn.Module):
             width //= 2
             for k, d in zip(c["resblock_kernel_sizes"], c["resblock_dilation_sizes"]):
                 self.resblocks.append(VocoderBlock(width, k, d))
-        self.conv_post = nn.Conv1d(width, 2, 7, padding=3)
+        self.conv_post = nn.Conv1d(width, 1, 7, padding=3)
+
+    def both_ears(self) -> dict[str, torch.Tensor]:
+        """The official tensors: of this one's twice, with nothing between the two."""
+        tensors = {}
+        for name, x in self.state_dict().items():
+            pair = torch.zeros(2, x.shape[0], 2, *x.shape[1:])
+            pair[0, :, 0] = pair[1, :, 1] = x
+            tensors[name] = (
+                x.repeat(2) if x.ndim == 1 else pair.flatten(2, 3).flatten(0, 1)
+            )
+        return tensors
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
-        x = self.conv_pre(mel.transpose(2, 3).flatten(1, 2))
+        x = self.conv_pre(mel.transpose(2, 3).flatten(0, 1))
         kinds = len(self.resblocks) // len(self.ups)
         for i, up in enumerate(self.ups):
             x = up(F.leaky_relu(x, 0.1))
             blocks = self.resblocks[i * kinds : (i + 1) * kinds]
             x = sum(block(x) for block in blocks) / kinds
-        return torch.tanh(self.conv_post(F.leaky_relu(x, 0.01)))
+        x = torch.tanh(self.conv_post(F.leaky_relu(x, 0.01)))
+        return x.unflatten(0, (-1, 2)).squeeze(2)
 
 
 def rms_norm(x: torch.Tensor) -> torch.Tensor:

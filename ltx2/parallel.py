@@ -54,7 +54,8 @@ def choose(
 
 
 def told(group: Group, value: Any, root: int = 0) -> Any:
-    """The root's value on every rank; those of the others are not looked at."""
+    """The root's value on every rank; those of the others are not looked at. Pickled:
+    the ranks run the same program for the same user."""
     mine = group.rank() == root
     data = np.frombuffer(pickle.dumps(value), np.uint8)
     size = mx.distributed.all_sum(mx.array(len(data) * mine), group=group).item()

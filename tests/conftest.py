@@ -10,6 +10,7 @@ import checkpoints
 import numpy as np
 import pytest
 import split_checkpoint
+from fake_hub import fake_hub  # noqa: F401 (a fixture)
 from safetensors import safe_open
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from fake_hub import fake_hub  # noqa: F401 (a fixture)
 from huggingface_hub import ModelCard, errors
 from mlx.utils import tree_flatten
 

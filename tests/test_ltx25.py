@@ -6,7 +6,6 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from fake_hub import fake_hub  # noqa: F401 (a fixture)
 from parity import channels_last, cosine, relative_error
 from test_pipeline import recorded_noise
 

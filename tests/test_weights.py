@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import huggingface_hub
 import mlx.core as mx
 import pytest
-from fake_hub import fake_hub  # noqa: F401 (a fixture)
 from huggingface_hub import errors
 from mlx.utils import tree_flatten
 
