@@ -18,7 +18,7 @@ from obedience import DEMO, make  # noqa: E402
 
 import generate  # noqa: E402
 from demo import data  # noqa: E402
-from demo.judge import judge, read_mp4  # noqa: E402
+from demo.judge import judge, pan_track, read_mp4  # noqa: E402
 from ltx2 import pipeline  # noqa: E402
 from ltx2.base import UserError  # noqa: E402
 
@@ -68,6 +68,15 @@ def test_prompts_are_obeyed(asked, made):
     for name in ("colour", "motion", "pitch", "background"):
         assert right(asked, found, name) == len(asked), (name, found)
     assert right(asked, found, "shape") >= len(asked) - 1, found
+
+
+def test_the_sound_comes_from_where_the_shape_is(asked, made):
+    for (s, _), (result, found) in zip(asked, made):
+        pan = pan_track(result.waveform, 25)
+        moved = pan[-5:].mean() - pan[:5].mean()
+        assert found["pan_error"] < 0.12
+        if s.motion in ("right", "left"):
+            assert moved * {"right": 1, "left": -1}[s.motion] > 0.1
 
 
 def test_four_bits_obey_too(asked, tmp_path):
