@@ -149,7 +149,7 @@ def exchanged(name, size, machines):
             if way == "shards":
                 model.shard(group)
             else:
-                model = parallel.Dealt(model, group)
+                model = parallel.PassParallel(model, group)
             asked_flops(step(model, size, PASSES))
             sent[way] = ring * sum(sums)
     return sent
@@ -192,13 +192,13 @@ def released_block(name, size, dtype, bits, runs, patience):
     }
 
 
-def decoding(model, side, frames, at_once=vae.LATENTS_AT_ONCE):
+def decoding(model, side, frames, at_once=vae.LATENTS_PER_CHUNK):
     """A decode of random latents whose frames are dropped as they come."""
     x = mx.random.normal((1, frames, side, side, model.config.latent_channels))
     noise = x if model.config.timestep_conditioning else None
 
     def decode():
-        with mock.patch.object(vae, "LATENTS_AT_ONCE", at_once):
+        with mock.patch.object(vae, "LATENTS_PER_CHUNK", at_once):
             for _ in model.decode_stream(x, noise=noise):
                 pass
         return []

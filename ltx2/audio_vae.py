@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .base import Config, UserError
-from .layers import rms_norm
+from .layers import Component, rms_norm
 
 SAMPLE_RATE = 16000
 N_FFT = 1024
@@ -216,8 +216,10 @@ class Decoder(nn.Module):
         return self.conv_out(nn.silu(rms_norm(x)))
 
 
-class AudioVAE(nn.Module):
+class AudioVAE(Component):
     """Log-mel to normalised latents and back; both directions are causal in time."""
+
+    config_class = AudioVAEConfig
 
     def __init__(self, config: AudioVAEConfig):
         super().__init__()
@@ -246,7 +248,7 @@ class AudioVAE(nn.Module):
         mean, std = self.statistics()
         return self.decoder(latents * std + mean)
 
-
-def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Official tensors to MLX layouts; the names are the same."""
-    return {k: w.moveaxis(1, -1) if w.ndim == 4 else w for k, w in weights.items()}
+    @classmethod
+    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Official tensors to MLX layouts; the names are the same."""
+        return {k: w.moveaxis(1, -1) if w.ndim == 4 else w for k, w in weights.items()}

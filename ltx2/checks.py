@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # imported where they are used, so that --help answers at onc
     from .pipeline import Pipeline
     from .snapshot import Snapshot
     from .vae import VideoVAE
-    from .weights import Source, Weights
+    from .weights import Checkpoint, Weights
 
 EXPLOSION, COLLAPSE = 100, 0.1  # of a value, of a deviation
 SILENCE = 1e-3  # of a waveform, whose deviation is its level: 0.01 to 0.3 if healthy
@@ -150,7 +150,7 @@ def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
 # Weights beside their source
 
 
-def compare(converted: Source, source: Source) -> Report:
+def compare(converted: Checkpoint, source: Checkpoint) -> Report:
     """A converted model beside what it was made of. A fault is what is missing, too much
     or unequal, and a quantised layer that would be better if it were quantised anew."""
     if converted.provenance is None or source.quantization:

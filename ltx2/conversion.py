@@ -15,7 +15,7 @@ from . import __version__
 from .base import UserError
 from .hub import DTYPES, File
 from .lora import Lora, fuse
-from .weights import FLOAT32, Source, Weights, shard_names
+from .weights import FLOAT32, Checkpoint, Weights, shard_names
 
 SHARD = 5 * 10**9  # bytes a file, at most
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
@@ -85,7 +85,7 @@ class Conversion:
     """What shall become of a source. All is lazy until `write`, which reads, converts
     and writes one tensor after the other."""
 
-    source: Source
+    source: Checkpoint
     quantization: Optional[dict[str, Any]] = None
     dequantize: bool = False
     dtype: Optional[mx.Dtype] = None

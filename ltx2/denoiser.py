@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 
 from .base import Trace, within
-from .dit import EVERYWHERE, NOWHERE, DiT, Pass, Tokens
+from .dit import ALL_BLOCKS, NO_BLOCKS, DiT, Pass, Tokens
 from .latents import LatentState
-from .parallel import Dealt, told
+from .parallel import PassParallel, told
 from .sampling import Guidance, Streams
 
 Contexts = tuple[mx.array, mx.array]  # of video and audio, each (1, 1024, D)
@@ -28,11 +28,11 @@ def guidance_passes(
         pick = zip(streams, contexts, negative)
         passes["uncond"] = Pass(*(n if k in guidance else c for k, c, n in pick))
     if any(g.stg_scale != 0 for g in both):
-        cut = lambda g: EVERYWHERE if g.stg_blocks is None else g.stg_blocks
-        cuts = (cut(g) if g.stg_scale != 0 else NOWHERE for g in both)
+        cut = lambda g: ALL_BLOCKS if g.stg_blocks is None else g.stg_blocks
+        cuts = (cut(g) if g.stg_scale != 0 else NO_BLOCKS for g in both)
         passes["perturbed"] = Pass(*contexts, *cuts)
     if any(g.modality_scale != 1 for g in both):
-        passes["isolated"] = Pass(*contexts, cut_a2v=EVERYWHERE, cut_v2a=EVERYWHERE)
+        passes["isolated"] = Pass(*contexts, skip_a2v=ALL_BLOCKS, skip_v2a=ALL_BLOCKS)
     return passes
 
 
@@ -46,7 +46,7 @@ class Denoiser:
 
     def __init__(
         self,
-        transformer: Union[DiT, Dealt],
+        transformer: Union[DiT, PassParallel],
         states: dict[str, LatentState],
         contexts: Contexts,
         negative: Optional[Contexts],
@@ -108,13 +108,13 @@ class Denoiser:
 
     def _tokens(self, name: str, x: mx.array, sigma: float, skipped: bool) -> Tokens:
         state = self.states[name]
-        levels, level_of = state.levels
+        levels, level_index = state.levels
         return Tokens(
             x,
             mx.array(levels * np.float32(sigma)),
             mx.array([0.0 if state.frozen else sigma]),
             *self.ropes[name],
-            level_of,
+            level_index,
             None if state.attention is None else mx.array(state.attention),
             mx.array(state.keyframes),
             enabled=not skipped,

@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .base import Config, Trace, traced
-from .layers import depth_to_space, patchify, sinusoid, unpatchify
+from .layers import Component, depth_to_space, patchify, timestep_embedding, unpatchify
 
 Frames = Iterator[mx.array]
 Size = tuple[int, int, int]  # frames, rows, columns
@@ -81,7 +81,7 @@ class Tiles:
         self.order = mx.array(places + tiles * size - starts[tiles])
 
 
-def rope_tables(size: Size, dim: int) -> tuple[mx.array, mx.array]:
+def rope_cos_sin(size: Size, dim: int) -> tuple[mx.array, mx.array]:
     """Cosines and sines (F, H, W, 1, dim / 2) of the three axes' angles, float32: a
     quarter of the pairs is for time, the rest for rows and columns."""
     time = dim // 4 // 2 * 2
@@ -99,7 +99,7 @@ def rope_tables(size: Size, dim: int) -> tuple[mx.array, mx.array]:
 
 
 @mx.compile
-def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+def apply_rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     """Rotate neighbouring pairs of channels, in float32."""
     pairs = mx.unflatten(x.astype(mx.float32), -1, (-1, 2))
     a, b = pairs[..., 0], pairs[..., 1]
@@ -124,9 +124,9 @@ class NeighborhoodAttention(nn.Module):
         _, length, height, width, _ = x.shape
         down, across = Tiles(height, self.kernel[1]), Tiles(width, self.kernel[2])
         qkv = mx.unflatten(self.qkv(x[0]), -1, (3, -1, self.head_dim))
-        tables = rope_tables((length, height, width), self.head_dim)
-        q = rotate(self.q_norm(qkv[..., 0, :, :]), *tables)[asked]
-        k = rotate(self.k_norm(qkv[..., 1, :, :]), *tables)
+        tables = rope_cos_sin((length, height, width), self.head_dim)
+        q = apply_rope(self.q_norm(qkv[..., 0, :, :]), *tables)[asked]
+        k = apply_rope(self.k_norm(qkv[..., 1, :, :]), *tables)
         v = qkv[..., 2, :, :]
 
         def cut(x: mx.array, rows: np.ndarray, columns: np.ndarray) -> mx.array:
@@ -238,8 +238,10 @@ class Upsample(nn.Module):
         return islice(frames, self.stride[0] - 1, None)
 
 
-class DiffusionDecoder(nn.Module):
+class DiffusionDecoder(Component):
     """Normalised latents (1, F, h, w, C) to pixels (1, 8F - 7, 32h, 32w, 3)."""
+
+    config_class = DiffusionDecoderConfig
 
     def __init__(self, config: DiffusionDecoderConfig):
         super().__init__()
@@ -314,7 +316,7 @@ class DiffusionDecoder(nn.Module):
     def denoise(self, contexts: Frames, length: int, noise, trace) -> Frames:
         """Frames of noise to frames of pixels, in one step from noise level 1."""
         size = self.config.patch_size
-        time = sinusoid(mx.array([self.config.timestep_scale_multiplier]))
+        time = timestep_embedding(mx.array([self.config.timestep_scale_multiplier]))
         for layer in self.t_embedder["mlp"]:
             time = layer(time.astype(self.conv_out.weight.dtype))
         time = self.shared_adaln["proj"](nn.silu(time)).reshape(7, -1)
@@ -332,11 +334,11 @@ class DiffusionDecoder(nn.Module):
             x = self.conv_out(self.norm_out(traced(trace, "stage5", x)))
             yield unpatchify(x, size)
 
-
-def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Official names to this module's; released files nest the fused projection."""
-    return {
-        key.replace("attn.qkv.qkv.", "attn.qkv."): w
-        for key, w in weights.items()
-        if not key.startswith(UNUSED_KEYS)
-    }
+    @classmethod
+    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Official names to this module's; released files nest the fused projection."""
+        return {
+            key.replace("attn.qkv.qkv.", "attn.qkv."): w
+            for key, w in weights.items()
+            if not key.startswith(UNUSED_KEYS)
+        }

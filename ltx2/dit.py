@@ -14,16 +14,17 @@ from .base import Config, Trace, traced
 from .layers import (
     AdaLayerNormSingle,
     Attention,
+    Component,
     FeedForward,
     Rope,
     TimestepMLP,
-    one_ahead,
+    prefetch,
     rms_norm,
-    rope_table,
+    rope_cos_sin,
 )
 
-NOWHERE: Container[int] = range(0)
-EVERYWHERE: Container[int] = range(sys.maxsize)
+NO_BLOCKS: Container[int] = range(0)
+ALL_BLOCKS: Container[int] = range(sys.maxsize)
 
 
 @dataclass
@@ -113,7 +114,7 @@ class Tokens:
     """One stream as the transformer reads it; all passes of a step share it.
 
     A conditioned run knows two or three denoise-mask levels, so timesteps are given by
-    level (U,), float32 in [0, 1], and `level_of` (T,) tells each token's level (None:
+    level (U,), float32 in [0, 1], and `level_index` (T,) tells each token's level (None:
     all tokens have the only one). `sigma` is the stream's scalar noise level, 0 when
     the stream is frozen.
     """
@@ -123,7 +124,7 @@ class Tokens:
     sigma: mx.array  # (1,)
     rope: Rope  # from DiT.video_rope, DiT.audio_rope
     cross_rope: Rope
-    level_of: Optional[mx.array] = None  # (T,)
+    level_index: Optional[mx.array] = None  # (T,)
     mask: Optional[mx.array] = None  # self-attention (T, T) in [0, 1]
     keyframes: Optional[mx.array] = None  # (T,) > 0: stands for a single frame (2.5)
     enabled: bool = True  # False: only read by the other stream
@@ -131,18 +132,18 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Pass:
-    """One guidance pass: the contexts (B, N, D) it reads and, by block, what it cuts."""
+    """One guidance pass: the contexts (B, N, D) it reads and, by block, what it perturbs."""
 
     video_context: Optional[mx.array]
     audio_context: Optional[mx.array]
-    cut_video_self: Container[int] = NOWHERE
-    cut_audio_self: Container[int] = NOWHERE
-    cut_a2v: Container[int] = NOWHERE
-    cut_v2a: Container[int] = NOWHERE
+    skip_video_self_attn: Container[int] = NO_BLOCKS
+    skip_audio_self_attn: Container[int] = NO_BLOCKS
+    skip_a2v: Container[int] = NO_BLOCKS
+    skip_v2a: Container[int] = NO_BLOCKS
 
-    def cuts(self, block: int) -> bool:
-        own = (self.cut_video_self, self.cut_audio_self)
-        return any(block in cut for cut in (*own, self.cut_a2v, self.cut_v2a))
+    def perturbs(self, block: int) -> bool:
+        own = (self.skip_video_self_attn, self.skip_audio_self_attn)
+        return any(block in cut for cut in (*own, self.skip_a2v, self.skip_v2a))
 
 
 # What the blocks see. States are sums over all blocks, too large for float16: they are
@@ -160,14 +161,14 @@ def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
 
 
 @dataclass
-class Stream:
+class StreamContext:
     """A stream inside the blocks: its modulations by timestep level, tables and mask."""
 
     modulation: mx.array  # (U, 6 or 9, D)
     embedded: mx.array  # (U, D), for the output layer
     rope: Rope
     cross_rope: Rope
-    level_of: Optional[mx.array]
+    level_index: Optional[mx.array]
     mask: Optional[mx.array]  # additive (1, 1, T, T)
     enabled: bool
     prompt: Optional[mx.array] = None  # (1, 2, D), text AdaLN
@@ -177,8 +178,8 @@ class Stream:
     def rows(self, table: mx.array, ada: mx.array, rows: slice) -> list[mx.array]:
         """Rows of table + AdaLN, each (1 or T, D): computed by level, picked by token."""
         values = table[rows].astype(ada.dtype) + ada[:, rows]
-        if self.level_of is not None and len(values) > 1:
-            values = values[self.level_of]
+        if self.level_index is not None and len(values) > 1:
+            values = values[self.level_index]
         return [values[:, i] for i in range(values.shape[1])]
 
 
@@ -212,7 +213,7 @@ class Block(nn.Module):
         self.scale_shift_table_a2v_ca_video = mx.zeros((5, video))
         self.scale_shift_table_a2v_ca_audio = mx.zeros((5, audio))
 
-    def text_keys_values(self, prefix: str, s: Stream, context: mx.array):
+    def text_keys_values(self, prefix: str, s: StreamContext, context: mx.array):
         """Keys and values of the text; from 2.3 on modulated by table and sigma."""
         table = self.get(prefix + "prompt_scale_shift_table")
         if table is not None:
@@ -223,7 +224,9 @@ class Block(nn.Module):
             context = context * (1 + scale) + shift
         return self[prefix + "attn2"].keys_values(context)
 
-    def attend(self, prefix: str, s: Stream, x: mx.array, text, values_only: bool):
+    def attend(
+        self, prefix: str, s: StreamContext, x: mx.array, text, values_only: bool
+    ):
         """Self-attention, then attention to the text's keys and values."""
         table = self[prefix + "scale_shift_table"]
         shift, scale, gate = s.rows(table, s.modulation, slice(0, 3))
@@ -237,12 +240,14 @@ class Block(nn.Module):
         y = self[prefix + "attn2"](modulate(x, scale, shift), text)
         return gated_add(x, y, gate)
 
-    def feed_forward(self, prefix: str, s: Stream, x: mx.array) -> mx.array:
+    def feed_forward(self, prefix: str, s: StreamContext, x: mx.array) -> mx.array:
         table = self[prefix + "scale_shift_table"]
         shift, scale, gate = s.rows(table, s.modulation, slice(3, 6))
         return gated_add(x, self[prefix + "ff"](modulate(x, scale, shift)), gate)
 
-    def cross_attend(self, video: Stream, audio: Stream, vx, ax, a2v: bool, v2a: bool):
+    def cross_attend(
+        self, video: StreamContext, audio: StreamContext, vx, ax, a2v: bool, v2a: bool
+    ):
         """Attention between the streams, both ways from the states before either ran."""
         video_table = self.scale_shift_table_a2v_ca_video
         audio_table = self.scale_shift_table_a2v_ca_audio
@@ -276,13 +281,13 @@ class Block(nn.Module):
 
         if run_video:
             kv = text_of("", video, run.video_context)
-            vx = self.attend("", video, vx, kv, index in run.cut_video_self)
+            vx = self.attend("", video, vx, kv, index in run.skip_video_self_attn)
         if run_audio:
             kv = text_of("audio_", audio, run.audio_context)
-            ax = self.attend("audio_", audio, ax, kv, index in run.cut_audio_self)
+            ax = self.attend("audio_", audio, ax, kv, index in run.skip_audio_self_attn)
         if video is not None and audio is not None:
-            a2v = run_video and index not in run.cut_a2v
-            v2a = run_audio and index not in run.cut_v2a
+            a2v = run_video and index not in run.skip_a2v
+            v2a = run_audio and index not in run.skip_v2a
             vx, ax = self.cross_attend(video, audio, vx, ax, a2v, v2a)
         if run_video:
             vx = self.feed_forward("", video, vx)
@@ -291,8 +296,10 @@ class Block(nn.Module):
         return vx, ax
 
 
-class DiT(nn.Module):
+class DiT(Component):
     """Tokens of two streams and their text in, velocities out."""
+
+    config_class = DiTConfig
 
     group: Optional[mx.distributed.Group] = None  # that the blocks are split over
 
@@ -354,8 +361,8 @@ class DiT(nn.Module):
     def _ropes(self, bounds, dim, heads, max_pos) -> tuple[Rope, Rope]:
         c = self.config
         middle = bounds.astype(np.float32).sum(-1) / np.float32(2)
-        own = rope_table(middle, dim, heads, max_pos, c.positional_embedding_theta)
-        cross = rope_table(
+        own = rope_cos_sin(middle, dim, heads, max_pos, c.positional_embedding_theta)
+        cross = rope_cos_sin(
             middle[:1],
             c.audio_cross_attention_dim,
             c.audio_num_attention_heads,
@@ -392,12 +399,12 @@ class DiT(nn.Module):
                 tokens.mask > 0, mx.log(mx.maximum(tokens.mask, 1e-38)), low
             )
             mask = mask.astype(self.dtype)[None, None]
-        stream = Stream(
+        stream = StreamContext(
             modulation,
             embedded,
             tokens.rope,
             tokens.cross_rope,
-            tokens.level_of,
+            tokens.level_index,
             mask,
             tokens.enabled,
         )
@@ -416,7 +423,7 @@ class DiT(nn.Module):
             )
         return x, stream
 
-    def _project(self, prefix: str, s: Stream, x: mx.array) -> mx.array:
+    def _project(self, prefix: str, s: StreamContext, x: mx.array) -> mx.array:
         x = mx.fast.layer_norm(x, None, None, self.config.norm_eps)
         both = mx.stack([s.embedded, s.embedded], axis=1)
         shift, scale = s.rows(self[prefix + "scale_shift_table"], both, slice(0, 2))
@@ -452,7 +459,7 @@ class DiT(nn.Module):
             if same and p.audio_context is q.audio_context:
                 blocks = range(self.config.num_layers)
                 return m, next(
-                    (i for i in blocks if p.cuts(i) or q.cuts(i)), len(blocks)
+                    (i for i in blocks if p.perturbs(i) or q.perturbs(i)), len(blocks)
                 )
         return n, 0
 
@@ -467,7 +474,7 @@ class DiT(nn.Module):
 
         Either stream may be None. All passes go through a block together, so its text
         keys and values are computed once a context, and a pass that differs from an
-        earlier one only by its cuts starts from that one's state at its first cut.
+        earlier one only by its perturbs starts from that one's state at its first cut.
         """
         vx = ax = video_stream = audio_stream = None
         if video is not None:
@@ -509,7 +516,7 @@ class StreamedBlocks:
         self.read = read
 
     def __iter__(self) -> Iterator[Block]:
-        return one_ahead(self.read().transformer_blocks)
+        return prefetch(self.read().transformer_blocks)
 
 
 class CaptionProjection(TimestepMLP):
@@ -517,8 +524,3 @@ class CaptionProjection(TimestepMLP):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear_2(nn.gelu_approx(self.linear_1(x)))
-
-
-def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Official names are the module's names."""
-    return weights

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .base import Config
+from .layers import Component
 
 
 @dataclass
@@ -52,8 +53,10 @@ class AttentionPooler(nn.Module):
         return self.cross_attn["out_proj"](out.flatten(1))
 
 
-class DurationHead(nn.Module):
+class DurationHead(Component):
     """Contexts (B, T, D) of video and audio to seconds (B,)."""
+
+    config_class = DurationConfig
 
     def __init__(self, c: DurationConfig):
         super().__init__()
@@ -73,22 +76,19 @@ class DurationHead(nn.Module):
         x = self.mlp_out(nn.gelu_approx(self.mlp_hidden(x)))
         return mx.exp(x.astype(mx.float32)).squeeze(-1)
 
+    @classmethod
+    def infer_sizes(
+        cls, section: dict[str, Any], shapes: dict[str, tuple]
+    ) -> dict[str, Any]:
+        """The section with the sizes of the tensors."""
+        names = ("video_input_proj", "audio_input_proj", "mlp_hidden")
+        video, audio, hidden = (shapes.get(f"{name}.weight", (0, 0)) for name in names)
+        sizes = {"video_dim": video[1], "audio_dim": audio[1]}
+        return {**section, **sizes, "dim": video[0], "hidden": hidden[0]}
+
 
 def whole_frames(seconds: float, fps: float, low: float, high: float) -> int:
     """Frames, 8k + 1, of a duration held between `low` and `high` seconds."""
     low, high = round(low * fps), round(high * fps)
     frames = (min(max(round(seconds * fps), low), high) - 1) // 8 * 8 + 1
     return frames + 8 if frames < low else frames
-
-
-def complete(section: dict[str, Any], shapes: dict[str, tuple]) -> dict[str, Any]:
-    """The section with the sizes of the tensors."""
-    names = ("video_input_proj", "audio_input_proj", "mlp_hidden")
-    video, audio, hidden = (shapes.get(f"{name}.weight", (0, 0)) for name in names)
-    sizes = {"video_dim": video[1], "audio_dim": audio[1]}
-    return {**section, **sizes, "dim": video[0], "hidden": hidden[0]}
-
-
-def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Official names are the module's names."""
-    return weights

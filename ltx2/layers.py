@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Iterator, Optional, Sequence
+from typing import Any, ClassVar, Iterator, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,8 +12,33 @@ import numpy as np
 from mlx.nn.layers.distributed import shard_inplace
 from mlx.utils import tree_map_with_path
 
+from .base import Config
+
 Stride = tuple[int, int, int]  # in time, height and width
 Rope = tuple[mx.array, mx.array]  # cos and sin, each (heads, T, head_dim / 2)
+
+
+class Component(nn.Module):
+    """A part of the model: built from its section of a checkpoint's configuration."""
+
+    config_class: ClassVar[type[Config]]
+
+    @classmethod
+    def from_config(cls, section: dict[str, Any]) -> nn.Module:
+        """The module with parameters of the configured shapes, not loaded."""
+        return cls(cls.config_class.from_dict(section))
+
+    @classmethod
+    def infer_sizes(
+        cls, section: dict[str, Any], shapes: dict[str, tuple]
+    ) -> dict[str, Any]:
+        """The section with the sizes that only the tensors' shapes say."""
+        return section
+
+    @classmethod
+    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Official names and layouts to the module's."""
+        return weights
 
 
 def rms_norm(x: mx.array, eps: float = 1e-6) -> mx.array:
@@ -21,7 +46,7 @@ def rms_norm(x: mx.array, eps: float = 1e-6) -> mx.array:
     return mx.fast.rms_norm(x, None, eps)
 
 
-def rope_table(
+def rope_cos_sin(
     positions: np.ndarray,
     dim: int,
     heads: int,
@@ -47,7 +72,7 @@ def rope_table(
 
 
 @mx.compile
-def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+def apply_rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     """Rotate the two halves of each head of `x` (B, heads, T, head_dim)."""
     a, b = mx.split(x, 2, axis=-1)
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -86,7 +111,7 @@ def quantize(model: nn.Module, **options) -> None:
             layer.__class__ = QuantizedLinear
 
 
-def one_ahead(modules: list[nn.Module]) -> Iterator[nn.Module]:
+def prefetch(modules: list[nn.Module]) -> Iterator[nn.Module]:
     """Modules, taken out of the list: while one computes what its user has begun to
     evaluate, the weights of the next are read; then it is let go."""
     mx.eval(modules[0].parameters())
@@ -100,13 +125,13 @@ def one_ahead(modules: list[nn.Module]) -> Iterator[nn.Module]:
 # Layers that are split over the ranks of a group, each of which has all of the input.
 
 
-def split_outputs(layer: nn.Module, group: mx.distributed.Group) -> None:
+def shard_columns(layer: nn.Module, group: mx.distributed.Group) -> None:
     """Keep this rank's outputs of a linear layer (or its entries of a vector)."""
     whole = ("lora_a", "strength")  # of a LoRA beside it
     shard_inplace(layer, lambda k, _: None if k.endswith(whole) else 0, group=group)
 
 
-def split_inputs(layer: nn.Module, group: mx.distributed.Group) -> None:
+def shard_rows(layer: nn.Module, group: mx.distributed.Group) -> None:
     """Keep what this rank's inputs add to the outputs; the bias is the first rank's."""
     whole = ("bias", "lora_b", "strength")
     shard_inplace(layer, lambda k, _: None if k.endswith(whole) else -1, group=group)
@@ -115,22 +140,22 @@ def split_inputs(layer: nn.Module, group: mx.distributed.Group) -> None:
         layer.update(tree_map_with_path(zero, layer.parameters()))
 
 
-def summed(x: mx.array, group: Optional[mx.distributed.Group]) -> mx.array:
+def all_sum(x: mx.array, group: Optional[mx.distributed.Group]) -> mx.array:
     """The sum of the ranks' parts."""
     return x if group is None else mx.distributed.all_sum(x, group=group)
 
 
-class SplitRMSNorm(nn.Module):
+class ShardedRMSNorm(nn.Module):
     """RMS norm over a width of which each rank has a part."""
 
     def __init__(self, norm: nn.RMSNorm, group: mx.distributed.Group):
         super().__init__()
         self.weight, self.eps, self.group = norm.weight, norm.eps, group
-        split_outputs(self, group)
+        shard_columns(self, group)
 
     def __call__(self, x: mx.array) -> mx.array:
         y = x.astype(mx.float32)
-        total = summed(y.square().sum(-1, keepdims=True), self.group)
+        total = all_sum(y.square().sum(-1, keepdims=True), self.group)
         width = self.group.size() * x.shape[-1]
         return (y * mx.rsqrt(total / width + self.eps) * self.weight).astype(x.dtype)
 
@@ -165,12 +190,12 @@ class Attention(nn.Module):
     def shard(self, group: mx.distributed.Group) -> None:
         """Keep this rank's heads."""
         self.group, self.heads = group, self.heads // group.size()
-        self.q_norm = SplitRMSNorm(self.q_norm, group)
-        self.k_norm = SplitRMSNorm(self.k_norm, group)
+        self.q_norm = ShardedRMSNorm(self.q_norm, group)
+        self.k_norm = ShardedRMSNorm(self.k_norm, group)
         for name in ("to_q", "to_k", "to_v", "to_gate_logits"):
             if name in self:
-                split_outputs(self[name], group)
-        split_inputs(self.to_out[0], group)
+                shard_columns(self[name], group)
+        shard_rows(self.to_out[0], group)
 
     def _split(self, x: mx.array) -> mx.array:
         return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
@@ -181,7 +206,7 @@ class Attention(nn.Module):
         """Keys and values of `context` (B, S, context_dim), each (B, heads, S, d)."""
         k = self._split(self.k_norm(self.to_k(context)))
         v = self._split(self.to_v(context))
-        return (rotate(k, *rope) if rope else k), v
+        return (apply_rope(k, *rope) if rope else k), v
 
     def __call__(
         self,
@@ -200,14 +225,14 @@ class Attention(nn.Module):
             out = self._split(self.to_v(x))
         else:
             q = self._split(self.q_norm(self.to_q(x)))
-            q = rotate(q, *rope) if rope else q
+            q = apply_rope(q, *rope) if rope else q
             k, v = keys_values or self.keys_values(x, rope)
             scale = 1 / math.sqrt(q.shape[-1])
             out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         if "to_gate_logits" in self:
             gate = 2 * mx.sigmoid(self.to_gate_logits(x))
             out = out * gate.swapaxes(1, 2)[..., None]
-        return summed(self.to_out[0](out.swapaxes(1, 2).flatten(2)), self.group)
+        return all_sum(self.to_out[0](out.swapaxes(1, 2).flatten(2)), self.group)
 
 
 class GELU(nn.Module):
@@ -235,16 +260,16 @@ class FeedForward(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         for layer in self.net:
             x = layer(x)
-        return summed(x, self.group)
+        return all_sum(x, self.group)
 
     def shard(self, group: mx.distributed.Group) -> None:
         """Keep this rank's part of the inner width."""
         self.group = group
-        split_outputs(self.net[0].proj, group)
-        split_inputs(self.net[2], group)
+        shard_columns(self.net[0].proj, group)
+        shard_rows(self.net[2], group)
 
 
-def sinusoid(timesteps: mx.array, dim: int = 256) -> mx.array:
+def timestep_embedding(timesteps: mx.array, dim: int = 256) -> mx.array:
     """Sinusoidal embedding of `timesteps` (N,), float32, cosines first: (N, dim)."""
     half = dim // 2
     freqs = mx.exp(-math.log(10000) / half * mx.arange(half, dtype=mx.float32))
@@ -273,7 +298,7 @@ class TimestepEmbedding(nn.Module):
 
     def __call__(self, timesteps: mx.array) -> mx.array:
         dtype = self.timestep_embedder.linear_1.bias.dtype
-        return self.timestep_embedder(sinusoid(timesteps).astype(dtype))
+        return self.timestep_embedder(timestep_embedding(timesteps).astype(dtype))
 
 
 class AdaLayerNormSingle(nn.Module):

@@ -94,14 +94,14 @@ class Lora:
 
 def linear_shape(layer: nn.Module) -> Optional[tuple[int, int]]:
     """Outputs and inputs of a linear layer, or None for any other layer."""
-    if isinstance(layer, SidePath):
+    if isinstance(layer, LoRALinear):
         return linear_shape(layer.linear)
     if isinstance(layer, nn.QuantizedLinear):
         return len(layer.weight), layer.scales.shape[1] * layer.group_size
     return layer.weight.shape if isinstance(layer, nn.Linear) else None
 
 
-class SidePath(nn.Module):
+class LoRALinear(nn.Module):
     """A linear layer and the sum of its LoRAs beside it: x W + (x A^T s) B^T.
 
     The strengths s (r,) stay outside B, which 16 bits would round.
@@ -125,7 +125,7 @@ def attach(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
     was attached before is removed, and the layers themselves are never touched. The
     factors are read where they are first used."""
     layers = dict(model.named_modules())
-    changed = {k: m.linear for k, m in layers.items() if isinstance(m, SidePath)}
+    changed = {k: m.linear for k, m in layers.items() if isinstance(m, LoRALinear)}
     paths: dict[str, list[tuple[mx.array, ...]]] = {}
     for lora, strength in loras:
         lora.check(model)
@@ -136,7 +136,7 @@ def attach(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
     for path, factors in paths.items():
         a, b, s = zip(*factors)
         parts = mx.concatenate(a), mx.concatenate(b, axis=1), mx.concatenate(s)
-        changed[path] = SidePath(changed.get(path, layers[path]), *parts)
+        changed[path] = LoRALinear(changed.get(path, layers[path]), *parts)
     model.update_modules(tree_unflatten(list(changed.items())))
 
 

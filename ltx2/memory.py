@@ -30,7 +30,7 @@ from .request import Job, Request, Stage
 from .text import MAX_TOKENS
 from .upsampler import UpsamplerConfig
 from .vae import DOWN, UP, VideoVAEConfig
-from .weights import FLOAT32, Source
+from .weights import FLOAT32, Checkpoint
 
 FLOAT = 4  # bytes: encoders and decoders compute in float32
 # Alive together, on the CPU and elsewhere: copies of the widest tensor.
@@ -116,7 +116,11 @@ class Predictor:
     """Tells what jobs of a model need; its headers are read once."""
 
     def __init__(
-        self, source: Source, dtype: mx.Dtype, text_encoder: list[File], shards: int = 1
+        self,
+        source: Checkpoint,
+        dtype: mx.Dtype,
+        text_encoder: list[File],
+        shards: int = 1,
     ):
         """`shards` machines have each a part of the transformer's blocks."""
         self.config = source.config

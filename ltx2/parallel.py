@@ -63,8 +63,8 @@ def told(group: Group, value: Any, root: int = 0) -> Any:
     return pickle.loads(np.array(mx.distributed.all_sum(data, group=group)))
 
 
-class Dealt:
-    """A transformer that makes every Nth pass and hears of the others'. Dealt like that,
+class PassParallel:
+    """A transformer that makes every Nth pass and hears of the others'. PassParallel like that,
     a perturbed pass stays with the prompt's own one, with which it begins, on two."""
 
     def __init__(self, transformer: DiT, group: Group):

@@ -40,7 +40,7 @@ from .preview import Preview
 from .request import Job, LoraFile, Request, Stage, plan
 from .sampling import SAMPLERS, Noise, Streams
 from .snapshot import Snapshot, stages_of
-from .text import MAX_TOKENS, PackedTextEncoder, TextEncoder, enhance
+from .text import MAX_TOKENS, Gemma4TextEncoder, TextEncoder, enhance
 
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ class Pipeline:
 
     def __init__(
         self,
-        source: weights.Source,
+        source: weights.Checkpoint,
         text_encoder: Optional[str] = None,
         dtype: mx.Dtype = mx.bfloat16,
         origin: Optional[dict[str, Any]] = None,
@@ -261,11 +261,11 @@ class Pipeline:
         """Contexts (video, audio), each (1, 1024, D), by prompt; frees all it loaded."""
         if self.source.version >= weights.GEMMA_4:
             gemma = self.source.load("gemma", self._text_dtype, lazy=True)
-            encoder = PackedTextEncoder(gemma, frugal=True)
+            encoder = Gemma4TextEncoder(gemma, low_memory=True)
             del gemma
         else:
             folder = weights.fetch_text_encoder(self.text_encoder)
-            encoder = TextEncoder(folder, self._text_dtype, frugal=True)
+            encoder = TextEncoder(folder, self._text_dtype, low_memory=True)
             reads = self.source.load("connectors", lazy=True).config
             if encoder.width != reads.caption_channels * reads.encoder_states:
                 raise UserError(
@@ -460,7 +460,7 @@ class Pipeline:
                     x |= {k: draw(k, x[k].shape) for k, s in states.items() if s.frozen}
                 transformer = self.transformer
                 if self._shared == "passes":
-                    transformer = parallel.Dealt(transformer, self.group)
+                    transformer = parallel.PassParallel(transformer, self.group)
                 denoise = Denoiser(
                     transformer,
                     states,

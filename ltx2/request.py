@@ -215,7 +215,7 @@ def default_guidance(source: Any, stages: str = "one") -> dict[str, Guidance]:
 
 
 def plan(r: Request, source: Any) -> Job:
-    """Check a request against a model (`weights.Source`), fill in defaults and lay out
+    """Check a request against a model (`weights.Checkpoint`), fill in defaults and lay out
     the stages; raises UserError for whatever cannot be done, reads no weights."""
     distilled = source.kind == "distilled"
     if r.stages not in (None, *STAGES):

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .base import Config, Trace, UserError, traced
-from .layers import Attention, FeedForward, one_ahead, rms_norm, rope_table
+from .layers import Attention, Component, FeedForward, prefetch, rms_norm, rope_cos_sin
 
 MAX_TOKENS = 1024  # of a prompt, and the length of every context
 # Beginnings of what is packed with Gemma 4 for its other uses.
@@ -32,12 +32,12 @@ UNUSED_KEYS = (
 class TextEncoder:
     """Gemma 3 from a folder in Hugging Face layout, quantised or not, without LM head.
 
-    With `frugal`, weights are read layer by layer and dropped behind, so that two layers
+    With `low_memory`, weights are read layer by layer and dropped behind, so that two layers
     are held at a time; such an encoder answers once.
     """
 
     def __init__(
-        self, folder: Path, dtype: Optional[mx.Dtype] = None, frugal: bool = False
+        self, folder: Path, dtype: Optional[mx.Dtype] = None, low_memory: bool = False
     ):
         from mlx_lm.utils import load_model  # seconds, and lowers the open-file limit
         from tokenizers import Tokenizer
@@ -56,10 +56,10 @@ class TextEncoder:
         self.bos = self.tokenizer.token_to_id("<bos>")
         model, _ = load_model(folder, lazy=True, model_config=_for_mlx_lm(config))
         self.model = getattr(model, "language_model", model).model
-        self.frugal = frugal
+        self.low_memory = low_memory
         if dtype is not None:
             self.model.set_dtype(dtype)
-        if not frugal:
+        if not low_memory:
             mx.eval(self.model.parameters())
         # An encoder whose long-range layers lost their scaling answers, but wrongly.
         pattern = self.model.sliding_window_pattern
@@ -101,9 +101,9 @@ class TextEncoder:
         scale = math.sqrt(gemma.norm.weight.size)
         states = [[gemma.embed_tokens(ids) * scale] for ids in tokens]
         layers = list(gemma.layers)
-        if self.frugal:
+        if self.low_memory:
             gemma.layers = []
-        for layer in one_ahead(layers):
+        for layer in prefetch(layers):
             for s in states:
                 s.append(self.run(layer, s[-1]))
             mx.async_eval([s[-1] for s in states])
@@ -165,8 +165,10 @@ class Gemma4Config(Config):
         return super().from_dict(own | {"tokenizer_bytes": section["tokenizer_bytes"]})
 
 
-class Gemma4(nn.Module):
+class Gemma4(Component):
     """LTX-2.5's own Gemma 4, its text layers without LM head, and its tokenizer."""
+
+    config_class = Gemma4Config
 
     def __init__(self, c: Gemma4Config):
         from mlx_lm.models.gemma4_text import Gemma4TextModel, ModelArgs
@@ -181,16 +183,28 @@ class Gemma4(nn.Module):
             ModelArgs(**given, num_kv_shared_layers=0, hidden_size_per_layer_input=0)
         )
 
+    @classmethod
+    def infer_sizes(
+        cls, section: dict[str, Any], shapes: dict[str, tuple]
+    ) -> dict[str, Any]:
+        """The section with the size of the packed tokenizer."""
+        return {**section, "tokenizer_bytes": shapes["tokenizer_json"][0]}
 
-class PackedTextEncoder(TextEncoder):
+    @classmethod
+    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Official names are the module's names."""
+        return {k: w for k, w in weights.items() if not k.startswith(UNUSED_KEYS)}
+
+
+class Gemma4TextEncoder(TextEncoder):
     """The same of Gemma 4, which LTX-2.5 packs in one file with its tokenizer."""
 
-    def __init__(self, gemma: Gemma4, frugal: bool = False):
+    def __init__(self, gemma: Gemma4, low_memory: bool = False):
         from tokenizers import Tokenizer
 
         self.tokenizer = Tokenizer.from_buffer(bytes(gemma.tokenizer_json))
         self.bos = self.tokenizer.token_to_id("<bos>")
-        self.model, self.frugal = gemma.model, frugal
+        self.model, self.low_memory = gemma.model, low_memory
 
     def run(self, layer: nn.Module, x: mx.array) -> mx.array:
         return layer(x, "causal", None)[0]  # also gives keys and values
@@ -272,8 +286,10 @@ class TextConfig(Config):
         return super().from_dict({k: v for k, v in section.items() if k in own})
 
 
-class TextConnectors(nn.Module):
+class TextConnectors(Component):
     """Hidden states of one prompt to the contexts of the two streams."""
+
+    config_class = TextConfig
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -308,6 +324,17 @@ class TextConnectors(nn.Module):
             traced(trace, "text.video_context", video),
             traced(trace, "text.audio_context", audio),
         )
+
+    @classmethod
+    def infer_sizes(
+        cls, section: dict[str, Any], shapes: dict[str, tuple]
+    ) -> dict[str, Any]:
+        """The section with the number of the text encoder's hidden states."""
+        for name, shape in shapes.items():
+            if name.endswith("_embed.weight") and len(shape) == 2:
+                hidden = section.get("caption_channels", shape[1])
+                return {**section, "encoder_states": shape[1] // hidden}
+        return section
 
 
 class FeatureExtractor(nn.Module):
@@ -384,25 +411,8 @@ class Connector(nn.Module):
         filling = registers[mx.arange(x.shape[1], length) % len(registers)]
         x = mx.concatenate([x, filling[None]], axis=1)
         positions = np.arange(length, dtype=np.float32)[None]
-        rope = rope_table(positions, self.dim, self.heads, self.max_pos)
+        rope = rope_cos_sin(positions, self.dim, self.heads, self.max_pos)
         rope = tuple(table.astype(x.dtype) for table in rope)
         for block in self.transformer_1d_blocks:
             x = block(x, rope)
         return rms_norm(x)
-
-
-def complete(section: dict[str, Any], shapes: dict[str, tuple]) -> dict[str, Any]:
-    """The section with what only the tensors tell: the encoder's depth, or the
-    tokenizer's size."""
-    if "tokenizer_json" in shapes:
-        return {**section, "tokenizer_bytes": shapes["tokenizer_json"][0]}
-    for name, shape in shapes.items():
-        if name.endswith("_embed.weight") and len(shape) == 2:
-            hidden = section.get("caption_channels", shape[1])
-            return {**section, "encoder_states": shape[1] // hidden}
-    return section
-
-
-def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Official names are the module's names."""
-    return {k: w for k, w in weights.items() if not k.startswith(UNUSED_KEYS)}

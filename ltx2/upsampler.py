@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .base import Config, UserError
+from .layers import Component
 
 
 @dataclass
@@ -77,11 +78,13 @@ def blur_down(frames: mx.array, kernel: mx.array, stride: int) -> mx.array:
     return mx.conv2d(frames, kernel, stride, padding=2, groups=channels)
 
 
-class LatentUpsampler(nn.Module):
+class LatentUpsampler(Component):
     """Un-normalised latents (B, F, H, W, C) to (B, F, sH, sW, C) or (B, 2F - 1, H, W, C).
 
     The group norms see all frames at once: a clip cannot be upsampled in pieces.
     """
+
+    config_class = UpsamplerConfig
 
     def __init__(self, config: UpsamplerConfig):
         super().__init__()
@@ -122,7 +125,7 @@ class LatentUpsampler(nn.Module):
             x = block(x)
         return self.final_conv(x)
 
-
-def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Official tensors to MLX layouts; the names are the same."""
-    return {k: w.moveaxis(1, -1) if w.ndim > 1 else w for k, w in weights.items()}
+    @classmethod
+    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Official tensors to MLX layouts; the names are the same."""
+        return {k: w.moveaxis(1, -1) if w.ndim > 1 else w for k, w in weights.items()}

@@ -21,13 +21,14 @@ import mlx.nn as nn
 
 from .base import Config, Trace, UserError, traced
 from .layers import (
+    Component,
     Stride,
     TimestepEmbedding,
     depth_to_space,
     patchify,
     rms_norm,
-    sinusoid,
     space_to_depth,
+    timestep_embedding,
     unpatchify,
 )
 
@@ -35,8 +36,8 @@ Chunks = Iterator[mx.array]
 Pairs = Iterator[tuple[mx.array, mx.array]]
 Layer = Callable[[Chunks], Chunks]
 
-AS_TRAINED = "as trained"
-LATENTS_AT_ONCE = 2  # enter the decoder: its widest weights are read half as often
+DEFAULT_TIMESTEP = "as trained"
+LATENTS_PER_CHUNK = 2  # enter the decoder: its widest weights are read half as often
 
 # Of the latents of the training set; the others are in some files, but not read.
 STATISTICS = ("mean-of-means", "std-of-means")
@@ -80,7 +81,7 @@ class VideoVAEConfig(Config):
 # while the next one is made.
 
 
-def keep(x: mx.array) -> mx.array:
+def materialize(x: mx.array) -> mx.array:
     """Make `x` stand alone: a slice holds its parent's buffer, a lazy array its graph."""
     x = mx.contiguous(x)
     mx.eval(x)
@@ -95,7 +96,7 @@ def single_frames(chunks: Chunks) -> Chunks:
     return map(mx.contiguous, chain.from_iterable(map(split, chunks)))
 
 
-def with_input(chunks: Chunks, branch: Layer) -> Pairs:
+def residual_pairs(chunks: Chunks, branch: Layer) -> Pairs:
     """What enters a branch beside what leaves it, which may be some frames later."""
     waiting = deque()
 
@@ -131,7 +132,7 @@ class Conv3d(nn.Module):
             if tail is None:
                 tail = mx.repeat(x[:, :1], 2 if self.causal else 1, axis=1)
             x = mx.concatenate([tail, x], axis=1)
-            tail = keep(x[:, -2:])
+            tail = materialize(x[:, -2:])
             return x
 
         def last_window() -> Chunks:
@@ -156,7 +157,7 @@ class Conv3d(nn.Module):
 Conv = Callable[[int, int], Conv3d]
 
 
-def activate(x: mx.array, shift_scale: Optional[mx.array] = None) -> mx.array:
+def norm_act(x: mx.array, shift_scale: Optional[mx.array] = None) -> mx.array:
     """PixelNorm, shift and scale (2, C) if there are any, SiLU."""
     x = rms_norm(x, eps=1e-8)
     if shift_scale is not None:
@@ -179,10 +180,10 @@ class ResBlock(nn.Module):
             first, second = mx.split(self.scale_shift_table + embedding, 2)
 
         def branch(chunks: Chunks) -> Chunks:
-            chunks = self.conv1(map(partial(activate, shift_scale=first), chunks))
-            return self.conv2(map(partial(activate, shift_scale=second), chunks))
+            chunks = self.conv1(map(partial(norm_act, shift_scale=first), chunks))
+            return self.conv2(map(partial(norm_act, shift_scale=second), chunks))
 
-        return starmap(mx.add, with_input(chunks, branch))
+        return starmap(mx.add, residual_pairs(chunks, branch))
 
 
 class ResBlocks(nn.Module):
@@ -215,7 +216,7 @@ class Downsample(nn.Module):
         # Of 8k + 1 frames the first counts twice; only its chunk has an odd number.
         odd = lambda x: x[:, : x.shape[1] % self.stride[0]]
         chunks = map(lambda x: mx.concatenate([odd(x), x], axis=1), chunks)
-        return starmap(self.downsample, with_input(chunks, self.conv))
+        return starmap(self.downsample, residual_pairs(chunks, self.conv))
 
     def downsample(self, x: mx.array, y: mx.array) -> mx.array:
         groups = mx.unflatten(space_to_depth(x, self.stride), -1, (self.dim, -1))
@@ -236,7 +237,7 @@ class Upsample(nn.Module):
         self.conv = conv(dim, self.dim * math.prod(stride))
 
     def __call__(self, chunks: Chunks) -> Chunks:
-        chunks = starmap(self.upsample, with_input(chunks, self.conv))
+        chunks = starmap(self.upsample, residual_pairs(chunks, self.conv))
         # Doubled in time, a clip of 8k + 1 frames has one too many, the first.
         return islice(single_frames(chunks), self.stride[0] - 1, None)
 
@@ -298,7 +299,7 @@ class Encoder(nn.Module):
     def __call__(self, chunks: Chunks, trace: Optional[Trace]) -> Chunks:
         layers = {"conv_in": self.conv_in}
         layers |= {f"down{i}": block for i, block in enumerate(self.down_blocks)}
-        layers |= {"act": partial(map, activate), "conv_out": self.conv_out}
+        layers |= {"act": partial(map, norm_act), "conv_out": self.conv_out}
         return map(lambda x: x[..., :-1], run(layers, chunks, trace))
 
 
@@ -328,23 +329,27 @@ class Decoder(nn.Module):
     ) -> Chunks:
         time = shift_scale = None
         if timestep is not None:
-            time = sinusoid(mx.array([timestep]) * self.timestep_scale_multiplier)
+            time = timestep_embedding(
+                mx.array([timestep]) * self.timestep_scale_multiplier
+            )
             shift_scale = self.last_time_embedder.timestep_embedder(time).reshape(2, -1)
             shift_scale = shift_scale + self.last_scale_shift_table
         layers = {"conv_in": self.conv_in}
         for i, block in enumerate(self.up_blocks):
             is_res = isinstance(block, ResBlocks)
             layers[f"up{i}"] = partial(block, time=time) if is_res else block
-        layers["act"] = partial(map, partial(activate, shift_scale=shift_scale))
+        layers["act"] = partial(map, partial(norm_act, shift_scale=shift_scale))
         layers["conv_out"] = self.conv_out
         return run(layers, chunks, trace)
 
 
-class VideoVAE(nn.Module):
+class VideoVAE(Component):
     """Video (B, 8k + 1, 32h, 32w, 3) to normalised latents (B, k + 1, h, w, C) and back.
 
     Activations have the dtype of what is given, whatever that of the weights is.
     """
+
+    config_class = VideoVAEConfig
 
     def __init__(self, config: VideoVAEConfig):
         super().__init__()
@@ -377,8 +382,8 @@ class VideoVAE(nn.Module):
         """`encode` of a clip in chunks of any length, a latent frame (B, 1, h, w, C) at
         a time. `trace` sees the stages chunk by chunk."""
         patches = partial(patchify, size=self.config.patch_size)
-        latents = self.encoder(map(patches, groups_of_8(chunks)), trace)
-        return map(keep, map(self.normalize, latents))
+        latents = self.encoder(map(patches, latent_groups(chunks)), trace)
+        return map(materialize, map(self.normalize, latents))
 
     def decode(self, latents: mx.array, *args, **kwargs) -> mx.array:
         """All frames of `decode_stream` at once: (B, 8F - 7, 32h, 32w, 3)."""
@@ -387,7 +392,7 @@ class VideoVAE(nn.Module):
     def decode_stream(
         self,
         latents: mx.array,
-        timestep: Union[float, None, str] = AS_TRAINED,
+        timestep: Union[float, None, str] = DEFAULT_TIMESTEP,
         noise_scale: float = 0.025,
         noise: Optional[mx.array] = None,
         bias: float = 0.0,
@@ -397,7 +402,7 @@ class VideoVAE(nn.Module):
         [0, 1], in memory that does not grow with F.
 
         The decoder of the first distilled upload is conditioned on a timestep: None
-        decodes without conditioning, AS_TRAINED is 0.05 for it and None for all others,
+        decodes without conditioning, DEFAULT_TIMESTEP is 0.05 for it and None for all others,
         which refuse a number. A conditioned decode mixes the latents with `noise_scale`
         of `noise`, of the same shape. (0.05 and 0.025 are the reference's.)
 
@@ -407,7 +412,7 @@ class VideoVAE(nn.Module):
 
         `trace` sees the stages chunk by chunk.
         """
-        if timestep is AS_TRAINED:
+        if timestep is DEFAULT_TIMESTEP:
             timestep = 0.05 if self.config.timestep_conditioning else None
         if timestep is not None and not self.config.timestep_conditioning:
             raise UserError(
@@ -431,14 +436,32 @@ class VideoVAE(nn.Module):
 
         def image(x: mx.array) -> mx.array:
             x = unpatchify(x, self.config.patch_size).astype(mx.float32)
-            return keep(mx.clip((x + 1) / 2 + bias, 0, 1))
+            return materialize(mx.clip((x + 1) / 2 + bias, 0, 1))
 
-        starts = range(0, latents.shape[1], LATENTS_AT_ONCE)
-        chunks = (latents[:, i : i + LATENTS_AT_ONCE] for i in starts)
+        starts = range(0, latents.shape[1], LATENTS_PER_CHUNK)
+        chunks = (latents[:, i : i + LATENTS_PER_CHUNK] for i in starts)
         return map(image, self.decoder(map(self.denormalize, chunks), timestep, trace))
 
+    @classmethod
+    def infer_sizes(
+        cls, section: dict[str, Any], shapes: dict[str, tuple]
+    ) -> dict[str, Any]:
+        """The `vae` section with the encoder's width by its tensors: the reference takes it
+        from the latent channels, which only in released files is the same."""
+        width = shapes.get("encoder.conv_in.conv.bias")
+        return {**section, **({"encoder_base_channels": width[0]} if width else {})}
 
-def groups_of_8(chunks: Chunks) -> Chunks:
+    @classmethod
+    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Official names and torch layouts to this module's, unread statistics left out."""
+        return {
+            key: w.moveaxis(1, -1) if w.ndim == 5 else w
+            for key, w in weights.items()
+            if key not in UNUSED_KEYS
+        }
+
+
+def latent_groups(chunks: Chunks) -> Chunks:
     """Cut a clip anew into what a latent frame stands for: one frame, then 8 and 8."""
     frames, size = single_frames(chunks), 1
     while group := [*islice(frames, size)]:
@@ -461,19 +484,3 @@ def encoder_alone(section: dict[str, Any]) -> dict[str, Any]:
     own["encoder_blocks"] = own.pop("blocks")
     channels = section["latent_channels"]
     return own | {"latent_channels": channels, "timestep_conditioning": False}
-
-
-def complete(section: dict[str, Any], shapes: dict[str, tuple]) -> dict[str, Any]:
-    """The `vae` section with the encoder's width by its tensors: the reference takes it
-    from the latent channels, which only in released files is the same."""
-    width = shapes.get("encoder.conv_in.conv.bias")
-    return {**section, **({"encoder_base_channels": width[0]} if width else {})}
-
-
-def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Official names and torch layouts to this module's, unread statistics left out."""
-    return {
-        key: w.moveaxis(1, -1) if w.ndim == 5 else w
-        for key, w in weights.items()
-        if key not in UNUSED_KEYS
-    }

@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .base import Config, UserError
+from .layers import Component
 
 MEL_RATE = 100  # frames a second of the audio VAE's mel
 MEL_BINS = 64
@@ -134,7 +135,34 @@ class ResBlock(nn.Module):
         return x
 
 
-class Generator(nn.Module):
+class Vocoder(Component):
+    """Log-mel (B, T, 64, 2) to waveform (B, samples, 2), float32 at `sample_rate`."""
+
+    sample_rate: int
+
+    @classmethod
+    def from_config(cls, section: dict[str, Any]) -> Vocoder:
+        """The vocoder of a checkpoint's `vocoder` section."""
+        if "bwe" not in section:
+            return Generator(GeneratorConfig.from_dict(section))
+        return VocoderWithBWE(
+            GeneratorConfig.from_dict(section.get("vocoder", {})),
+            BWEConfig.from_dict(section["bwe"]),
+        )
+
+    @classmethod
+    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Official tensors, without their first `vocoder.`, to MLX layouts."""
+
+        def layout(key: str, w: mx.array) -> mx.array:
+            if w.ndim < 3:
+                return w
+            return w.transpose(1, 2, 0) if "ups." in key else w.swapaxes(1, 2)
+
+        return {k: layout(k, w) for k, w in weights.items() if k not in UNUSED_KEYS}
+
+
+class Generator(Vocoder):
     """HiFi-GAN (resblock "1") or BigVGAN ("AMP1"): log-mel to waveform."""
 
     def __init__(self, config: GeneratorConfig, mel_rate: int = MEL_RATE):
@@ -182,7 +210,7 @@ def hann_sinc(ratio: int, width: int = 6, rolloff: float = 0.99) -> mx.array:
     return mx.array(np.sinc(t) * window * rolloff / ratio, mx.float32)[None, :, None]
 
 
-class VocoderWithBWE(nn.Module):
+class VocoderWithBWE(Vocoder):
     """BigVGAN at 16 kHz, and what a second one adds to its waveform resampled."""
 
     def __init__(self, config: GeneratorConfig, bwe: BWEConfig):
@@ -220,25 +248,3 @@ class VocoderWithBWE(nn.Module):
         residual = self.bwe_generator(self.log_mel(waveform))
         skip = upsample(waveform, hann_sinc(self.ratio), self.ratio)
         return mx.clip(skip + residual, -1, 1)
-
-
-def build(section: dict[str, Any]) -> nn.Module:
-    """The vocoder of a checkpoint's `vocoder` section: log-mel (B, T, 64, 2) to waveform
-    (B, samples, 2), float32 at its `sample_rate`."""
-    if "bwe" not in section:
-        return Generator(GeneratorConfig.from_dict(section))
-    return VocoderWithBWE(
-        GeneratorConfig.from_dict(section.get("vocoder", {})),
-        BWEConfig.from_dict(section["bwe"]),
-    )
-
-
-def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Official tensors, without their first `vocoder.`, to MLX layouts."""
-
-    def layout(key: str, w: mx.array) -> mx.array:
-        if w.ndim < 3:
-            return w
-        return w.transpose(1, 2, 0) if "ups." in key else w.swapaxes(1, 2)
-
-    return {k: layout(k, w) for k, w in weights.items() if k not in UNUSED_KEYS}

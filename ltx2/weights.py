@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
+from typing import Any, Iterable, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +24,7 @@ from . import (
 )
 from .base import UserError
 from .hub import File
-from .layers import quantize
+from .layers import Component, quantize
 
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 GENERATIONS = {(2, 0): "2.0", (2, 3): "2.3", (2, 5): "2.5"}  # since model_version
@@ -44,43 +43,18 @@ Weights = dict[str, mx.array]
 Parts = dict[str, dict[str, tuple[File, str]]]  # component, tensor: where it is
 
 
-class Component(NamedTuple):
-    """A part of the model: the section that configures it and what builds it."""
-
-    section: str
-    module: ModuleType  # of its `sanitize`
-    config: Callable[[dict[str, Any]], Any]
-    model: Callable[[Any], nn.Module]
-
-
-COMPONENTS = {
-    "transformer": Component("transformer", dit, dit.DiTConfig.from_dict, dit.DiT),
-    "connectors": Component(
-        "transformer", text, text.TextConfig.from_dict, text.TextConnectors
-    ),
-    "vae": Component("vae", vae, vae.VideoVAEConfig.from_dict, vae.VideoVAE),
-    "audio_vae": Component(
-        "audio_vae", audio_vae, audio_vae.AudioVAEConfig.from_dict, audio_vae.AudioVAE
-    ),
-    "vocoder": Component("vocoder", vocoder, dict, vocoder.build),
+COMPONENTS: dict[str, tuple[str, type[Component]]] = {  # section and class by name
+    "transformer": ("transformer", dit.DiT),
+    "connectors": ("transformer", text.TextConnectors),
+    "vae": ("vae", vae.VideoVAE),
+    "audio_vae": ("audio_vae", audio_vae.AudioVAE),
+    "vocoder": ("vocoder", vocoder.Vocoder),
     # From 2.5 on
-    "gemma": Component("gemma", text, text.Gemma4Config.from_dict, text.Gemma4),
-    "diffusion_decoder": Component(
-        "diffusion_decoder",
-        diffusion_decoder,
-        diffusion_decoder.DiffusionDecoderConfig.from_dict,
-        diffusion_decoder.DiffusionDecoder,
-    ),
-    "duration_head": Component(
-        "duration_head",
-        duration,
-        duration.DurationConfig.from_dict,
-        duration.DurationHead,
-    ),
+    "gemma": ("gemma", text.Gemma4),
+    "diffusion_decoder": ("diffusion_decoder", diffusion_decoder.DiffusionDecoder),
+    "duration_head": ("duration_head", duration.DurationHead),
 } | {
-    name: Component(
-        name, upsampler, upsampler.UpsamplerConfig.from_dict, upsampler.LatentUpsampler
-    )
+    name: (name, upsampler.LatentUpsampler)
     for name in ("spatial_upsampler", "spatial_upsampler_x1.5", "temporal_upsampler")
 }
 # Component, the part of an official name that is stripped and what follows it; the
@@ -105,7 +79,7 @@ PREFIXES = (
 
 
 @dataclass
-class Source:
+class Checkpoint:
     """A model as its headers and its configuration describe it; nothing is read yet."""
 
     files: list[File]
@@ -124,7 +98,7 @@ class Source:
             name: self.parts[name] for name in COMPONENTS if name in self.parts
         }
         for name in self.parts:
-            if COMPONENTS[name].section not in self.config:
+            if COMPONENTS[name][0] not in self.config:
                 file = self.files[0].name
                 raise UserError(f"{file} has no configuration of the {name}")
 
@@ -168,7 +142,7 @@ class Source:
         weights = {inner: arrays[f][key] for inner, (f, key) in part.items()}
         if any(f.metadata.get("format") != "mlx" for f in arrays):
             fp8 = [k for k, (f, key) in part.items() if f.header[key][0] == "F8_E4M3"]
-            weights = COMPONENTS[name].module.sanitize(decode_fp8(weights, fp8))
+            weights = COMPONENTS[name][1].sanitize(decode_fp8(weights, fp8))
         if dtype is not None:
             for key, w in weights.items():
                 if mx.issubdtype(w.dtype, mx.floating):
@@ -177,13 +151,11 @@ class Source:
 
     def module(self, name: str, weights: Weights) -> nn.Module:
         """The component as configured, not filled yet; `weights` must fit it exactly."""
-        component = COMPONENTS[name]
+        section, component = COMPONENTS[name]
         file = next(iter(self.parts[name].values()))[0].name
         shapes = {key: w.shape for key, w in weights.items()}
-        section = self.config[component.section]
-        if hasattr(component.module, "complete"):
-            section = component.module.complete(section, shapes)
-        module = component.model(component.config(section))
+        section = component.infer_sizes(self.config[section], shapes)
+        module = component.from_config(section)
         if any(key.endswith(".scales") for key in weights):
             how, picked = self.quantization, lambda path, _: f"{path}.scales" in weights
             try:
@@ -230,7 +202,7 @@ def open_model(
     file: Optional[str] = None,
     upsamplers: Sequence[str] = (),
     fetch: bool = True,
-) -> Source:
+) -> Checkpoint:
     """A model from an official file or folder, a converted folder, or the Hub.
 
     `kind` overrules what the name says; `upsamplers` are used instead of those beside
@@ -257,7 +229,7 @@ def open_model(
     return source
 
 
-def official_source(files: list[File]) -> Source:
+def official_source(files: list[File]) -> Checkpoint:
     """Released files say in their metadata what they are and how they are built."""
     config: dict[str, Any] = {}
     parts: Parts = {}
@@ -289,7 +261,9 @@ def official_source(files: list[File]) -> Source:
     if "gemma" in parts:
         check_gemma(config["gemma"], next(iter(parts["gemma"].values()))[0], checkpoint)
     kind = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", checkpoint.name.lower())
-    source = Source(files, version, kind[0] if kind else "dev", not kind, config, parts)
+    source = Checkpoint(
+        files, version, kind[0] if kind else "dev", not kind, config, parts
+    )
     if source.version >= GEMMA_4:
         source.text_encoder = "gemma"
     return source
@@ -324,7 +298,7 @@ def place(f: File, key: str, own: dict[str, Any]) -> list[tuple[str, str]]:
     raise UserError(f"{f.name}: {key} belongs to no known part of LTX-2")
 
 
-def add_upsampler(source: Source, f: File) -> None:
+def add_upsampler(source: Checkpoint, f: File) -> None:
     """Add an official upsampler's file; its name tells the generation it is for."""
     if f.role != "upsampler":
         raise UserError(f"{f.name} is no latent upsampler")
@@ -382,7 +356,7 @@ def check_gemma(config: dict[str, Any], encoder: File, checkpoint: File) -> None
         )
 
 
-def converted_source(files: list[File]) -> Source:
+def converted_source(files: list[File]) -> Checkpoint:
     """A folder that `Conversion.write` made, checked to be whole."""
     config, names = files[0].json(), {f.name for f in files}
     parts: Parts = {}
@@ -394,8 +368,8 @@ def converted_source(files: list[File]) -> Source:
             parts.setdefault(shard[1], {}).update({key: (f, key) for key in f.keys})
         elif shard:
             strays.append(f)
-    for name, component in COMPONENTS.items():
-        if component.section in config and name not in parts:
+    for name, (section, _) in COMPONENTS.items():
+        if section in config and name not in parts:
             wanted.add(f"{name}.safetensors")
     if wanted - names:
         raise UserError(f"the model lacks {', '.join(sorted(wanted - names))}")
@@ -410,7 +384,7 @@ def converted_source(files: list[File]) -> Source:
     if inside.is_dir():
         said["text_encoder"] = str(inside)
     files = [f for f in files if f not in strays]
-    return Source(files, kind_assumed=False, config=config, parts=parts, **said)
+    return Checkpoint(files, kind_assumed=False, config=config, parts=parts, **said)
 
 
 def shard_names(name: str, count: int) -> list[str]:

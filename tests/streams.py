@@ -32,14 +32,14 @@ def tokens(
     if f"in.{stream}.latent" not in g:
         return None
     here = lambda key: g[f"in.{stream}.{key}"][sample]
-    levels, level_of = np.unique(here("timesteps"), return_inverse=True)
+    levels, level_index = np.unique(here("timesteps"), return_inverse=True)
     mask = g.get(f"in.{stream}.attention_mask")
     return Tokens(
         mx.array(here("latent")[None]),
         mx.array(levels),
         mx.array(g[f"in.{stream}.sigma"][sample : sample + 1]),
         *getattr(model, f"{stream}_rope")(here("positions")),
-        level_of=mx.array(level_of.flatten()),
+        level_index=mx.array(level_index.flatten()),
         mask=None if mask is None else mx.array(mask[sample]),
     )
 

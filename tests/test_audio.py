@@ -19,7 +19,7 @@ SILENCE = math.log(1e-5)
 def vae(checkpoint, name):
     section, weights = read(checkpoint(name), "audio_vae")
     model = AudioVAE(AudioVAEConfig.from_dict(section))
-    return model.load_weights(list(audio_vae.sanitize(weights).items()))
+    return model.load_weights(list(audio_vae.AudioVAE.sanitize(weights).items()))
 
 
 # Log-mel
@@ -128,8 +128,8 @@ def test_an_unknown_key_is_reported(checkpoint):
 
 def load_vocoder(path):
     section, weights = read(path, "vocoder")
-    model = vocoder.build(section)
-    return model.load_weights(list(vocoder.sanitize(weights).items()))
+    model = vocoder.Vocoder.from_config(section)
+    return model.load_weights(list(vocoder.Vocoder.sanitize(weights).items()))
 
 
 @pytest.mark.parametrize("which", ["", "2"])
@@ -168,11 +168,13 @@ def test_resampling_keeps_a_tone():
 def test_rates_that_contradict_the_layers_are_refused(checkpoint):
     section, _ = read(checkpoint("ltx-2.3"), "vocoder")
     with pytest.raises(UserError, match="44100"):
-        vocoder.build(changed(section, "bwe", "output_sampling_rate", value=44100))
+        vocoder.Vocoder.from_config(
+            changed(section, "bwe", "output_sampling_rate", value=44100)
+        )
 
 
 def test_only_the_known_unused_tensor_is_dropped(checkpoint):
     _, weights = read(checkpoint("ltx-2.3"), "vocoder")
-    clean = vocoder.sanitize(weights | {"stranger": mx.zeros(1)})
+    clean = vocoder.Vocoder.sanitize(weights | {"stranger": mx.zeros(1)})
     assert weights.keys() - clean.keys() == {"mel_stft.stft_fn.inverse_basis"}
     assert "stranger" in clean

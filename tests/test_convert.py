@@ -41,7 +41,7 @@ def refused(capsys, *args) -> str:
     return error
 
 
-def write(path: Path, folder: Path, *args, **options) -> weights.Source:
+def write(path: Path, folder: Path, *args, **options) -> weights.Checkpoint:
     """Convert by the API and open the result."""
     Conversion(weights.open_model(str(path)), *args, **options).write(folder)
     return weights.open_model(str(folder))

@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_clip_and_caption():
 )
 def test_the_demo_is_built_of_the_ordinary_models(name):
     config = json.loads((Path(data.__file__).parent / "config.json").read_text())
-    component = COMPONENTS[name]
+    section, component = COMPONENTS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        component.model(component.config(config[component.section]))
+        component.from_config(config[section])

@@ -59,9 +59,9 @@ def test_attention_is_that_of_every_place_with_its_window():
     q, k, v = (
         mx.unflatten(y, -1, (-1, 16)) for y in mx.split(attention.qkv(x[0]), 3, axis=-1)
     )
-    tables = diffusion_decoder.rope_tables(size, 16)
-    q = diffusion_decoder.rotate(attention.q_norm(q), *tables) / 4
-    k = diffusion_decoder.rotate(attention.k_norm(k), *tables)
+    tables = diffusion_decoder.rope_cos_sin(size, 16)
+    q = diffusion_decoder.apply_rope(attention.q_norm(q), *tables) / 4
+    k = diffusion_decoder.apply_rope(attention.k_norm(k), *tables)
     rows = []
     for place in np.ndindex(size):
         starts = (

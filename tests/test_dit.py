@@ -13,7 +13,7 @@ from streams import inputs, load, quantized
 
 from ltx2 import layers
 from ltx2.base import UserError
-from ltx2.dit import EVERYWHERE, Block, DiT, DiTConfig, Pass
+from ltx2.dit import ALL_BLOCKS, Block, DiT, DiTConfig, Pass
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +75,21 @@ def test_velocities_are_the_references(model, name, golden, case):
         assert_close(velocities, reference(g, sample))
 
 
-def cuts(run: Pass, keep: np.ndarray) -> Pass:
+def perturbs(run: Pass, keep: np.ndarray) -> Pass:
     """The pass without what `keep` (4 kinds, blocks) has as 0."""
     return replace(
         run,
-        cut_video_self=np.flatnonzero(keep[0] == 0),
-        cut_audio_self=np.flatnonzero(keep[1] == 0),
-        cut_a2v=np.flatnonzero(keep[2] == 0),
-        cut_v2a=np.flatnonzero(keep[3] == 0),
+        skip_video_self_attn=np.flatnonzero(keep[0] == 0),
+        skip_audio_self_attn=np.flatnonzero(keep[1] == 0),
+        skip_a2v=np.flatnonzero(keep[2] == 0),
+        skip_v2a=np.flatnonzero(keep[3] == 0),
     )
 
 
 def test_perturbed_velocities_are_the_references(model, name, golden):
     g = golden(f"{name}/transformer_perturbed")
     video, audio, run = inputs(model, g)
-    passes = [cuts(run, g["in.keep"][..., i]) for i in range(4)]
+    passes = [perturbs(run, g["in.keep"][..., i]) for i in range(4)]
     for i, velocities in enumerate(model(video, audio, passes)):
         assert_close(velocities, reference(g, i))
 
@@ -144,7 +144,7 @@ def test_a_stream_that_is_only_read_keeps_its_state(model, name, golden):
     embedded = model.patchify_proj(video.latent)
     for key, x in traced.items():
         assert "audio" in key or mx.array_equal(x, embedded)
-    [(_, deaf)] = model(video, audio, [replace(run, cut_v2a=EVERYWHERE)])
+    [(_, deaf)] = model(video, audio, [replace(run, skip_v2a=ALL_BLOCKS)])
     assert not mx.allclose(heard, deaf, atol=1e-3)
 
 
@@ -157,8 +157,8 @@ def other_text(run: Pass) -> Pass:
 
 def four_passes(run: Pass) -> list[Pass]:
     """As guidance makes them: conditional, unconditional, perturbed, isolated."""
-    perturbed = replace(run, cut_video_self={1}, cut_audio_self={1})
-    isolated = replace(run, cut_a2v=EVERYWHERE, cut_v2a=EVERYWHERE)
+    perturbed = replace(run, skip_video_self_attn={1}, skip_audio_self_attn={1})
+    isolated = replace(run, skip_a2v=ALL_BLOCKS, skip_v2a=ALL_BLOCKS)
     return [run, other_text(run), perturbed, isolated]
 
 
@@ -183,7 +183,7 @@ def test_what_passes_share_is_computed_once(model, name, golden, spy):
     assert len(calls) == blocks + blocks + (blocks - 1) + blocks
     assert len(texts) == blocks * 2 * 2  # streams, contexts
     calls.clear()
-    model(video, audio, [run, run, replace(run, cut_video_self={blocks - 1})])
+    model(video, audio, [run, run, replace(run, skip_video_self_attn={blocks - 1})])
     assert len(calls) == blocks + 0 + 1
 
 
@@ -195,11 +195,13 @@ def test_timesteps_are_float32_until_their_sines_are_taken(
 ):
     model = load(checkpoint(name), mx.bfloat16)
     seen = []
-    original = layers.sinusoid
-    monkeypatch.setattr(layers, "sinusoid", lambda t: seen.append(t) or original(t))
+    original = layers.timestep_embedding
+    monkeypatch.setattr(
+        layers, "timestep_embedding", lambda t: seen.append(t) or original(t)
+    )
     video, audio, run = inputs(model, golden(f"{name}/transformer_basic"))
     sigma = mx.array([0.975])  # 0.9766 in bfloat16
-    one = {"timesteps": sigma, "sigma": sigma, "level_of": None}
+    one = {"timesteps": sigma, "sigma": sigma, "level_index": None}
     model(replace(video, **one), replace(audio, **one), [run])
     factor = model.config.av_ca_timestep_scale_multiplier
     assert len(seen) == (8 if name == "ltx-2.3" else 6)

@@ -244,9 +244,9 @@ def test_the_later_item_wins_and_the_state_before_stays(state):
 
 
 def test_levels_are_the_distinct_masks(state):
-    levels, level_of = state.levels
+    levels, level_index = state.levels
     assert levels.tolist() == [0.0, 0.5, 1.0]
-    assert np.array_equal(levels[np.array(level_of)], state.mask)
+    assert np.array_equal(levels[np.array(level_index)], state.mask)
     assert condition(state, [Freeze()]).levels == (np.zeros(1), None)
 
 

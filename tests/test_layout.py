@@ -57,7 +57,7 @@ def released(layout: str, config: str, version: str = "") -> File:
     return f
 
 
-def model(config: str) -> weights.Source:
+def model(config: str) -> weights.Checkpoint:
     version, _, layouts = MODELS[config]
     return weights.official_source([released(f, config, version) for f in layouts])
 

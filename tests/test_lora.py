@@ -9,7 +9,7 @@ from parity import cosine, relative_error
 from streams import inputs, load, quantized
 
 from ltx2.base import UserError
-from ltx2.lora import Lora, SidePath, attach, linear_shape
+from ltx2.lora import Lora, LoRALinear, attach, linear_shape
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def equal(ours, theirs):
 
 
 def side_paths(model):
-    return {k: m for k, m in model.named_modules() if isinstance(m, SidePath)}
+    return {k: m for k, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 # Effect

@@ -14,7 +14,7 @@ from ltx2.base import UserError
 from ltx2.conversion import Conversion, quantization
 from ltx2.duration import whole_frames
 from ltx2.request import Request, plan
-from ltx2.text import Gemma4Config, PackedTextEncoder
+from ltx2.text import Gemma4Config, Gemma4TextEncoder
 
 TRANSFORMER = "diffusion_models/ltx-2.5-transformer.safetensors"
 ENCODER = "text_encoders/ltx-2.5-text-encoder.safetensors"
@@ -195,7 +195,7 @@ def test_the_encoder_is_quantised_with_the_transformer(source, tmp_path, golden)
     Conversion(source, how).write(tmp_path / "model")
     gemma = weights.open_model(str(tmp_path / "model")).load("gemma", mx.float32)
     g = golden("ltx-2.5/gemma4_hidden")
-    [states] = PackedTextEncoder(gemma)(g["info"]["prompts"][:1])
+    [states] = Gemma4TextEncoder(gemma)(g["info"]["prompts"][:1])
     assert "scales" in gemma.model.layers[0].mlp.down_proj
     last = mx.array(g["out.hidden0"][..., -1])
     assert 0.99 < cosine(states[-1][0], last) < 0.99999
@@ -205,7 +205,7 @@ def test_the_encoder_is_quantised_with_the_transformer(source, tmp_path, golden)
 
 
 def test_hidden_states_are_the_references(source, golden):
-    encoder = PackedTextEncoder(source.load("gemma", mx.float32))
+    encoder = Gemma4TextEncoder(source.load("gemma", mx.float32))
     g = golden("ltx-2.5/gemma4_hidden")
     for n, prompt in enumerate(g["info"]["prompts"]):
         assert encoder.tokenize(prompt) == g[f"in.ids{n}"].tolist()
@@ -217,7 +217,7 @@ def test_hidden_states_are_the_references(source, golden):
 
 
 def test_contexts_and_their_duration_are_the_references(source, golden):
-    states = PackedTextEncoder(source.load("gemma", mx.float32))
+    states = Gemma4TextEncoder(source.load("gemma", mx.float32))
     [states] = states(golden("ltx-2.5/gemma4_hidden")["info"]["prompts"][:1])
     contexts = source.load("connectors", mx.float32)(states, 256)
     g = golden("ltx-2.5/text_from_gemma")

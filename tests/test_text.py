@@ -75,12 +75,12 @@ def test_a_long_prompt_is_cut_with_one_line_said(encoder, recwarn):
     assert len(said) == 1
 
 
-def test_frugal_gives_the_same_bits_in_less_memory(checkpoint, encoder):
-    frugal = TextEncoder(checkpoint("gemma3"), mx.float32, frugal=True)
+def test_low_memory_gives_the_same_bits_in_less_memory(checkpoint, encoder):
+    low_memory = TextEncoder(checkpoint("gemma3"), mx.float32, low_memory=True)
     size = sum(w.nbytes for _, w in tree_flatten(encoder.model.parameters()["layers"]))
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    short = frugal(["a"])
+    short = low_memory(["a"])
     mx.eval(short)
     assert mx.get_peak_memory() - before < 0.6 * size  # two of seven, and the words
     assert equal(short[0], encoder(["a"])[0])

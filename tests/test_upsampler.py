@@ -4,7 +4,6 @@ import mlx.core as mx
 import pytest
 from parity import channels_last, read, relative_error
 
-from ltx2 import upsampler
 from ltx2.base import UserError
 from ltx2.upsampler import LatentUpsampler, UpsamplerConfig
 
@@ -20,7 +19,7 @@ UPSAMPLERS = {
 def load(path, **changes) -> LatentUpsampler:
     config, weights = read(path)
     model = LatentUpsampler(UpsamplerConfig.from_dict(config | changes))
-    return model.load_weights(list(upsampler.sanitize(weights).items()))
+    return model.load_weights(list(LatentUpsampler.sanitize(weights).items()))
 
 
 @pytest.mark.parametrize("name", UPSAMPLERS)

@@ -14,7 +14,7 @@ MODELS = ["ltx-2", "ltx-2-notc", "ltx-2.3"]
 def load(path, **changes) -> VideoVAE:
     section, weights = read(path, "vae")
     model = VideoVAE(VideoVAEConfig.from_dict(section | changes))
-    return model.load_weights(list(vae.sanitize(weights).items()))
+    return model.load_weights(list(VideoVAE.sanitize(weights).items()))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_latents_are_the_references(models, golden, name):
 
 def test_epsilon_of_the_norm_is_1e_8():
     x = mx.full((1, 1, 1, 1, 4), 1e-4)
-    assert mx.allclose(vae.activate(x), mx.sigmoid(mx.array(0.5**0.5)) * 0.5**0.5)
+    assert mx.allclose(vae.norm_act(x), mx.sigmoid(mx.array(0.5**0.5)) * 0.5**0.5)
 
 
 # Streams
@@ -153,7 +153,7 @@ def test_memory_does_not_grow_with_the_clip(model):
 def test_frames_that_are_kept_let_go_of_the_others():
     before = mx.get_active_memory()
     x = mx.ones((1, 50, 8, 8, 128))
-    x = vae.keep(x[:, -2:])
+    x = vae.materialize(x[:, -2:])
     assert mx.get_active_memory() - before < 2 * x.nbytes
 
 
@@ -354,5 +354,5 @@ def test_another_architecture_is_refused(checkpoint, change):
 
 def test_only_statistics_that_nobody_reads_are_dropped():
     names = [*vae.UNUSED_KEYS, "per_channel_statistics.std-of-means", "decoder.new"]
-    kept = vae.sanitize({name: mx.zeros(2) for name in names})
+    kept = VideoVAE.sanitize({name: mx.zeros(2) for name in names})
     assert [*kept] == ["per_channel_statistics.std-of-means", "decoder.new"]
