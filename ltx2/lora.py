@@ -77,6 +77,11 @@ class Lora:
             factors[module] = (a, b)
         return cls(path.name, factors, metadata)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors."""
+        return sum(a.nbytes + b.nbytes for a, b in self.factors.values())
+
     def check(self, model: nn.Module) -> None:
         """Every factor pair must fit a linear layer of the model, or UserError."""
         layers = dict(model.named_modules())
