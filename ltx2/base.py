@@ -9,6 +9,7 @@ import warnings
 from typing import Any, Callable, ClassVar, Optional
 
 import mlx.core as mx
+import numpy as np
 
 Trace = Callable[[str, mx.array], None]
 
@@ -69,6 +70,13 @@ def traced(trace: Optional[Trace], name: str, x: mx.array) -> mx.array:
 def within(trace: Optional[Trace], scope: str) -> Optional[Trace]:
     """The trace callback for what happens inside of `scope`, if there is one."""
     return trace and (lambda name, x: trace(f"{scope}.{name}", x))
+
+
+def hann_sinc(time: np.ndarray) -> np.ndarray:
+    """The resampling filter of torchaudio (`sinc_interp_hann`, its default): a sinc with
+    a Hann window of 6 zero crossings; `time` in zero crossings, of any shape."""
+    time = np.clip(time, -6, 6)
+    return np.sinc(time) * np.cos(time * np.pi / 12) ** 2
 
 
 class Parser(argparse.ArgumentParser):
