@@ -90,8 +90,8 @@ def check(
         if "between" in rules:
             for number in value if isinstance(value, (tuple, list)) else (value,):
                 check_range(name, number, *rules["between"])
-        modes = rules.get("modes", mode).split()
-        if mode not in modes:
+        modes = rules.get("modes", "").split()
+        if modes and mode not in modes:
             raise UserError(f"{name} needs --stages {' or '.join(modes)}")
         for other in rules.get("needs", "").split():
             if not is_set(options, other):

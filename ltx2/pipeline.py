@@ -303,6 +303,8 @@ class Pipeline:
         """The text encoder's weights, if they are not among the model's own."""
         packed = self.checkpoint.version >= weights.GEMMA_4
         files = [] if packed else weights.text_encoder_files(self.text_encoder)
+        if not packed and "config.json" not in (f.name for f in files):
+            raise UserError(f"text encoder {self.text_encoder} has no config.json")
         return [f for f in files if f.name.endswith(".safetensors")]
 
     def _contexts(

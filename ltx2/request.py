@@ -250,14 +250,16 @@ class Request:
         "0 to 1, how closely the reference's tokens are kept",
         1.0,
         type=float,
-        needs="has_reference",
+        needs="video",
+        excludes="retake extend",
         between=(0, 1),
     )
     reference_attention: float = _input(
         "0 to 1, how much the video attends to the reference",
         1.0,
         type=float,
-        needs="has_reference",
+        needs="video",
+        excludes="retake extend",
         between=(0, 1),
     )
     # Outputs

@@ -419,6 +419,8 @@ def with_size(p: Planner) -> Planner:
     else:
         p = fit_clip(p, multiple)
     r = p.request
+    if r.audio:
+        check_sound(r, p.files.probe(r.audio).audio_duration)
     check_side("height", r.height, multiple, p.checkpoint)
     check_side("width", r.width, multiple, p.checkpoint)
     check_frames(r.num_frames)
@@ -470,6 +472,17 @@ def fit_clip(p: Planner, multiple: int) -> Planner:
         clip_has_audio=clip.has_audio,
         notes=tuple(f"{r.video}: {note}" for note, applies in notes.items() if applies),
     )
+
+
+def check_sound(r: Request, seconds: float) -> None:
+    """UserError unless the audio input has sound where it is to start."""
+    if not seconds:
+        raise UserError(f"{r.audio} has no sound")
+    if r.audio_start >= seconds:
+        raise UserError(
+            f"{r.audio}: there is no sound at {r.audio_start:g} s, it is {seconds:.2f} s "
+            "long"
+        )
 
 
 def check_span(span: tuple[float, float], seconds: float) -> None:
