@@ -16,29 +16,26 @@ from .sampling import Guidance, Streams
 Contexts = tuple[mx.array, mx.array]  # of video and audio, each (1, 1024, D)
 
 
-def guidance_passes(
-    guidance: Mapping[str, Guidance], contexts: Contexts, negative: Optional[Contexts]
-) -> dict[str, Pass]:
+def guidance_passes(guidance: Mapping[str, Guidance]) -> dict[str, Pass]:
     """The passes of a step by what they give. A pass that one stream wants is made for
     both; a stream without guidance of its own keeps its prompt in all of them."""
     streams = ("video", "audio")
     both = [guidance.get(k, Guidance()) for k in streams]
-    passes = {"cond": Pass(*contexts)}
+    passes = {"cond": Pass()}
     if any(g.cfg_scale != 1 for g in both):
-        pick = zip(streams, contexts, negative)
-        passes["uncond"] = Pass(*(n if k in guidance else c for k, c, n in pick))
+        passes["uncond"] = Pass(*(int(k in guidance) for k in streams))
     if any(g.stg_scale != 0 for g in both):
         cut = lambda g: ALL_BLOCKS if g.stg_blocks is None else g.stg_blocks
         cuts = (cut(g) if g.stg_scale != 0 else NO_BLOCKS for g in both)
-        passes["perturbed"] = Pass(*contexts, *cuts)
+        passes["perturbed"] = Pass(0, 0, *cuts)
     if any(g.modality_scale != 1 for g in both):
-        passes["isolated"] = Pass(*contexts, skip_a2v=ALL_BLOCKS, skip_v2a=ALL_BLOCKS)
+        passes["isolated"] = Pass(skip_a2v=ALL_BLOCKS, skip_v2a=ALL_BLOCKS)
     return passes
 
 
 def pass_kinds(guidance: Mapping[str, Guidance]) -> list[str]:
     """What the passes of a step give, without making any."""
-    return list(guidance_passes(guidance, (None, None), (None, None)))
+    return list(guidance_passes(guidance))
 
 
 class Denoiser:
@@ -57,7 +54,10 @@ class Denoiser:
     ):
         self.transformer, self.states, self.trace = transformer, states, trace
         self.guidance = {k: guidance.get(k, Guidance()) for k in states}
-        self.passes = guidance_passes(guidance, contexts, negative)
+        self.passes = guidance_passes(guidance)
+        self.texts = transformer.project_text(
+            [contexts] if negative is None else [contexts, negative]
+        )
         ropes = {"video": transformer.video_rope, "audio": transformer.audio_rope}
         self.ropes = {k: ropes[k](s.bounds) for k, s in states.items()}
         self.interval, self.cache = interval, cache
@@ -84,7 +84,11 @@ class Denoiser:
             tokens = {k: self._tokens(k, x[k], sigma, skipped[k]) for k in x}
             trace = within(self.trace, f"step{step}")
             velocities = self.transformer(
-                tokens.get("video"), tokens.get("audio"), list(passes.values()), trace
+                tokens.get("video"),
+                tokens.get("audio"),
+                self.texts,
+                list(passes.values()),
+                trace,
             )
             for i, name in enumerate(("video", "audio")):
                 if name in x and not skipped[name]:

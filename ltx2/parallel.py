@@ -69,7 +69,7 @@ class PassParallel:
 
     def __init__(self, transformer: DiT, group: Group):
         self.transformer, self.group = transformer, group
-        self.config = transformer.config
+        self.config, self.project_text = transformer.config, transformer.project_text
         self.video_rope, self.audio_rope = (
             transformer.video_rope,
             transformer.audio_rope,
@@ -79,12 +79,15 @@ class PassParallel:
         self,
         video: Optional[Tokens],
         audio: Optional[Tokens],
+        texts: Sequence[tuple],
         passes: list[Pass],
         trace: Optional[Trace] = None,
     ) -> list[tuple[Optional[mx.array], Optional[mx.array]]]:
         """As the transformer's: velocities (video, audio) of each pass, float32."""
         mine = slice(self.group.rank(), None, self.group.size())
-        own = passes[mine] and self.transformer(video, audio, passes[mine], trace)
+        own = passes[mine] and self.transformer(
+            video, audio, texts, passes[mine], trace
+        )
         widths, both = (self.config.out_channels, self.config.audio_out_channels), []
         for i, (tokens, width) in enumerate(zip((video, audio), widths)):
             if tokens is None:
