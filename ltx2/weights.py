@@ -24,7 +24,8 @@ from . import (
 )
 from .base import UserError
 from .hub import File
-from .layers import Component, quantize
+from .layers import Component
+from .linear import quantize
 
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 GENERATIONS = {(2, 0): "2.0", (2, 3): "2.3", (2, 5): "2.5"}  # since model_version
