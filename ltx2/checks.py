@@ -117,7 +117,7 @@ def trace(pipe: Pipeline, tracer: Tracer, start: Snapshot) -> None:
     for event in pipe.stream(start.request, trace=tracer, resume=start):
         if event.frames is not None:
             tracer("video.frames", mx.array(event.frames) / 255)
-        elif getattr(event, "step", None) == 0 and not event.snapshot:
+        elif event.step == 0 and not event.snapshot:
             print(f"{event.phase} ...", flush=True)
 
 
@@ -130,7 +130,7 @@ def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
     asked = {k: getattr(args, k) for k in (*SIZE, "seed", "steps")}
     asked = {k: v for k, v in asked.items() if v is not None}
     if args.prompt:
-        return pipe.beginning(pipe.plan(Request(args.prompt, **{**SIZE, **asked})))
+        return pipe.initial_snapshot(pipe.plan(Request(args.prompt, **{**SIZE, **asked})))
     made_up = args.latents in ("zeros", "random")
     if args.steps or asked and not made_up:
         raise UserError(f"--latents {args.latents} leaves no choice of {[*asked][-1]}")
@@ -140,11 +140,11 @@ def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
     draw, scale = seeded_noise(job.request.seed), float(args.latents == "random")
     video, audio = pipe.vae.config, pipe.audio_vae.config
     shapes = {
-        "video": (1, *job.stages[0].latent_size, video.latent_channels),
+        "video": (1, *job.stages[0].size.latent, video.latent_channels),
         "audio": (1, job.audio_tokens, audio.latent_bins, audio.z_channels),
     }
     latents = {name: scale * draw(name, shape) for name, shape in shapes.items()}
-    return replace(pipe.beginning(job), stage=len(job.stages), latents=latents)
+    return replace(pipe.initial_snapshot(job), stage=len(job.stages), latents=latents)
 
 
 # Weights beside their source

@@ -173,7 +173,7 @@ def test_saved_latents_are_traced_in_two_dtypes(check, checkpoint, tmp_path):
     path = tmp_path / "dog.latents.safetensors"
     latents = {"video": mx.full((1, 2, 2, 2, 24), 0.5)}
     pipe = pipeline.load(checkpoint("ltx-2"))
-    start = pipe.beginning(pipe.plan(request))
+    start = pipe.initial_snapshot(pipe.plan(request))
     dataclasses.replace(start, stage=1, latents=latents).save(path)
     args = ("trace", checkpoint("ltx-2"), "--latents", path, "--against", "float32")
     code, out = check(*args)
