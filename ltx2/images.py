@@ -80,7 +80,7 @@ def load_image(path: PathLike) -> np.ndarray:
         image = _to_srgb(image, profile, path) if profile else image.convert("RGB")
     except (*damage, _pillow().DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
-    return np.array(image)
+    return np.asarray(image)
 
 
 def _to_srgb(image: Image, profile: bytes, path: PathLike) -> Image:

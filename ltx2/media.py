@@ -273,8 +273,7 @@ def read_audio(
         file = soundfile.SoundFile(path)
         # Left to ffmpeg: surround, whose layout soundfile does not report; wav shorter
         # than its header says, which it accepts; and Ogg, where it seeks inexactly.
-        left = file.channels > 2 or "should be" in file.extra_info
-        left |= file.format == "OGG"
+        left = file.channels > 2 or file.format == "OGG" or "should" in file.extra_info
     except (soundfile.LibsndfileError, TypeError):  # TypeError: headerless (.raw)
         left = True
     if left:
@@ -295,8 +294,11 @@ def read_audio(
         first = min(round(begin * rate), file.frames)
         samples = file.frames if duration is None else round(duration * rate)
         last = min(first + samples, file.frames)
-        file.seek(first)
-        waveform = file.read(last - first, "float32", always_2d=True)
+        try:
+            file.seek(first)
+            waveform = file.read(last - first, "float32", always_2d=True)
+        except (soundfile.LibsndfileError, MemoryError):  # by a wrong header
+            waveform = []
     if len(waveform) < last - first:
         raise UserError(f"{problem} (it is damaged or incomplete)")
     if not len(waveform):
@@ -345,10 +347,9 @@ def _workspace(path: PathLike) -> Iterator[str]:
     for leftover in path.parent.glob(f".{glob.escape(path.name)}-????????.partial"):
         with suppress(OSError), _locked(leftover):  # not if its run is alive
             shutil.rmtree(leftover)
-    prefix, suffix = f".{path.name}-", ".partial"
     with system_errors(problem):
-        temporary = tempfile.TemporaryDirectory(suffix, prefix, path.parent)
-    with temporary as folder, ExitStack() as lock:
+        made = tempfile.TemporaryDirectory(".partial", f".{path.name}-", path.parent)
+    with made as folder, ExitStack() as lock:
         with suppress(OSError):  # some network drives have no locks
             lock.enter_context(_locked(folder))
         yield folder

@@ -84,6 +84,8 @@ def folder(tmp_path_factory):
         ("silent.mp4", 0.5),
         ("photo.jpg", 0.5),
         ("sound.wav", 0.5),
+        ("sound.flac", 0.5),
+        ("sound.m4a", 0.5),
     ):
         data = (folder / name).read_bytes()
         (folder / f"half-{name}").write_bytes(data[: int(len(data) * kept)])
@@ -712,6 +714,8 @@ READERS = {
         ("video", "sound.wav", "there is none in it"),
         ("sound", "half-whole.mp4", "cannot be read as sound"),
         ("sound", "half-sound.wav", "cannot be read as sound"),
+        ("sound", "half-sound.flac", "cannot be read as sound"),
+        ("sound", "half-sound.m4a", "cannot be read as sound"),
         ("sound", "silent.mp4", "there is none in it"),
         ("probe", "half-whole.mp4", "cannot be read"),
         ("metadata", "clip.mp4", "does not say how it was made"),
