@@ -9,7 +9,6 @@ import warnings
 from typing import Any, Callable, ClassVar, Optional
 
 import mlx.core as mx
-import numpy as np
 
 Trace = Callable[[str, mx.array], None]
 
@@ -72,9 +71,11 @@ def within(trace: Optional[Trace], scope: str) -> Optional[Trace]:
     return trace and (lambda name, x: trace(f"{scope}.{name}", x))
 
 
-def hann_sinc(time: np.ndarray) -> np.ndarray:
+def hann_sinc(time: Any) -> Any:
     """The resampling filter of torchaudio (`sinc_interp_hann`, its default): a sinc with
     a Hann window of 6 zero crossings; `time` in zero crossings, of any shape."""
+    import numpy as np  # late, so that --help is quick
+
     time = np.clip(time, -6, 6)
     return np.sinc(time) * np.cos(time * np.pi / 12) ** 2
 

@@ -130,7 +130,9 @@ def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
     asked = {k: getattr(args, k) for k in (*SIZE, "seed", "steps")}
     asked = {k: v for k, v in asked.items() if v is not None}
     if args.prompt:
-        return pipe.initial_snapshot(pipe.plan(Request(args.prompt, **{**SIZE, **asked})))
+        return pipe.initial_snapshot(
+            pipe.plan(Request(args.prompt, **{**SIZE, **asked}))
+        )
     made_up = args.latents in ("zeros", "random")
     if args.steps or asked and not made_up:
         raise UserError(f"--latents {args.latents} leaves no choice of {[*asked][-1]}")

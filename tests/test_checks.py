@@ -202,8 +202,8 @@ def test_a_run_that_is_stopped_shows_its_trace(check, checkpoint, tmp_path):
         (("--latents", "nosuch"), "nosuch: no such file"),
         (("--latents", "nosuch", "--height", 64), "leaves no choice of height"),
         (("--latents", "zeros", "--steps", 3), "leaves no choice of steps"),
-        (("--latents", "zeros", "--height", 65), "height is 65"),
-        (("--prompt", "a dog", "--num-frames", 10), "num_frames is 10"),
+        (("--latents", "zeros", "--height", 65), "height must be a multiple of 32"),
+        (("--prompt", "a dog", "--num-frames", 10), "num_frames must be 8k+1"),
     ],
 )
 def test_what_cannot_be_traced_is_one_line(check, checkpoint, args, message):

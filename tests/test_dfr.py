@@ -220,20 +220,32 @@ def test_it_needs_the_memory_that_is_told(load, checkpoint):
     "options, says",
     [
         ({"stages": "two", "temporal_rounds": 1}, "temporal_rounds needs --stages dfr"),
-        ({"stages": "one", "detailing_lora": LoraFile("a")}, "detailing_lora needs --stages dfr"),
+        (
+            {"stages": "one", "detailing_lora": LoraFile("a")},
+            "detailing_lora needs --stages dfr",
+        ),
         ({"temporal_rounds": 3}, "unknown temporal_rounds 3: choose from 0, 1, 2"),
         ({"detailing_lora": LoraFile("a", 0)}, "its strength must not be 0"),
         ({"detailing_lora": LoraFile("a", stage=1)}, "takes no stage"),
         ({"detailing_lora": LoraFile("a")}, "LoRA a: no such file"),
         ({"distilled_lora": LoraFile("a")}, "distilled_lora needs a dev model"),
-        ({"generated_keyframes": 2}, "generated_keyframes needs --stages one or two or hq"),
+        (
+            {"generated_keyframes": 2},
+            "generated_keyframes needs --stages one or two or hq",
+        ),
         ({"temporal_upsample": True, "steps": 8}, "needs --stages one or two or hq"),
         ({"audio": "a.wav"}, "audio needs --stages one or two or hq"),
-        ({"video": "a.mp4", "loras": (LoraFile("a"),)}, "video needs --stages one or two or hq"),
+        (
+            {"video": "a.mp4", "loras": (LoraFile("a"),)},
+            "video needs --stages one or two or hq",
+        ),
         ({"video": "a.mp4", "retake": (0, 1)}, "needs --stages one"),
         ({"video": "a.mp4", "extend": 1}, "needs --stages one"),
         ({"audio_only": True}, "needs --stages one"),
-        ({"images": (Image("a"),), "keyframes": True}, "keyframes needs --stages one or two or hq"),
+        (
+            {"images": (Image("a"),), "keyframes": True},
+            "keyframes needs --stages one or two or hq",
+        ),
         ({"negative_prompt": "ugly"}, "negative_prompt needs cfg_scale"),
         ({"num_frames": 1}, "--stages dfr needs at least 9 frames"),
         ({"height": 96}, "multiple of 64"),
@@ -259,7 +271,9 @@ def test_what_is_missing_is_named(load, checkpoint):
         load("dev").plan(request)
     lora = LoraFile(str(checkpoint("ltx-2.5-distilled-lora")))
     guided = {"distilled_lora": lora, "video_guidance": {"cfg_scale": 2.0}}
-    with pytest.raises(UserError, match="video_guidance needs --stages one or two or hq"):
+    with pytest.raises(
+        UserError, match="video_guidance needs --stages one or two or hq"
+    ):
         load("dev").plan(dataclasses.replace(request, **guided))
     older = weights.open_model(str(checkpoint("ltx-2.3")), "distilled")
     with pytest.raises(UserError, match="needs LTX-2.5 .this model is 2.3.0"):

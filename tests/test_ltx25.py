@@ -284,9 +284,7 @@ def test_the_prompt_tells_the_length(pipe, golden, recwarn):
     assert job.request.auto_duration == (1, 20) and job.stages[0].size.num_frames == 473
     *_, result = pipe.stream(request, contexts=contexts)
     assert result.request.num_frames == len(result.video_latents) * 8 - 7
-    [note] = [
-        str(w.message) for w in recwarn if "the prompt needs" in str(w.message)
-    ]
+    [note] = [str(w.message) for w in recwarn if "the prompt needs" in str(w.message)]
     assert note.startswith(f"{result.request.num_frames} frames, ")
     assert pipe.plan(job.request) == job
     with pytest.raises(UserError, match="auto_duration cannot be combined with video"):

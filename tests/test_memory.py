@@ -136,7 +136,9 @@ def test_metal_is_told_the_limits(monkeypatch):
     said = {}
     monkeypatch.setattr(mx, "set_wired_limit", lambda n: said.update(wired=n))
     monkeypatch.setattr(mx, "set_cache_limit", lambda n: said.update(cache=n))
-    plan = memory.MemoryPlan({"stage1": memory.Footprint(10 * 10**9, 10**9)}, 16 * 10**9)
+    plan = memory.MemoryPlan(
+        {"stage1": memory.Footprint(10 * 10**9, 10**9)}, 16 * 10**9
+    )
     memory.set_limits(plan)
     assert bool(said) == mx.metal.is_available()
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)

@@ -264,7 +264,10 @@ def test_a_clip_fits_all_stages(checkpoint, tmp_path):
     lora = LoraFile(str(checkpoint("ltx-2-lora2")))  # reads its reference half as big
     request = Request("a", video=str(tmp_path / "clip.mp4"), loras=(lora,))
     job = pipe.plan(request)
-    assert [(s.size.width, s.size.height) for s in job.stages] == [(128, 64), (256, 128)]
+    assert [(s.size.width, s.size.height) for s in job.stages] == [
+        (128, 64),
+        (256, 128),
+    ]
     style = LoraFile(str(checkpoint("ltx-2-lora")), 0.5, 2)
     job = pipe.plan(dataclasses.replace(request, loras=(lora, style)))
     assert [s.loras for s in job.stages] == [(lora,), (style,)]
