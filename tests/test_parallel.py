@@ -1,6 +1,6 @@
-"""Several machines as one: the same latents, a part of the weights, one end for all.
+"""Distributed generation: same latents, sharded weights, one failure ends all machines.
 
-Machines are processes here. Run as a script, this file is what each of them does.
+Machines are processes here. Run as a script, this file is one of them.
 """
 
 import gc
@@ -19,7 +19,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # for those that are started
+sys.path.insert(0, str(ROOT))  # for the started processes
 
 from ltx2 import conversion, parallel, pipeline, weights  # noqa: E402
 from ltx2.base import UserError  # noqa: E402
@@ -30,7 +30,7 @@ GUIDED = dict(cfg_scale=3.0, stg_scale=1.0, stg_blocks=(2,), modality_scale=3.0)
 
 
 def run(case: dict, group=None) -> dict:
-    """One case on this rank: latents by video and stream, and what the blocks hold."""
+    """Run one case on this rank: latents by video and stream, bytes of the blocks."""
     pipe = pipeline.load(
         case["model"],
         case["encoder"],
@@ -50,15 +50,15 @@ def run(case: dict, group=None) -> dict:
     ]
     requests = [Request(**{**vars(r), **more}) for r in requests]
     contexts = None
-    if not case.get("reads"):  # short ones, which are not encoded
+    if not case.get("encodes"):  # short random contexts
         mx.random.seed(0)
-        asked = [pipe.plan(r) for r in requests]
+        jobs = [pipe.plan(r) for r in requests]
         contexts = {
             prompt: (mx.random.normal((1, 8, 128)), mx.random.normal((1, 8, 128)))
-            for job in asked
+            for job in jobs
             for prompt in (job.request.prompt, job.negative_prompt)
         }
-    gc.collect()  # of what the last case left
+    gc.collect()  # of the last case
     held, latents, found = mx.get_active_memory(), {}, {}
     for event in pipe.stream(*requests, contexts=contexts):
         if isinstance(event, pipeline.Result):
@@ -86,7 +86,7 @@ def worker(folder: Path) -> None:
 
 @contextmanager
 def launch(ranks: int, *command: str):
-    """A Python program on so many machines; nothing of it is left behind."""
+    """A Python program on several machines, killed at the end."""
     port = free_ports(1)[0]
     flags = ["-n", str(ranks), "--starting-port", str(port), "--", sys.executable]
     launched = subprocess.Popen(
@@ -117,8 +117,8 @@ def free_ports(number: int) -> list[int]:
 
 
 def together_on_ring(ranks: int, folder: Path) -> None:
-    """Run the cases on so many machines. As mlx.launch does it, whose threads, though,
-    keep a small computer's cores busy with waiting."""
+    """Run the cases on several machines, like mlx.launch, but with fewer threads: waiting
+    threads would keep the cores of a small computer busy."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
     one_thread = {"OPENBLAS_NUM_THREADS": "1", "MLX_HOSTFILE": str(hosts)}
@@ -134,7 +134,7 @@ def together_on_ring(ranks: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cases(checkpoint, tmp_path_factory):
-    """What is tried on two and on four machines, with 4 heads."""
+    """The cases that run on two and on four machines; the model has 4 heads."""
     sizes = {
         "num_layers": 4,
         "num_attention_heads": 4,
@@ -155,7 +155,7 @@ def cases(checkpoint, tmp_path_factory):
     dev, distilled = dict(kind="dev"), dict(kind="distilled")
     listed = dict(
         many=dict(distilled, videos=3, silent=True, share="many"),
-        reads=dict(distilled, videos=2, silent=True, share="many", reads=True),
+        encodes=dict(distilled, videos=2, silent=True, share="many", encodes=True),
         passes=dict(dev, share="passes", loras=[lora]),
         cached=dict(dev, share="passes", model=in_4_bits, more=dict(step_cache=0.9)),
         shards=dict(distilled, share="shards"),
@@ -194,7 +194,7 @@ def together(request, cases, tmp_path_factory):
     return ranks, found
 
 
-def test_the_first_machine_has_the_same_latents_as_one_machine(cases, alone, together):
+def test_the_first_machine_gets_the_latents_of_a_single_machine(cases, alone, together):
     ranks, found = together
     for case in (c for c in cases if (c["name"], 0) in found):
         expected, actual = alone[case["name"]], found[case["name"], 0]
@@ -250,8 +250,8 @@ def contexts(cases, tmp_path_factory):
 
 
 def processes(marker: str) -> list[int]:
-    """Those that run with this in their command line."""
-    if Path("/proc/self/cmdline").exists():  # where ps may not be
+    """Running processes with this in their command line."""
+    if Path("/proc/self/cmdline").exists():  # ps may be missing
         commands = {}
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with suppress(OSError):
@@ -267,7 +267,7 @@ def processes(marker: str) -> list[int]:
     return [n for n, args in programs.items() if "mlx.launch" not in args]
 
 
-def test_if_one_machine_dies_all_end_and_no_file_is_left(command, contexts, tmp_path):
+def test_all_machines_end_and_leave_no_file_if_one_dies(command, contexts, tmp_path):
     output = tmp_path / "out.mp4"
     flags = "--dtype", "float32", "--output", str(output), "--parallel", "passes"
     with launch(2, *command, *contexts, *flags) as launched:
@@ -276,13 +276,13 @@ def test_if_one_machine_dies_all_end_and_no_file_is_left(command, contexts, tmp_
         running = processes(str(output))
         assert len(running) == 2
         os.kill(max(running), signal.SIGKILL)
-        launched.stdout.read()  # till the end (stdin open: mlx.launch spins without)
+        launched.stdout.read()  # until the end (mlx.launch spins if stdin is closed)
         launched.wait()
         assert not processes(str(output))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mistake_is_told_and_ends_all(command, tmp_path):
+def test_a_user_error_is_printed_and_ends_all_machines(command, tmp_path):
     flags = "--output", str(tmp_path / "out.mp4"), "--parallel", "many"
     with launch(2, *command, *flags) as launched:
         printed = launched.stdout.read()
@@ -292,7 +292,7 @@ def test_a_mistake_is_told_and_ends_all(command, tmp_path):
 
 
 class Ranks:
-    """A group that is asked only for its size."""
+    """A group with nothing but a size."""
 
     def __init__(self, size):
         self.size = lambda: size
@@ -300,17 +300,17 @@ class Ranks:
 
 @pytest.fixture
 def choose(monkeypatch):
-    """`choose(ranks, wanted, videos, passes, fits)` for a model of 4 and 4 heads."""
+    """`choose(ranks, mode, videos, passes, fits)` for a model with 4 and 8 heads."""
     monkeypatch.setattr(mx.distributed, "all_min", lambda x, group: x)
     heads = [(4, 64 * 4), (8, 32 * 4)]
 
-    def call(ranks, *asked, group_size=1):
-        return parallel.choose(Ranks(ranks), *asked, heads, group_size)
+    def call(ranks, *args, group_size=1):
+        return parallel.choose(Ranks(ranks), *args, heads, group_size)
 
     return call
 
 
-def test_the_way_follows_from_what_is_asked(choose):
+def test_the_mode_follows_from_the_request(choose):
     assert choose(2, None, 3, 4, True) == "many"
     assert choose(4, None, 3, 4, True) == "passes"
     assert choose(2, None, 1, 1, True) == "shards"
@@ -319,19 +319,19 @@ def test_the_way_follows_from_what_is_asked(choose):
 
 
 @pytest.mark.parametrize(
-    "asked, message",
+    "args, message",
     [
         ((2, "many", 1, 4, True), "there is one video"),
         ((2, "passes", 3, 1, True), "without guidance"),
         ((3, "shards", 1, 1, True), "cannot be cut into 3 parts"),
     ],
 )
-def test_a_way_that_shares_nothing_is_refused(choose, asked, message):
+def test_a_mode_without_work_to_share_is_refused(choose, args, message):
     with pytest.raises(UserError, match=message):
-        choose(*asked)
+        choose(*args)
 
 
-def test_groups_of_quantised_weights_are_not_cut(choose):
+def test_quantization_groups_are_not_split(choose):
     in_groups = lambda size: choose(4, "shards", 1, 1, True, group_size=size)
     assert in_groups(32) == "shards"
     with pytest.raises(UserError, match="cannot be cut"):
