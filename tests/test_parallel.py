@@ -1,6 +1,6 @@
-"""Several machines as one: the same latents, a part of the weights, one end for all.
+"""Distributed generation: same latents, sharded weights, one failure ends all machines.
 
-Machines are processes here. Run as a script, this file is what each of them does.
+Machines are processes here. Run as a script, this file is one of them.
 """
 
 import gc
@@ -20,7 +20,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # for those that are started
+sys.path.insert(0, str(ROOT))  # for the started processes
 
 from ltx2 import conversion, parallel, pipeline, weights  # noqa: E402
 from ltx2.base import UserError  # noqa: E402
@@ -31,7 +31,7 @@ GUIDED = dict(cfg_scale=3.0, stg_scale=1.0, stg_blocks=(2,), modality_scale=3.0)
 
 
 def run(case: dict, group=None) -> dict:
-    """One case on this rank: latents by video and stream, and what the blocks hold."""
+    """Run one case on this rank: latents by video and stream, bytes of the blocks."""
     pipe = pipeline.load(
         case["model"],
         case["encoder"],
@@ -51,15 +51,15 @@ def run(case: dict, group=None) -> dict:
     ]
     requests = [Request(**{**vars(r), **more}) for r in requests]
     contexts = None
-    if not case.get("reads"):  # short ones, which are not encoded
+    if not case.get("encodes"):  # short random contexts
         mx.random.seed(0)
-        asked = [pipe.plan(r) for r in requests]
+        jobs = [pipe.plan(r) for r in requests]
         contexts = {
             prompt: (mx.random.normal((1, 8, 128)), mx.random.normal((1, 8, 128)))
-            for job in asked
+            for job in jobs
             for prompt in (job.request.prompt, job.negative_prompt)
         }
-    gc.collect()  # of what the last case left
+    gc.collect()  # of the last case
     held, latents, found = mx.get_active_memory(), {}, {}
     for event in pipe.stream(*requests, contexts=contexts):
         if isinstance(event, pipeline.Result):
@@ -87,7 +87,7 @@ def worker(folder: Path) -> None:
 
 @contextmanager
 def launch(ranks: int, *command: str):
-    """A Python program on so many machines; nothing of it is left behind."""
+    """A Python program on several machines, killed at the end."""
     port = free_ports(1)[0]
     flags = ["-n", str(ranks), "--starting-port", str(port), "--", sys.executable]
     launched = subprocess.Popen(
@@ -118,8 +118,8 @@ def free_ports(number: int) -> list[int]:
 
 
 def together_on_ring(ranks: int, folder: Path) -> None:
-    """Run the cases on so many machines. As mlx.launch does it, whose threads, though,
-    keep a small computer's cores busy with waiting."""
+    """Run the cases on several machines, like mlx.launch, but with fewer threads: waiting
+    threads would keep the cores of a small computer busy."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
     one_thread = {"OPENBLAS_NUM_THREADS": "1", "MLX_HOSTFILE": str(hosts)}
@@ -135,7 +135,7 @@ def together_on_ring(ranks: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cases(checkpoint, tmp_path_factory):
-    """What is tried on two and on four machines, with 4 heads."""
+    """The cases that run on two and on four machines; the model has 4 heads."""
     sizes = {
         "num_layers": 4,
         "num_attention_heads": 4,
@@ -156,7 +156,7 @@ def cases(checkpoint, tmp_path_factory):
     dev, distilled = dict(kind="dev"), dict(kind="distilled")
     listed = dict(
         data=dict(distilled, videos=3, silent=True, parallel="data"),
-        reads=dict(distilled, videos=2, silent=True, parallel="data", reads=True),
+        encodes=dict(distilled, videos=2, silent=True, parallel="data", encodes=True),
         passes=dict(dev, parallel="passes", loras=[lora]),
         cached=dict(dev, parallel="passes", model=in_4_bits, more=dict(step_cache=0.9)),
         tensor=dict(distilled, parallel="tensor"),
@@ -195,7 +195,7 @@ def together(request, cases, tmp_path_factory):
     return ranks, found
 
 
-def test_the_first_machine_has_the_same_latents_as_one_machine(cases, alone, together):
+def test_the_first_machine_gets_the_latents_of_a_single_machine(cases, alone, together):
     ranks, found = together
     for case in (c for c in cases if (c["name"], 0) in found):
         expected, actual = alone[case["name"]], found[case["name"], 0]
@@ -251,8 +251,8 @@ def contexts(cases, tmp_path_factory):
 
 
 def processes(marker: str) -> list[int]:
-    """Those that run with this in their command line."""
-    if Path("/proc/self/cmdline").exists():  # where ps may not be
+    """Running processes with this in their command line."""
+    if Path("/proc/self/cmdline").exists():  # ps may be missing
         commands = {}
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with suppress(OSError):
@@ -268,7 +268,7 @@ def processes(marker: str) -> list[int]:
     return [n for n, args in programs.items() if "mlx.launch" not in args]
 
 
-def test_if_one_machine_dies_all_end_and_no_file_is_left(command, contexts, tmp_path):
+def test_all_machines_end_and_leave_no_file_if_one_dies(command, contexts, tmp_path):
     output = tmp_path / "out.mp4"
     flags = "--dtype", "float32", "--output", str(output), "--parallel", "passes"
     with launch(2, *command, *contexts, *flags) as launched:
@@ -277,7 +277,7 @@ def test_if_one_machine_dies_all_end_and_no_file_is_left(command, contexts, tmp_
         running = processes(str(output))
         assert len(running) == 2
         os.kill(max(running), signal.SIGKILL)
-        launched.stdout.read()  # till the end (stdin open: mlx.launch spins without)
+        launched.stdout.read()  # until the end (mlx.launch spins if stdin is closed)
         launched.wait()
         assert not processes(str(output))
     assert not list(tmp_path.iterdir())
