@@ -159,7 +159,7 @@ def test_another_gemma_4_is_refused(pack, version):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"sliding_window": 512}, "window is shorter"),
+        ({"sliding_window": 512}, "window of 512 tokens"),
         ({"rope_parameters": {}}, "lacks rope_parameters"),
         ({"hidden_activation": "silu"}, "only 'gelu_pytorch_tanh' is implemented"),
         ({"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2"),
