@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .base import Config, UserError
-from .layers import Component, depth_to_space
+from .layers import Component, channels_last, depth_to_space
 
 
 @dataclass
@@ -121,5 +121,5 @@ class LatentUpsampler(Component):
 
     @classmethod
     def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Official tensors to MLX layouts; the names are the same."""
-        return {k: w.moveaxis(1, -1) if w.ndim > 1 else w for k, w in weights.items()}
+        """Official tensors to MLX layouts, (O, I, ...) to (O, ..., I)."""
+        return {k: channels_last(w) if w.ndim > 1 else w for k, w in weights.items()}

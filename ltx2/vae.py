@@ -24,6 +24,7 @@ from .layers import (
     Statistics,
     Stride,
     TimestepEmbedding,
+    channels_last,
     depth_to_space,
     patchify,
     rms_norm,
@@ -444,7 +445,7 @@ class VideoVAE(Component):
     def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Official tensors to MLX layouts, (O, I, D, H, W) to (O, D, H, W, I)."""
         return {
-            key: w.moveaxis(1, -1) if w.ndim == 5 else w
+            key: channels_last(w) if w.ndim == 5 else w
             for key, w in weights.items()
             if key not in UNUSED_KEYS
         }

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from parity import channels_last, read, relative_error
 
-from ltx2 import vae
+from ltx2 import vae, weights
 from ltx2.base import UserError
 from ltx2.vae import VideoVAE, VideoVAEConfig, unpatchify
 
@@ -12,9 +12,9 @@ MODELS = ["ltx-2", "ltx-2-notc", "ltx-2.3"]
 
 
 def load(path, **changes) -> VideoVAE:
-    section, weights = read(path, "vae")
+    section, tensors = read(path, "vae")
     model = VideoVAE(VideoVAEConfig.from_dict(section | changes))
-    return model.load_weights(list(VideoVAE.sanitize(weights).items()))
+    return model.load_weights(list(VideoVAE.sanitize(tensors).items()))
 
 
 @pytest.fixture(scope="module")
@@ -350,6 +350,18 @@ def test_sides_must_be_divisible_by_32(model, height, width):
 def test_another_architecture_is_refused(checkpoint, change):
     with pytest.raises(UserError, match="implemented"):
         load(checkpoint("ltx-2.3"), **change)
+
+
+@pytest.mark.parametrize("component", weights.COMPONENTS)
+def test_only_moved_weights_are_copied(component):
+    """A convolution would copy a view each time; other weights are read from the file
+    into place, without work for a GPU that would wait for the disk."""
+    shapes = {"a.weight": (4, 3), "ups.0.weight": (3, 4, 5), "b.weight": (4, 2, 5)}
+    shapes |= {"c.weight": (4, 2, 3, 3), "d.weight": (4, 2, 3, 3, 3), "e.bias": (4,)}
+    given = {key: mx.random.normal(shape) for key, shape in shapes.items()}
+    for key, w in weights.COMPONENTS[component][1].sanitize(given).items():
+        assert w is given[key] or memoryview(w).c_contiguous
+        assert w is given[key] or w.shape != given[key].shape
 
 
 def test_only_unused_statistics_are_dropped():
