@@ -122,4 +122,4 @@ class LatentUpsampler(Component):
     @classmethod
     def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Official tensors to MLX layouts, (O, I, ...) to (O, ..., I)."""
-        return {k: channels_last(w) if w.ndim > 1 else w for k, w in weights.items()}
+        return {k: channels_last(w) if w.ndim > 2 else w for k, w in weights.items()}
