@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .base import Config, Trace, UserError, traced
+from .conv import conv3d
 from .layers import (
     Component,
     Statistics,
@@ -146,11 +147,8 @@ class Conv3d(nn.Module):
         if self.reflect:
             x = mx.concatenate([x[:, :, 1:2], x, x[:, :, -2:-1]], axis=2)
             x = mx.concatenate([x[..., 1:2, :], x, x[..., -2:-1, :]], axis=3)
-        pad = (0, 0, 0) if self.reflect else (0, 1, 1)
         weight, bias = (self.conv[k].astype(x.dtype) for k in ("weight", "bias"))
-        # Metal's fast 3-D convolution takes one clip at a time and does not pad time.
-        clips = [mx.conv3d(clip, weight, padding=pad) for clip in mx.split(x, len(x))]
-        return mx.concatenate(clips) + bias
+        return conv3d(x, weight, padding=0 if self.reflect else 1) + bias
 
 
 Conv = Callable[[int, int], Conv3d]

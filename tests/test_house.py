@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    "base media linear layers",
+    "base media linear layers conv",
     "dit text vae diffusion_decoder duration audio_vae vocoder upsampler latents "
     "sampling guards",
     "dfr hub weights conversion lora limits request denoiser inputs preview memory parallel snapshot cache",
