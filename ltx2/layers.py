@@ -109,15 +109,15 @@ def apply_rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def prefetch(modules: list[nn.Module]) -> Iterator[nn.Module]:
-    """Modules, removed from the list: loads the next one while the current one computes
-    (what the caller has given to `mx.async_eval`), then frees the current one."""
-    mx.eval(modules[0].parameters())
-    while modules:
-        yield modules.pop(0)
-        if modules:
-            mx.eval(modules[0].parameters())
-        mx.synchronize()
+def prefetch(modules: Iterator[nn.Module]) -> Iterator[nn.Module]:
+    """Modules with their weights loaded: takes and loads the next one while the current
+    one computes (what the caller has given to `mx.async_eval`), then frees that."""
+    current = next(modules, None)
+    while current is not None:
+        mx.eval(current.parameters())
+        mx.synchronize()  # of the one before
+        yield current
+        current = next(modules, None)
 
 
 # macOS ends a process whose GPU command takes more than about 5 s: 1 s on an M1.

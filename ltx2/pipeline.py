@@ -22,7 +22,7 @@ from .audio_vae import AudioVAEConfig
 from .base import Trace, UserError, traced, within
 from .cache import ContextCache
 from .denoiser import Contexts, Denoiser, pass_kinds
-from .dit import DiT, DiTConfig, StreamedBlocks
+from .dit import Block, DiT, DiTConfig, StreamedBlocks, build_blocks
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .latents import (
@@ -129,7 +129,7 @@ class Pipeline:
             if name == "transformer" and self._rereads:
                 model = self._with_loras()
                 if self._streamed:
-                    model.transformer_blocks = StreamedBlocks(self._with_loras)
+                    model.transformer_blocks = StreamedBlocks(self._blocks)
             else:
                 model = self.source.load(
                     name, self._text_dtype if name == "connectors" else self.dtype
@@ -146,6 +146,18 @@ class Pipeline:
     def _rereads(self) -> bool:
         """Whether other LoRAs are for another transformer, instead of beside this one."""
         return self._streamed or self._shared == "shards"
+
+    def _blocks(self) -> Iterator[Block]:
+        """The transformer's blocks one by one, with the stage's LoRAs."""
+        config = DiTConfig.from_dict(self.source.config["transformer"])
+        tensors = self.source.weights("transformer", self.dtype)
+        loras = [(Lora.read(f.path), f.strength) for f in self._attached]
+        blocks = build_blocks(config, tensors, self.source.quantization)
+        for i, block in enumerate(blocks):
+            attach(block, loras, f"transformer_blocks.{i}.")
+            if self._shared == "shards":
+                block.shard(self.group)
+            yield block
 
     def _with_loras(self) -> DiT:
         """The transformer with the stage's LoRAs, or this machine's part of it, of which

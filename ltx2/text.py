@@ -108,7 +108,7 @@ class TextEncoder:
         layers = list(gemma.layers)
         if self.low_memory:
             gemma.layers = []
-        for layer in prefetch(layers):
+        for layer in prefetch(layers.pop(0) for _ in range(len(layers))):
             for s in states:
                 s.append(self.apply_layer(layer, s[-1]))
             mx.async_eval([s[-1] for s in states])
