@@ -600,10 +600,10 @@ class Pipeline:
                     self._diffuse if "diff" in job.video_decoder else self._convolve
                 )
                 for frames in decode(latents["video"], noise, mark):
-                    guard.see(frames[0])
+                    guard.update(frames[0])
                     pixels = np.array(mx.round(frames[0] * 255).astype(mx.uint8))
                     yield Event("video", guard.frames, job.num_frames, n, frames=pixels)
-            guard.judge()
+            guard.check()
         result.metadata = self._provenance(job, meter)
         yield result
 

@@ -294,9 +294,9 @@ def test_what_is_not_implemented_is_refused(section, key):
         DiTConfig.from_dict(section | {key: "interleaved"})
 
 
-def test_an_unknown_key_is_reported(section):
-    with pytest.warns(UserWarning, match="'zebra': 3"):
-        DiTConfig.from_dict(section | {"zebra": 3})
+def test_an_unknown_key_is_reported(section, caplog):
+    DiTConfig.from_dict(section | {"zebra": 3})
+    assert "'zebra': 3" in caplog.text
 
 
 def test_a_missing_key_is_named(section):
@@ -305,11 +305,11 @@ def test_a_missing_key_is_named(section):
         DiTConfig.from_dict(section)
 
 
-def test_released_configurations_raise_no_warning(recwarn):
+def test_released_configurations_raise_no_warning(caplog):
     for config in checkpoints.CONFIGS.values():
         if "transformer" in config:
             DiTConfig.from_dict(config["transformer"])
-    assert not recwarn.list
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("name", ["ltx-2.3"], indirect=True)
