@@ -23,65 +23,37 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = p.add_argument
-    source = "Hub repository, folder or .safetensors file (default: %(default)s)"
-    add("--hf-path", default="Lightricks/LTX-2", help=source)
+    many = {"action": "append", "default": []}
+    text = "Hub repository, folder or .safetensors file (default: %(default)s)"
+    add("--hf-path", default="Lightricks/LTX-2", help=text)
     add(
         "--file", help="checkpoint to use (default: the distilled 19B, or the only one)"
     )
-    add(
-        "--part",
-        type=part,
-        action="append",
-        default=[],
-        metavar="NAME=FILE",
-        help="file to use for a component, like vae=FILE; repeatable",
-    )
-    add(
-        "--upsampler",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="latent upsampler, file or owner/name/file; repeatable "
-        "(default: those next to the checkpoint)",
-    )
-    target = "folder to write (default: %(default)s)"
-    add("--mlx-path", type=Path, default=Path("mlx_model"), help=target)
+    text = "file to use for a component, like vae=FILE; repeatable"
+    add("--part", type=part, metavar="NAME=FILE", help=text, **many)
+    text = "latent upsampler (default: those next to the checkpoint); repeatable"
+    add("--upsampler", metavar="FILE", help=text, **many)
+    text = "folder to write (default: %(default)s)"
+    add("--mlx-path", type=Path, default=Path("mlx_model"), help=text)
     add("--overwrite", action="store_true", help="replace that folder")
-    blocks = "quantize the linear layers of the transformer's blocks"
-    add("-q", "--quantize", action="store_true", help=blocks)
+    text = "quantize the linear layers of the transformer's blocks"
+    add("-q", "--quantize", action="store_true", help=text)
     bits, groups = [2, 3, 4, 5, 6, 8], [32, 64, 128]
     add("--q-bits", "-q-bits", type=int, choices=bits, help="(default: 4)")
-    add(
-        "--q-group-size",
-        "-q-group-size",
-        type=int,
-        choices=groups,
-        help="(default: 64)",
-    )
+    text = "(default: 64)"
+    add("--q-group-size", "-q-group-size", type=int, choices=groups, help=text)
     modes = ["affine", "mxfp4", "nvfp4", "mxfp8"]
     add("--q-mode", "-q-mode", choices=modes, help="(default: affine)")
-    add(
-        "--lora",
-        type=lora,
-        action="append",
-        default=[],
-        metavar="FILE[:STRENGTH]",
-        help="fuse into the transformer before quantizing; repeatable",
-    )
+    text = "fuse into the transformer before quantizing; repeatable"
+    add("--lora", type=lora, metavar="FILE[:STRENGTH]", help=text, **many)
     add("-d", "--dequantize", action="store_true", help="undo --quantize")
-    add(
-        "--dtype",
-        choices=["float16", "bfloat16", "float32"],
-        help="of unquantized weights of transformer and text side (default: unchanged)",
-    )
-    kind = "of the checkpoint (default: from its file name)"
-    add("--kind", choices=["dev", "distilled"], help=kind)
+    text = "of unquantized weights of transformer and text side (default: unchanged)"
+    add("--dtype", choices=["float16", "bfloat16", "float32"], help=text)
+    text = "of the checkpoint (default: from its file name)"
+    add("--kind", choices=["dev", "distilled"], help=text)
     add("--text-encoder", help="to be used with the model (default: Gemma 3 12B)")
-    add(
-        "--upload-repo",
-        metavar="OWNER/NAME",
-        help="upload to this Hub repository; a folder that exists is not converted again",
-    )
+    text = "upload to this Hub repository; a folder that exists is not converted again"
+    add("--upload-repo", metavar="OWNER/NAME", help=text)
     return p
 
 

@@ -33,7 +33,7 @@ from ltx2 import latents, parallel, pipeline, vae, weights  # noqa: E402
 from ltx2.conversion import quant_predicate, quantization  # noqa: E402
 from ltx2.denoiser import guidance_passes  # noqa: E402
 from ltx2.dit import DiT, DiTConfig, Tokens  # noqa: E402
-from ltx2.layers import quantize  # noqa: E402
+from ltx2.linear import quantize  # noqa: E402
 from ltx2.request import Request, default_guidance  # noqa: E402
 
 CONFIGS = json.loads((ROOT / "tests" / "data" / "configs.json").read_text())
@@ -114,9 +114,10 @@ def step(model, size, names=("cond",)):
     source = argparse.Namespace(
         config={"transformer": {"num_layers": c.num_layers}}, version=(2, 3)
     )
-    passes = guidance_passes(default_guidance(source), contexts, negative)
-    mx.eval(contexts, negative, [s.latent for s in streams], ropes)
-    return lambda: model(*streams, [passes[name] for name in names])
+    passes = guidance_passes(default_guidance(source))
+    texts = model.project_text([contexts, negative])
+    mx.eval(texts, [s.latent for s in streams], ropes)
+    return lambda: model(*streams, texts, [passes[name] for name in names])
 
 
 PASSES = ("cond", "uncond", "perturbed", "isolated")

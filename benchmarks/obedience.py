@@ -66,7 +66,7 @@ def scenes(count: int, seed: int) -> list[tuple[data.Scene, str]]:
     return [(scene, data.caption(scene, rng, unseen=True)) for scene in drawn]
 
 
-def make(model, asked, folder, kind=None, dtype="float32", bits=0, options={}, image=0):
+def make(model, asked, folder, kind=None, dtype="float32", bits=0, options=(), image=0):
     """Mp4s of (scene, caption) in `folder`, and the latents they were made of."""
     if bits:
         source, converted = weights.open_model(str(model)), folder / "converted"

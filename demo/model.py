@@ -684,7 +684,8 @@ class Transformer(nn.Module):
             if isinstance(module, AdaLayerNormSingle):
                 nn.init.zeros_(module.linear.weight)
                 nn.init.zeros_(module.linear.bias)
-        with torch.no_grad():  # gates open a little, so that the blocks learn from the start
+        # Gates open a little, so that the blocks learn from the start.
+        with torch.no_grad():
             for block in self.transformer_blocks:
                 for prefix in ("", "audio_"):
                     getattr(block, prefix + "scale_shift_table")[[2, 5, 8]] += 0.5

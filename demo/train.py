@@ -663,14 +663,14 @@ def evaluate(run: Run):
         x = vae.per_channel_statistics.normalize(vae.encoder(video))
         x = x.flatten(2).transpose(1, 2)
         y = audio_vae.per_channel_statistics.normalize(audio_vae.tokens(mel))
-        for kind, (x, y) in dict(
+        for kind, (seen, heard) in dict(
             truth=(x, y),
             text=sample(run, denoiser, encoder, captions, SEED + start),
             image=sample(run, denoiser, encoder, captions, SEED + start, x[:, :9]),
         ).items():
-            x = x.transpose(1, 2).unflatten(2, (4, 3, 3))
-            decoded = vae.decoder(vae.per_channel_statistics.denormalize(x))
-            mel = audio_vae.mel(audio_vae.per_channel_statistics.denormalize(y))
+            seen = seen.transpose(1, 2).unflatten(2, (4, 3, 3))
+            decoded = vae.decoder(vae.per_channel_statistics.denormalize(seen))
+            mel = audio_vae.mel(audio_vae.per_channel_statistics.denormalize(heard))
             sounds = vocoder(mel).transpose(1, 2).cpu().numpy()
             pixels = ((decoded + 1) * 127.5).round().clamp(0, 255).byte()
             pixels = pixels.permute(0, 2, 3, 4, 1).cpu().numpy()

@@ -1,16 +1,22 @@
 """LTX-2 on MLX: video with its sound from a prompt."""
 
+import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Guidance", "Image", "LoraFile", "Request", "load"]
+HOMES = {
+    "guidance": "Guidance",
+    "request": "Image LoraFile Request",
+    "pipeline": "Event Frames Phase Pipeline Result Step load",
+    "snapshot": "Snapshot",
+    "stages": "Job",
+}
+__all__ = sorted(name for names in HOMES.values() for name in names.split())
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when they are asked for: `--help` must be quick."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import pipeline, request, sampling
-
-    homes = {"load": pipeline, "Guidance": sampling}
-    return getattr(homes.get(name, request), name)
+    """The public names, imported when they are used: `--help` must be quick."""
+    for module, names in HOMES.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .base import Config, UserError
-from .layers import Component, rms_norm
+from .layers import Component, Statistics, rms_norm
 
 SAMPLE_RATE = 16000
 N_FFT = 1024
@@ -58,30 +58,33 @@ class AudioVAEConfig(Config):
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> AudioVAEConfig:
-        """Read the section, whose keys lie at several depths."""
+        """Read the section, whose keys are nested at several depths."""
         flat: dict[str, Any] = {}
         for key, value in leaves(section):
             if flat.setdefault(key, value) != value:
-                raise UserError(f"audio VAE: {key} is {flat[key]!r} and {value!r}")
+                raise UserError(
+                    f"audio VAE: its config has two values of {key}, "
+                    f"{flat[key]!r} and {value!r}"
+                )
         return super().from_dict(flat)
 
     @property
     def latent_bins(self) -> int:
-        """Mel bins of a latent: every level but the last halves them."""
+        """Mel bins of a latent: halved by every level except the last."""
         return MEL_BINS // 2 ** (len(self.ch_mult) - 1)
 
 
 def mel_filters() -> np.ndarray:
-    """Triangles of equal area on Slaney's mel scale: (N_FFT / 2 + 1, MEL_BINS).
+    """Triangular filters of equal area on Slaney's mel scale: (N_FFT / 2 + 1, MEL_BINS).
 
-    From his Auditory Toolbox (1998): 200/3 Hz a mel up to 1 kHz, that is 15 mels, then
-    27 mels for each factor of 6.4.
+    The scale of his Auditory Toolbox (1998): linear up to 1 kHz, 15 mels of 200/3 Hz,
+    then logarithmic, 27 mels for each factor of 6.4.
     """
     mels = np.linspace(0, 15 + 27 * np.log(8) / np.log(6.4), MEL_BINS + 2)
     edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
-    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    left, center, right = edges[:-2], edges[1:-1], edges[2:]
     hz = np.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)[:, None]
-    rising, falling = (hz - left) / (centre - left), (right - hz) / (right - centre)
+    rising, falling = (hz - left) / (center - left), (right - hz) / (right - center)
     return np.maximum(0, np.minimum(rising, falling)) * 2 / (right - left)
 
 
@@ -93,9 +96,10 @@ def log_mel(waveform: mx.array) -> mx.array:
     samples, edge = waveform.shape[1], N_FFT // 2
     if samples <= edge:
         raise UserError(
-            f"the sound has {samples} samples at 16 kHz, it needs {edge + 1} (32 ms)"
+            f"the audio is too short: {samples} samples at 16 kHz, "
+            f"at least {edge + 1} (32 ms) are needed"
         )
-    # Reflected at both ends, so that frames are centred on multiples of the hop.
+    # Reflected at both ends, so that frames are centered on multiples of the hop.
     index = np.abs(np.arange(-edge, samples + edge))
     index = np.minimum(index, 2 * (samples - 1) - index)
     frames = np.arange(0, samples + 1, HOP_LENGTH)[:, None] + np.arange(N_FFT)
@@ -107,7 +111,7 @@ def log_mel(waveform: mx.array) -> mx.array:
 
 
 class CausalConv2d(nn.Module):
-    """A convolution over (B, time, mel, C), zero-padded, that looks back in time only."""
+    """A zero-padded convolution over (B, time, mel, C) that is causal in time."""
 
     def __init__(self, n_in: int, n_out: int, kernel_size: int = 3, stride: int = 1):
         super().__init__()
@@ -134,8 +138,8 @@ class ResBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Each row and bin twice, a convolution, and without the first row: 2 T - 1 rows, of
-    which the encoder makes T."""
+    """Rows and bins doubled and convolved, the first row dropped: T to 2 T - 1 rows, the
+    inverse of the encoder's length."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -146,7 +150,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then the change to the next, if there is one."""
+    """Residual blocks at one resolution, then down- or upsampling, if any."""
 
     def __init__(self, n_in: int, n_out: int, num_blocks: int):
         super().__init__()
@@ -160,14 +164,9 @@ class Level(nn.Module):
         return resample(x) if resample else x
 
 
-class Middle(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels)
-        self.block_2 = ResBlock(channels, channels)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.block_2(self.block_1(x))
+def middle(channels: int) -> dict[str, ResBlock]:
+    """The blocks at the lowest resolution."""
+    return {f"block_{i}": ResBlock(channels, channels) for i in (1, 2)}
 
 
 class Encoder(nn.Module):
@@ -183,14 +182,14 @@ class Encoder(nn.Module):
         ]
         for level, n_out in zip(self.down[:-1], widths[1:]):
             level.downsample = CausalConv2d(n_out, n_out, stride=2)
-        self.mid = Middle(widths[-1])
+        self.mid = middle(widths[-1])
         self.conv_out = CausalConv2d(widths[-1], 2 * config.z_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(nn.silu(rms_norm(self.mid(x))))
+        for layer in (*self.down, *self.mid.values()):
+            x = layer(x)
+        return self.conv_out(nn.silu(rms_norm(x)))
 
 
 class Decoder(nn.Module):
@@ -200,7 +199,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
         self.conv_in = CausalConv2d(config.z_channels, widths[-1])
-        self.mid = Middle(widths[-1])
+        self.mid = middle(widths[-1])
         self.up = [
             Level(n_in, n_out, config.num_res_blocks + 1)
             for n_in, n_out in zip(widths[1:] + widths[-1:], widths)
@@ -210,14 +209,14 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv2d(widths[0], 2)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
+        x = self.conv_in(x)
+        for layer in (*self.mid.values(), *reversed(self.up)):
+            x = layer(x)
         return self.conv_out(nn.silu(rms_norm(x)))
 
 
 class AudioVAE(Component):
-    """Log-mel to normalised latents and back; both directions are causal in time."""
+    """Log-mel to normalized latents and back; both directions are causal in time."""
 
     config_class = AudioVAEConfig
 
@@ -226,29 +225,18 @@ class AudioVAE(Component):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        size = config.z_channels * config.latent_bins
-        self.per_channel_statistics = {
-            "mean-of-means": mx.zeros(size),
-            "std-of-means": mx.ones(size),
-        }
-
-    def statistics(self) -> list[mx.array]:
-        """Mean and deviation of each mel bin and channel, (16, C); stored channel first."""
-        shape = (self.config.z_channels, self.config.latent_bins)
-        stored = self.per_channel_statistics
-        return [stored[k].reshape(shape).T for k in ("mean-of-means", "std-of-means")]
+        self.per_channel_statistics = Statistics(config.z_channels, config.latent_bins)
 
     def encode(self, mel: mx.array) -> mx.array:
-        """Log-mel (B, T, 64, 2) to normalised latents (B, ceil(T / 4), 16, C)."""
-        mean, std = self.statistics()
-        return (self.encoder(mel)[..., : self.config.z_channels] - mean) / std
+        """Log-mel (B, T, 64, 2) to normalized latents (B, ceil(T / 4), 16, C)."""
+        means = self.encoder(mel)[..., : self.config.z_channels]
+        return self.per_channel_statistics.normalize(means)
 
     def decode(self, latents: mx.array) -> mx.array:
-        """Normalised latents (B, t, 16, C) to log-mel (B, 4 t - 3, 64, 2)."""
-        mean, std = self.statistics()
-        return self.decoder(latents * std + mean)
+        """Normalized latents (B, t, 16, C) to log-mel (B, 4 t - 3, 64, 2)."""
+        return self.decoder(self.per_channel_statistics.denormalize(latents))
 
     @classmethod
     def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Official tensors to MLX layouts; the names are the same."""
+        """Official tensors to MLX layouts, (O, I, H, W) to (O, H, W, I)."""
         return {k: w.moveaxis(1, -1) if w.ndim == 4 else w for k, w in weights.items()}

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     ClassVar,
@@ -26,6 +27,9 @@ from typing import (
 )
 
 import mlx.core as mx
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Trace = Callable[[str, mx.array], None]
 # All that library code has to say goes here: `note` for choices a user should know of,
@@ -208,6 +212,15 @@ class Printer(logging.Handler):
             self.seen.add(text)
             text = f"note: {text}"
         print(text, flush=True)
+
+
+def hann_sinc(time: np.ndarray) -> np.ndarray:
+    """The resampling filter of torchaudio (`sinc_interp_hann`, its default): a sinc with
+    a Hann window of 6 zero crossings; `time` in zero crossings, of any shape."""
+    import numpy as np  # here, as --help needs to be quick
+
+    time = np.clip(time, -6, 6)
+    return np.sinc(time) * np.cos(time * np.pi / 12) ** 2
 
 
 class Parser(argparse.ArgumentParser):

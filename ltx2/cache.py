@@ -9,7 +9,7 @@ from typing import Any, Callable, Sequence
 
 import mlx.core as mx
 
-from .denoiser import Contexts
+from .guidance import Contexts
 
 
 class ContextCache:

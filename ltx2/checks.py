@@ -126,7 +126,9 @@ def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
     options = {k: getattr(args, k) for k in (*SIZE, "seed", "steps")}
     options = {k: v for k, v in options.items() if v is not None}
     if args.prompt:
-        return pipe.beginning(pipe.plan(Request(args.prompt, **{**SIZE, **options})))
+        return pipe.initial_snapshot(
+            pipe.plan(Request(args.prompt, **{**SIZE, **options}))
+        )
     synthetic = args.latents in ("zeros", "random")
     if args.steps or options and not synthetic:
         option = f"--{[*options][-1].replace('_', '-')}"
@@ -137,11 +139,11 @@ def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
     draw, scale = seeded_noise(job.request.seed), float(args.latents == "random")
     video, audio = pipe.vae.config, pipe.audio_vae.config
     shapes = {
-        "video": (1, *job.stages[0].latent_size, video.latent_channels),
+        "video": (1, *job.stages[0].size.latent, video.latent_channels),
         "audio": (1, job.audio_tokens, audio.latent_bins, audio.z_channels),
     }
     latents = {name: scale * draw(name, shape) for name, shape in shapes.items()}
-    return replace(pipe.beginning(job), stage=len(job.stages), latents=latents)
+    return replace(pipe.initial_snapshot(job), stage=len(job.stages), latents=latents)
 
 
 # Weights and their source

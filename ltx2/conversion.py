@@ -279,7 +279,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_safetensors(
-    path: Path, weights: Weights, progress: Progress, finite: Weights = {}
+    path: Path, weights: Weights, progress: Progress, finite: Weights
 ) -> None:
     """Write tensors and empty the dictionary: only one at a time is in memory. `finite`
     says by name, lazily, whether what a tensor is made from is finite; UserError if not.

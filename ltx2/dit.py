@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
-from typing import Callable, Container, Iterator, Optional
+from dataclasses import dataclass, field
+from typing import Callable, Container, Iterator, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +25,11 @@ from .layers import (
 
 NO_BLOCKS: Container[int] = range(0)
 ALL_BLOCKS: Container[int] = range(sys.maxsize)
+Both = tuple[Optional[mx.array], Optional[mx.array]]  # video, audio
+KeysValues = tuple[mx.array, mx.array]  # each (B, heads, N, head_dim)
+BothTexts = tuple[Optional[KeysValues], Optional[KeysValues]]
+Skips = tuple[bool, bool, bool, bool]  # video and audio self-attention, a2v, v2a
+PREFIXES = ("", "audio_")  # of the layers of the video and the audio stream
 
 
 @dataclass
@@ -62,26 +67,25 @@ class DiTConfig(Config):
     FIXED = {
         "_class_name": ("AVTransformer3DModel",),
         "activation_fn": ("gelu-approximate",),
-        "attention_bias": (True,),
         "attention_type": ("default",),
-        "causal_temporal_positioning": (True,),
-        "cross_attention_norm": (True,),
-        "double_self_attention": (False,),
         "frequencies_precision": ("float64",),
-        "norm_elementwise_affine": (False,),
-        "only_cross_attention": (False,),
         "positional_embedding_type": ("rope",),
         "qk_norm": ("rms_norm",),
         "rope_type": ("split",),
-        "share_ff": (False,),
         "standardization_norm": ("rms_norm",),
-        "use_audio_video_cross_attention": (True,),
-        "av_cross_ada_norm": (True,),
-        "use_middle_indices_grid": (True,),
-        "caption_projection_first_linear": (False,),
-        "caption_projection_second_linear": (False,),
-        "caption_proj_input_norm": (False,),
     }
+    FIXED |= dict.fromkeys(
+        "attention_bias av_cross_ada_norm causal_temporal_positioning "
+        "cross_attention_norm use_audio_video_cross_attention "
+        "use_middle_indices_grid".split(),
+        (True,),
+    )
+    FIXED |= dict.fromkeys(
+        "caption_proj_input_norm caption_projection_first_linear "
+        "caption_projection_second_linear double_self_attention "
+        "norm_elementwise_affine only_cross_attention share_ff".split(),
+        (False,),
+    )
     UNUSED = frozenset(
         "_diffusers_version dropout norm_num_groups num_embeds_ada_norm "
         "num_vector_embeds upcast_attention use_linear_projection "
@@ -106,17 +110,17 @@ class DiTConfig(Config):
         return self.audio_num_attention_heads * self.audio_attention_head_dim
 
 
-# What goes in: tokens of two streams, and the passes that guidance makes over them.
+# Inputs: the tokens of both streams, and the guidance passes over them
 
 
 @dataclass
 class Tokens:
-    """One stream as the transformer reads it; all passes of a step share it.
+    """One stream's input, shared by all passes of a step.
 
-    A conditioned run knows two or three denoise-mask levels, so timesteps are given by
-    level (U,), float32 in [0, 1], and `level_index` (T,) tells each token's level (None:
-    all tokens have the only one). `sigma` is the stream's scalar noise level, 0 when
-    the stream is frozen.
+    A conditioned run has two or three denoise-mask levels, so timesteps are by level
+    (U,), float32 in [0, 1], and `level_index` (T,) is the level of each token (None: all
+    tokens have the only one). `sigma` is the stream's scalar noise level, 0 when the
+    stream is frozen.
     """
 
     latent: mx.array  # (B, T, C)
@@ -125,29 +129,30 @@ class Tokens:
     rope: Rope  # from DiT.video_rope, DiT.audio_rope
     cross_rope: Rope
     level_index: Optional[mx.array] = None  # (T,)
-    mask: Optional[mx.array] = None  # self-attention (T, T) in [0, 1]
-    keyframes: Optional[mx.array] = None  # (T,) > 0: stands for a single frame (2.5)
-    enabled: bool = True  # False: only read by the other stream
+    mask: Optional[mx.array] = None  # self-attention weights (T, T) in [0, 1]
+    keyframes: Optional[mx.array] = None  # (T,), > 0: stands for a single frame (2.5)
+    enabled: bool = True  # False: attended to, but not updated
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One guidance pass: the contexts (B, N, D) it reads and, by block, what it perturbs."""
+    """One guidance pass: the text of each stream, by index, and the blocks in which
+    attention is skipped."""
 
-    video_context: Optional[mx.array]
-    audio_context: Optional[mx.array]
+    video_text: int = 0
+    audio_text: int = 0
     skip_video_self_attn: Container[int] = NO_BLOCKS
     skip_audio_self_attn: Container[int] = NO_BLOCKS
     skip_a2v: Container[int] = NO_BLOCKS
     skip_v2a: Container[int] = NO_BLOCKS
 
-    def perturbs(self, block: int) -> bool:
-        own = (self.skip_video_self_attn, self.skip_audio_self_attn)
-        return any(block in cut for cut in (*own, self.skip_a2v, self.skip_v2a))
+    def skips(self, block: int) -> Skips:
+        blocks = self.skip_video_self_attn, self.skip_audio_self_attn
+        return tuple(block in b for b in (*blocks, self.skip_a2v, self.skip_v2a))
 
 
-# What the blocks see. States are sums over all blocks, too large for float16: they are
-# float32 in a float16 run, all else is not.
+# Blocks. The hidden states are sums over all blocks, too large for float16: in a
+# float16 run they alone are float32.
 
 
 @mx.compile
@@ -162,146 +167,151 @@ def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
 
 @dataclass
 class StreamContext:
-    """A stream inside the blocks: its modulations by timestep level, tables and mask."""
+    """What the blocks read of a stream besides its state: AdaLN outputs by timestep
+    level, RoPE tables and mask."""
 
-    modulation: mx.array  # (U, 6 or 9, D)
+    ada: mx.array  # (U, 6 or 9, D)
     embedded: mx.array  # (U, D), for the output layer
-    rope: Rope
-    cross_rope: Rope
-    level_index: Optional[mx.array]
+    prompt_ada: mx.array  # (1, 2, D), modulates the text
     mask: Optional[mx.array]  # additive (1, 1, T, T)
-    enabled: bool
-    prompt: Optional[mx.array] = None  # (1, 2, D), text AdaLN
-    cross: Optional[mx.array] = None  # (U, 4, D)
-    gate: Optional[mx.array] = None  # (1, 1, D)
+    tokens: Tokens  # for RoPE tables, levels, `enabled`
+    cross_ada: Optional[mx.array] = None  # (U, 4, D)
+    cross_gate: Optional[mx.array] = None  # (1, 1, D)
 
-    def rows(self, table: mx.array, ada: mx.array, rows: slice) -> list[mx.array]:
-        """Rows of table + AdaLN, each (1 or T, D): computed by level, picked by token."""
+    def modulation(self, table: mx.array, ada: mx.array, rows: slice) -> list[mx.array]:
+        """Rows of table + AdaLN output, each (1 or T, D): by level, then by token."""
         values = table[rows].astype(ada.dtype) + ada[:, rows]
-        if self.level_index is not None and len(values) > 1:
-            values = values[self.level_index]
+        if self.tokens.level_index is not None and len(values) > 1:
+            values = values[self.tokens.level_index]  # (U, rows, D) to (T, rows, D)
         return [values[:, i] for i in range(values.shape[1])]
 
 
+Streams = tuple[Optional[StreamContext], Optional[StreamContext]]
+
+
 class Block(nn.Module):
-    """Self-attention and text cross-attention of each stream, the attention between
-    them, and the feed-forwards. The audio stream's layers have the video stream's names
-    with `audio_` in front, so one method serves both."""
+    """Self-attention and text attention of each stream, attention between the streams,
+    and feed-forwards. The audio stream's layers have the video stream's names with
+    `audio_` in front, so one method serves both."""
 
     def __init__(self, c: DiTConfig):
         super().__init__()
         gated, eps = c.apply_gated_attention, c.norm_eps
         rows = 9 if c.cross_attention_adaln else 6
         video, audio = c.video_dim, c.audio_dim
-        for prefix, dim, heads, head_dim, context_dim, bias in (
-            ("", video, c.num_attention_heads, c.attention_head_dim)
-            + (c.cross_attention_dim, c.ff_bias),
-            ("audio_", audio, c.audio_num_attention_heads, c.audio_attention_head_dim)
-            + (c.audio_cross_attention_dim, c.audio_ff_bias),
+        video_heads = c.num_attention_heads, c.attention_head_dim
+        audio_heads = c.audio_num_attention_heads, c.audio_attention_head_dim
+        text, audio_text = c.cross_attention_dim, c.audio_cross_attention_dim
+        for prefix, dim, heads, context_dim, bias in (
+            ("", video, video_heads, text, c.ff_bias),
+            ("audio_", audio, audio_heads, audio_text, c.audio_ff_bias),
         ):
-            self[prefix + "attn1"] = Attention(dim, heads, head_dim, None, gated, eps)
-            self[prefix + "attn2"] = Attention(
-                dim, heads, head_dim, context_dim, gated, eps
-            )
+            self[prefix + "attn1"] = Attention(dim, *heads, None, gated, eps)
+            self[prefix + "attn2"] = Attention(dim, *heads, context_dim, gated, eps)
             self[prefix + "ff"] = FeedForward(dim, bias)
             self[prefix + "scale_shift_table"] = mx.zeros((rows, dim))
             if c.cross_attention_adaln:
                 self[prefix + "prompt_scale_shift_table"] = mx.zeros((2, dim))
-        cross = (c.audio_num_attention_heads, c.audio_attention_head_dim)
-        self.audio_to_video_attn = Attention(video, *cross, audio, gated, eps)
-        self.video_to_audio_attn = Attention(audio, *cross, video, gated, eps)
+        self.audio_to_video_attn = Attention(video, *audio_heads, audio, gated, eps)
+        self.video_to_audio_attn = Attention(audio, *audio_heads, video, gated, eps)
         self.scale_shift_table_a2v_ca_video = mx.zeros((5, video))
         self.scale_shift_table_a2v_ca_audio = mx.zeros((5, audio))
 
-    def text_keys_values(self, prefix: str, s: StreamContext, context: mx.array):
-        """Keys and values of the text; from 2.3 on modulated by table and sigma."""
-        table = self.get(prefix + "prompt_scale_shift_table")
-        if table is not None:
-            table = table.astype(context.dtype)[None]
-            shift, scale = mx.split(
-                table if s.prompt is None else table + s.prompt, 2, 1
-            )
-            context = context * (1 + scale) + shift
-        return self[prefix + "attn2"].keys_values(context)
+    def text_keys_values(self, streams: Streams, text: Both) -> BothTexts:
+        """Each stream's keys and values of its text (B, N, D), from 2.3 on modulated by
+        table and sigma; None for a stream that is absent or not updated."""
+
+        def keys_values(prefix: str, s: Optional[StreamContext], x: mx.array):
+            if s is None or not s.tokens.enabled:
+                return None
+            table = self.get(prefix + "prompt_scale_shift_table")
+            if table is not None:
+                shift, scale = mx.split(table.astype(x.dtype) + s.prompt_ada, 2, axis=1)
+                x = x * (1 + scale) + shift
+            return self[prefix + "attn2"].keys_values(x)
+
+        return tuple(map(keys_values, PREFIXES, streams, text))
 
     def attend(
         self, prefix: str, s: StreamContext, x: mx.array, text, values_only: bool
-    ):
+    ) -> mx.array:
         """Self-attention, then attention to the text's keys and values."""
         table = self[prefix + "scale_shift_table"]
-        shift, scale, gate = s.rows(table, s.modulation, slice(0, 3))
-        y = self[prefix + "attn1"](
-            modulate(x, scale, shift), None, s.rope, s.mask, values_only
-        )
+        shift, scale, gate = s.modulation(table, s.ada, slice(0, 3))
+        y = modulate(x, scale, shift)
+        y = self[prefix + "attn1"](y, None, s.tokens.rope, s.mask, values_only)
         x = gated_add(x, y, gate)
         if len(table) == 6:  # 2.0: neither modulated nor gated
             return x + self[prefix + "attn2"](rms_norm(x).astype(gate.dtype), text)
-        shift, scale, gate = s.rows(table, s.modulation, slice(6, 9))
+        shift, scale, gate = s.modulation(table, s.ada, slice(6, 9))
         y = self[prefix + "attn2"](modulate(x, scale, shift), text)
         return gated_add(x, y, gate)
 
     def feed_forward(self, prefix: str, s: StreamContext, x: mx.array) -> mx.array:
         table = self[prefix + "scale_shift_table"]
-        shift, scale, gate = s.rows(table, s.modulation, slice(3, 6))
+        shift, scale, gate = s.modulation(table, s.ada, slice(3, 6))
         return gated_add(x, self[prefix + "ff"](modulate(x, scale, shift)), gate)
 
     def cross_attend(
-        self, video: StreamContext, audio: StreamContext, vx, ax, a2v: bool, v2a: bool
-    ):
-        """Attention between the streams, both ways from the states before either ran."""
-        video_table = self.scale_shift_table_a2v_ca_video
-        audio_table = self.scale_shift_table_a2v_ca_audio
+        self, vx, ax, video: StreamContext, audio: StreamContext, a2v: bool, v2a: bool
+    ) -> tuple[mx.array, mx.array]:
+        """Attention between the streams, both ways from the states before either."""
 
-        def between(attention, query, source, rows):
-            (q, q_x, q_table), (s, s_x, s_table) = query, source
-            x = modulate(q_x, *q.rows(q_table, q.cross, rows))
-            context = modulate(s_x, *s.rows(s_table, s.cross, rows))
-            kv = attention.keys_values(context, s.cross_rope)
-            gate = q_table[4].astype(q_x.dtype) + q.gate[:, 0]
-            return gated_add(q_x, attention(x, kv, q.cross_rope), gate)
+        def attend(attention, query, source, rows):
+            (q_x, q, q_table), (s_x, s, s_table) = query, source
+            x = modulate(q_x, *q.modulation(q_table, q.cross_ada, rows))
+            context = modulate(s_x, *s.modulation(s_table, s.cross_ada, rows))
+            kv = attention.keys_values(context, s.tokens.cross_rope)
+            gate = q_table[4].astype(q_x.dtype) + q.cross_gate[:, 0]
+            return gated_add(q_x, attention(x, kv, q.tokens.cross_rope), gate)
 
-        v, a = (video, vx, video_table), (audio, ax, audio_table)
+        v = (vx, video, self.scale_shift_table_a2v_ca_video)
+        a = (ax, audio, self.scale_shift_table_a2v_ca_audio)
         if a2v:
-            vx = between(self.audio_to_video_attn, v, a, slice(0, 2))
+            vx = attend(self.audio_to_video_attn, v, a, slice(0, 2))
         if v2a:
-            ax = between(self.video_to_audio_attn, a, v, slice(2, 4))
+            ax = attend(self.video_to_audio_attn, a, v, slice(2, 4))
         return vx, ax
 
-    def __call__(self, index, video, audio, vx, ax, run: Pass, text: dict):
-        """One block of one pass; a stream may be None. `text` keeps the keys and values
-        of the contexts, for the other passes."""
-        run_video = video is not None and video.enabled
-        run_audio = audio is not None and audio.enabled
-
-        def text_of(prefix, stream, context):
-            key = (prefix, id(context))
-            if key not in text:
-                text[key] = self.text_keys_values(prefix, stream, context)
-            return text[key]
-
-        if run_video:
-            kv = text_of("", video, run.video_context)
-            vx = self.attend("", video, vx, kv, index in run.skip_video_self_attn)
-        if run_audio:
-            kv = text_of("audio_", audio, run.audio_context)
-            ax = self.attend("audio_", audio, ax, kv, index in run.skip_audio_self_attn)
+    def __call__(
+        self,
+        states: Both,
+        streams: Streams,
+        text: BothTexts,
+        skips: Skips = (False,) * 4,
+    ) -> Both:
+        """The states (B, T, D) of both streams after this block; either stream may be
+        None. `text` is what `text_keys_values` returned."""
+        (vx, ax), (video, audio) = states, streams
+        skip_video_attn, skip_audio_attn, skip_a2v, skip_v2a = skips
+        updates = [s is not None and s.tokens.enabled for s in streams]
+        if updates[0]:
+            vx = self.attend("", video, vx, text[0], skip_video_attn)
+        if updates[1]:
+            ax = self.attend("audio_", audio, ax, text[1], skip_audio_attn)
         if video is not None and audio is not None:
-            a2v = run_video and index not in run.skip_a2v
-            v2a = run_audio and index not in run.skip_v2a
-            vx, ax = self.cross_attend(video, audio, vx, ax, a2v, v2a)
-        if run_video:
+            a2v, v2a = updates[0] and not skip_a2v, updates[1] and not skip_v2a
+            vx, ax = self.cross_attend(vx, ax, video, audio, a2v, v2a)
+        if updates[0]:
             vx = self.feed_forward("", video, vx)
-        if run_audio:
+        if updates[1]:
             ax = self.feed_forward("audio_", audio, ax)
         return vx, ax
 
 
+class CaptionProjection(TimestepMLP):
+    """2.0's projection of the text into a stream's width: Linear, GELU, Linear."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.linear_2(nn.gelu_approx(self.linear_1(x)))
+
+
 class DiT(Component):
-    """Tokens of two streams and their text in, velocities out."""
+    """Tokens of two streams and their texts to velocities."""
 
     config_class = DiTConfig
 
-    group: Optional[mx.distributed.Group] = None  # that the blocks are split over
+    group: Optional[mx.distributed.Group] = None  # the ranks that share the blocks
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -316,9 +326,8 @@ class DiT(Component):
             if c.cross_attention_adaln and c.use_prompt_adaln_single:
                 self[prefix + "prompt_adaln_single"] = AdaLayerNormSingle(dim, 2)
             if not c.caption_proj_before_connector:
-                self[prefix + "caption_projection"] = CaptionProjection(
-                    c.caption_channels, dim
-                )
+                projection = CaptionProjection(c.caption_channels, dim)
+                self[prefix + "caption_projection"] = projection
             self[prefix + "scale_shift_table"] = mx.zeros((2, dim))
             self[prefix + "proj_out"] = nn.Linear(dim, channels_out)
         self.av_ca_video_scale_shift_adaln_single = AdaLayerNormSingle(c.video_dim, 4)
@@ -330,8 +339,7 @@ class DiT(Component):
         self.transformer_blocks = [Block(c) for _ in range(c.num_layers)]
 
     def shard(self, group: mx.distributed.Group) -> None:
-        """Keep this rank's heads and part of the feed-forwards of each block, of N ranks
-        a 1/N of the weights; the rest of the model is small and on every rank."""
+        """Keep this rank's heads and part of each feed-forward, 1/N of the blocks."""
         self.group = group
         for block in self.transformer_blocks:
             for layer in block.children().values():
@@ -340,187 +348,153 @@ class DiT(Component):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The dtype of the activations: that of the tables, which are never quantised."""
+        """The dtype of the activations: that of the tables, which are never quantized."""
         return self.scale_shift_table.dtype
 
     def video_rope(self, bounds: np.ndarray) -> tuple[Rope, Rope]:
         """Self- and cross-modal tables of token bounds (3, T, 2): seconds, pixels."""
         c = self.config
-        heads, max_pos = c.num_attention_heads, c.positional_embedding_max_pos
-        return self._ropes(bounds, c.video_dim, heads, max_pos)
+        max_pos = c.positional_embedding_max_pos
+        return self._ropes(bounds, c.video_dim, c.num_attention_heads, max_pos)
 
     def audio_rope(self, bounds: np.ndarray) -> tuple[Rope, Rope]:
         """Self- and cross-modal tables of token bounds (1, T, 2) in seconds."""
         c = self.config
-        heads, max_pos = (
-            c.audio_num_attention_heads,
-            c.audio_positional_embedding_max_pos,
-        )
-        return self._ropes(bounds, c.audio_dim, heads, max_pos)
+        max_pos = c.audio_positional_embedding_max_pos
+        return self._ropes(bounds, c.audio_dim, c.audio_num_attention_heads, max_pos)
 
     def _ropes(self, bounds, dim, heads, max_pos) -> tuple[Rope, Rope]:
-        c = self.config
+        c, theta = self.config, self.config.positional_embedding_theta
         middle = bounds.astype(np.float32).sum(-1) / np.float32(2)
-        own = rope_cos_sin(middle, dim, heads, max_pos, c.positional_embedding_theta)
-        cross = rope_cos_sin(
-            middle[:1],
-            c.audio_cross_attention_dim,
-            c.audio_num_attention_heads,
-            [
-                max(
-                    c.positional_embedding_max_pos[0],
-                    c.audio_positional_embedding_max_pos[0],
-                )
-            ],
-            c.positional_embedding_theta,
+        self_rope = rope_cos_sin(middle, dim, heads, max_pos, theta)
+        # Between the streams only time counts, in heads of the audio stream's width.
+        max_pos = (
+            c.positional_embedding_max_pos[:1],
+            c.audio_positional_embedding_max_pos,
         )
+        width, heads = c.audio_cross_attention_dim, c.audio_num_attention_heads
+        cross_rope = rope_cos_sin(middle[:1], width, heads, max(max_pos), theta)
 
-        def mine(table: mx.array) -> mx.array:
+        def local(table: mx.array) -> mx.array:
             """This rank's heads, in the dtype of the activations."""
             if self.group is not None:
                 table = mx.split(table, self.group.size())[self.group.rank()]
             return table.astype(self.dtype)
 
-        return tuple(map(mine, own)), tuple(map(mine, cross))
+        return tuple(map(local, self_rope)), tuple(map(local, cross_rope))
 
-    def _embed(self, prefix: str, tokens: Tokens, other: Optional[Tokens]):
-        """The embedded tokens (B, T, D) and the stream that the blocks see."""
+    def project_text(self, contexts: Sequence[Both]) -> list[Both]:
+        """Contexts (video, audio), each (B, N, D) or None, in the activations' dtype and,
+        in 2.0, projected to the stream's width: once for a set of LoRAs."""
+
+        def project(prefix: str, context: Optional[mx.array]) -> Optional[mx.array]:
+            if context is None:
+                return None
+            projection = self.get(prefix + "caption_projection", nn.Identity())
+            return projection(context.astype(self.dtype))
+
+        return [tuple(map(project, PREFIXES, pair)) for pair in contexts]
+
+    def embed(
+        self, video: Optional[Tokens], audio: Optional[Tokens]
+    ) -> tuple[Both, Streams]:
+        """The first states (B, T, D) of both streams, and what the blocks read of them."""
+        (vx, v), (ax, a) = map(self._embed, PREFIXES, (video, audio), (audio, video))
+        return (vx, ax), (v, a)
+
+    def _embed(self, prefix: str, tokens: Optional[Tokens], other: Optional[Tokens]):
+        if tokens is None:
+            return None, None
         c, scale = self.config, self.config.timestep_scale_multiplier
         x = self[prefix + "patchify_proj"](tokens.latent.astype(self.dtype))
         x = x.astype(mx.float32) if self.dtype == mx.float16 else x
         if not prefix and c.use_keyframes_abs_pos_embedding:
             marked = (tokens.keyframes > 0).astype(x.dtype)[:, None]
             x = x + marked * self.keyframes_abs_pos_embedding
-        modulation, embedded = self[prefix + "adaln_single"](tokens.timesteps * scale)
+        ada, embedded = self[prefix + "adaln_single"](tokens.timesteps * scale)
         mask = None
         if tokens.mask is not None:  # weights in [0, 1] become additive logits
-            low = mx.finfo(self.dtype).min
-            mask = mx.where(
-                tokens.mask > 0, mx.log(mx.maximum(tokens.mask, 1e-38)), low
-            )
+            logits = mx.log(mx.maximum(tokens.mask, 1e-38))
+            mask = mx.where(tokens.mask > 0, logits, mx.finfo(self.dtype).min)
             mask = mask.astype(self.dtype)[None, None]
-        stream = StreamContext(
-            modulation,
-            embedded,
-            tokens.rope,
-            tokens.cross_rope,
-            tokens.level_index,
-            mask,
-            tokens.enabled,
-        )
+        prompt_ada = mx.zeros((1, 2, 1), self.dtype)
         if c.cross_attention_adaln and c.use_prompt_adaln_single:
-            stream.prompt, _ = self[prefix + "prompt_adaln_single"](
-                tokens.sigma * scale
-            )
+            prompt_ada, _ = self[prefix + "prompt_adaln_single"](tokens.sigma * scale)
+        s = StreamContext(ada, embedded, prompt_ada, mask, tokens)
         if other is not None:
             name, gate = ("audio", "v2a") if prefix else ("video", "a2v")
             cross = self[f"av_ca_{name}_scale_shift_adaln_single"]
-            stream.cross, _ = cross(tokens.timesteps * scale)
-            # The gate hears how noisy the other stream is.
-            gate_scale = c.av_ca_timestep_scale_multiplier
-            stream.gate, _ = self[f"av_ca_{gate}_gate_adaln_single"](
-                other.sigma * gate_scale
-            )
-        return x, stream
+            s.cross_ada, _ = cross(tokens.timesteps * scale)
+            # The gate is conditioned on the other stream's sigma.
+            sigma = other.sigma * c.av_ca_timestep_scale_multiplier
+            s.cross_gate, _ = self[f"av_ca_{gate}_gate_adaln_single"](sigma)
+        return x, s
 
-    def _project(self, prefix: str, s: StreamContext, x: mx.array) -> mx.array:
+    def _velocity(self, prefix: str, s: Optional[StreamContext], x: mx.array):
+        if s is None:
+            return None
         x = mx.fast.layer_norm(x, None, None, self.config.norm_eps)
-        both = mx.stack([s.embedded, s.embedded], axis=1)
-        shift, scale = s.rows(self[prefix + "scale_shift_table"], both, slice(0, 2))
+        table = self[prefix + "scale_shift_table"]
+        shift, scale = s.modulation(table, s.embedded[:, None], slice(0, 2))
         x = (x * (1 + scale) + shift).astype(self.dtype)
         return self[prefix + "proj_out"](x)
 
-    def _project_text(self, passes: list[Pass]) -> list[Pass]:
-        """The passes with contexts in the activations' dtype and, in 2.0, projected."""
-        done: dict[tuple[str, int], mx.array] = {}
+    def velocities(self, states: Both, streams: Streams) -> Both:
+        """Velocities (B, T, C) of the last block's states; None for an absent stream."""
+        return tuple(map(self._velocity, PREFIXES, streams, states))
 
-        def project(prefix: str, context: Optional[mx.array]):
-            key = (prefix, id(context))
-            if context is not None and key not in done:
-                x = context.astype(self.dtype)
-                projection = self.get(prefix + "caption_projection")
-                done[key] = x if projection is None else projection(x)
-            return done.get(key)
-
-        return [
-            replace(
-                p,
-                video_context=project("", p.video_context),
-                audio_context=project("audio_", p.audio_context),
-            )
-            for p in passes
-        ]
-
-    def _shared(self, passes: list[Pass], n: int) -> tuple[int, int]:
-        """An earlier pass that is equal to pass n up to some block, and that block."""
-        p = passes[n]
+    def _common_start(self, passes: list[Pass], n: int) -> tuple[int, int]:
+        """An earlier pass that equals pass n up to a block, and the first block where
+        they differ."""
+        p, blocks = passes[n], self.config.num_layers
         for m, q in enumerate(passes[:n]):
-            same = p.video_context is q.video_context
-            if same and p.audio_context is q.audio_context:
-                blocks = range(self.config.num_layers)
-                return m, next(
-                    (i for i in blocks if p.perturbs(i) or q.perturbs(i)), len(blocks)
-                )
+            if (p.video_text, p.audio_text) == (q.video_text, q.audio_text):
+                differ = (i for i in range(blocks) if p.skips(i) != q.skips(i))
+                return m, next(differ, blocks)
         return n, 0
 
     def __call__(
         self,
         video: Optional[Tokens],
         audio: Optional[Tokens],
+        texts: Sequence[Both],
         passes: list[Pass],
         trace: Optional[Trace] = None,
-    ) -> list[tuple[Optional[mx.array], Optional[mx.array]]]:
+    ) -> list[Both]:
         """Velocities (video (B, T, C), audio (B, T, C)) of each pass.
 
-        Either stream may be None. All passes go through a block together, so its text
-        keys and values are computed once a context, and a pass that differs from an
-        earlier one only by its perturbs starts from that one's state at its first cut.
+        Either stream may be None; `texts` is what `project_text` returned. All passes go
+        through a block together, so its text keys and values are computed once a text,
+        and a pass that differs from an earlier one only by its skips starts from that
+        one's state at the first block where they differ.
         """
-        vx = ax = video_stream = audio_stream = None
-        if video is not None:
-            vx, video_stream = self._embed("", video, audio)
-        if audio is not None:
-            ax, audio_stream = self._embed("audio_", audio, video)
-        passes = self._project_text(passes)
-        shared = [self._shared(passes, n) for n in range(len(passes))]
-        states = [(vx, ax)] * len(passes)
+        states, streams = self.embed(video, audio)
+        starts = [self._common_start(passes, n) for n in range(len(passes))]
+        states = [states] * len(passes)
         for i, block in enumerate(self.transformer_blocks):
-            text: dict = {}
-            for n, run in enumerate(passes):
-                earlier, until = shared[n]
-                if i < until:
+            read = [block.text_keys_values(streams, text) for text in texts]
+            for n, p in enumerate(passes):
+                earlier, first = starts[n]
+                if i < first:
                     states[n] = states[earlier]
-                else:
-                    states[n] = block(
-                        i, video_stream, audio_stream, *states[n], run, text
-                    )
-                    mx.async_eval(states[n])  # computes while the next is prepared
+                    continue
+                text = read[p.video_text][0], read[p.audio_text][1]
+                states[n] = block(states[n], streams, text, p.skips(i))
+                # Computes while the next pass is prepared. Training, which cannot
+                # evaluate inside a transformation, runs the blocks by itself.
+                mx.async_eval(states[n])
             for name, x in zip(("video", "audio"), states[0]):
                 if x is not None:
                     traced(trace, f"block{i}.{name}", x)
-        return [
-            (
-                None if vx is None else self._project("", video_stream, vx),
-                None if ax is None else self._project("audio_", audio_stream, ax),
-            )
-            for vx, ax in states
-        ]
+        return [self.velocities(s, streams) for s in states]
 
 
 class StreamedBlocks:
-    """Blocks that stay on the disk: each pass through them makes them anew with `read`,
-    which gives a transformer whose weights are not read yet, and holds two at a time.
-    """
+    """Blocks that stay on disk: each iteration builds them again with `read`, which
+    returns a transformer whose weights are not read yet, and holds two at a time."""
 
     def __init__(self, read: Callable[[], DiT]):
         self.read = read
 
     def __iter__(self) -> Iterator[Block]:
         return prefetch(self.read().transformer_blocks)
-
-
-class CaptionProjection(TimestepMLP):
-    """2.0's projection of the text into a stream's width: Linear, GELU, Linear."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.linear_2(nn.gelu_approx(self.linear_1(x)))

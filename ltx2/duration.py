@@ -1,4 +1,4 @@
-"""How long a video its prompt asks for: a small head on both contexts, from 2.5 on."""
+"""Predicts the video's duration from its prompt's contexts (2.5)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .layers import Component
 
 @dataclass
 class DurationConfig(Config):
-    """The `duration_head` section; the sizes are those of the tensors."""
+    """The `duration_head` section; sizes come from the tensors' shapes."""
 
     video_dim: int
     audio_dim: int
@@ -28,7 +28,7 @@ class DurationConfig(Config):
 
 
 class AttentionPooler(nn.Module):
-    """One learnt query attends to all tokens: (B, T, D) to (B, D)."""
+    """One learned query attends to all tokens: (B, T, D) to (B, D)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -83,12 +83,12 @@ class DurationHead(Component):
         """The section with the sizes of the tensors."""
         names = ("video_input_proj", "audio_input_proj", "mlp_hidden")
         video, audio, hidden = (shapes.get(f"{name}.weight", (0, 0)) for name in names)
-        sizes = {"video_dim": video[1], "audio_dim": audio[1]}
-        return {**section, **sizes, "dim": video[0], "hidden": hidden[0]}
+        sizes = {"video_dim": video[1], "audio_dim": audio[1], "dim": video[0]}
+        return section | sizes | {"hidden": hidden[0]}
 
 
 def whole_frames(seconds: float, fps: float, low: float, high: float) -> int:
-    """Frames, 8k + 1, of a duration held between `low` and `high` seconds."""
+    """The number of frames, 8k + 1, of `seconds` clipped to [low, high]."""
     low, high = round(low * fps), round(high * fps)
     frames = (min(max(round(seconds * fps), low), high) - 1) // 8 * 8 + 1
     return frames + 8 if frames < low else frames

@@ -1,31 +1,82 @@
 """Latent shapes, token positions, the latent state and the conditionings on it.
 
-Everything a user can ask for is a list of conditionings: each replaces tokens of the
-state, appends tokens that only guide, or says which tokens are to be generated.
+A conditioning is a function of the state: it replaces tokens, appends tokens that only
+guide, or chooses which tokens are generated. Every feature is a list of them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Callable, Iterable, Optional
 
 import mlx.core as mx
 import numpy as np
 
-TIME_SCALE, SPACE_SCALE = 8, 32  # pixel frames and pixels a latent
+Streams = dict[str, mx.array]  # by "video", "audio": latents, or tokens (1, T, C)
+
+TIME_SCALE, SPACE_SCALE = 8, 32  # pixel frames and pixels per latent
 AUDIO_TOKENS_PER_SECOND = 25
-MEL_HOP, MEL_RATE = 160, 16000  # samples a mel frame, a second
+MEL_HOP, MEL_RATE = 160, 16000  # samples per mel frame, per second
 MEL_FRAMES_PER_TOKEN = 4
 
 
+@dataclass(frozen=True)
+class Size:
+    """Size of a clip: pixels, frames and frames per second; with its audio tokens."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    audio_tokens: int = 0
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns."""
+        return (latent_frames(self.num_frames), *self.latent_sides)
+
+    @property
+    def latent_sides(self) -> tuple[int, int]:
+        """Rows and columns of a latent frame."""
+        return self.height // SPACE_SCALE, self.width // SPACE_SCALE
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a latent frame."""
+        return math.prod(self.latent_sides)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the video."""
+        return math.prod(self.latent)
+
+    def bounds(self, stream: str) -> np.ndarray:
+        """[start, end) of each token of a stream: (axes, T, 2)."""
+        if stream == "audio":
+            return audio_bounds(self.audio_tokens)
+        return video_bounds(*self.latent, self.fps)
+
+    def divided(self, by: Fraction | int) -> Size:
+        """The size with smaller sides."""
+        return replace(
+            self, width=round(self.width / by), height=round(self.height / by)
+        )
+
+    def doubled(self) -> Size:
+        """The size at twice the frame rate; the first frame is not doubled."""
+        return replace(self, num_frames=2 * self.num_frames - 1, fps=2 * self.fps)
+
+
 def latent_frames(num_frames: int) -> int:
-    """Latent frames of 8k+1 pixel frames: the first stands alone."""
+    """Latent frames of 8k+1 pixel frames: the first one covers a single frame."""
     return (num_frames - 1) // TIME_SCALE + 1
 
 
 def audio_tokens(num_frames: int, fps: float) -> int:
-    """Audio tokens as long as the video: rounded half to even, as in training."""
+    """Audio tokens for the video's duration, rounded half to even as in training."""
     return round(num_frames / fps * AUDIO_TOKENS_PER_SECOND)
 
 
@@ -34,8 +85,7 @@ def video_bounds(
 ) -> np.ndarray:
     """[start, end) of each token in seconds, rows and columns of pixels: (3, T, 2).
 
-    With `causal`, the first latent frame is one pixel frame long, as the encoder makes
-    it.
+    With `causal`, the first latent frame covers one pixel frame, like the encoder's.
     """
     edges = np.arange(frames + 1, dtype=np.float32) * TIME_SCALE
     if causal:
@@ -64,7 +114,7 @@ def video_tokens(latents: mx.array) -> mx.array:
 
 
 def audio_to_tokens(latents: mx.array) -> mx.array:
-    """(B, T, mel, C) to (B, T, C * mel): the checkpoint counts channels before mel."""
+    """(B, T, mel, C) to (B, T, C * mel): channels come before mel bins in a token."""
     return latents.swapaxes(2, 3).flatten(2)
 
 
@@ -75,25 +125,26 @@ def audio_from_tokens(tokens: mx.array, channels: int) -> mx.array:
 
 @dataclass(frozen=True)
 class LatentState:
-    """One stream on its way: tokens, what they are pulled to, and how strongly.
+    """The tokens of one stream, the clean values they are held to, and how strongly.
 
-    `mask` is 1 where a token is generated and 0 where it stays `clean`. Only the first
-    `size` tokens are the picture or the sound; the others guide and are dropped.
+    `denoise_mask` is 1 where a token is generated and 0 where it stays `clean_latent`.
+    Only the first `num_target_tokens` tokens are output; the rest guide and are dropped.
     """
 
     latent: mx.array  # (1, T, C) float32
-    clean: mx.array  # (1, T, C) float32
-    mask: np.ndarray  # (T,) float32
+    clean_latent: mx.array  # (1, T, C) float32
+    denoise_mask: np.ndarray  # (T,) float32
     bounds: np.ndarray  # (axes, T, 2) float32
-    size: int
-    keyframes: np.ndarray  # (T,) 1: the token stands for a single pixel frame
-    attention: Optional[np.ndarray] = None  # (T, T) in [0, 1]; None: all is visible
+    num_target_tokens: int
+    keyframes: np.ndarray  # (T,) 1 where a token covers a single pixel frame
+    attention: Optional[np.ndarray] = None  # (T, T) in [0, 1]; None: all visible
+    starts_as_noise: bool = False  # even where the mask holds the clean tokens
 
     @classmethod
-    def start(
+    def initial(
         cls, bounds: np.ndarray, channels: int, initial: Optional[mx.array] = None
     ) -> LatentState:
-        """A state where all is to be generated, from zeros or an initial latent."""
+        """A state in which every token is generated, from zeros or initial tokens."""
         tokens = bounds.shape[1]
         if initial is None:
             initial = mx.zeros((1, tokens, channels))
@@ -105,37 +156,39 @@ class LatentState:
 
     @property
     def frozen(self) -> bool:
-        return not self.mask.any()
+        return not self.denoise_mask.any()
 
     @cached_property
     def levels(self) -> tuple[np.ndarray, Optional[mx.array]]:
         """The distinct mask values, and each token's index into them if several."""
-        levels, index = np.unique(self.mask, return_inverse=True)
+        levels, index = np.unique(self.denoise_mask, return_inverse=True)
         return levels, None if len(levels) == 1 else mx.array(index)
 
     @cached_property
-    def mask_tokens(self) -> mx.array:
-        return mx.array(self.mask)[None, :, None]
+    def denoise_mask_tokens(self) -> mx.array:
+        return mx.array(self.denoise_mask)[None, :, None]
 
     def blend(self, x: mx.array) -> mx.array:
-        """Pull `x` to the clean tokens where the mask says so; 0 and 1 are exact."""
-        if (self.mask == 1).all():
+        """Mix `x` with the clean tokens by the denoise mask; 0 and 1 are exact."""
+        if (self.denoise_mask == 1).all():
             return x
-        m = self.mask_tokens
-        return x * m + self.clean * (1 - m)
+        m = self.denoise_mask_tokens
+        return x * m + self.clean_latent * (1 - m)
 
     def noised(self, noise: mx.array, scale: float = 1.0) -> mx.array:
-        """The tokens to start from: mixed with noise (1, T, C), then blended."""
+        """The initial tokens: mixed with noise (1, T, C), then blended."""
+        if self.starts_as_noise:
+            return noise
         return self.blend(self.latent * (1 - scale) + noise * scale)
 
     def replace_tokens(self, at: int, tokens: mx.array, strength: float) -> LatentState:
-        """Hold `tokens` (1, n, C) at position `at` with the given strength."""
+        """Hold `tokens` (1, n, C) from index `at` on with a strength in [0, 1]."""
         stop = at + tokens.shape[1]
-        clean = mx.array(self.clean)
+        clean = mx.array(self.clean_latent)
         clean[:, at:stop] = tokens
-        mask = self.mask.copy()
+        mask = self.denoise_mask.copy()
         mask[at:stop] = 1 - strength
-        return replace(self, clean=clean, mask=mask)
+        return replace(self, clean_latent=clean, denoise_mask=mask)
 
     def append(
         self,
@@ -146,36 +199,37 @@ class LatentState:
         keyframes: bool = False,
         initial: Optional[mx.array] = None,
     ) -> LatentState:
-        """Add tokens (1, n, C) that guide from their own positions, or that are generated
-        themselves, from zeros or initial ones.
+        """Append tokens (1, n, C) at their own positions: they guide (strength 1) or are
+        generated too (strength 0), from zeros or `initial`.
 
-        `attention` (n,) in [0, 1] is how much the picture and they see of each other;
-        appended groups never see each other once any of them is weighted.
+        `attention` (n,) in [0, 1] weighs attention between them and the target tokens;
+        once any group has weights, appended groups do not attend to each other.
         """
-        n, old = tokens.shape[1], len(self.mask)
+        n, old = tokens.shape[1], len(self.denoise_mask)
         grown = self.attention
         if grown is not None or attention is not None:
             weights = np.ones(n, np.float32) if attention is None else attention
             grown = np.zeros((old + n, old + n), np.float32)
             grown[:old, :old] = 1 if self.attention is None else self.attention
             grown[old:, old:] = 1
-            grown[: self.size, old:] = weights
-            grown[old:, : self.size] = weights[:, None]
+            grown[: self.num_target_tokens, old:] = weights
+            grown[old:, : self.num_target_tokens] = weights[:, None]
         both = lambda a, b: mx.concatenate([a, b.astype(mx.float32)], axis=1)
         return replace(
             self,
             latent=both(
                 self.latent, mx.zeros(tokens.shape) if initial is None else initial
             ),
-            clean=both(self.clean, tokens),
-            mask=np.append(self.mask, np.full(n, 1 - strength, np.float32)),
+            clean_latent=both(self.clean_latent, tokens),
+            denoise_mask=np.append(
+                self.denoise_mask, np.full(n, 1 - strength, np.float32)
+            ),
             bounds=np.concatenate([self.bounds, bounds], axis=1),
             keyframes=np.append(self.keyframes, np.full(n, keyframes, np.float32)),
             attention=grown,
         )
 
 
-# Something the user asks for, as a change of one stream's state.
 Conditioning = Callable[[LatentState], LatentState]
 
 
@@ -186,27 +240,39 @@ def condition(state: LatentState, items: Iterable[Conditioning]) -> LatentState:
     return state
 
 
+def to_tokens(latents: mx.array) -> mx.array:
+    """Latents of video (1, f, H, W, C) or audio (1, t, mel, C) as tokens (1, n, C)."""
+    return audio_to_tokens(latents) if latents.ndim == 4 else video_tokens(latents)
+
+
+@dataclass(frozen=True)
+class StartFrom:
+    """Start from latents (video or audio, of the target's size) instead of zeros."""
+
+    latents: mx.array
+
+    def __call__(self, state: LatentState) -> LatentState:
+        tokens = to_tokens(self.latents).astype(mx.float32)
+        return replace(state, latent=tokens, clean_latent=tokens)
+
+
 @dataclass(frozen=True)
 class Replace:
-    """Latents held in place from latent frame or audio token `at` on: video
-    (1, f, H, W, C) or audio (1, t, mel, C)."""
+    """Hold latents (video or audio) in place from latent frame or audio token `at`."""
 
     latents: mx.array
     at: int = 0
     strength: float = 1.0
 
     def __call__(self, state: LatentState) -> LatentState:
-        if self.latents.ndim == 4:
-            tokens, tokens_each = audio_to_tokens(self.latents), 1
-        else:
-            _, _, height, width, _ = self.latents.shape
-            tokens, tokens_each = video_tokens(self.latents), height * width
-        return state.replace_tokens(self.at * tokens_each, tokens, self.strength)
+        tokens = to_tokens(self.latents)
+        start = self.at * (tokens.shape[1] // self.latents.shape[1])
+        return state.replace_tokens(start, tokens, self.strength)
 
 
 @dataclass(frozen=True)
 class Keyframe:
-    """An image or short clip (1, f, H, W, C) that guides from pixel frame `frame`."""
+    """Guide with an image or short clip (1, f, H, W, C) placed at pixel frame `frame`."""
 
     latents: mx.array
     frame: int
@@ -223,15 +289,15 @@ class Keyframe:
 
 
 def evenly_spaced(count: int, num_frames: int) -> tuple[int, ...]:
-    """Frames that cut a video into `count` + 1 equal parts."""
+    """Frames that divide a video into `count` + 1 equal parts."""
     places = np.rint(np.linspace(0, num_frames - 1, count + 2))
     return tuple(map(int, places[1:-1]))
 
 
 @dataclass(frozen=True)
 class KeyframeSlots:
-    """Single frames, generated beside the video of latents (F, H, W), that keep it sharp
-    at these places, from zeros or initial latents (1, K, H, W, C): from 2.5 on."""
+    """Generate single frames at these places together with a video of latent size
+    (F, H, W), from zeros or initial latents (1, K, H, W, C); from 2.5 on."""
 
     frames: tuple[int, ...]
     latent_size: tuple[int, int, int]
@@ -250,10 +316,10 @@ class KeyframeSlots:
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference clip (1, f, H, W, C) for an IC-LoRA, over the whole target.
+    """A reference clip (1, f, H, W, C) for an IC-LoRA.
 
-    A smaller or slower reference is laid over the target by its factors. `visibility`
-    in [0, 1] (scalar or by token) weighs the attention between it and the target.
+    The factors scale the positions of a smaller or slower clip to the target's.
+    `visibility` in [0, 1] (scalar or per token) weighs attention between the two.
     """
 
     latents: mx.array
@@ -281,7 +347,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Regenerate:
-    """Generate what touches (start, end) seconds, keep all else: a retake."""
+    """Generate the tokens that overlap (start, end) in seconds, keep the rest: a retake."""
 
     start: float
     end: float
@@ -289,12 +355,16 @@ class Regenerate:
     def __call__(self, state: LatentState) -> LatentState:
         begin, stop = state.bounds[0, :, 0], state.bounds[0, :, 1]
         inside = (stop > self.start) & (begin < self.end)
-        return replace(state, mask=inside.astype(np.float32))
+        return replace(state, denoise_mask=inside.astype(np.float32))
 
 
 @dataclass(frozen=True)
 class Freeze:
-    """Keep the whole stream as it is given."""
+    """Keep the whole stream unchanged; `from_noise` starts it as noise all the same, as
+    the reference's retake does."""
+
+    from_noise: bool = False
 
     def __call__(self, state: LatentState) -> LatentState:
-        return replace(state, mask=np.zeros_like(state.mask))
+        mask = np.zeros_like(state.denoise_mask)
+        return replace(state, denoise_mask=mask, starts_as_noise=self.from_noise)

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from contextlib import contextmanager
 from typing import Any, ClassVar, Iterator, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.nn.layers.distributed import shard_inplace
-from mlx.utils import tree_map_with_path
 
 from .base import Config
+from .linear import Group, ShardedRMSNorm, all_sum, shard_columns, shard_rows
 
 Stride = tuple[int, int, int]  # in time, height and width
 Rope = tuple[mx.array, mx.array]  # cos and sin, each (heads, T, head_dim / 2)
+
+
+@contextmanager
+def no_random_weights() -> Iterator[None]:
+    """Keep `mx.random.state` while modules are built whose weights will be loaded.
+
+    MLX's layers draw initial weights lazily. Each draw makes the graph of the random
+    state longer, which would never be evaluated and grow with every module.
+    """
+    high, low = mx.random.state[0].tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
 
 
 class Component(nn.Module):
@@ -26,13 +39,18 @@ class Component(nn.Module):
     @classmethod
     def from_config(cls, section: dict[str, Any]) -> nn.Module:
         """The module with parameters of the configured shapes, not loaded."""
+        with no_random_weights():
+            return cls.build(section)
+
+    @classmethod
+    def build(cls, section: dict[str, Any]) -> nn.Module:
         return cls(cls.config_class.from_dict(section))
 
     @classmethod
     def infer_sizes(
         cls, section: dict[str, Any], shapes: dict[str, tuple]
     ) -> dict[str, Any]:
-        """The section with the sizes that only the tensors' shapes say."""
+        """The section with sizes that only the tensors' shapes tell."""
         return section
 
     @classmethod
@@ -42,7 +60,7 @@ class Component(nn.Module):
 
 
 def rms_norm(x: mx.array, eps: float = 1e-6) -> mx.array:
-    """RMS-normalise the last axis, without weight."""
+    """RMS-normalize the last axis, without weight."""
     return mx.fast.rms_norm(x, None, eps)
 
 
@@ -55,10 +73,10 @@ def rope_cos_sin(
 ) -> Rope:
     """Rotary tables of `positions` (axes, T), float32, each (heads, T, dim / heads / 2).
 
-    Every axis gets the same dim // (2 * axes) frequencies from pi/2 to theta * pi/2,
-    interleaved (t, h, w of one band side by side); what is missing to dim / 2 is
-    filled with zero angles in front. The grid is float64, the angles are float32, as
-    the model was trained: numpy, because MLX computes float64 sines in float32 on CPU.
+    Every axis has the same dim // (2 * axes) frequencies from pi/2 to theta * pi/2,
+    interleaved (t, h and w of a frequency are neighbors); zero angles in front fill up
+    to dim / 2. Frequencies are float64 and angles float32, as in training; in numpy,
+    because MLX computes float64 sines in float32 on the CPU.
     """
     axes = len(positions)
     grid = theta ** np.linspace(0.0, 1.0, dim // (2 * axes)) * (np.pi / 2)
@@ -78,42 +96,9 @@ def apply_rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-# Rows from which on it is faster to dequantise a layer and multiply: a quantised matmul
-# is slow on MLX's CPU backend (measured) and, at many rows, on M1 and M2 (g13, g14).
-DEQUANTIZE_FROM = {"cpu": 6, "applegpu_g13": 512, "applegpu_g14": 512}
-
-
-@cache
-def dequantize_from() -> float:
-    """The rows of DEQUANTIZE_FROM for this machine; infinity on all others."""
-    cpu = mx.default_device().type == mx.cpu
-    chip = "cpu" if cpu else mx.device_info().get("architecture", "")
-    return next((n for k, n in DEQUANTIZE_FROM.items() if chip.startswith(k)), math.inf)
-
-
-class QuantizedLinear(nn.QuantizedLinear):
-    """Multiplies by the quantised weight or dequantises it first, by what is faster."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if x.size // x.shape[-1] < dequantize_from():
-            return super().__call__(x)
-        parts = self.weight, self.scales, self.get("biases")
-        how = self.group_size, self.bits, self.mode
-        y = x @ mx.dequantize(*parts, *how, dtype=x.dtype).T
-        return y + self.bias if "bias" in self else y
-
-
-def quantize(model: nn.Module, **options) -> None:
-    """`nn.quantize` with layers that multiply as it suits the machine."""
-    nn.quantize(model, **options)
-    for layer in model.modules():
-        if type(layer) is nn.QuantizedLinear:
-            layer.__class__ = QuantizedLinear
-
-
 def prefetch(modules: list[nn.Module]) -> Iterator[nn.Module]:
-    """Modules, taken out of the list: while one computes what its user has begun to
-    evaluate, the weights of the next are read; then it is let go."""
+    """Modules, removed from the list: loads the next one while the current one computes
+    (what the caller has given to `mx.async_eval`), then frees the current one."""
     mx.eval(modules[0].parameters())
     while modules:
         yield modules.pop(0)
@@ -122,49 +107,11 @@ def prefetch(modules: list[nn.Module]) -> Iterator[nn.Module]:
         mx.synchronize()
 
 
-# Layers that are split over the ranks of a group, each of which has all of the input.
-
-
-def shard_columns(layer: nn.Module, group: mx.distributed.Group) -> None:
-    """Keep this rank's outputs of a linear layer (or its entries of a vector)."""
-    whole = ("lora_a", "strength")  # of a LoRA beside it
-    shard_inplace(layer, lambda k, _: None if k.endswith(whole) else 0, group=group)
-
-
-def shard_rows(layer: nn.Module, group: mx.distributed.Group) -> None:
-    """Keep what this rank's inputs add to the outputs; the bias is the first rank's."""
-    whole = ("bias", "lora_b", "strength")
-    shard_inplace(layer, lambda k, _: None if k.endswith(whole) else -1, group=group)
-    if group.rank() > 0:
-        zero = lambda k, w: mx.zeros_like(w) if k.endswith("bias") else w
-        layer.update(tree_map_with_path(zero, layer.parameters()))
-
-
-def all_sum(x: mx.array, group: Optional[mx.distributed.Group]) -> mx.array:
-    """The sum of the ranks' parts."""
-    return x if group is None else mx.distributed.all_sum(x, group=group)
-
-
-class ShardedRMSNorm(nn.Module):
-    """RMS norm over a width of which each rank has a part."""
-
-    def __init__(self, norm: nn.RMSNorm, group: mx.distributed.Group):
-        super().__init__()
-        self.weight, self.eps, self.group = norm.weight, norm.eps, group
-        shard_columns(self, group)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = x.astype(mx.float32)
-        total = all_sum(y.square().sum(-1, keepdims=True), self.group)
-        width = self.group.size() * x.shape[-1]
-        return (y * mx.rsqrt(total / width + self.eps) * self.weight).astype(x.dtype)
-
-
 class Attention(nn.Module):
-    """Multi-head attention with q/k norms over the whole width and, from 2.3 on, gated
-    heads: each head's output times 2 sigmoid(logit of the query-side input)."""
+    """Multi-head attention with q/k norms over all heads and, from 2.3 on, head gates:
+    each head's output times 2 sigmoid(logit of the query-side input)."""
 
-    group: Optional[mx.distributed.Group] = None  # that the heads are split over
+    group: Optional[Group] = None  # the ranks that share the heads
 
     def __init__(
         self,
@@ -187,7 +134,7 @@ class Attention(nn.Module):
         if gated:
             self.to_gate_logits = nn.Linear(query_dim, heads)
 
-    def shard(self, group: mx.distributed.Group) -> None:
+    def shard(self, group: Group) -> None:
         """Keep this rank's heads."""
         self.group, self.heads = group, self.heads // group.size()
         self.q_norm = ShardedRMSNorm(self.q_norm, group)
@@ -216,10 +163,10 @@ class Attention(nn.Module):
         mask: Optional[mx.array] = None,
         values_only: bool = False,
     ) -> mx.array:
-        """Attend from `x` (B, T, query_dim) to itself, or to given keys and values.
+        """Attend from `x` (B, T, query_dim) to `keys_values`, or to itself if None.
 
-        `values_only` is the STG perturbation: attention is replaced by its values,
-        head by head; gate and output projection still apply.
+        `values_only` is the STG perturbation: each head returns its values; gate and
+        output projection still apply.
         """
         if values_only:
             out = self._split(self.to_v(x))
@@ -247,13 +194,13 @@ class GELU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, Linear with four times the width inside."""
+    """Linear, GELU, Linear with a hidden width of 4 dim."""
 
-    group: Optional[mx.distributed.Group] = None  # that the inner width is split over
+    group: Optional[Group] = None  # the ranks that share the hidden width
 
     def __init__(self, dim: int, bias: bool = True):
         super().__init__()
-        # The checkpoint counts a dropout between the two layers.
+        # In checkpoints the dropout between the layers has an index, too.
         down = nn.Linear(4 * dim, dim, bias=bias)
         self.net = [GELU(dim, 4 * dim, bias), nn.Identity(), down]
 
@@ -262,8 +209,8 @@ class FeedForward(nn.Module):
             x = layer(x)
         return all_sum(x, self.group)
 
-    def shard(self, group: mx.distributed.Group) -> None:
-        """Keep this rank's part of the inner width."""
+    def shard(self, group: Group) -> None:
+        """Keep this rank's part of the hidden width."""
         self.group = group
         shard_columns(self.net[0].proj, group)
         shard_rows(self.net[2], group)
@@ -316,7 +263,33 @@ class AdaLayerNormSingle(nn.Module):
         return rows.reshape(len(timesteps), self.rows, -1), embedded
 
 
-# Time and space for channels, and back.
+class Statistics(nn.Module):
+    """Mean and standard deviation of an autoencoder's latents over its training set: by
+    channel, or by channel and mel bin, which are stored with the channel first."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.shape = shape
+        self["mean-of-means"] = mx.zeros(math.prod(shape))
+        self["std-of-means"] = mx.ones(math.prod(shape))
+
+    def _mean_std(self) -> tuple[mx.array, mx.array]:
+        """As the last axes of latents, (C,) or (bins, C)."""
+        names = "mean-of-means", "std-of-means"
+        return tuple(self[name].reshape(self.shape).T for name in names)
+
+    def normalize(self, latents: mx.array) -> mx.array:
+        """The encoder's latents to the transformer's."""
+        mean, std = self._mean_std()
+        return ((latents - mean) / std).astype(latents.dtype)
+
+    def denormalize(self, latents: mx.array) -> mx.array:
+        """Undo `normalize`."""
+        mean, std = self._mean_std()
+        return (latents * std + mean).astype(latents.dtype)
+
+
+# Space and time to channels, and back
 
 
 def space_to_depth(x: mx.array, stride: Stride) -> mx.array:
@@ -337,7 +310,7 @@ def depth_to_space(x: mx.array, stride: Stride) -> mx.array:
 
 
 def patchify(x: mx.array, size: int) -> mx.array:
-    """Pixels to patches, in which the column counts before the row."""
+    """Pixels to patches, whose channels are ordered (c, column, row)."""
     return space_to_depth(x.swapaxes(2, 3), (1, size, size)).swapaxes(2, 3)
 
 

@@ -1,4 +1,4 @@
-"""LoRAs as side paths beside any linear layer, quantised or not."""
+"""LoRAs: read from files, attached to linear layers or fused into weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlx.utils import tree_unflatten
 
 from .base import UserError
 
-# diffusers' names of what the official files call otherwise.
+# Modules that diffusers has renamed: its names and the official ones
 DIFFUSERS_NAMES = {
     "proj_in": "patchify_proj",
     "audio_proj_in": "audio_patchify_proj",
@@ -34,7 +34,7 @@ KEY = re.compile(
 
 @dataclass(frozen=True)
 class Lora:
-    """Factors by module path: A (r, in), B (out, r), with any alpha / r folded into B."""
+    """Factors by module path: A (r, in), B (out, r) times alpha / r."""
 
     name: str
     factors: dict[str, tuple[mx.array, mx.array]]
@@ -42,9 +42,9 @@ class Lora:
 
     @classmethod
     def read(cls, path: str | Path) -> Lora:
-        """Read a LoRA in official, ComfyUI or diffusers key style, lazily.
+        """Read a LoRA with keys as in official files, ComfyUI or diffusers, lazily.
 
-        Raises UserError for a file that is no LoRA or has keys of no known style.
+        Raises UserError if the file is not a LoRA or has other keys.
         """
         path = Path(path)
         if not path.is_file():
@@ -57,7 +57,7 @@ class Lora:
         for key, tensor in tensors.items():
             match = KEY.fullmatch(key.removeprefix("model."))
             if match is None:
-                raise UserError(f"LoRA {path} has {key}, which names no LoRA factor")
+                raise UserError(f"LoRA {path}: unrecognized key {key}")
             module = match["path"]
             if match["style"] == "transformer":
                 head, _, rest = module.partition(".")
@@ -66,34 +66,39 @@ class Lora:
             name = part.get(match["part"], match["part"][5:6])
             parts.setdefault(module, {})[name] = tensor
         if not parts:
-            raise UserError(f"LoRA {path} has no LoRA factor")
+            raise UserError(f"LoRA {path} has no factors")
         factors = {}
         for module, p in parts.items():
             if not {"A", "B"} <= p.keys():
-                raise UserError(f"LoRA {path} lacks one factor of {module}")
+                raise UserError(f"LoRA {path}: missing lora_A or lora_B for {module}")
             a, b = p["A"], p["B"]
             if "alpha" in p:
                 b = b.astype(mx.float32) * (p["alpha"].astype(mx.float32) / a.shape[0])
             factors[module] = (a, b)
         return cls(path.name, factors, metadata)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors."""
+        return sum(a.nbytes + b.nbytes for a, b in self.factors.values())
+
     def check(self, model: nn.Module) -> None:
-        """Every factor pair must fit a linear layer of the model, or UserError."""
+        """Raise UserError unless each pair of factors fits a linear layer of `model`."""
         layers = dict(model.named_modules())
         for path, (a, b) in self.factors.items():
             layer = layers.get(path)
             shape = None if layer is None else linear_shape(layer)
             if shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
+                found = "no such layer" if shape is None else "%dx%d" % shape
                 raise UserError(
-                    f"LoRA {self.name} changes {path} by "
-                    f"{b.shape[0]}x{b.shape[1]} times {a.shape[0]}x{a.shape[1]}, but the "
-                    f"model has {'no such layer' if shape is None else '%dx%d' % shape}: "
-                    "it was made for another generation"
+                    f"LoRA {self.name} does not fit this model: factors "
+                    f"{b.shape[0]}x{b.shape[1]} and {a.shape[0]}x{a.shape[1]} for {path}, "
+                    f"where the model has {found}; it was made for another generation"
                 )
 
 
 def linear_shape(layer: nn.Module) -> Optional[tuple[int, int]]:
-    """Outputs and inputs of a linear layer, or None for any other layer."""
+    """Outputs and inputs of a linear layer; None for any other layer."""
     if isinstance(layer, LoRALinear):
         return linear_shape(layer.linear)
     if isinstance(layer, nn.QuantizedLinear):
@@ -102,9 +107,8 @@ def linear_shape(layer: nn.Module) -> Optional[tuple[int, int]]:
 
 
 class LoRALinear(nn.Module):
-    """A linear layer and the sum of its LoRAs beside it: x W + (x A^T s) B^T.
-
-    The strengths s (r,) stay outside B, which 16 bits would round.
+    """A linear layer plus its LoRAs: x W^T + (x A^T s) B^T, where A and B hold the rows
+    of all LoRAs. The strengths s (r,) are not folded into B, which 16 bits would round.
     """
 
     def __init__(self, linear: nn.Module, a: mx.array, b: mx.array, s: mx.array):
@@ -121,9 +125,8 @@ class LoRALinear(nn.Module):
 
 
 def attach(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
-    """Put these LoRAs, each with a strength, beside the model's linear layers; whatever
-    was attached before is removed, and the layers themselves are never touched. The
-    factors are read where they are first used."""
+    """Wrap the linear layers in LoRALinear for these LoRAs, each with a strength, in
+    place of those attached before. The layers themselves do not change."""
     layers = dict(model.named_modules())
     changed = {k: m.linear for k, m in layers.items() if isinstance(m, LoRALinear)}
     paths: dict[str, list[tuple[mx.array, ...]]] = {}
@@ -143,8 +146,8 @@ def attach(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
 def fuse(
     weights: dict[str, mx.array], loras: Sequence[tuple[Lora, float]]
 ) -> dict[str, mx.array]:
-    """The weights with LoRAs added: W + sum of s B A in float32, rounded once to W's
-    dtype; lazily, and after `Lora.check`."""
+    """The weights plus LoRAs, W + sum of s B A, computed in float32 and rounded once to
+    W's dtype, lazily. Call `Lora.check` first."""
     fused = dict(weights)
     for path in dict.fromkeys(path for lora, _ in loras for path in lora.factors):
         w = weights[f"{path}.weight"]

@@ -1,7 +1,8 @@
-"""Images, video and sound, in and out: the only file that knows ffmpeg."""
+"""Read and write images, video and sound: the only file that calls ffmpeg."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -10,91 +11,87 @@ import struct
 import subprocess
 import tempfile
 import warnings
-import zlib
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Iterable, Iterator
 
 import imageio_ffmpeg
 import numpy as np
 
-from .base import UserError
+from .base import UserError, hann_sinc
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PathLike = str | Path
 
 # --- ffmpeg ---
 
-# Said of a file that stops in the middle, even with exit code 0.
+# Messages about a file that ends too early; ffmpeg may still exit with 0.
 DAMAGE = re.compile("partial file|ended prematurely|overread|truncated|corrupt")
 
 
-def _command(*options: str | list[str]) -> list[str]:
-    """ffmpeg with options as in a shell, but for lists: their items are not split."""
+@contextmanager
+def _ffmpeg(
+    problem: str, *options: str | list[str], **pipes
+) -> Iterator[subprocess.Popen]:
+    """Run ffmpeg during a block; raise `problem` with its reason if it fails.
+
+    Options are split at spaces, but for those in lists.
+    """
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-xerror"]
     for option in options:
         command += option.split() if isinstance(option, str) else option
-    return command
-
-
-def _judge(complaint: str, returncode: int, messages: bytes) -> None:
-    """Raise `complaint` with ffmpeg's first words if it failed or saw damage."""
-    text = messages.decode(errors="replace").strip()
-    if returncode or DAMAGE.search(text):
-        reason = re.sub(r"^(\[.*?\] )+", "", text.partition("\n")[0])
-        if re.search("matches no|not contain any stream", reason):
-            reason = "there is none in it"
-        raise UserError(f"{complaint} ({reason or f'ffmpeg exit code {returncode}'})")
-
-
-def _run(complaint: str, *options: str | list[str], data: bytes = b"") -> bytes:
-    """Run ffmpeg with `data` as its standard input; returns its standard output."""
-    done = subprocess.run(_command(*options), input=data, capture_output=True)
-    _judge(complaint, done.returncode, done.stderr)
-    return done.stdout
-
-
-@contextmanager
-def _running(
-    complaint: str, *options: str | list[str], **pipes
-) -> Iterator[subprocess.Popen]:
-    """ffmpeg beside the block; its messages go to a file, so that none blocks it."""
+    pipes = {"stdin": subprocess.DEVNULL} | pipes
     with (
-        tempfile.TemporaryFile() as messages,
-        subprocess.Popen(
-            _command(*options),
-            **{"stdin": subprocess.DEVNULL, "stderr": messages, **pipes},
-        ) as process,
+        tempfile.TemporaryFile() as messages,  # a pipe that nobody reads would block
+        subprocess.Popen(command, stderr=messages, **pipes) as process,
     ):
         try:
             yield process
         except BrokenPipeError:
-            pass  # ffmpeg is gone; its exit code and words tell why
+            process.communicate()
+            if process.returncode == 0:
+                raise  # of another pipe
         except BaseException:
             process.kill()
             raise
         finally:
-            if process.stdin:
-                with suppress(BrokenPipeError):
-                    process.stdin.close()
-        code = process.wait()
+            process.communicate()  # closes its input and waits
         messages.seek(0)
-        _judge(complaint, code, messages.read())
+        text = messages.read().decode(errors="replace").strip()
+    if process.returncode or DAMAGE.search(text):
+        reason = re.sub(r"^(\[.*?\] )+", "", text.partition("\n")[0])
+        if re.search("matches no|not contain any stream", reason):
+            reason = "there is none in it"
+        reason = reason or f"ffmpeg exit code {process.returncode}"
+        raise UserError(f"{problem} ({reason})")
+
+
+def _run(problem: str, *options: str | list[str], data: bytes = b"") -> bytes:
+    """Run ffmpeg with `data` as its standard input; returns its standard output."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with _ffmpeg(problem, *options, **pipes) as process:
+        output, _ = process.communicate(data)
+    return output
 
 
 @contextmanager
-def _complaining(complaint: str) -> Iterator[None]:
-    """Turn what the system refuses in the block into one line for the user."""
+def _system_errors(problem: str) -> Iterator[None]:
+    """Turn an error of the operating system in the block into a UserError."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{complaint} ({error.strerror})") from None
+        raise UserError(f"{problem} ({error.strerror or error})") from None
 
 
 def _input(path: PathLike) -> list[str]:
-    """The option that opens an existing file, whatever its name looks like."""
-    with _complaining(f"{path}: cannot be opened"), open(path, "rb") as file:
+    """The option that opens an existing file, whatever characters its name has."""
+    with _system_errors(f"{path}: cannot be opened"), open(path, "rb") as file:
         if not file.read(1):
             raise UserError(f"{path}: the file is empty")
     return ["-i", f"file:{path}"]
@@ -106,68 +103,63 @@ def _raw_input(height: int, width: int, fps: int | Fraction = 1) -> str:
     return f"{size} -framerate {fps} -i pipe:0"
 
 
-def _frames(complaint: str, *options: str | list[str]) -> Iterator[np.ndarray]:
-    """ffmpeg's frames (H, W, 3) uint8 one by one, as PPM, which tells its own size."""
-    ppm = "-pix_fmt rgb24 -c:v ppm -f image2pipe pipe:1"
-    with _running(complaint, *options, ppm, stdout=subprocess.PIPE) as process:
-        while process.stdout.readline():  # b"P6\n"
-            width, height = map(int, process.stdout.readline().split())
-            process.stdout.readline()  # b"255\n"
-            pixels = process.stdout.read(height * width * 3)
-            if len(pixels) == height * width * 3:
-                yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
-
-
 # --- images ---
 
-# As close to libjpeg's and libwebp's own decoders as swscale comes.
-STILL = "-sws_flags accurate_rnd+full_chroma_int+full_chroma_inp+bilinear -frames:v 1"
 
-# The EXIF entry of the orientation (tag 0x112, one short) in both byte orders.
-ORIENTATION = re.compile(
-    rb"\x12\x01\x03\0\x01\0\0\0([\1-\x08])\0|\x01\x12\0\x03\0\0\0\x01\0([\1-\x08])"
-)
-QUARTER_TURNS = {3: 2, 6: 3, 8: 1}  # against the clock; mirrored ones are ignored
+@cache
+def _pillow() -> ModuleType:
+    """`PIL.Image` with HEIC and a limit above the 200 megapixels of phones."""
+    import pillow_heif  # late, with Pillow it takes 50 ms
+    from PIL import Image
 
-# The header of an ICC profile, from its size on.
-ICC = re.compile(rb".{12}(mntr|scnr|spac)(RGB |GRAY|CMYK)(XYZ |Lab ).{12}acsp", re.S)
+    pillow_heif.register_heif_opener()
+    Image.MAX_IMAGE_PIXELS = 2**28
+    return Image
 
 
 def load_image(path: PathLike) -> np.ndarray:
-    """Read a picture as (H, W, 3) uint8, upright (mirrored EXIF ignored), alpha dropped.
+    """Read an image as (H, W, 3) uint8 sRGB, upright, without its alpha channel.
 
-    A JPEG or WebP with subsampled chroma loses an odd last row or column. ffmpeg cannot
-    convert ICC profiles: an embedded one other than sRGB is ignored with a warning.
+    As the reference does with Pillow, except that mirrored EXIF orientations and ICC
+    profiles are applied, and that 16-bit gray is scaled instead of clipped.
     """
-    complaint = f"{path}: cannot be read as an image"
-    source, data = _input(path), Path(path).read_bytes()
-    if data[4:8] == b"ftyp":  # HEIC, AVIF: ffmpeg joins their tiles and turns them
-        images = list(_frames(complaint, source, STILL))
-        turns = 0
-    else:
-        # The crop makes pictures with subsampled chroma even: odd ones have it drift.
-        options = f"{STILL} -vf crop"
-        images = list(_frames(complaint, "-noautorotate", source, options))
-        exif = ORIENTATION.search(data)
-        turns = QUARTER_TURNS.get(exif[exif.lastindex][0], 0) if exif else 0
-    if not images:
-        raise UserError(complaint)
-    if _has_foreign_profile(data):
-        warnings.warn(f"{path}: its ICC profile is ignored, colours may be off")
-    return np.rot90(images[0], turns).copy()
+    from PIL import ImageOps
+
+    _input(path)
+    # What Pillow raises for a damaged file depends on its format.
+    damage = OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error
+    try:
+        with _pillow().open(path) as file:
+            image = ImageOps.exif_transpose(file)
+        profile = image.info.get("icc_profile")
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point, save it with 8 bits")
+        if image.mode.startswith("I"):  # gray with 16 bits
+            pixels = np.asarray(image).clip(0, 65535) / 257
+            image = _pillow().fromarray(pixels.round().astype(np.uint8))
+        if image.has_transparency_data:
+            if image.convert("RGBA").getextrema()[3][0] < 255:
+                warnings.warn(f"{path}: its transparency is ignored")
+        image = _to_srgb(image, profile, path) if profile else image.convert("RGB")
+    except (*damage, _pillow().DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error})") from None
+    return np.array(image)
 
 
-def _has_foreign_profile(data: bytes) -> bool:
-    """Whether an image file embeds an ICC profile that does not call itself sRGB."""
-    packed = data.find(b"iCCP", 0, data.find(b"IDAT"))
-    if data.startswith(b"\x89PNG") and packed > 0:
-        with suppress(zlib.error):
-            start = data.index(b"\0", packed) + 2
-            data = zlib.decompressobj().decompress(data[start:])
-    if (header := ICC.search(data)) is None:
-        return False
-    profile = data[header.start() :][: int.from_bytes(header[0][:4], "big")]
-    return b"sRGB" not in profile.replace(b"\0", b"")  # which may be UTF-16
+def _to_srgb(image: Image, profile: bytes, path: PathLike) -> Image:
+    """Convert an image from its ICC profile, if that is valid, to sRGB."""
+    from PIL import ImageCms
+
+    modes = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}
+    try:
+        source = ImageCms.getOpenProfile(io.BytesIO(profile))
+        if "sRGB" not in ImageCms.getProfileDescription(source):
+            image = image.convert(modes.get(image.mode, "RGB"))
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+    except ImageCms.PyCMSError as error:
+        warnings.warn(f"{path}: its ICC profile is ignored ({error})")
+    return image.convert("RGB")
 
 
 def recompress(image: np.ndarray, crf: int) -> np.ndarray:
@@ -199,14 +191,14 @@ def resize_and_crop(
 ) -> np.ndarray:
     """Fill a size with frames (H, W, 3) uint8 -> (F, height, width, 3) in [-1, 1].
 
-    The aspect is kept and the centre cropped; bilinear, when shrinking too without
+    The aspect is kept and the center cropped; bilinear, when shrinking too without
     antialiasing, as the reference. `frames` may be an array or an iterator.
     """
 
     def fit(frame):
         scale = max(height / frame.shape[0], width / frame.shape[1])
-        top, bottom, y = _neighbours(frame.shape[0], scale, height)
-        left, right, x = _neighbours(frame.shape[1], scale, width)
+        top, bottom, y = _neighbors(frame.shape[0], scale, height)
+        left, right, x = _neighbors(frame.shape[1], scale, width)
         x, y = x[None, :, None], y[:, None, None]
         rows = frame[top] * (1 - y) + frame[bottom] * y
         return (rows[:, left] * (1 - x) + rows[:, right] * x) / np.float32(127.5) - 1
@@ -214,7 +206,7 @@ def resize_and_crop(
     return np.fromiter(map(fit, frames), np.dtype((np.float32, (height, width, 3))))
 
 
-def _neighbours(size: int, scale: float, kept: int) -> tuple[np.ndarray, ...]:
+def _neighbors(size: int, scale: float, kept: int) -> tuple[np.ndarray, ...]:
     """Both source indices of each pixel kept of a resized axis, the second's weight."""
     resized = math.ceil(size * scale)
     pixels = np.arange(kept, dtype=np.float32) + (resized - kept) // 2
@@ -258,9 +250,9 @@ def frame_rate(fps: float | Fraction) -> Fraction:
 
 def probe(path: PathLike) -> Media:
     """Measure the first video and sound of a file by reading all their packets."""
-    complaint = f"{path}: cannot be read as video or sound"
+    problem = f"{path}: cannot be read as video or sound"
     options = "-map 0:V:0? -map 0:a:0? -c copy -f framecrc pipe:1"
-    listing = _run(complaint, _input(path), options).decode()
+    listing = _run(problem, _input(path), options).decode()
     facts = dict(re.findall(r"^#(\w+ \d): (.*)$", listing, re.MULTILINE))
     found = {}
     for stream in "01":
@@ -285,18 +277,18 @@ def probe(path: PathLike) -> Media:
             found["num_frames"] = len(rows) - len(hidden)
             found["duration"] = float(found["num_frames"] / found["fps"])
     if not found:
-        raise UserError(complaint)
+        raise UserError(problem)
     return Media(**found)
 
 
 def _first_picture(path: PathLike) -> tuple[int, int, Fraction]:
     """Width, height and nominal frame rate of a video, once it is upright."""
-    complaint = f"{path}: cannot be read as video"
+    problem = f"{path}: cannot be read as video"
     options = "-map 0:V:0 -frames:v 1 -pix_fmt yuv420p -f yuv4mpegpipe pipe:1"
-    picture = _run(complaint, _input(path), options)
+    picture = _run(problem, _input(path), options)
     header = re.match(rb"YUV4MPEG2 W(\d+) H(\d+) F(\d+):(\d+)", picture)
     if header is None:
-        raise UserError(complaint)
+        raise UserError(problem)
     width, height, *rate = map(int, header.groups())
     return width, height, Fraction(*rate)
 
@@ -312,18 +304,25 @@ def read_video(
     `fps` first brings it to that constant rate by repeating and dropping frames. Where
     the video ends early there are fewer frames; it is an error if there are none.
     """
-    complaint = f"{path}: cannot be read as video from frame {start_frame} on"
+    problem = f"{path}: cannot be read as video from frame {start_frame} on"
     filters = f"trim=start_frame={start_frame}"
     if num_frames is not None:
         filters += f":end_frame={start_frame + num_frames}"
     if fps is not None:
         filters = f"fps={frame_rate(fps)},{filters}"
     options = f"-map 0:V:0 -fps_mode passthrough -vf {filters},scale=flags=bilinear"
-    frame = None
-    for frame in _frames(complaint, _input(path), options):
-        yield frame
-    if frame is None:
-        raise UserError(f"{complaint} (it has no such frame)")
+    # As PPM, whose header has the size.
+    ppm = "-pix_fmt rgb24 -c:v ppm -f image2pipe pipe:1"
+    source, pipe, found = _input(path), subprocess.PIPE, False
+    with _ffmpeg(problem, source, options, ppm, stdout=pipe) as process:
+        while process.stdout.readline():  # b"P6\n"
+            width, height = map(int, process.stdout.readline().split())
+            process.stdout.readline()  # b"255\n"
+            pixels = process.stdout.read(height * width * 3)
+            if found := len(pixels) == height * width * 3:
+                yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+    if not found:
+        raise UserError(f"{problem} (it has no such frame)")
 
 
 def read_audio(
@@ -331,27 +330,41 @@ def read_audio(
 ) -> tuple[np.ndarray, int]:
     """Read sound, a video's too, as a waveform (samples, channels) float32 and its rate.
 
-    The window begins at sample round(start * rate) of the file's time, a track that sets
-    in later with silence, and has round(duration * rate) samples or fewer at the end.
+    The window begins at sample round(start * rate) of the file's time, with silence
+    where a track starts later, and has round(duration * rate) samples, or fewer at the
+    end. soundfile reads what it can, ffmpeg the rest (m4a, videos).
     """
-    # A decoder needs a run-up; whole seconds are whole samples at every rate.
-    skipped = max(0, int(start) - 1)
-    window = f"-ss {skipped}" if skipped else ""
-    if duration is not None:
-        window += f" -t {start - skipped + duration + 1}"
-    sound = _run(
-        f"{path}: cannot be read as sound",
-        window,
-        _input(path),
-        "-map 0:a:0 -af aresample=async=1:first_pts=0 -c:a pcm_f32be -f au pipe:1",
-    )
-    header, _, _, rate, channels = struct.unpack(">5I", sound[4:24])
-    waveform = np.frombuffer(sound, ">f4", offset=header).reshape(-1, channels)
-    first = round(start * rate) - skipped * rate
-    last = None if duration is None else first + round(duration * rate)
-    if not len(waveform[first:last]):
+    import soundfile  # late, it takes 60 ms
+
+    problem, source, skipped = f"{path}: cannot be read as sound", _input(path), 0
+    try:
+        file = soundfile.SoundFile(path)
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: headerless (.raw)
+        file = None
+    # Left to ffmpeg: Ogg, where soundfile seeks inexactly, and a wav that is shorter
+    # than its header says, which soundfile reads without an error.
+    if file is None or file.format == "OGG" or "should be" in file.extra_info:
+        # A decoder needs a run-up; whole seconds are whole samples at every rate.
+        skipped = max(0, int(start) - 1)
+        window = f"-ss {skipped}" if skipped else ""
+        if duration is not None:
+            window += f" -t {start - skipped + duration + 1}"
+        options = "-map 0:a:0 -af aresample=async=1:first_pts=0"
+        sound = _run(problem, window, source, options, "-c:a pcm_f32be -f au pipe:1")
+        file = soundfile.SoundFile(io.BytesIO(sound))
+    with file:
+        rate = file.samplerate
+        first = min(round(start * rate) - skipped * rate, file.frames)
+        last = file.frames
+        if duration is not None:
+            last = min(last, first + round(duration * rate))
+        file.seek(first)
+        waveform = file.read(last - first, "float32", always_2d=True)
+    if len(waveform) < last - first:
+        raise UserError(f"{problem} (it is damaged or incomplete)")
+    if not len(waveform):
         raise UserError(f"{path}: there is no sound at {start} s")
-    return waveform[first:last].astype(np.float32), rate
+    return waveform, rate
 
 
 def resample(waveform: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
@@ -363,53 +376,60 @@ def resample(waveform: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
         return waveform
     common = math.gcd(old_rate, new_rate)
     old, new = old_rate // common, new_rate // common
-    cutoff = 0.99 * min(old, new)
-    width = math.ceil(6 * old / cutoff)
-    # `old` samples become `new` ones, each by its own filter over them and `width` around.
-    time = np.arange(-width, width + old) / old - np.arange(new)[:, None] / new
-    time = np.clip(time * cutoff, -6, 6)
-    filters = np.sinc(time) * np.cos(time * np.pi / 12) ** 2 * cutoff / old
+    cutoff = 0.99 * min(1, new / old)
+    width = math.ceil(6 / cutoff)
     padded = np.pad(waveform, ((width, width + old), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, width * 2 + old, axis=0)
-    resampled = windows[::old] @ filters.T.astype(np.float32)  # (steps, channels, new)
     samples = math.ceil(len(waveform) * new / old)
-    return resampled.swapaxes(1, 2).reshape(-1, waveform.shape[1])[:samples]
+    resampled = np.empty((samples, waveform.shape[1]), np.float32)
+    # Every `new`-th sample lies equally between old ones and has the same taps.
+    for phase in range(min(new, samples)):
+        before, after = divmod(phase * old, new)
+        time = np.arange(-width, width + 1) - after / new
+        taps = (hann_sinc(time * cutoff) * cutoff).astype(np.float32)
+        windows = np.lib.stride_tricks.sliding_window_view(
+            padded[before:], len(taps), axis=0
+        )[
+            ::old
+        ]  # (steps, channels, taps)
+        target = resampled[phase::new]
+        target[:] = windows[: len(target)] @ taps
+    return resampled
 
 
 # --- output ---
 
 
-def _workspace(path: PathLike) -> tempfile.TemporaryDirectory:
-    """A hidden folder beside a file to be written, which a rename then finishes."""
-    path = Path(path)
+@contextmanager
+def _workspace(path: PathLike) -> Iterator[str]:
+    """A hidden folder next to `path`; a file "new" in it becomes `path` at the end."""
+    path, problem = Path(path), f"{path}: cannot be written"
     if path.is_dir():
         raise UserError(f"{path}: is a folder, give the name of a file")
-    with _complaining(f"{path}: cannot be written"):
-        return tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent)
+    with _system_errors(problem):
+        temporary = tempfile.TemporaryDirectory(
+            prefix=f".{path.name}-", dir=path.parent
+        )
+    with temporary as folder:
+        yield folder
+        if os.path.exists(f"{folder}/new"):
+            with _system_errors(problem):
+                os.replace(f"{folder}/new", path)
 
 
 def check_output(path: PathLike, suffix: str) -> None:
-    """Say before any work what would keep a file out`suffix` from being written."""
+    """Raise before any work if a file with this suffix cannot be written at `path`."""
     if Path(path).suffix.lower() != suffix:
         raise UserError(f"{path}: the output's name must end in {suffix}")
-    _workspace(path).cleanup()
-
-
-def _write(path: PathLike, *options: str | list[str], data: bytes) -> None:
-    """Have ffmpeg make a file of `data` that takes its name once it is complete."""
-    complaint = f"{path}: cannot be written"
-    with _workspace(path) as folder, _complaining(complaint):
-        made = f"{folder}/made"
-        _run(complaint, *options, [f"file:{made}"], data=data)
-        os.replace(made, path)
+    with _workspace(path):
+        pass
 
 
 def save_png(path: PathLike, image: np.ndarray) -> None:
     """Write an image (H, W, 3) uint8, or frames (F, H, W, 3) side by side as a strip."""
     if image.ndim == 4:
         image = np.concatenate(list(image), axis=1)
-    options = f"{_raw_input(*image.shape[:2])} -c:v png -f image2 -update 1"
-    _write(path, options, data=image.tobytes())
+    with _workspace(path) as folder, _system_errors(f"{path}: cannot be written"):
+        _pillow().fromarray(image).save(f"{folder}/new", "PNG")
 
 
 def _raw_sound(waveform: np.ndarray, rate: int) -> str:
@@ -427,102 +447,99 @@ def write_wav(
     rate: int,
     metadata: dict[str, Any] | None = None,
 ) -> None:
-    """Write a waveform (samples, channels) float32 as 16-bit sound, clipped to [-1, 1]."""
-    options = (_raw_sound(waveform, rate), _tag(metadata), "-c:a pcm_s16le -f wav")
-    _write(path, *options, data=waveform.astype("<f4").tobytes())
+    """Write a waveform (samples, channels) float32 as 16-bit sound, clipped to [-1, 1].
+
+    By ffmpeg, because soundfile drops comments above 2 KB without an error.
+    """
+    options = _raw_sound(waveform, rate), _tag(metadata), "-c:a pcm_s16le -f wav"
+    data = waveform.astype("<f4").tobytes()
+    with _workspace(path) as folder:
+        _run(f"{path}: cannot be written", *options, [f"file:{folder}/new"], data=data)
 
 
 def read_metadata(path: PathLike) -> dict[str, Any]:
     """The metadata that `VideoWriter` or `write_wav` put into a file."""
-    complaint = f"{path}: does not say how it was made"
-    listing = _run(complaint, _input(path), "-f ffmetadata pipe:1").decode()
+    problem = f"{path}: does not say how it was made"
+    listing = _run(problem, _input(path), "-f ffmetadata pipe:1").decode()
     comment = re.search(r"^comment=(.*)$", listing, re.MULTILINE)
     try:
         return json.loads(re.sub(r"\\(.)", r"\1", comment[1] if comment else ""))
     except json.JSONDecodeError:
-        raise UserError(complaint) from None
+        raise UserError(problem) from None
 
 
+@dataclass
 class VideoWriter:
-    """An mp4 in the making: `with VideoWriter(path, fps) as video: video.write(frames)`.
+    """Writes an mp4: `with VideoWriter(path, fps) as video: video.write(frames)`.
 
-    The file appears when the block has ended well and its frames have been counted; an
-    earlier one stays till then, and after a failure nothing new is left. `sound`, cut or
+    The file appears when the block has succeeded and its frames have been counted; an
+    earlier one stays until then, and a failure leaves nothing new. `sound`, cut or
     padded to the video's length, is a waveform (samples, channels) with its rate or a
-    file, whose AAC or MP3 is copied in whole packets if there is enough of it. `sound`
+    file, whose AAC is copied in whole packets if there is enough of it. `sound`
     and `metadata`, a JSON object, may be set until the block ends.
     """
 
-    COPIED = ("aac", "mp3")  # what every player expects in an mp4
+    path: PathLike
+    fps: float | Fraction
+    sound: tuple[np.ndarray, int] | PathLike | None = None
+    metadata: dict[str, Any] | None = None
+
     # In the frames' own properties: with -color_* options players see "unknown".
-    BT709 = (
+    BT709: ClassVar = (
         "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:"
         "color_trc=bt709:colorspace=bt709:range=tv"
     )
 
-    def __init__(
-        self,
-        path: PathLike,
-        fps: float | Fraction,
-        sound: tuple[np.ndarray, int] | PathLike | None = None,
-        metadata: dict[str, Any] | None = None,
-    ):
-        self.path, self.fps = Path(path), frame_rate(fps)
-        self.sound, self.metadata = sound, metadata
-        self.num_frames = 0
-        self._complaint = f"{path}: cannot be written"
-
     def __enter__(self) -> VideoWriter:
-        self._open, self._encoding, self._encoder = ExitStack(), ExitStack(), None
+        self._open, self._encoder, self.num_frames = ExitStack(), None, 0
         return self
+
+    def _start(self, height: int, width: int) -> subprocess.Popen:
+        """Start the encoder of frames; from here on a failure has to clean up."""
+        if height % 2 or width % 2:
+            raise UserError(f"{self.path}: {width}x{height} is odd, give even sides")
+        self._folder = self._open.enter_context(_workspace(self.path))
+        self._open.push(self._finish)
+        encoder = _ffmpeg(
+            f"{self.path}: cannot be written",
+            f"{_raw_input(height, width, frame_rate(self.fps))} -vf {self.BT709}",
+            "-pix_fmt yuv420p -c:v libx264 -crf 19 -preset veryfast -f mp4",
+            [f"file:{self._folder}/picture"],
+            stdin=subprocess.PIPE,
+        )
+        return self._open.enter_context(encoder)
 
     def write(self, frames: np.ndarray) -> None:
         """Append frames (F, H, W, 3) uint8, all of one size with even sides."""
         if self._encoder is None:
-            self._size = height, width = frames.shape[1:3]
-            if height % 2 or width % 2:
-                raise UserError(
-                    f"{self.path}: {width}x{height} is odd, give even sides"
-                )
-            # Not before: a program that is killed till then leaves nothing behind.
-            self._folder = self._open.enter_context(_workspace(self.path))
-            self._picture = f"file:{self._folder}/picture"
-            encoder = _running(
-                self._complaint,
-                f"{_raw_input(height, width, self.fps)} -vf {self.BT709}",
-                "-pix_fmt yuv420p -c:v libx264 -crf 19 -preset veryfast -f mp4",
-                [self._picture],
-                stdin=subprocess.PIPE,
-            )
-            self._encoder = self._encoding.enter_context(encoder)
+            self._size = frames.shape[1:3]
+            self._encoder = self._start(*self._size)
         if frames.shape[1:3] != self._size or frames.dtype != np.uint8:
             raise ValueError(f"{frames.shape} {frames.dtype} frames after {self._size}")
         self._encoder.stdin.write(frames.tobytes())
         self.num_frames += len(frames)
 
     def __exit__(self, *failure) -> None:
-        with self._open:
-            self._encoding.__exit__(*failure)
-            if failure[0] is None:
-                self._finish()
-
-    def _finish(self) -> None:
-        """Join picture and sound, count the frames, give the file its name."""
-        if not self.num_frames:
+        # In this order: the encoder ends, `_finish`, the workspace is cleaned up.
+        self._open.__exit__(*failure)
+        if failure[0] is None and not self.num_frames:
             raise ValueError(f"{self.path}: no frames were written")
-        made = f"{self._folder}/made"
-        sound, data = self._exact_sound(self.num_frames / self.fps)
+
+    def _finish(self, *failure) -> None:
+        """Join picture and sound and count the frames, if nothing has failed."""
+        if failure[0] or not self.num_frames:
+            return
+        sound, data = self._exact_sound(self.num_frames / frame_rate(self.fps))
+        new = f"{self._folder}/new"
         _run(
-            self._complaint,
-            ["-i", self._picture, *sound],
+            f"{self.path}: cannot be written",
+            ["-i", f"file:{self._folder}/picture", *sound],
             ["-c:v", "copy", *_tag(self.metadata), "-movflags", "+faststart"],
-            ["-f", "mp4", f"file:{made}"],
+            ["-f", "mp4", f"file:{new}"],
             data=data,
         )
-        if (found := probe(made).num_frames) != self.num_frames:
+        if (found := probe(new).num_frames) != self.num_frames:
             raise RuntimeError(f"{found} frames in the mp4 after {self.num_frames}")
-        with _complaining(self._complaint):
-            os.replace(made, self.path)
 
     def _exact_sound(self, duration: Fraction) -> tuple[list[str], bytes]:
         """The options that add `duration` seconds of sound, and what they read."""
@@ -532,7 +549,7 @@ class VideoWriter:
             waveform, rate = self.sound
         else:
             media = probe(self.sound)
-            if media.audio_codec in self.COPIED and media.audio_duration >= duration:
+            if media.audio_codec == "aac" and media.audio_duration >= duration:
                 options = f"-map 0:v -map 1:a:0 -c:a copy -t {float(duration)}"
                 return _input(self.sound) + options.split(), b""
             waveform, rate = read_audio(self.sound, duration=float(duration))

@@ -1,9 +1,9 @@
-"""What a job will hold in memory, phase by phase, told before any weights are read.
+"""Estimate the peak memory of each phase before weights are loaded.
 
 A phase holds weights, whose sizes are in the files' headers, and buffers, counted in
-its widest tensors. How many of them are alive together was measured on MLX's CPU
-backend, which also writes out attention scores and unfolds what it convolves. A GPU does
-neither: there the multiples, the second of each pair, are estimates.
+copies of its widest tensor. The first number of each pair of copies was measured on
+MLX's CPU backend, which materializes attention scores and unfolds convolutions. A GPU
+does neither; the second number is an estimate.
 """
 
 from __future__ import annotations
@@ -11,62 +11,59 @@ from __future__ import annotations
 import math
 import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Callable, Iterable, Mapping, Optional
 
 import mlx.core as mx
 
-from . import parallel
 from .base import UserError
-from .denoiser import pass_kinds
+from .conditions import Stage
 from .diffusion_decoder import tile
 from .dit import DiTConfig
+from .guidance import guidance_passes
 from .hub import DTYPES, File
-from .inputs import wanted
-from .latents import MEL_FRAMES_PER_TOKEN, latent_frames
-from .lora import Lora
-from .request import Job, Request, Stage
+from .latents import MEL_FRAMES_PER_TOKEN, Size
+from .request import Request
 from .text import MAX_TOKENS
 from .upsampler import UpsamplerConfig
 from .vae import DOWN, UP, VideoVAEConfig
 from .weights import FLOAT32, Checkpoint
 
 FLOAT = 4  # bytes: encoders and decoders compute in float32
-# Alive together, on the CPU and elsewhere: copies of the widest tensor.
-UNFOLDED = (34, 6)  # of a 3x3x3 convolution
-UPSAMPLED = (102, 6)  # of an upsampler, whose convolutions see all frames at once
-SPECTRAL = (90, 12)  # of the audio VAE and of HiFi-GAN
-SNAKES = (215, 30)  # of BigVGAN
+# Copies of the widest tensor that are alive together, on the CPU and on a GPU.
+CONVOLUTION = (34, 6)  # 3x3x3
+UPSAMPLER = (102, 6)  # whose convolutions see all frames at once
+SPECTRAL = (90, 12)  # the audio VAE and HiFi-GAN
+BIGVGAN = (215, 30)
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes of weights and of buffers. `spared` are the transformer's blocks that need
-    not be there while blocks are streamed."""
+class Footprint:
+    """Bytes of weights and buffers; `streamable` are weights that need not be there
+    while the transformer's blocks are streamed."""
 
     weights: int
     buffers: float
-    spared: int = 0
+    streamable: int = 0
 
     def total(self, streamed: bool) -> float:
-        return self.weights + self.buffers - self.spared * streamed
+        return self.weights + self.buffers - self.streamable * streamed
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the phases need, what there is, and whether blocks are to be streamed."""
+class MemoryPlan:
+    """What the phases need, what is available, and whether blocks are streamed."""
 
-    needs: Mapping[str, Need]
+    phases: Mapping[str, Footprint]
     limit: int
     streamed: bool = False
-    instead: str = ""  # what would fit, if this does not
-    shared: str = ""  # how several machines share the work
+    suggestion: str = ""  # what would fit, if this does not
 
     @property
     def peak(self) -> tuple[float, str]:
-        """The most that is needed, and the phase."""
-        return max((n.total(self.streamed), phase) for phase, n in self.needs.items())
+        """The largest need, and its phase."""
+        return max((n.total(self.streamed), phase) for phase, n in self.phases.items())
 
     @property
     def fits(self) -> bool:
@@ -77,25 +74,60 @@ class Plan:
         if not self.fits:
             need, phase = self.peak
             raise UserError(
-                f"{phase} needs {need / 1e9:.2f} GB of memory, of which there are "
-                f"{self.limit / 1e9:.2f}: {self.instead}"
+                f"{phase} needs {need / 1e9:.2f} GB but {self.limit / 1e9:.2f} GB are "
+                f"available; {self.suggestion}"
             )
 
     def __str__(self) -> str:
         rows = [f"{'phase':<10}{'weights':>10}{'buffers':>10}{'peak GB':>10}"]
-        for phase, need in self.needs.items():
+        for phase, need in self.phases.items():
             total = need.total(self.streamed)
             parts = (total - need.buffers, need.buffers, total)
             rows.append(f"{phase:<10}" + "".join(f"{p / 1e9:>10.2f}" for p in parts))
         how = "read block by block" if self.streamed else "held in memory"
-        rows.append(f"of {self.limit / 1e9:.2f} GB; the transformer is {how}")
-        if self.shared:
-            rows.append(f"--parallel {self.shared}: {parallel.WAYS[self.shared]}")
+        rows.append(f"{self.limit / 1e9:.2f} GB available; the transformer is {how}")
         return "\n".join(rows)
 
 
+def planned(
+    phases: Mapping[str, Footprint], limit: int, low_memory: Optional[bool]
+) -> MemoryPlan:
+    """A plan that streams blocks if told to, or if nothing is said and it must."""
+    plan = MemoryPlan(phases, limit, bool(low_memory))
+    must = low_memory is None and not plan.fits
+    return replace(plan, streamed=True) if must else plan
+
+
+def joined(
+    plans: Iterable[MemoryPlan],
+    low_memory: Optional[bool],
+    first: Mapping[str, Footprint] = MappingProxyType({}),
+) -> MemoryPlan:
+    """The plan for doing several jobs together, after some `first` phases."""
+    phases = dict(first)
+    for plan in plans:
+        for phase, need in plan.phases.items():
+            other = phases.get(phase, need)
+            phases[phase] = max(other, need, key=lambda n: n.total(False))
+    return planned(phases, plan.limit, low_memory)
+
+
+def suggest_smaller(r: Request, fits: Callable[[Request], bool]) -> str:
+    """A shorter or smaller video that fits, or what else may help."""
+    for part in (1, 2, 4):
+        sides = (max(side // part // 64, 1) * 64 for side in (r.height, r.width))
+        height, width = sides
+        frames = r.num_frames
+        while r.video is None and frames > 1:
+            frames = (frames - 1) // 16 * 8 + 1
+            less = replace(r, height=height, width=width, num_frames=frames)
+            if fits(less):
+                return f"{width}x{height} with {frames} frames would fit"
+    return "try a lower-bit model (convert.py --quantize) or a smaller video"
+
+
 def available() -> int:
-    """Bytes to be used at most: what Metal recommends, a GPU's memory, or the RAM."""
+    """Bytes that may be used: what Metal recommends, a GPU's memory, or the RAM."""
     device = mx.device_info()
     for key in ("max_recommended_working_set_size", "total_memory"):
         if key in device:
@@ -103,7 +135,7 @@ def available() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def set_limits(plan: Plan) -> None:
+def set_limits(plan: MemoryPlan) -> None:
     """Keep what is needed from being paged out, and cached buffers within what is left.
     Only Metal has such limits."""
     if mx.metal.is_available():
@@ -112,42 +144,22 @@ def set_limits(plan: Plan) -> None:
         mx.set_cache_limit(max(plan.limit - peak, 1 << 28))
 
 
-class Predictor:
-    """Tells what jobs of a model need; its headers are read once."""
+class Estimator:
+    """Estimates what stages of a model need; its headers are read once."""
 
-    def __init__(
-        self,
-        source: Checkpoint,
-        dtype: mx.Dtype,
-        text_encoder: list[File],
-        shards: int = 1,
-    ):
-        """`shards` machines have each a part of the transformer's blocks."""
-        self.config = source.config
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype):
+        self.config, self.dtype = checkpoint.config, dtype
         self.gpu = mx.default_device().type != mx.cpu
         # The CPU computes in float32 some of what has 16 bits.
         self.item = dtype.size if self.gpu else max(dtype.size, 3)
-        self.size = {}
-        for name in source.components:
-            tensors = source.weights(name, mx.float32 if name in FLOAT32 else dtype)
-            sizes = {
-                k: w.nbytes // (shards if k.startswith("transformer_blocks.") else 1)
-                for k, w in tensors.items()
-            }
-            self.size[name] = sum(sizes.values())
-            spare = spared(sizes, self.gpu)
+        self.size, self.streamable = {}, {}
+        for name in checkpoint.components:
+            tensors = checkpoint.weights(name, mx.float32 if name in FLOAT32 else dtype)
+            layers = layer_sizes({k: w.nbytes for k, w in tensors.items()})
+            self.size[name] = sum(layers.values())
+            self.streamable[name] = streamable(layers, self.gpu)
             if name == "transformer":
-                self.spared = spare
-            elif name == "gemma":
-                self.encoder = self.size[name] - spare
-        if "gemma" not in source.components:
-            read = {
-                k: math.prod(shape) * (dtype.size if "F" in kind else DTYPES[kind].size)
-                for f in text_encoder
-                for k, (kind, shape) in ((k, f.header[k]) for k in f.keys)
-                if not re.search("vision|multi_modal|lm_head", k)
-            }
-            self.encoder = sum(read.values()) - spared(read, self.gpu)
+                self.blocks = self.size[name] - layers[""]
         self.dit = DiTConfig.from_dict(self.config["transformer"])
         self.vae = VideoVAEConfig.from_dict(self.config["vae"])
         c = self.config["transformer"]
@@ -156,53 +168,49 @@ class Predictor:
         audio = [c.get(f"audio_connector_{k}", v) for k, v in zip(keys, video)]
         self.connectors = video, audio  # heads and the size of one
 
-    def plan(self, jobs: Iterable[Job], streamed: Optional[bool] = None) -> Plan:
-        """Of jobs that are done together; blocks are streamed if it is left open and all
-        of them would not fit."""
-        needs: dict[str, Need] = {}
-        for phase, need in (item for job in jobs for item in self.needs(job).items()):
-            before = needs.setdefault(phase, need)
-            needs[phase] = max(need, before, key=lambda n: n.total(False))
-        plan = Plan(needs, available(), bool(streamed))
-        left_open = streamed is None
-        return replace(plan, streamed=True) if left_open and not plan.fits else plan
-
-    def what_fits(
-        self, job: Job, lay_out: Callable[[Request], Job], streamed: Optional[bool]
-    ) -> str:
-        """A shorter or smaller video that there is memory for, or what else may help."""
-        r = job.request
-        sides = lambda part: (max(s // part // 64, 1) * 64 for s in (r.height, r.width))
-        for part in (1, 2, 4):
-            height, width = sides(part)
-            frames = r.num_frames
-            while job.clip is None and frames > 1:
-                frames = (frames - 1) // 16 * 8 + 1
-                less = replace(r, height=height, width=width, num_frames=frames)
-                with suppress(UserError):  # of another reason
-                    if self.plan([lay_out(less)], streamed).fits:
-                        return f"{width}x{height} with {frames} frames would fit"
-        return "fewer bits may help (convert.py --quantize), or a smaller video"
-
-    def needs(self, job: Job) -> dict[str, Need]:
-        """By phase, in the order of a run."""
-        needs = {"text": self.text(job)}
-        if wanted(job):
-            needs["inputs"] = self.inputs(job)
-        needs |= {stage.name: self.stage(job, stage) for stage in job.stages}
-        contexts = self.contexts(job)
-        speaks = "audio" in job.streams and not job.request.audio
-        sound = self.size["audio_vae"] + self.size["vocoder"] if speaks else 0
-        if speaks:
-            needs["audio"] = Need(sound, contexts + self.sound(job.audio_tokens))
-        if "video" in job.streams:
-            frame = FLOAT * 3 * job.stages[-1].height * job.stages[-1].width
-            convolves = job.video_decoder == "vae"
-            decode = self.convolutions if convolves else self.neighbours
-            buffers = decode(job.stages[-1], UP) + 4 * frame
-            weights = sound + self.size[job.video_decoder]
-            needs["video"] = Need(weights, contexts + buffers)
-        return needs
+    def __call__(
+        self,
+        stages: Iterable[Stage],
+        prompts: int,
+        decoder: str,
+        loras: Callable[[str], int],
+        decodes_audio: bool = True,
+        shards: int = 1,
+    ) -> dict[str, Footprint]:
+        """By phase after the text, in the order of a run. `loras` gives a LoRA file's
+        bytes, `decodes_audio` is false for an audio input; `shards` machines hold a part
+        of the transformer's blocks each."""
+        stages = list(stages)
+        contexts, phases = self.contexts(prompts), {}
+        encoded = [
+            self.encoding(c, s.size)
+            for s in stages
+            for items in s.conditions.values()
+            for c in items
+            if c.encoder
+        ]
+        if encoded:
+            weights = {c: self.size[c] for c, _ in encoded}
+            buffers = max(b for _, b in encoded)
+            phases["inputs"] = Footprint(sum(weights.values()), contexts + buffers)
+        upsamplers, elsewhere = 0, self.blocks - self.blocks // shards
+        for stage in stages:
+            upsamplers += self.size.get(stage.upsampler, 0)
+            factors = sum(loras(file.path) for file in stage.loras)
+            held = upsamplers - elsewhere, factors, contexts
+            phases[stage.name] = self.stage(stage, *held, shards)
+        size, sound = stages[-1].size, 0
+        if "audio" in stages[0].streams and decodes_audio:
+            sound = self.size["audio_vae"] + self.size["vocoder"]
+            buffers = self.sound(stages[0].size.audio_tokens)
+            phases["audio"] = Footprint(sound, contexts + buffers)
+        if "video" in stages[0].streams:
+            frame = FLOAT * 3 * size.height * size.width
+            convolves = decoder == "vae"
+            decode = self.convolutions if convolves else self.neighborhoods
+            buffers = contexts + decode(size, UP) + 4 * frame
+            phases["video"] = Footprint(sound + self.size[decoder], buffers)
+        return phases
 
     def per_token(self, video: int, audio: int) -> int:
         """Bytes of a state of so many tokens of each stream."""
@@ -211,91 +219,85 @@ class Predictor:
     def scores(self, heads: int, queries: int, keys: int) -> int:
         return 0 if self.gpu else heads * queries * keys * self.item
 
-    def neighbours(self, stage: Stage, _) -> float:
-        """What the diffusion decoder's last blocks hold: the frames their windows span,
-        as inputs, contexts and on the way, and the scores of a row of tiles."""
+    def contexts(self, prompts: int) -> int:
+        width = sum(heads * dim for heads, dim in self.connectors)
+        return prompts * MAX_TOKENS * width * self.item
+
+    def text(self, prompts: int, encoder: list[File]) -> Footprint:
+        """The encoder's layers are streamed, from its own files or the model's; prompts
+        are connected one by one."""
+        if encoder:
+            layers = layer_sizes(
+                {
+                    k: math.prod(shape)
+                    * (self.dtype.size if "F" in kind else DTYPES[kind].size)
+                    for f in encoder
+                    for k, (kind, shape) in ((k, f.header[k]) for k in f.keys)
+                    if not re.search("vision|multi_modal|lm_head", k)
+                }
+            )
+            gemma = sum(layers.values()) - streamable(layers, self.gpu)
+        else:
+            gemma = self.size["gemma"] - self.streamable["gemma"]
+        buffers = 18.5 * self.contexts(1) + self.contexts(prompts)
+        heads = sum(heads for heads, _ in self.connectors)
+        buffers += self.scores(heads, MAX_TOKENS, MAX_TOKENS)
+        return Footprint(max(gemma, self.size["connectors"]), buffers)
+
+    def encoding(self, condition, size: Size) -> tuple[str, float]:
+        """The encoder that a condition needs, and bytes of its buffers."""
+        if condition.encoder == "vae":
+            return "vae", self.convolutions(size, DOWN, condition.frames_at_once)
+        return "audio_vae", self.spectra(size.audio_tokens)
+
+    def stage(
+        self, stage: Stage, others: int, loras: int, contexts: int, shards: int
+    ) -> Footprint:
+        """With so many bytes of other weights, LoRA factors and contexts."""
+        size = stage.size
+        tokens = size.tokens + stage.appended_tokens("video")
+        tokens *= "video" in stage.streams
+        sound = size.audio_tokens if "audio" in stage.streams else 0
+        passes = guidance_passes(stage.guidance)
+        texts = 2 if "uncond" in passes else 1
+        buffers = (
+            (6.5 + 3 * (texts - 1)) * self.per_token(MAX_TOKENS, MAX_TOKENS)
+            + (8 + 2 * len(passes)) * self.per_token(tokens, sound)
+            + self.scores(self.dit.num_attention_heads, tokens, max(tokens, MAX_TOKENS))
+            + contexts
+        )
+        if stage.upsampler:
+            c = UpsamplerConfig.from_dict(self.config[stage.upsampler])
+            wide = stage.part.tokens(size) * c.mid_channels
+            buffers = max(buffers, UPSAMPLER[self.gpu] * FLOAT * wide)
+        weights = self.size["transformer"] + others + loras
+        in_blocks = loras * (1 - (1 + self.gpu) / self.dit.num_layers)
+        spared = self.streamable["transformer"] // shards + in_blocks
+        return Footprint(weights, buffers, int(spared))
+
+    def neighborhoods(self, size: Size, _) -> float:
+        """The diffusion decoder's last blocks: the frames that their windows span, as
+        inputs, contexts and in between, and the attention scores of a row of tiles."""
         c = self.config["diffusion_decoder"]
         tiles = [tile(kernel) for kernel in c["stage5_kernel"]]
         spans = [a + b - 1 for a, b in zip(tiles, c["stage5_kernel"])]
-        channels, places = c["stage_channels"][-1], stage.height * stage.width // 16
-        row = stage.width // 4 * math.prod(tiles[:2])
+        channels, places = c["stage_channels"][-1], size.height * size.width // 16
+        row = size.width // 4 * math.prod(tiles[:2])
         scores = 2 * self.scores(channels // c["head_dim"], row, math.prod(spans))
         copies = 2 * c["stage_depths"][-1] + 14
         return copies * spans[0] * places * channels * self.item + scores
 
-    def contexts(self, job: Job) -> int:
-        """Of the prompt and, if it is read, the negative prompt."""
-        count = 1 if job.negative_prompt is None else 2
-        return count * MAX_TOKENS * sum(h * d for h, d in self.connectors) * self.item
-
-    def text(self, job: Job) -> Need:
-        """The encoder's layers are streamed; one prompt after the other is connected."""
-        width = sum(heads * dim for heads, dim in self.connectors)
-        buffers = 18.5 * MAX_TOKENS * width * self.item + self.contexts(job)
-        heads = sum(heads for heads, _ in self.connectors)
-        buffers += self.scores(heads, MAX_TOKENS, MAX_TOKENS)
-        return Need(max(self.encoder, self.size["connectors"]), buffers)
-
-    def inputs(self, job: Job) -> Need:
-        frames = 8 if job.clip else 1
-        stage = job.stages[-1]
-        pictures = "video" in job.streams and (job.images or job.clip)
-        buffers = self.convolutions(stage, DOWN, frames) if pictures else 0
-        weights = self.size["vae"] if pictures else 0
-        if job.request.audio or job.clip and job.clip.has_audio:
-            weights += self.size["audio_vae"]
-            buffers += self.spectra(job.audio_tokens)
-        return Need(weights, self.contexts(job) + buffers)
-
-    def stage(self, job: Job, stage: Stage) -> Need:
-        frames, height, width = stage.latent_size
-        tokens = frames * height * width * ("video" in job.streams)
-        stills = len(stage.keyframes) * (2 if stage.tile else 1)  # its anchors
-        tokens += height * width * (stills + sum(bool(i.frame) for i in job.images))
-        if stage.details:
-            tokens += frames * height * width // stage.details**2
-        if job.clip and stage.references and not job.request.changes_clip:
-            down = job.reference_scale[0] ** 2
-            tokens += latent_frames(job.clip_frames) * height * width // down
-        sound = job.audio_tokens if "audio" in job.streams and not stage.tile else 0
-        passes = pass_kinds(stage.guidance)
-        contexts = 2 if "uncond" in passes else 1
-        keys = max(tokens, MAX_TOKENS)
-        buffers = (
-            (6.5 + 3 * (contexts - 1)) * self.per_token(MAX_TOKENS, MAX_TOKENS)
-            + (8 + 2 * len(passes)) * self.per_token(tokens, sound)
-            + self.scores(self.dit.num_attention_heads, tokens, keys)
-            + self.contexts(job)
-        )
-        loras = sum(
-            a.nbytes + b.nbytes
-            for file in stage.loras
-            for a, b in Lora.read(file.path).factors.values()
-        )
-        spare = self.spared + loras * (1 - (1 + self.gpu) / self.dit.num_layers)
-        weights = self.size["transformer"] + loras
-        so_far = job.stages[: job.stages.index(stage) + 1]
-        weights += sum(self.size[u] for u in {s.upsampler for s in so_far} - {None})
-        if stage.upsampler:
-            c = UpsamplerConfig.from_dict(self.config[stage.upsampler])
-            if stage.tile:  # the whole canvas is upsampled with the first
-                whole = latent_frames(stage.tile.segments * stage.tile.length + 1)
-                tokens = max(tokens, whole * height * width)
-            wide = UPSAMPLED[self.gpu] * FLOAT * c.mid_channels * tokens
-            buffers = max(buffers, wide)
-        return Need(weights, buffers, int(spare))
-
-    def convolutions(self, stage: Stage, strides: dict, frames: int = 1) -> float:
-        """Of the video VAE's decoder (`UP`) or encoder (`DOWN`): the frames that each
+    def convolutions(self, size: Size, strides: dict, frames: int = 1) -> float:
+        """The video VAE's decoder (`UP`) or encoder (`DOWN`): the frames that each
         convolution keeps, and the widest one at work."""
         c, up = self.vae, strides is UP
         if up:
             blocks, dim = c.decoder_blocks[::-1], c.decoder_base_channels
             dim *= math.prod(o.get("multiplier", 1) for _, o in blocks)
-            area = math.prod(stage.latent_size[1:])
+            area = size.frame_tokens
         else:
             blocks, dim = c.encoder_blocks, c.encoder_base_channels
-            area = stage.height * stage.width // c.patch_size**2
+            area = size.height * size.width // c.patch_size**2
         kept = widest = 0.0
         for name, options in blocks:
             widest = max(widest, dim * area * frames)
@@ -309,35 +311,41 @@ class Predictor:
                 area = area * pixels if up else area // pixels
                 frames = frames if up else math.ceil(frames / time)
         widest = max(widest, dim * area * frames)
-        return FLOAT * (kept + 2 * dim * area + UNFOLDED[self.gpu] * widest)
+        return FLOAT * (kept + 2 * dim * area + CONVOLUTION[self.gpu] * widest)
 
     def spectra(self, tokens: int) -> float:
-        """Of the audio VAE: its widest level has all mel bins."""
+        """The audio VAE: its widest level has all mel bins."""
         c = self.config["audio_vae"]["model"]["params"]["ddconfig"]
         widest = c["ch"] * c["mel_bins"] * MEL_FRAMES_PER_TOKEN * tokens
         return SPECTRAL[self.gpu] * FLOAT * widest
 
     def sound(self, tokens: int) -> float:
-        """Of the audio VAE's decoder, or of the vocoder if that has wider tensors."""
-        whole, buffers = self.config["vocoder"], [self.spectra(tokens)]
+        """The audio VAE's decoder, or the vocoder if it has wider tensors."""
+        config, buffers = self.config["vocoder"], [self.spectra(tokens)]
         frames = MEL_FRAMES_PER_TOKEN * tokens
-        for c in [whole[k] for k in ("vocoder", "bwe") if k in whole] or [whole]:
+        for c in [config[k] for k in ("vocoder", "bwe") if k in config] or [config]:
             channels, length, widest = c["upsample_initial_channel"], frames, 0
             for rate in c["upsample_rates"]:
                 channels, length = channels // 2, length * rate
                 widest = max(widest, channels * length)
-            copies = SNAKES if c["resblock"] == "AMP1" else SPECTRAL
+            copies = BIGVGAN if c["resblock"] == "AMP1" else SPECTRAL
             buffers.append(copies[self.gpu] * FLOAT * widest)
-            hop = whole.get("bwe", {}).get("hop_length", 1)
-            frames = length // hop
+            frames = length // config.get("bwe", {}).get("hop_length", 1)
         return max(buffers)
 
 
-def spared(sizes: Mapping[str, int], gpu: bool) -> int:
-    """Bytes of tensors that are not there while layers are streamed: beside the layer at
-    work, a GPU has the next one, which the CPU reads when that is done."""
-    layers: dict[str, int] = {}
+def layer_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by the number of the layer, those of other tensors under ""."""
+    layers = {"": 0}
     for key, size in sizes.items():
-        if number := re.search(r"(?:^|\.)(?:layers|transformer_blocks)\.(\d+)\.", key):
-            layers[number[1]] = layers.get(number[1], 0) + size
-    return max(sum(layers.values()) - (1 + gpu) * max(layers.values(), default=0), 0)
+        number = re.search(r"(?:^|\.)(?:layers|transformer_blocks)\.(\d+)\.", key)
+        name = number[1] if number else ""
+        layers[name] = layers.get(name, 0) + size
+    return layers
+
+
+def streamable(layers: Mapping[str, int], gpu: bool) -> int:
+    """Bytes of layers that are not held while they are streamed: a GPU holds the layer
+    at work and the next one, the CPU one layer."""
+    numbered = [size for name, size in layers.items() if name]
+    return max(sum(numbered) - (1 + gpu) * max(numbered, default=0), 0)

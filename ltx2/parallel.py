@@ -1,97 +1,169 @@
-"""Several machines as one, on MLX's distributed engine: who does what.
+"""Distributed generation with MLX: data, pass and tensor parallel.
 
-All ranks run the same program on the same request. The first encodes the prompts and
-decodes and writes; the steps between are shared in one of three WAYS.
+All ranks run the same program on the same request. Rank 0 encodes the prompts, decodes
+and writes; the denoising steps are split in one of MODES.
 """
 
 from __future__ import annotations
 
 import pickle
-from typing import Any, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence, TypeVar, Union
 
 import mlx.core as mx
 import numpy as np
 
 from .base import Trace, UserError
-from .dit import DiT, Pass, Tokens
+from .dit import DiT, DiTConfig, Pass, Tokens
 
 Group = mx.distributed.Group
-WAYS = {
-    "many": "each machine denoises other videos",
-    "passes": "each machine makes other guidance passes of a step",
-    "shards": "each machine has a part of every block of the transformer",
+T = TypeVar("T")
+MODES = {
+    "data": "each machine denoises other videos",
+    "passes": "each machine computes other guidance passes of a step",
+    "tensor": "each machine holds a part of every transformer block",
 }
+EARLIER_NAMES = {"many": "data", "shards": "tensor"}
 
 
-def choose(
-    group: Group,
-    wanted: Optional[str],
-    videos: int,
-    passes: int,
-    fits: bool,
-    heads: Sequence[tuple[int, int]],
-    group_size: int,
-) -> str:
-    """The way to share: what is `wanted`, or the one that exchanges least if the whole
-    transformer `fits` into each machine. `heads` are of each stream: how many, and
-    the width they share. UserError for a way that shares nothing."""
-    n = group.size()
-    way = wanted or "shards"
-    if mx.distributed.all_min(mx.array(fits), group=group) and wanted is None:
-        way = "many" if videos >= n else "passes" if passes > 1 else "shards"
-    if way == "many" and videos == 1:
-        raise UserError("--parallel many: there is one video, ask for more or drop it")
-    if way == "passes" and passes == 1:
-        raise UserError("--parallel passes: without guidance a step has one, drop it")
-    fine = all(h % n == 0 == width % (n * group_size) for h, width in heads)
-    if way == "shards" and not fine:
-        counts = " and ".join(str(h) for h, _ in heads)
-        raise UserError(
-            f"--parallel shards: layers of {counts} heads cannot be cut into {n} parts "
-            "of whole heads and groups: take fewer machines, or --parallel passes"
-        )
-    return way
+class Machines:
+    """The machines of a run. This class is a single one; `Ranks` are several."""
+
+    rank, count = 0, 1
+    mode = ""
+
+    def __str__(self) -> str:
+        return MODES.get(self.mode, "one machine")
+
+    def split(self, jobs: int, passes: int, fits: bool, *model: Any) -> None:
+        """Choose how to split the work."""
+
+    def deal(self, jobs: Sequence[T]) -> list[tuple[int, T]]:
+        """The jobs, with their numbers, that this machine denoises."""
+        return list(enumerate(jobs))
+
+    def gather(self, done: dict[int, T], jobs: int) -> dict[int, T]:
+        """What all machines have done, by the number of the job."""
+        return done
+
+    def on_rank_0(self, compute: Callable[[], T]) -> T:
+        """Compute on rank 0 and broadcast."""
+        return compute()
+
+    def agree(self, value: float) -> float:
+        """Rank 0's value, where ranks compute the same step."""
+        return value
+
+    def transformer(self, model: DiT) -> Union[DiT, PassParallel]:
+        """The transformer as the denoiser calls it."""
+        return model
+
+    def shard(self, model: DiT) -> None:
+        """Keep this machine's part of the transformer."""
 
 
-def told(group: Group, value: Any, root: int = 0) -> Any:
-    """The root's value on every rank; those of the others are not looked at. Pickled:
-    the ranks run the same program for the same user."""
-    mine = group.rank() == root
+class Ranks(Machines):
+    """Several machines, connected by an MLX group."""
+
+    def __init__(self, group: Group, mode: Optional[str] = None):
+        self.group, self.rank, self.count = group, group.rank(), group.size()
+        self.requested = EARLIER_NAMES.get(mode, mode)
+
+    def split(
+        self, jobs: int, passes: int, fits: bool, c: DiTConfig, group_size: int
+    ) -> None:
+        """Choose the requested mode, or the one that exchanges least if the transformer
+        `fits` into each machine. UserError for a mode that splits nothing."""
+        n = self.count
+        mode = self.requested or "tensor"
+        if all_min(mx.array(fits), self.group) and self.requested is None:
+            mode = "data" if jobs >= n else "passes" if passes > 1 else "tensor"
+        if mode == "data" and jobs == 1:
+            raise UserError("--parallel data needs more than one video")
+        if mode == "passes" and passes == 1:
+            raise UserError("--parallel passes needs guidance")
+        heads = c.num_attention_heads, c.audio_num_attention_heads
+        widths = c.video_dim, c.audio_dim
+        divides = all(h % n == 0 for h in heads)
+        divides &= all(width % (n * group_size) == 0 for width in widths)
+        if mode == "tensor" and not divides:
+            raise UserError(
+                f"--parallel tensor cannot divide {heads[0]} and {heads[1]} heads "
+                f"among {n} machines: use fewer machines or --parallel passes"
+            )
+        self.mode = mode
+
+    def deal(self, jobs: Sequence[T]) -> list[tuple[int, T]]:
+        jobs = list(enumerate(jobs))
+        return jobs[self.rank :: self.count] if self.mode == "data" else jobs
+
+    def gather(self, done: dict[int, T], jobs: int) -> dict[int, T]:
+        if self.mode != "data":
+            return done
+        roots = ((n, n % self.count) for n in range(jobs))
+        return {n: broadcast(self.group, done.get(n), root) for n, root in roots}
+
+    def on_rank_0(self, compute: Callable[[], T]) -> T:
+        return broadcast(self.group, compute() if self.rank == 0 else None)
+
+    def agree(self, value: float) -> float:
+        return value if self.mode == "data" else broadcast(self.group, value)
+
+    def transformer(self, model: DiT) -> Union[DiT, PassParallel]:
+        return PassParallel(model, self.group) if self.mode == "passes" else model
+
+    def shard(self, model: DiT) -> None:
+        if self.mode == "tensor":
+            model.shard(self.group)
+
+
+def all_min(x: mx.array, group: Group) -> bool:
+    return bool(mx.distributed.all_min(x, group=group).item())
+
+
+def broadcast(group: Group, value: Any, root: int = 0) -> Any:
+    """The root's value on every rank; other ranks' values are ignored. Pickled: the
+    ranks run the same program for the same user."""
+    is_root = group.rank() == root
     data = np.frombuffer(pickle.dumps(value), np.uint8)
-    size = mx.distributed.all_sum(mx.array(len(data) * mine), group=group).item()
-    data = mx.array(data if mine else np.zeros(size, np.uint8))
+    size = mx.distributed.all_sum(mx.array(len(data) * is_root), group=group).item()
+    data = mx.array(data if is_root else np.zeros(size, np.uint8))
     return pickle.loads(np.array(mx.distributed.all_sum(data, group=group)))
 
 
 class PassParallel:
-    """A transformer that makes every Nth pass and hears of the others'. PassParallel like that,
-    a perturbed pass stays with the prompt's own one, with which it begins, on two."""
+    """A transformer that computes every Nth pass and gathers the rest. On two machines,
+    a perturbed pass is computed where the pass is with which it shares blocks."""
 
     def __init__(self, transformer: DiT, group: Group):
-        self.transformer, self.group = transformer, group
-        self.config = transformer.config
-        self.video_rope, self.audio_rope = (
-            transformer.video_rope,
-            transformer.audio_rope,
-        )
+        self.model, self.group = transformer, group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
     def __call__(
         self,
         video: Optional[Tokens],
         audio: Optional[Tokens],
+        texts: list,
         passes: list[Pass],
         trace: Optional[Trace] = None,
     ) -> list[tuple[Optional[mx.array], Optional[mx.array]]]:
-        """As the transformer's: velocities (video, audio) of each pass, float32."""
-        mine = slice(self.group.rank(), None, self.group.size())
-        own = passes[mine] and self.transformer(video, audio, passes[mine], trace)
-        widths, both = (self.config.out_channels, self.config.audio_out_channels), []
-        for i, (tokens, width) in enumerate(zip((video, audio), widths)):
+        """Velocities (video, audio) of each pass, float32."""
+        local = slice(self.group.rank(), None, self.group.size())
+        own = passes[local] and self.model(video, audio, texts, passes[local], trace)
+        c, gathered = self.model.config, []
+        for i, (tokens, width) in enumerate(
+            ((video, c.out_channels), (audio, c.audio_out_channels))
+        ):
             if tokens is None:
-                both.append([None] * len(passes))
+                gathered.append([None] * len(passes))
                 continue
-            made = mx.zeros((len(passes), *tokens.latent.shape[:2], width))
+            velocities = mx.zeros((len(passes), *tokens.latent.shape[:2], width))
             if own:
-                made[mine] = mx.stack([v[i].astype(mx.float32) for v in own])
-            both.append(list(mx.distributed.all_sum(made, group=self.group)))
-        return list(zip(*both))
+                velocities[local] = mx.stack([v[i].astype(mx.float32) for v in own])
+            # Evaluated before and after: a GPU must not wait for another machine.
+            mx.eval(velocities)
+            velocities = mx.distributed.all_sum(velocities, group=self.group)
+            mx.eval(velocities)
+            gathered.append(list(velocities))
+        return list(zip(*gathered))

@@ -9,14 +9,14 @@ for the sampler's own results, `noise(name, shape)` is the only source of random
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Iterator, Optional, Sequence
+from typing import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
-Streams = dict[str, mx.array]  # tokens (1, T, C) float32 by "video", "audio"
+from .latents import Streams
+
 Denoise = Callable[[Streams, float, int], Streams]
 Blend = Callable[[str, mx.array], mx.array]
 Noise = Callable[[str, tuple[int, ...]], mx.array]
@@ -43,56 +43,6 @@ def shifted_sigmas(steps: int, tokens: int = 4096) -> tuple[float, ...]:
     s = shift / (shift + (one / s - one))
     s = one - (one - s) / ((one - s[-1]) / np.float32(1 - 0.1))
     return tuple(np.append(s, np.float32(0)).tolist())
-
-
-# Guidance
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How one stream's prediction is pushed away from three weaker ones.
-
-    cfg_scale (1: off) from the negative prompt's, stg_scale (0: off) from the one with
-    self-attention cut in `stg_blocks` (None: in all), modality_scale (1: off) from the
-    one that does not hear the other stream. rescale_scale in [0, 1] brings the spread
-    back to the conditional prediction's; with skip_step k only every (k+1)-th step is
-    computed.
-    """
-
-    cfg_scale: float = 1.0
-    stg_scale: float = 0.0
-    stg_blocks: Optional[tuple[int, ...]] = ()
-    modality_scale: float = 1.0
-    rescale_scale: float = 0.0
-    skip_step: int = 0
-
-    @property
-    def active(self) -> bool:
-        scales = (self.cfg_scale, self.stg_scale, self.modality_scale)
-        return scales != (1, 0, 1)
-
-    def skips(self, step: int) -> bool:
-        return step % (self.skip_step + 1) != 0
-
-    def __call__(
-        self,
-        cond: mx.array,
-        uncond: Optional[mx.array] = None,
-        perturbed: Optional[mx.array] = None,
-        isolated: Optional[mx.array] = None,
-    ) -> mx.array:
-        """Combine denoised predictions (1, T, C); those not needed may be None."""
-        x = cond
-        if self.cfg_scale != 1:
-            x = x + (self.cfg_scale - 1) * (cond - uncond)
-        if self.stg_scale != 0:
-            x = x + self.stg_scale * (cond - perturbed)
-        if self.modality_scale != 1:
-            x = x + (self.modality_scale - 1) * (cond - isolated)
-        if self.rescale_scale:
-            spread = mx.std(cond, ddof=1) / mx.std(x, ddof=1)
-            x = x * (self.rescale_scale * spread + 1 - self.rescale_scale)
-        return x
 
 
 # Samplers

@@ -1,4 +1,4 @@
-"""Saved latents: enough to go on with a run, or only to decode."""
+"""A checkpoint of a run: resume it, or only decode."""
 
 from __future__ import annotations
 
@@ -11,45 +11,46 @@ from typing import Any, Union
 import mlx.core as mx
 
 from .base import UserError
-from .request import Job, Request
-from .sampling import Streams
+from .latents import Streams
+from .request import Request
+from .stages import Job
 
-
-def stages_of(job: Job) -> list[dict[str, Any]]:
-    """A job's stages as JSON gives them back, to be compared."""
-    return json.loads(json.dumps([dataclasses.asdict(stage) for stage in job.stages]))
+HISTORY = "gradient_estimation"  # a sampler that keeps state between steps
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a run stands, and what it takes to go on exactly there."""
+    """The state of a run, and what is needed to resume it exactly there. Arrays have a
+    batch axis."""
 
     request: Request
-    stages: list[dict[str, Any]]  # as planned, see `stages_of`
-    load: dict[str, Any]  # what `pipeline.load` takes
+    stages: list[dict[str, Any]]  # as planned, see `as_json`
+    load: dict[str, Any]  # the arguments of `pipeline.load`
     files: dict[str, str]  # the model's, with their fingerprints
-    stage: int = 0  # the one under way
+    stage: int = 0  # the current one
     step: int = 0  # how many of its steps are done
-    tokens: Streams = field(default_factory=dict)  # (1, T, C) of the stage under way
+    tokens: Streams = field(default_factory=dict)  # (1, T, C) of the current stage
     guided: Streams = field(default_factory=dict)  # its last prediction, for skip_step
-    latents: Streams = field(default_factory=dict)  # normalised, of the stage before
-    kept: Streams = field(default_factory=dict)  # the sound, if an earlier stage's is
+    latents: Streams = field(default_factory=dict)  # normalized, of the stage before
+    kept: Streams = field(default_factory=dict)  # the result's, of earlier stages
 
     ARRAYS = ("tokens", "guided", "latents", "kept")
 
     def check(self, job: Job, files: dict[str, str]) -> None:
-        """Refuse to go on with another model, or with what was planned otherwise."""
-        if self.files != files or self.stages != stages_of(job):
-            raise UserError("the saved latents are of another model or other settings")
-        stage = job.stages[self.stage] if self.step else None
-        if stage and (stage.step_cache or stage.sampler == "gradient_estimation"):
+        """UserError if the model or the plan differ, or the state is incomplete."""
+        if self.files != files or self.stages != as_json(job):
             raise UserError(
-                "gradient_estimation and step_cache look back at steps that are not "
-                "saved: a run with them can only be resumed between stages"
+                "the saved latents were made with a different model or settings"
+            )
+        stage = job.stages[self.stage] if self.step else None
+        if stage and (stage.step_cache or stage.sampler == HISTORY):
+            raise UserError(
+                f"{HISTORY} and step_cache keep state that is not saved: resume only "
+                "between stages"
             )
 
     def save(self, path: Union[str, Path]) -> None:
-        """Write a safetensors file; it takes its name when it is complete."""
+        """Write a safetensors file, which takes its name when it is complete."""
         state = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         arrays = {
             f"{part}.{name}": x
@@ -57,13 +58,13 @@ class Snapshot:
             for name, x in state.pop(part).items()
         }
         state["request"] = dataclasses.asdict(self.request)
-        part = Path(path).with_suffix(".part.safetensors")
-        mx.save_safetensors(str(part), arrays, {"ltx2": json.dumps(state)})
-        part.replace(path)
+        partial = Path(path).with_suffix(".part.safetensors")
+        mx.save_safetensors(str(partial), arrays, {"ltx2": json.dumps(state)})
+        partial.replace(path)
 
     @classmethod
     def read(cls, path: Union[str, Path]) -> Snapshot:
-        """Read what `save` wrote; UserError if it is something else."""
+        """Read what `save` wrote; UserError for any other file."""
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file")
         try:
@@ -76,4 +77,9 @@ class Snapshot:
                 state[part][name] = x
             return cls(**state)
         except (RuntimeError, KeyError, TypeError, ValueError):
-            raise UserError(f"{path} holds no saved latents") from None
+            raise UserError(f"{path} does not contain saved latents") from None
+
+
+def as_json(job: Job) -> list[dict[str, Any]]:
+    """A job's stages as they are saved, for comparison."""
+    return json.loads(json.dumps([dataclasses.asdict(stage) for stage in job.stages]))

@@ -1,6 +1,6 @@
 """Prompt to contexts: all hidden states of Gemma, feature extraction, connectors.
 
-Gemma runs through mlx-lm, which this file alone knows.
+Gemma runs on mlx-lm, which only this file imports.
 """
 
 from __future__ import annotations
@@ -10,17 +10,25 @@ import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Optional
+from typing import Any, Callable, Iterable, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .base import Config, Trace, UserError, traced
-from .layers import Attention, Component, FeedForward, prefetch, rms_norm, rope_cos_sin
+from .layers import (
+    Attention,
+    Component,
+    FeedForward,
+    no_random_weights,
+    prefetch,
+    rms_norm,
+    rope_cos_sin,
+)
 
 MAX_TOKENS = 1024  # of a prompt, and the length of every context
-# Beginnings of what is packed with Gemma 4 for its other uses.
+# Prefixes of what is packed with Gemma 4 for other uses
 UNUSED_KEYS = (
     "vision_model.",
     "multi_modal_projector.",
@@ -30,72 +38,69 @@ UNUSED_KEYS = (
 
 
 class TextEncoder:
-    """Gemma 3 from a folder in Hugging Face layout, quantised or not, without LM head.
+    """Gemma 3 from a folder in Hugging Face layout, quantized or not, without LM head.
 
-    With `low_memory`, weights are read layer by layer and dropped behind, so that two layers
-    are held at a time; such an encoder answers once.
+    With `low_memory`, layers are loaded one at a time and freed after use, so that at
+    most two are in memory; such an encoder can be called only once.
     """
 
     def __init__(
         self, folder: Path, dtype: Optional[mx.Dtype] = None, low_memory: bool = False
     ):
-        from mlx_lm.utils import load_model  # seconds, and lowers the open-file limit
-        from tokenizers import Tokenizer
+        # Late, because it takes seconds and lowers the limit of open files.
+        from mlx_lm.utils import load_model
 
         folder = Path(folder)
-        for name in ("config.json", "tokenizer.json"):
-            if not (folder / name).is_file():
-                raise UserError(f"text encoder {folder} has no {name}")
+        if not (folder / "config.json").is_file():
+            raise UserError(f"text encoder {folder} has no config.json")
         config = json.loads((folder / "config.json").read_text())
         if config.get("model_type") not in ("gemma3", "gemma3_text"):
             raise UserError(
                 f"text encoder {folder} is a {config.get('model_type')!r}, "
-                "but LTX-2 reads Gemma 3 (12B): try mlx-community/gemma-3-12b-it-4bit"
+                "LTX-2 needs Gemma 3 (12B): try mlx-community/gemma-3-12b-it-4bit"
             )
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.bos = self.tokenizer.token_to_id("<bos>")
-        model, _ = load_model(folder, lazy=True, model_config=_for_mlx_lm(config))
+        self.encode, self.bos = _tokenizer(folder)
+        with no_random_weights():
+            model, _ = load_model(folder, lazy=True, model_config=_for_mlx_lm(config))
         self.model = getattr(model, "language_model", model).model
         self.low_memory = low_memory
         if dtype is not None:
             self.model.set_dtype(dtype)
         if not low_memory:
             mx.eval(self.model.parameters())
-        # An encoder whose long-range layers lost their scaling answers, but wrongly.
+        # Without the scaling of its long-range layers, the states are wrong in silence.
         pattern = self.model.sliding_window_pattern
         for i, layer in enumerate(self.model.layers):
-            want = 1.0 if (i + 1) % pattern else 1 / 8
-            if not math.isclose(layer.self_attn.rope.scale, want):
+            expected = 1.0 if (i + 1) % pattern else 1 / 8
+            if not math.isclose(layer.self_attn.rope.scale, expected):
                 raise UserError(
                     f"text encoder {folder}: layer {i} has RoPE scale "
-                    f"{layer.self_attn.rope.scale}, Gemma 3 has {want}: "
+                    f"{layer.self_attn.rope.scale}, Gemma 3 has {expected}: "
                     "its config.json lacks rope_scaling"
                 )
 
     @property
     def width(self) -> int:
-        """How long all states of a token are together."""
+        """The width of all states of a token together."""
         return self.model.args.hidden_size * (len(self.model.layers) + 1)
 
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids with BOS in front and no EOS, at most 1024."""
-        ids = self.tokenizer.encode(prompt.strip()).ids
+        ids = self.encode(prompt.strip())
         if ids[:1] != [self.bos]:
             ids = [self.bos] + ids
         if len(ids) > MAX_TOKENS:
             warnings.warn(
                 f"the prompt has {len(ids)} tokens; "
-                f"the last {len(ids) - MAX_TOKENS} are not read"
+                f"the last {len(ids) - MAX_TOKENS} are ignored"
             )
         return ids[:MAX_TOKENS]
 
     def __call__(
         self, prompts: Iterable[str], trace: Optional[Trace] = None
     ) -> list[list[mx.array]]:
-        """All hidden states of each prompt: embeddings, layer outputs, the last normed.
-
-        Only real tokens are run; each state is (1, tokens, D).
-        """
+        """All hidden states (1, tokens, D) of each prompt, without padding: embeddings
+        and layer outputs, the last one normed."""
         gemma = self.model
         tokens = [mx.array([self.tokenize(prompt)]) for prompt in prompts]
         scale = math.sqrt(gemma.norm.weight.size)
@@ -105,7 +110,7 @@ class TextEncoder:
             gemma.layers = []
         for layer in prefetch(layers):
             for s in states:
-                s.append(self.run(layer, s[-1]))
+                s.append(self.apply_layer(layer, s[-1]))
             mx.async_eval([s[-1] for s in states])
         for s in states:
             s[-1] = gemma.norm(s[-1])
@@ -113,13 +118,28 @@ class TextEncoder:
                 traced(trace, f"gemma.{i}", x)
         return states
 
-    def run(self, layer: nn.Module, x: mx.array) -> mx.array:
+    def apply_layer(self, layer: nn.Module, x: mx.array) -> mx.array:
         return layer(x, "causal", None)
+
+
+def _tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], int]:
+    """Text to token ids, and the id of BOS, by whichever tokenizer file there is."""
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return lambda text: tokenizer.encode(text).ids, tokenizer.token_to_id("<bos>")
+    if (folder / "tokenizer.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        return pieces.encode, pieces.bos_id()
+    raise UserError(f"text encoder {folder} has no tokenizer.json or tokenizer.model")
 
 
 @dataclass
 class Gemma4Config(Config):
-    """The text part of the settings that are packed with LTX-2.5's encoder."""
+    """The text part of the configuration that is packed with LTX-2.5's encoder."""
 
     vocab_size: int
     hidden_size: int
@@ -133,9 +153,8 @@ class Gemma4Config(Config):
     attention_k_eq_v: bool
     rope_parameters: dict
     rms_norm_eps: float = 1e-6
-    layer_types: Optional[list] = None  # None: every sixth and the last see everything
-    # Not in the section: the size of the tokenizer, by the tensor that holds it.
-    tokenizer_bytes: int = 0
+    layer_types: Optional[list] = None  # None: each sixth and the last one are global
+    tokenizer_bytes: int = 0  # not in the section: the size of the tokenizer's tensor
 
     FIXED = {
         "model_type": ("gemma4_unified_text", "gemma4_text"),
@@ -151,22 +170,20 @@ class Gemma4Config(Config):
     def from_dict(cls, section: dict[str, Any]) -> Gemma4Config:
         known = cls.__dataclass_fields__.keys() | cls.FIXED.keys()
         text = section["text_config"]
-        if text.get("sliding_window", MAX_TOKENS) < MAX_TOKENS:  # else it hides nothing
-            raise UserError("Gemma 4: its window is shorter than a prompt may be")
-        ropes = text.get("rope_parameters", {})
-        if ropes.keys() != {
-            "full_attention",
-            "sliding_attention",
-        }:  # mlx-lm would guess
-            raise UserError(
-                "Gemma 4: its config lacks rope_parameters by attention type"
-            )
-        own = {k: v for k, v in text.items() if k in known}
-        return super().from_dict(own | {"tokenizer_bytes": section["tokenizer_bytes"]})
+        window = text.get("sliding_window", MAX_TOKENS)
+        if window < MAX_TOKENS:  # prompts are encoded without a window
+            raise UserError(f"Gemma 4: a window of {window} tokens is not implemented")
+        kinds = text.get("rope_parameters", {}).keys()
+        if kinds != {"full_attention", "sliding_attention"}:  # mlx-lm would guess
+            raise UserError("Gemma 4: its config lacks rope_parameters by layer type")
+        fields = {k: v for k, v in text.items() if k in known}
+        return super().from_dict(
+            fields | {"tokenizer_bytes": section["tokenizer_bytes"]}
+        )
 
 
 class Gemma4(Component):
-    """LTX-2.5's own Gemma 4, its text layers without LM head, and its tokenizer."""
+    """LTX-2.5's Gemma 4: its text layers without LM head, and its tokenizer."""
 
     config_class = Gemma4Config
 
@@ -177,11 +194,10 @@ class Gemma4(Component):
         kinds = ["sliding_attention"] * c.num_hidden_layers
         for i in (*range(5, len(kinds), 6), -1):
             kinds[i] = "full_attention"
-        given = vars(c) | {"layer_types": c.layer_types or kinds}
-        self.tokenizer_json = mx.zeros(given.pop("tokenizer_bytes"), mx.uint8)
-        self.model = Gemma4TextModel(
-            ModelArgs(**given, num_kv_shared_layers=0, hidden_size_per_layer_input=0)
-        )
+        args = vars(c) | {"layer_types": c.layer_types or kinds}
+        args |= {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+        self.tokenizer_json = mx.zeros(args.pop("tokenizer_bytes"), mx.uint8)
+        self.model = Gemma4TextModel(ModelArgs(**args))
 
     @classmethod
     def infer_sizes(
@@ -192,26 +208,28 @@ class Gemma4(Component):
 
     @classmethod
     def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Official names are the module's names."""
+        """The tensors that are used; official names are the module's."""
         return {k: w for k, w in weights.items() if not k.startswith(UNUSED_KEYS)}
 
 
 class Gemma4TextEncoder(TextEncoder):
-    """The same of Gemma 4, which LTX-2.5 packs in one file with its tokenizer."""
+    """As TextEncoder, with the Gemma 4 and the tokenizer that LTX-2.5 has in one file."""
 
     def __init__(self, gemma: Gemma4, low_memory: bool = False):
         from tokenizers import Tokenizer
 
-        self.tokenizer = Tokenizer.from_buffer(bytes(gemma.tokenizer_json))
-        self.bos = self.tokenizer.token_to_id("<bos>")
+        tokenizer = Tokenizer.from_buffer(bytes(gemma.tokenizer_json))
+        self.encode = lambda text: tokenizer.encode(text).ids
+        self.bos = tokenizer.token_to_id("<bos>")
         self.model, self.low_memory = gemma.model, low_memory
 
-    def run(self, layer: nn.Module, x: mx.array) -> mx.array:
-        return layer(x, "causal", None)[0]  # also gives keys and values
+    def apply_layer(self, layer: nn.Module, x: mx.array) -> mx.array:
+        return layer(x, "causal", None)[0]  # without the keys and values
 
 
 def _for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
-    """What mlx-lm would misread: the vocabulary size and the newer RoPE spelling."""
+    """The configuration as mlx-lm reads it: it ignores transformers-5 RoPE settings and
+    takes the vocabulary size from the top level."""
     text = dict(config.get("text_config", config))
     ropes = text.get("rope_parameters") or {}
     full, local = ropes.get("full_attention"), ropes.get("sliding_attention")
@@ -237,7 +255,7 @@ Idea: {prompt}"""
 
 
 def enhance(folder: Path, prompt: str, seed: int, max_tokens: int = 400) -> str:
-    """A longer prompt, written by the same Gemma with its LM head; the same by seed."""
+    """A longer prompt, written by the same Gemma with its LM head; depends on `seed`."""
     from mlx_lm import generate, load
     from mlx_lm.sample_utils import make_sampler
 
@@ -257,7 +275,7 @@ def enhance(folder: Path, prompt: str, seed: int, max_tokens: int = 400) -> str:
 
 @dataclass
 class TextConfig(Config):
-    """What the text side reads of a checkpoint's `transformer` section."""
+    """What the text connectors read of a checkpoint's `transformer` section."""
 
     caption_channels: int
     connector_num_attention_heads: int
@@ -271,7 +289,7 @@ class TextConfig(Config):
     connector_apply_gated_attention: bool = False
     connector_ff_bias: bool = True
     text_encoder_norm_type: Optional[str] = None
-    # Not in the section: how many hidden states the encoder has, by the tensors' shape.
+    # Not in the section: the number of the text encoder's hidden states
     encoder_states: int = 49
 
     FIXED = {
@@ -282,8 +300,8 @@ class TextConfig(Config):
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> TextConfig:
-        own = cls.__dataclass_fields__.keys() | cls.FIXED.keys()
-        return super().from_dict({k: v for k, v in section.items() if k in own})
+        known = cls.__dataclass_fields__.keys() | cls.FIXED.keys()
+        return super().from_dict({k: v for k, v in section.items() if k in known})
 
 
 class TextConnectors(Component):
@@ -329,7 +347,7 @@ class TextConnectors(Component):
     def infer_sizes(
         cls, section: dict[str, Any], shapes: dict[str, tuple]
     ) -> dict[str, Any]:
-        """The section with the number of the text encoder's hidden states."""
+        """The section with the number of hidden states, from the projection's shape."""
         for name, shape in shapes.items():
             if name.endswith("_embed.weight") and len(shape) == 2:
                 hidden = section.get("caption_channels", shape[1])
@@ -338,11 +356,11 @@ class TextConnectors(Component):
 
 
 class FeatureExtractor(nn.Module):
-    """All hidden states of a token as one vector, normalised and projected.
+    """All hidden states of a token as one vector, normalized and projected.
 
-    2.0: each state brought to a range of 8 over the whole prompt, one projection for
-    both streams. From 2.3 on: each state RMS-normalised by token, scaled to keep its
-    variance through the projection, one projection a stream.
+    2.0: each state is scaled to a range of 8 over the prompt; both streams share a
+    projection. From 2.3 on: each state is RMS-normalized by token and scaled to keep its
+    variance through the projection; each stream has one.
     """
 
     def __init__(self, c: TextConfig, video_dim: int, audio_dim: int):
@@ -364,7 +382,7 @@ class FeatureExtractor(nn.Module):
             features = self.aggregate_embed(x.flatten(2).astype(dtype))
             return features, features
         x = x * mx.rsqrt(mx.mean(x * x, axis=2, keepdims=True) + 1e-6)
-        x = x.flatten(2)  # the layer index runs fastest
+        x = x.flatten(2)  # (1, tokens, D states), the state's index runs fastest
         return tuple(
             embed((x * math.sqrt(embed.bias.size / self.hidden)).astype(dtype))
             for embed in (self.video_aggregate_embed, self.audio_aggregate_embed)
@@ -392,7 +410,7 @@ class ConnectorBlock(nn.Module):
 
 
 class Connector(nn.Module):
-    """A small transformer over the prompt's tokens, filled up with learnt registers."""
+    """A small transformer over the prompt's tokens, padded with learned registers."""
 
     def __init__(self, c: TextConfig, heads: int, head_dim: int, layers: int):
         super().__init__()
@@ -406,10 +424,10 @@ class Connector(nn.Module):
         ]
 
     def __call__(self, x: mx.array, length: int) -> mx.array:
-        """(1, tokens, D) to (1, length, D); a register's place is absolute."""
+        """(1, tokens, D) to (1, length, D); registers are chosen by absolute position."""
         registers = self.learnable_registers.astype(x.dtype)
-        filling = registers[mx.arange(x.shape[1], length) % len(registers)]
-        x = mx.concatenate([x, filling[None]], axis=1)
+        padding = registers[mx.arange(x.shape[1], length) % len(registers)]
+        x = mx.concatenate([x, padding[None]], axis=1)
         positions = np.arange(length, dtype=np.float32)[None]
         rope = rope_cos_sin(positions, self.dim, self.heads, self.max_pos)
         rope = tuple(table.astype(x.dtype) for table in rope)

@@ -1,4 +1,4 @@
-"""The latent upsamplers: twice the frames, or 2 or 1.5 times the height and width."""
+"""The latent upsamplers: 2 times the frames, or 2 or 1.5 times the height and width."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .base import Config, UserError
-from .layers import Component
+from .layers import Component, depth_to_space
 
 
 @dataclass
@@ -21,7 +21,7 @@ class UpsamplerConfig(Config):
     spatial_upsample: bool
     temporal_upsample: bool
     spatial_scale: float
-    rational_resampler: bool  # means nothing in a temporal one
+    rational_resampler: bool  # ignored by temporal upsamplers
 
     FIXED = {
         "_class_name": ("LatentUpsampler",),
@@ -33,12 +33,13 @@ class UpsamplerConfig(Config):
         if self.spatial_upsample == self.temporal_upsample:
             raise UserError(
                 "upsampler: spatial_upsample and temporal_upsample are both "
-                f"{self.spatial_upsample}, but only one of them is implemented"
+                f"{self.spatial_upsample}, only one of them is implemented"
             )
 
 
 class Conv3d(nn.Conv3d):
-    """3x3x3, zero-padded; in time by hand, for which Metal has a faster convolution."""
+    """3x3x3, zero-padded; time is padded separately because Metal's fast 3-D
+    convolution does not pad it."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, 3, padding=(0, 1, 1))
@@ -64,24 +65,16 @@ class ResBlock(nn.Module):
         return nn.silu(x + self.norm2(self.conv2(h)))
 
 
-def shuffle(x: mx.array, time: int = 1, space: int = 1) -> mx.array:
-    """Spread channels (c, time, space, space) of `x` (B, F, H, W, C) over the axes."""
-    b, f, h, w, _ = x.shape
-    x = x.reshape(b, f, h, w, -1, time, space, space)
-    x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.reshape(b, f * time, h * space, w * space, -1)
-
-
 def blur_down(frames: mx.array, kernel: mx.array, stride: int) -> mx.array:
+    """Low-pass with `kernel` (1, 5, 5, 1) and keep every `stride`-th row and column."""
     channels = frames.shape[-1]
     kernel = mx.broadcast_to(kernel, (channels, 5, 5, 1))
     return mx.conv2d(frames, kernel, stride, padding=2, groups=channels)
 
 
 class LatentUpsampler(Component):
-    """Un-normalised latents (B, F, H, W, C) to (B, F, sH, sW, C) or (B, 2F - 1, H, W, C).
-
-    The group norms see all frames at once: a clip cannot be upsampled in pieces.
+    """Latents, not normalized, (B, F, H, W, C) to (B, F, sH, sW, C), s the spatial scale,
+    or to (B, 2F - 1, H, W, C). A clip cannot be cut: group norms run over all frames.
     """
 
     config_class = UpsamplerConfig
@@ -107,12 +100,13 @@ class LatentUpsampler(Component):
 
     def resample(self, x: mx.array) -> mx.array:
         if self.config.temporal_upsample:
-            # The first frame is one video frame, the others eight: it is not doubled.
-            return shuffle(self.upsampler[0](x), time=2)[:, 1:]
+            # The first latent frame is one video frame, not eight: it is not doubled.
+            return depth_to_space(self.upsampler[0](x), (2, 1, 1))[:, 1:]
         rational = self.config.rational_resampler
         conv = self.upsampler["conv"] if rational else self.upsampler[0]
-        frames = shuffle(conv(x.flatten(0, 1))[None], space=self.up)[0]
-        if self.down > 1:  # the rational x2 file has a kernel too, for nothing
+        y = conv(x.flatten(0, 1))[None]  # (1, B F, H, W, up^2 C)
+        frames = depth_to_space(y, (1, self.up, self.up))[0]
+        if self.down > 1:  # the rational x2 file also stores an unused kernel
             frames = blur_down(frames, self.upsampler["blur_down"]["kernel"], self.down)
         return mx.unflatten(frames, 0, x.shape[:2])
 

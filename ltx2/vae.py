@@ -1,9 +1,8 @@
 """The video VAE: a causal encoder and a non-causal decoder, both exact on a stream.
 
-A layer turns an iterator of chunks (B, F, H, W, C), which follow one another in time,
-into another one. What it must remember between two chunks are local variables of its
-call, and the end of the clip is the end of the iterator. However a clip is cut into
-chunks, the same frames come out.
+A layer turns an iterator of chunks (B, F, H, W, C), consecutive in time, into another
+one. Its state between two chunks is in local variables of the call, and the clip ends
+where the iterator ends. The frames do not depend on how a clip is cut into chunks.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import mlx.nn as nn
 from .base import Config, Trace, UserError, traced
 from .layers import (
     Component,
+    Statistics,
     Stride,
     TimestepEmbedding,
     depth_to_space,
@@ -37,11 +37,8 @@ Pairs = Iterator[tuple[mx.array, mx.array]]
 Layer = Callable[[Chunks], Chunks]
 
 DEFAULT_TIMESTEP = "as trained"
-LATENTS_PER_CHUNK = 2  # enter the decoder: its widest weights are read half as often
-
-# Of the latents of the training set; the others are in some files, but not read.
-STATISTICS = ("mean-of-means", "std-of-means")
-UNUSED_KEYS = (
+LATENTS_PER_CHUNK = 2  # of the decoder: its widest weights are read half as often
+UNUSED_KEYS = (  # present in some files
     "per_channel_statistics.channel",
     "per_channel_statistics.mean-of-stds",
     "per_channel_statistics.mean-of-stds_over_std-of-means",
@@ -53,7 +50,7 @@ class VideoVAEConfig(Config):
     """The `vae` section of a checkpoint's configuration: 2.0, 2.3, convolutional 2.5."""
 
     encoder_blocks: list
-    decoder_blocks: list = field(default_factory=list)  # none: the encoder alone
+    decoder_blocks: list = field(default_factory=list)  # empty: only the encoder
     latent_channels: int = 128
     patch_size: int = 4
     encoder_base_channels: int = 128
@@ -77,12 +74,12 @@ class VideoVAEConfig(Config):
     }
 
 
-# Frames that wait or come one by one. Unlike a loop's variables, `map` holds no frame
-# while the next one is made.
+# Stream helpers. `map` is used because, unlike a loop, it has no variable that would
+# keep a frame while the next one is computed.
 
 
 def materialize(x: mx.array) -> mx.array:
-    """Make `x` stand alone: a slice holds its parent's buffer, a lazy array its graph."""
+    """A copy that is evaluated: a slice keeps its parent's buffer, a lazy array its graph."""
     x = mx.contiguous(x)
     mx.eval(x)
     return x
@@ -97,7 +94,7 @@ def single_frames(chunks: Chunks) -> Chunks:
 
 
 def residual_pairs(chunks: Chunks, branch: Layer) -> Pairs:
-    """What enters a branch beside what leaves it, which may be some frames later."""
+    """The branch's input and output, frame by frame; the output may lag behind."""
     waiting = deque()
 
     def enter(x: mx.array) -> mx.array:
@@ -115,8 +112,9 @@ def residual_pairs(chunks: Chunks, branch: Layer) -> Pairs:
 
 
 class Conv3d(nn.Module):
-    """A 3x3x3 convolution. A causal one sees its first frame three times; the other
-    runs one frame late and sees its first and its last frame twice."""
+    """A 3x3x3 convolution. In front of the clip the causal one repeats the first frame
+    twice; the other one repeats the first and the last frame once, and lags one frame
+    behind its input."""
 
     def __init__(self, dim_in: int, dim: int, causal: bool, reflect: bool = False):
         super().__init__()
@@ -149,7 +147,7 @@ class Conv3d(nn.Module):
             x = mx.concatenate([x[..., 1:2, :], x, x[..., -2:-1, :]], axis=3)
         pad = (0, 0, 0) if self.reflect else (0, 1, 1)
         weight, bias = (self.conv[k].astype(x.dtype) for k in ("weight", "bias"))
-        # Metal is fast on one clip at a time whose time is padded by hand.
+        # Metal's fast 3-D convolution takes one clip at a time and does not pad time.
         clips = [mx.conv3d(clip, weight, padding=pad) for clip in mx.split(x, len(x))]
         return mx.concatenate(clips) + bias
 
@@ -158,7 +156,7 @@ Conv = Callable[[int, int], Conv3d]
 
 
 def norm_act(x: mx.array, shift_scale: Optional[mx.array] = None) -> mx.array:
-    """PixelNorm, shift and scale (2, C) if there are any, SiLU."""
+    """PixelNorm, shift and scale (2, C) if any, SiLU."""
     x = rms_norm(x, eps=1e-8)
     if shift_scale is not None:
         shift, scale = shift_scale.astype(x.dtype)
@@ -187,7 +185,7 @@ class ResBlock(nn.Module):
 
 
 class ResBlocks(nn.Module):
-    """Residual blocks that share the embedding of the timestep, if there is one."""
+    """Residual blocks that share the timestep embedding, if any."""
 
     def __init__(self, dim: int, conv: Conv, num_layers: int, conditioned=False):
         super().__init__()
@@ -204,7 +202,7 @@ class ResBlocks(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Space and time to channels: of a convolution, plus means of the input's."""
+    """Space-to-depth of a convolution, plus group means of the input's space-to-depth."""
 
     def __init__(self, dim: int, conv: Conv, stride: Stride, multiplier: int):
         super().__init__()
@@ -213,19 +211,20 @@ class Downsample(nn.Module):
         self.conv = conv(dim, self.dim // math.prod(stride))
 
     def __call__(self, chunks: Chunks) -> Chunks:
-        # Of 8k + 1 frames the first counts twice; only its chunk has an odd number.
+        # The first of 8k + 1 frames is doubled; only its chunk has an odd length.
         odd = lambda x: x[:, : x.shape[1] % self.stride[0]]
         chunks = map(lambda x: mx.concatenate([odd(x), x], axis=1), chunks)
         return starmap(self.downsample, residual_pairs(chunks, self.conv))
 
     def downsample(self, x: mx.array, y: mx.array) -> mx.array:
+        # (B, F, H, W, C p q r) to (B, F, H, W, dim, C p q r / dim)
         groups = mx.unflatten(space_to_depth(x, self.stride), -1, (self.dim, -1))
         return groups.mean(-1) + space_to_depth(y, self.stride)
 
 
 class Upsample(nn.Module):
-    """A convolution's channels to space and time, plus the input's if residual. Frames
-    are many and large from here on and leave one by one."""
+    """Depth-to-space of a convolution, plus that of the input if residual. From here on
+    frames are many and large, so they are passed on one at a time."""
 
     def __init__(
         self, dim: int, conv: Conv, stride: Stride, multiplier=1, residual=False
@@ -238,7 +237,7 @@ class Upsample(nn.Module):
 
     def __call__(self, chunks: Chunks) -> Chunks:
         chunks = starmap(self.upsample, residual_pairs(chunks, self.conv))
-        # Doubled in time, a clip of 8k + 1 frames has one too many, the first.
+        # Of a clip doubled in time, the first frame is surplus.
         return islice(single_frames(chunks), self.stride[0] - 1, None)
 
     def upsample(self, x: mx.array, y: mx.array) -> mx.array:
@@ -260,7 +259,7 @@ DOWN = {f"{name}_res": stride for name, stride in UP.items()}
 
 
 def build(blocks: list, dim: int, strides: dict, resample: type, conv: Conv, **res):
-    """The layers of a configuration's list of blocks, and the width they end with."""
+    """The layers of a configuration's list of blocks, and their output width."""
     layers = []
     for name, options in blocks:
         options = {key: value for key, value in options.items() if value}
@@ -276,14 +275,14 @@ def build(blocks: list, dim: int, strides: dict, resample: type, conv: Conv, **r
 
 
 def run(layers: dict[str, Layer], chunks: Chunks, trace: Optional[Trace]) -> Chunks:
-    """Pass a stream through one layer after the other, each traced by its name."""
+    """Run a stream through the layers in order, and trace each by its name."""
     for name, layer in layers.items():
         chunks = map(partial(traced, trace, name), layer(chunks))
     return chunks
 
 
 class Encoder(nn.Module):
-    """Patches to latents. The first chunk has 8k + 1 frames, each other one 8k."""
+    """Patches to latents. The first chunk has 8k + 1 frames, every other one 8k."""
 
     def __init__(self, config: VideoVAEConfig):
         super().__init__()
@@ -293,7 +292,7 @@ class Encoder(nn.Module):
         self.down_blocks, dim = build(
             config.encoder_blocks, dim, DOWN, Downsample, conv
         )
-        # One channel more: the log variance that all the others share.
+        # The last channel is the log-variance of all others.
         self.conv_out = conv(dim, config.latent_channels + 1)
 
     def __call__(self, chunks: Chunks, trace: Optional[Trace]) -> Chunks:
@@ -304,7 +303,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to patches, one frame a chunk."""
+    """Latents to patches, one frame per chunk."""
 
     def __init__(self, config: VideoVAEConfig):
         super().__init__()
@@ -320,7 +319,7 @@ class Decoder(nn.Module):
         )
         self.conv_out = conv(dim, 3 * config.patch_size**2)
         if conditioned:
-            self.timestep_scale_multiplier = mx.ones(())  # 916, says the file
+            self.timestep_scale_multiplier = mx.ones(())  # 916 in the released file
             self.last_time_embedder = TimestepEmbedding(2 * dim)
             self.last_scale_shift_table = mx.zeros((2, dim))
 
@@ -344,9 +343,9 @@ class Decoder(nn.Module):
 
 
 class VideoVAE(Component):
-    """Video (B, 8k + 1, 32h, 32w, 3) to normalised latents (B, k + 1, h, w, C) and back.
+    """Video (B, 8k + 1, 32h, 32w, 3) to normalized latents (B, k + 1, h, w, C) and back.
 
-    Activations have the dtype of what is given, whatever that of the weights is.
+    Activations have the input's dtype, whatever the weights' dtype is.
     """
 
     config_class = VideoVAEConfig
@@ -357,36 +356,27 @@ class VideoVAE(Component):
         self.encoder = Encoder(config)
         if config.decoder_blocks:
             self.decoder = Decoder(config)
-        plain = mx.zeros(config.latent_channels), mx.ones(config.latent_channels)
-        self.per_channel_statistics = dict(zip(STATISTICS, plain))
-
-    def normalize(self, latents: mx.array) -> mx.array:
-        """Latents as the encoder makes them to latents as the transformer sees them."""
-        mean, std = map(self.per_channel_statistics.get, STATISTICS)
-        return ((latents - mean) / std).astype(latents.dtype)
-
-    def denormalize(self, latents: mx.array) -> mx.array:
-        """Undo `normalize`."""
-        mean, std = map(self.per_channel_statistics.get, STATISTICS)
-        return (latents * std + mean).astype(latents.dtype)
+        self.per_channel_statistics = Statistics(config.latent_channels)
+        self.normalize = self.per_channel_statistics.normalize
+        self.denormalize = self.per_channel_statistics.denormalize
 
     def encode(self, frames: mx.array, trace: Optional[Trace] = None) -> mx.array:
-        """Frames (B, F, H, W, 3) in [-1, 1] to normalised latents.
+        """Frames (B, F, H, W, 3) in [-1, 1] to normalized latents.
 
-        Frames beyond 8k + 1 are left out with a warning. A UserError if a side is not
-        divisible by 32.
+        Frames beyond 8k + 1 are left out with a warning. Raises UserError if a side is
+        not divisible by 32.
         """
         return mx.concatenate([*self.encode_stream(iter([frames]), trace)], axis=1)
 
     def encode_stream(self, chunks: Chunks, trace: Optional[Trace] = None) -> Chunks:
-        """`encode` of a clip in chunks of any length, a latent frame (B, 1, h, w, C) at
-        a time. `trace` sees the stages chunk by chunk."""
+        """`encode` for a clip in chunks of any length: yields one latent frame
+        (B, 1, h, w, C) at a time. `trace` is called with the chunks of each layer."""
         patches = partial(patchify, size=self.config.patch_size)
         latents = self.encoder(map(patches, latent_groups(chunks)), trace)
         return map(materialize, map(self.normalize, latents))
 
     def decode(self, latents: mx.array, *args, **kwargs) -> mx.array:
-        """All frames of `decode_stream` at once: (B, 8F - 7, 32h, 32w, 3)."""
+        """All frames of `decode_stream` in one array (B, 8F - 7, 32h, 32w, 3)."""
         return mx.concatenate([*self.decode_stream(latents, *args, **kwargs)], axis=1)
 
     def decode_stream(
@@ -398,38 +388,37 @@ class VideoVAE(Component):
         bias: float = 0.0,
         trace: Optional[Trace] = None,
     ) -> Chunks:
-        """Normalised latents (B, F, h, w, C) to frames (B, 1, 32h, 32w, 3), float32 in
+        """Normalized latents (B, F, h, w, C) to frames (B, 1, 32h, 32w, 3), float32 in
         [0, 1], in memory that does not grow with F.
 
-        The decoder of the first distilled upload is conditioned on a timestep: None
-        decodes without conditioning, DEFAULT_TIMESTEP is 0.05 for it and None for all others,
-        which refuse a number. A conditioned decode mixes the latents with `noise_scale`
-        of `noise`, of the same shape. (0.05 and 0.025 are the reference's.)
+        The decoder of the first distilled upload is conditioned on a timestep:
+        DEFAULT_TIMESTEP is 0.05 for it and None, no conditioning, for all others, which
+        accept no number. A conditioned decode mixes `noise`, of the latents' shape, into
+        them by `noise_scale`. (0.05 and 0.025 are the reference's.)
 
-        `bias` brightens, before clipping, what weights converted by other tools give. 0
-        is right for released ones: a picture that comes out too dark was decoded without
-        the residuals of the upsamplings, without reflected borders, or causally.
+        `bias` is added before clipping, for weights converted by other tools. Released
+        weights need 0: pictures that are too dark come from a decoder without upsampler
+        residuals or reflected borders, or with causal convolutions.
 
-        `trace` sees the stages chunk by chunk.
+        `trace` is called with the chunks of each layer.
         """
         if timestep is DEFAULT_TIMESTEP:
             timestep = 0.05 if self.config.timestep_conditioning else None
         if timestep is not None and not self.config.timestep_conditioning:
             raise UserError(
-                f"this checkpoint's decoder takes no timestep, not even {timestep}; "
-                "leave it out"
+                f"this decoder is not timestep-conditioned: drop timestep={timestep}"
             )
         reflects = self.config.spatial_padding_mode == "reflect"
         if reflects and min(latents.shape[2:4]) < 2:
             raise UserError(
-                "this checkpoint's decoder reflects borders and needs 2x2 latents, "
-                "64x64 pixels, or more"
+                "the video is too small: this decoder reflects borders and needs at "
+                "least 64x64 pixels"
             )
         if timestep is not None and noise_scale > 0:
             if noise is None or noise.shape != latents.shape:
                 raise UserError(
-                    f"a conditioned decode needs noise of shape {latents.shape}, or "
-                    "noise_scale=0"
+                    "this decoder is timestep-conditioned: pass noise of shape "
+                    f"{latents.shape} or noise_scale=0"
                 )
             mixed = noise_scale * noise + (1 - noise_scale) * latents
             latents = mixed.astype(latents.dtype)
@@ -446,14 +435,14 @@ class VideoVAE(Component):
     def infer_sizes(
         cls, section: dict[str, Any], shapes: dict[str, tuple]
     ) -> dict[str, Any]:
-        """The `vae` section with the encoder's width by its tensors: the reference takes it
-        from the latent channels, which only in released files is the same."""
+        """The `vae` section with the encoder's width, taken from its tensors. (The reference
+        takes the number of latent channels, which is equal in released files only.)"""
         width = shapes.get("encoder.conv_in.conv.bias")
         return {**section, **({"encoder_base_channels": width[0]} if width else {})}
 
     @classmethod
     def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Official names and torch layouts to this module's, unread statistics left out."""
+        """Official tensors to MLX layouts, (O, I, D, H, W) to (O, D, H, W, I)."""
         return {
             key: w.moveaxis(1, -1) if w.ndim == 5 else w
             for key, w in weights.items()
@@ -462,24 +451,26 @@ class VideoVAE(Component):
 
 
 def latent_groups(chunks: Chunks) -> Chunks:
-    """Cut a clip anew into what a latent frame stands for: one frame, then 8 and 8."""
+    """Regroup a clip into the frames of each latent frame: 1, then 8 each."""
     frames, size = single_frames(chunks), 1
     while group := [*islice(frames, size)]:
         if any(side % 32 for side in group[0].shape[2:4]):
             height, width = group[0].shape[2:4]
             raise UserError(
-                f"frames of {width}x{height} pixels cannot be encoded, "
+                f"cannot encode frames of {width}x{height} pixels: "
                 "both sides must be divisible by 32"
             )
         if len(group) < size:
-            warnings.warn(f"the last {len(group)} frames are left out: not 8k + 1")
+            warnings.warn(
+                f"the last {len(group)} frames are left out: the number must be 8k + 1"
+            )
             return
         yield mx.concatenate(group, axis=1)
         size = 8
 
 
 def encoder_alone(section: dict[str, Any]) -> dict[str, Any]:
-    """The `vae` section for the encoder of a VAE whose decoder is of another kind."""
+    """The `vae` section of an encoder whose VAE has a diffusion decoder."""
     own = {k: v for k, v in section["encoder"].items() if k != "out_channels"}
     own["encoder_blocks"] = own.pop("blocks")
     channels = section["latent_channels"]

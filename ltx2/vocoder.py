@@ -1,7 +1,7 @@
-"""The vocoders: HiFi-GAN (2.0), BigVGAN with bandwidth extension to 48 kHz (2.3 on).
+"""The vocoders: HiFi-GAN (2.0), BigVGAN with bandwidth extension to 48 kHz (from 2.3).
 
-Both run in float32 whatever the weights' dtype: in bfloat16 the errors of a hundred
-convolutions in a row add up, and spectra are 40 to 90 % farther off (the reference).
+Both compute in float32 whatever the weights' dtype: in bfloat16 the errors of about a
+hundred convolutions in a row add up to 40 to 90 % of the spectra (the reference).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy as np
 from .base import Config, UserError
 from .layers import Component
 
-MEL_RATE = 100  # frames a second of the audio VAE's mel
+MEL_RATE = 100  # frames per second of the audio VAE's mel
 MEL_BINS = 64
-Activation = Callable[[int], nn.Module]  # made for a number of channels
+Activation = Callable[[int], nn.Module]  # built for a number of channels
 UNUSED_KEYS = ("mel_stft.stft_fn.inverse_basis",)
 
 
 @dataclass(kw_only=True)
 class GeneratorConfig(Config):
-    """The `vocoder` section of 2.0's configuration, its `vocoder` from 2.3 on."""
+    """The `vocoder` section of 2.0's configuration; from 2.3 on its `vocoder` part."""
 
     resblock: str
     upsample_initial_channel: int
@@ -59,10 +59,8 @@ class BWEConfig(GeneratorConfig):
 
 
 def fir(x: mx.array, taps: mx.array) -> mx.array:
-    """Correlate every channel of `x` (B, T, C) with the same `taps` (1, K, 1).
-
-    Stride 1 and no padding: the case for which Metal has a depthwise kernel.
-    """
+    """Correlate every channel of `x` (B, T, C) with the same `taps` (1, K, 1), without
+    stride or padding: for this case Metal has a depthwise kernel."""
     channels = x.shape[-1]
     taps = mx.broadcast_to(taps, (channels, taps.size, 1))
     return mx.conv1d(x, taps, groups=channels)
@@ -73,7 +71,7 @@ def edge_pad(x: mx.array, before: int, after: int) -> mx.array:
 
 
 def upsample(x: mx.array, taps: mx.array, ratio: int) -> mx.array:
-    """Resample `x` (B, T, C) to (B, ratio * T, C): zeros between samples, low pass."""
+    """Resample `x` (B, T, C) to (B, ratio T, C): zeros between samples, low-pass."""
     batch, length, channels = x.shape
     reach = taps.size // (2 * ratio)
     x = edge_pad(x, reach, reach)[:, :, None]
@@ -83,7 +81,7 @@ def upsample(x: mx.array, taps: mx.array, ratio: int) -> mx.array:
 
 
 def downsample(x: mx.array, taps: mx.array) -> mx.array:
-    """Resample `x` (B, 2 T, C) to (B, T, C): low pass, every second sample."""
+    """Resample `x` (B, 2 T, C) to (B, T, C): low-pass, every second sample."""
     return fir(edge_pad(x, (taps.size - 1) // 2, taps.size // 2), taps)[:, ::2]
 
 
@@ -94,7 +92,7 @@ def snake_beta(x: mx.array, log_alpha: mx.array, log_beta: mx.array) -> mx.array
 
 
 class AntiAliasedSnake(nn.Module):
-    """Snake-beta at twice the rate, so that the overtones it makes do not fold back."""
+    """Snake-beta at twice the rate, which keeps its overtones from aliasing."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -106,11 +104,6 @@ class AntiAliasedSnake(nn.Module):
         x = upsample(x, self.upsample["filter"], 2)
         x = snake_beta(x, self.act["alpha"], self.act["beta"])
         return downsample(x, self.downsample["lowpass"]["filter"])
-
-
-def leaky_relu(channels: int) -> nn.Module:
-    """HiFi-GAN's activation, the same for all channels."""
-    return nn.LeakyReLU(0.1)
 
 
 class ResBlock(nn.Module):
@@ -141,22 +134,20 @@ class Vocoder(Component):
     sample_rate: int
 
     @classmethod
-    def from_config(cls, section: dict[str, Any]) -> Vocoder:
-        """The vocoder of a checkpoint's `vocoder` section."""
+    def build(cls, section: dict[str, Any]) -> Vocoder:
         if "bwe" not in section:
             return Generator(GeneratorConfig.from_dict(section))
-        return VocoderWithBWE(
-            GeneratorConfig.from_dict(section.get("vocoder", {})),
-            BWEConfig.from_dict(section["bwe"]),
-        )
+        base = GeneratorConfig.from_dict(section.get("vocoder", {}))
+        return VocoderWithBWE(base, BWEConfig.from_dict(section["bwe"]))
 
     @classmethod
     def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Official tensors, without their first `vocoder.`, to MLX layouts."""
+        """Official tensors, without the leading `vocoder.`, to MLX layouts."""
 
         def layout(key: str, w: mx.array) -> mx.array:
             if w.ndim < 3:
                 return w
+            # Convolutions (O, I, K), transposed ones (I, O, K), both to (O, K, I)
             return w.transpose(1, 2, 0) if "ups." in key else w.swapaxes(1, 2)
 
         return {k: layout(k, w) for k, w in weights.items() if k not in UNUSED_KEYS}
@@ -170,6 +161,7 @@ class Generator(Vocoder):
         self.config = config
         self.sample_rate = mel_rate * math.prod(config.upsample_rates)
         snake = config.resblock == "AMP1"
+        leaky_relu = lambda channels: nn.LeakyReLU(0.1)
         activation = AntiAliasedSnake if snake else leaky_relu
         channels = config.upsample_initial_channel
         self.conv_pre = nn.Conv1d(2 * MEL_BINS, channels, 7, padding=3)
@@ -183,14 +175,14 @@ class Generator(Vocoder):
             self.ups.append(up)
             channels //= 2
             self.resblocks += [ResBlock(channels, *k, activation) for k in kernels]
-        # HiFi-GAN's last slope is PyTorch's default, not 0.1 as everywhere else.
+        # HiFi-GAN's last slope is PyTorch's default instead of 0.1.
         self.act_post = AntiAliasedSnake(channels) if snake else nn.LeakyReLU(0.01)
         bias = config.use_bias_at_final
         self.conv_post = nn.Conv1d(channels, 2, 7, padding=3, bias=bias)
 
     def __call__(self, mel: mx.array) -> mx.array:
         """Log-mel (B, T, 64, 2) to waveform (B, T * prod(upsample_rates), 2), float32."""
-        x = mel.astype(mx.float32).swapaxes(2, 3).flatten(2)  # channel-major
+        x = mel.astype(mx.float32).swapaxes(2, 3).flatten(2)  # (B, T, 2 * 64)
         x = self.conv_pre(x)
         n = len(self.config.resblock_kernel_sizes)
         for i, up in enumerate(self.ups):
@@ -203,7 +195,7 @@ class Generator(Vocoder):
 
 
 def hann_sinc(ratio: int, width: int = 6, rolloff: float = 0.99) -> mx.array:
-    """Taps (1, K, 1) of torchaudio's default filter for resampling by `ratio`."""
+    """Taps (1, K, 1) of torchaudio's default low-pass for resampling by `ratio`."""
     reach = math.ceil(width / rolloff)
     t = (np.arange(2 * reach * ratio + 1) / ratio - reach) * rolloff
     window = np.cos(np.clip(t, -width, width) * np.pi / width / 2) ** 2
@@ -211,7 +203,7 @@ def hann_sinc(ratio: int, width: int = 6, rolloff: float = 0.99) -> mx.array:
 
 
 class VocoderWithBWE(Vocoder):
-    """BigVGAN at 16 kHz, and what a second one adds to its waveform resampled."""
+    """BigVGAN at 16 kHz, resampled, plus the high band that a second one generates."""
 
     def __init__(self, config: GeneratorConfig, bwe: BWEConfig):
         super().__init__()
@@ -219,9 +211,11 @@ class VocoderWithBWE(Vocoder):
         mel_rate = bwe.input_sampling_rate // bwe.hop_length
         self.bwe_generator = Generator(bwe, mel_rate)
         rates = self.vocoder.sample_rate, self.bwe_generator.sample_rate
-        said = bwe.input_sampling_rate, bwe.output_sampling_rate
-        if rates != said:
-            raise UserError(f"vocoder: rates are {said} Hz, but layers make {rates} Hz")
+        expected = bwe.input_sampling_rate, bwe.output_sampling_rate
+        if rates != expected:
+            raise UserError(
+                f"vocoder: its config says {expected} Hz, its layers produce {rates} Hz"
+            )
         self.sample_rate = rates[1]
         self.ratio = rates[1] // rates[0]
         self.hop_length = bwe.hop_length
@@ -236,6 +230,7 @@ class VocoderWithBWE(Vocoder):
         batch, samples, channels = waveform.shape
         basis = self.mel_stft["stft_fn"]["forward_basis"]
         x = waveform.swapaxes(1, 2).reshape(batch * channels, samples, 1)
+        # The basis is a DFT; zeros in front, n_fft - hop of them, make it causal.
         x = mx.pad(x, [(0, 0), (basis.shape[1] - self.hop_length, 0), (0, 0)])
         real, imag = mx.split(mx.conv1d(x, basis, self.hop_length), 2, axis=-1)
         magnitude = mx.sqrt(mx.square(real) + mx.square(imag))

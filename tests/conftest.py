@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Callable
 
 import checkpoints
-import numpy as np
 import pytest
 import split_checkpoint
 from fake_hub import fake_hub  # noqa: F401 (a fixture)

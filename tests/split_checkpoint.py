@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,13 @@ from checkpoints import (
     DATA,
     LORAS,
     Shapes,
-    audio_vae,
-    connectors,
-    flatten,
-    gemma_layer,
-    linear,
+    component,
+    layer,
     lora,
     merge,
-    numbered,
-    random_weight,
     save,
-    statistics,
-    text_projection,
     transformer,
     video_channels,
-    video_encoder,
-    video_vae,
     vocoder,
     widths,
 )
@@ -78,207 +68,107 @@ DIFFUSION_VAE = {
 
 
 def gemma4(c: dict) -> Shapes:
-    t, v, a = c["text_config"], c["vision_config"], c["audio_config"]
-    dim, hidden, last = (
-        t["hidden_size"],
-        t["intermediate_size"],
-        t["num_hidden_layers"] - 1,
-    )
-    norm = {"weight": (dim,)}
-
-    def layer(i: int) -> Shapes:
-        everywhere = i % 6 == 5 or i == last
-        size = t["global_head_dim"] if everywhere else t["head_dim"]
-        keys = t["num_global_key_value_heads" if everywhere else "num_key_value_heads"]
-        query = t["num_attention_heads"] * size
-        attention = {
-            "q_proj": linear(dim, query, bias=False),
-            "k_proj": linear(dim, keys * size, bias=False),
-            "o_proj": linear(query, dim, bias=False),
-            "q_norm": {"weight": (size,)},
-            "k_norm": {"weight": (size,)},
-        }
-        if not everywhere:
-            attention["v_proj"] = linear(dim, keys * size, bias=False)
-        return gemma_layer(attention, dim, hidden) | {"layer_scalar": (1,)}
-
-    eye = v["mm_embed_dim"]
-    patch = 3 * (v["patch_size"] * v["pooling_kernel_size"]) ** 2
+    """The text encoder, and its parts for images and sound, which nothing reads."""
+    text, vision = component("gemma", c | {"tokenizer_bytes": 0}), c["vision_config"]
+    del text["tokenizer_json"]  # not random
+    eye, dim = vision["mm_embed_dim"], c["text_config"]["hidden_size"]
+    patch = 3 * (vision["patch_size"] * vision["pooling_kernel_size"]) ** 2
+    images, sound = vision["output_proj_dims"], c["audio_config"]["audio_embed_dim"]
     return {
-        "model": {
-            "embed_tokens": {"weight": (t["vocab_size"], dim)},
-            "layers": numbered(layer(i) for i in range(last + 1)),
-            "norm": norm,
-        },
-        "vision_model": {
-            "patch_ln1": {"weight": (patch,), "bias": (patch,)},
-            "patch_dense": linear(patch, eye),
-            "patch_ln2": {"weight": (eye,), "bias": (eye,)},
-            "pos_embedding": (v["mm_posemb_size"], 2, eye),
-            "pos_norm": {"weight": (eye,), "bias": (eye,)},
-        },
-        "multi_modal_projector": {
-            "embedding_projection": linear(v["output_proj_dims"], dim, bias=False)
-        },
-        "audio_projector": {
-            "embedding_projection": linear(a["audio_embed_dim"], dim, bias=False)
-        },
+        **text,
+        **layer("vision_model.patch_ln1", patch),
+        **layer("vision_model.patch_dense", eye, patch),
+        **layer("vision_model.patch_ln2", eye),
+        **layer("vision_model.pos_norm", eye),
+        "vision_model.pos_embedding": (vision["mm_posemb_size"], 2, eye),
+        "multi_modal_projector.embedding_projection.weight": (dim, images),
+        "audio_projector.embedding_projection.weight": (dim, sound),
     }
 
 
-def duration_head(c: dict, hidden: int, mlp: int) -> Shapes:
-    return {
-        "duration_head": {
-            "video_input_proj": linear(c["cross_attention_dim"], hidden),
-            "audio_input_proj": linear(c["audio_cross_attention_dim"], hidden),
-            "video_modality_emb": (hidden,),
-            "audio_modality_emb": (hidden,),
-            "attention_pooler": {
-                "query_tokens": (1, hidden),
-                "cross_attn": {
-                    "in_proj_weight": (3 * hidden, hidden),
-                    "in_proj_bias": (3 * hidden,),
-                    "out_proj": linear(hidden, hidden),
-                },
-            },
-            "mlp_hidden": linear(hidden, mlp),
-            "mlp_out": linear(mlp, 1),
-        }
+def diffusion_vae(encoder: dict, decoder: dict) -> Shapes:
+    """A diffusion decoder with its own copy of the VAE's encoder."""
+    shapes = {
+        k: shape
+        for k, shape in component("vae", encoder).items()
+        if not k.startswith("decoder.")
     }
+    for k, shape in component("diffusion_decoder", decoder).items():
+        if k not in shapes:  # statistics are common to both
+            k = k.replace("attn.qkv.", "attn.qkv.qkv.")
+            shapes[f"decoder.{k}"] = shape
+    return shapes
 
 
-def diffusion_decoder(c: dict) -> Shapes:
-    size, widths_ = c["head_dim"], c["stage_channels"]
-
-    def block(dim: int) -> Shapes:
-        return {
-            "norm1": {"weight": (dim,)},
-            "attn": {
-                "qkv": {"qkv": linear(dim, 3 * dim)},
-                "q_norm": {"weight": (size,)},
-                "k_norm": {"weight": (size,)},
-                "proj": linear(dim, dim),
-            },
-            "norm2": {"weight": (dim,)},
-            "mlp": {
-                "w_gate": linear(dim, 4 * dim, bias=False),
-                "w_up": linear(dim, 4 * dim, bias=False),
-                "w_down": linear(4 * dim, dim, bias=False),
-            },
-        }
-
-    *det, last = widths_
-    pixels, t = c["out_channels"] * c["patch_size"] ** 2, c["t_emb_dim"]
-    ups = [
-        {"proj": linear(dim, dim * int(np.prod(stride)) // reduction)}
-        for dim, (stride, reduction) in zip(det, c["upsamples"])
-    ]
-    diff = block(last) | {
-        "context_proj": linear(last, last),
-        "scale_shift_table": (7, last),
+def duration_head(c: dict, head: dict) -> Shapes:
+    """The duration head; its configuration leaves sizes to the tensors."""
+    sizes = {
+        "video_dim": c["cross_attention_dim"],
+        "audio_dim": c["audio_cross_attention_dim"],
+        "dim": head["pooler_hidden_dim"],
+        "hidden": head["mlp_hidden"],
     }
-    return {
-        "conv_in": linear(c["in_channels"], det[0]),
-        "det_stages": numbered(
-            numbered([block(dim)] * depth) for dim, depth in zip(det, c["stage_depths"])
-        ),
-        "upsamples": numbered(ups),
-        "conv_in_x_t": linear(pixels, last),
-        "t_embedder": {"mlp": {"0": linear(256, t), "2": linear(t, t)}},
-        "shared_adaln": {"proj": linear(t, 7 * last)},
-        "diff_blocks": numbered([diff] * c["stage_depths"][-1]),
-        "norm_out": {"weight": (last,)},
-        "conv_out": linear(last, pixels),
-    }
+    return component("duration_head", sizes, "duration_head.")
 
 
 def build(folder: str | Path, seed: int = 0, **changes: Any) -> Path:
     """Write the pack into `folder`/ltx-2.5 and return its path."""
     root = Path(folder) / "ltx-2.5"
-    gemma = merge(
-        json.loads((HERE / "config.json").read_text()), changes.pop("gemma", {})
-    )
+    gemma = json.loads((HERE / "config.json").read_text())
+    gemma = merge(gemma, changes.pop("gemma", {}))
     config = merge(CONFIGS["ltx-2.5-22b"], LTX_2_5, changes)
-    t = config["transformer"]
+    c = config["transformer"]
 
     def write(path: str, shapes: Shapes, sections: dict, **metadata: str) -> None:
-        meta = {
-            "format": "pt",
-            "model_version": VERSION,
-            "config": json.dumps(sections),
-        }
-        save(root / f"{path}.safetensors", shapes, seed, meta | metadata)
+        described = {"model_version": VERSION, "config": json.dumps(sections)}
+        metadata |= {"format": "pt", **described}
+        save(root / f"{path}.safetensors", shapes, seed, metadata)
 
-    source = json.dumps({"gemma_version": gemma["gemma_version"]})
+    shapes = transformer(c, gemma["text_config"])
+    projection = {k: s for k, s in shapes.items() if k.startswith("text_")}
     write(
         "diffusion_models/ltx-2.5-transformer",
-        {"model": {"diffusion_model": transformer(t) | connectors(t)}},
-        {"transformer": t, "scheduler": config["scheduler"]},
-        gemma_source_checkpoint=source,
+        {k: s for k, s in shapes.items() if k not in projection},
+        {"transformer": c, "scheduler": config["scheduler"]},
+        gemma_source_checkpoint=json.dumps({"gemma_version": gemma["gemma_version"]}),
     )
-    write("vae/ltx-2.5-video-vae", video_vae(config["vae"]), {"vae": config["vae"]})
-    sections = {k: config[k] for k in ("audio_vae", "vocoder")}
+    vae = config["vae"]
+    write("vae/ltx-2.5-video-vae", component("vae", vae), {"vae": vae})
     write(
         "vae/ltx-2.5-audio-vae",
-        {
-            "audio_vae": audio_vae(config["audio_vae"]),
-            "vocoder": vocoder(config["vocoder"]),
-        },
-        sections,
+        component("audio_vae", config["audio_vae"], "audio_vae.")
+        | vocoder(config["vocoder"]),
+        {k: config[k] for k in ("audio_vae", "vocoder")},
     )
-    diffusion = merge(CONFIGS["ltx-2.5-diffusion-vae"], DIFFUSION_VAE)["vae"]
-    diffusion = merge(
-        diffusion,
-        {
-            "latent_channels": t["in_channels"],
-            "encoder": {
-                "out_channels": t["in_channels"],
-                "blocks": config["vae"]["encoder_blocks"],
-            },
-            "decoder": {"in_channels": t["in_channels"]},
-        },
-    )
-    write(
-        "vae/ltx-2.5-video-vae-diffusion",
-        {
-            "encoder": video_encoder(config["vae"]),
-            "decoder": diffusion_decoder(diffusion["decoder"]),
-            "per_channel_statistics": statistics(t["in_channels"]),
-        },
-        {"vae": diffusion},
-    )
+    channels = c["in_channels"]
+    sizes = {
+        "latent_channels": channels,
+        "encoder": {"out_channels": channels, "blocks": vae["encoder_blocks"]},
+        "decoder": {"in_channels": channels},
+    }
+    other = merge(CONFIGS["ltx-2.5-diffusion-vae"], DIFFUSION_VAE, {"vae": sizes})
+    shapes = diffusion_vae(vae, other["vae"]["decoder"])
+    write("vae/ltx-2.5-video-vae-diffusion", shapes, {"vae": other["vae"]})
     head = {"pooler_hidden_dim": 32, "mlp_hidden": 16}
-    sizes = {k: t[k] for k in ("cross_attention_dim", "audio_cross_attention_dim")}
+    sizes = {k: c[k] for k in ("cross_attention_dim", "audio_cross_attention_dim")}
     write(
         "model_patches/ltx-2.5-duration-head",
-        duration_head(t, *head.values()),
+        duration_head(c, head),
         {"transformer": sizes, "duration_head": head},
     )
-    # the text encoder carries its tokenizer and settings as bytes
-    shapes = gemma4(gemma) | {
-        "text_embedding_projection": text_projection(t, gemma["text_config"])
+    # The text encoder carries its tokenizer and settings as bytes.
+    assets = {
+        f"hf_asset__{f.name}": mx.array(np.frombuffer(f.read_bytes(), np.uint8))
+        for f in HERE.iterdir()
+        if f.name != "config.json"
     }
-    path = root / "text_encoders" / "ltx-2.5-text-encoder.safetensors"
-    weights = {}
-    for key, shape in flatten(shapes).items():
-        own = [seed, zlib.crc32(f"{path.stem}:{key}".encode())]
-        w = (
-            np.ones(1) * 0.8
-            if "layer_scalar" in key
-            else random_weight(key, shape, own, 1.0)
-        )
-        weights[key] = mx.array(w.astype(np.float32)).astype(mx.bfloat16)
-    for asset in HERE.iterdir():
-        key = (
-            "tokenizer_json"
-            if asset.name == "tokenizer.json"
-            else f"hf_asset__{asset.name}"
-        )
-        if asset.name != "config.json":
-            weights[key] = mx.array(np.frombuffer(asset.read_bytes(), np.uint8))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(
-        str(path), weights, {"format": "pt", "gemma_config": json.dumps(gemma)}
+    assets["tokenizer_json"] = assets.pop("hf_asset__tokenizer.json")
+    save(
+        root / "text_encoders" / "ltx-2.5-text-encoder.safetensors",
+        gemma4(gemma) | projection,
+        seed,
+        {"format": "pt", "gemma_config": json.dumps(gemma)},
+        assets=assets,
     )
     return root
 

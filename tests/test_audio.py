@@ -1,4 +1,4 @@
-"""Sound: waveform to log-mel to latents, and back through the vocoders."""
+"""Audio: waveform to log-mel to latents, and back through the vocoders."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def vae(checkpoint, name):
 # Log-mel
 
 
-def test_log_mel_is_the_references(golden):
+def test_log_mel_matches_the_reference(golden):
     g = golden("ltx-2/audio_encode")
     mel = log_mel(channels_last(g["in.waveform"]))
     assert mx.abs(mel - channels_last(g["out.mel"])).max() < 5e-5
@@ -44,15 +44,15 @@ def test_silence_is_at_the_floor():
 def test_a_tone_is_in_its_bin_and_its_channel():
     # 66 equidistant edges up to 8 kHz; below 1 kHz, mel 15, a mel is 200/3 Hz.
     mels, loudest = 15 + 27 * math.log(8) / math.log(6.4), 14
-    centre = (loudest + 1) / 65 * mels * 200 / 3
-    tone = np.sin(2 * np.pi * centre * np.arange(8000) / 16000)
+    center = (loudest + 1) / 65 * mels * 200 / 3
+    tone = np.sin(2 * np.pi * center * np.arange(8000) / 16000)
     waveform = mx.array(np.stack([tone, 0 * tone], -1)[None], mx.float32)
-    mel = log_mel(waveform)[0, 5:-5]  # but the frames that see a reflection
+    mel = log_mel(waveform)[0, 5:-5]  # without the frames that contain a reflection
     assert (mx.argmax(mel[..., 0], axis=1) == loudest).all()
     assert mx.allclose(mel[..., 1], mx.array(SILENCE))
 
 
-def test_a_sound_too_short_to_reflect_is_refused():
+def test_audio_too_short_to_reflect_is_refused():
     with pytest.raises(UserError, match="512 samples"):
         log_mel(mx.zeros((1, 512, 2)))
 
@@ -60,7 +60,7 @@ def test_a_sound_too_short_to_reflect_is_refused():
 # Audio VAE
 
 
-def test_encode_is_the_references(vae, name, golden):
+def test_encode_matches_the_reference(vae, name, golden):
     g = golden(f"{name}/audio_encode")
     latents = channels_last(g["out.latent"])
     assert relative_error(vae.encode(channels_last(g["out.mel"])), latents) < 1e-5
@@ -68,7 +68,7 @@ def test_encode_is_the_references(vae, name, golden):
     assert relative_error(vae.encode(log_mel(waveform)), latents) < 1e-5
 
 
-def test_decode_is_the_references(vae, name, golden):
+def test_decode_matches_the_reference(vae, name, golden):
     g = golden(f"{name}/audio_decode")
     mel = vae.decode(channels_last(g["in.latent"]))
     assert relative_error(mel, channels_last(g["out.mel"])) < 1e-5
@@ -122,8 +122,8 @@ def test_an_unknown_key_is_reported(checkpoint, caplog):
     assert "tanh_out" in caplog.text
 
 
-# Vocoders. The checkpoints hold bfloat16 weights and are loaded as they are: that the
-# float32 reference is met shows that nothing is computed in less.
+# Vocoders. The checkpoints' bfloat16 weights are not cast: matching the float32 reference
+# shows that all is computed in float32.
 
 
 def load_vocoder(path):
@@ -134,7 +134,7 @@ def load_vocoder(path):
 
 @pytest.mark.parametrize("which", ["", "2"])
 @pytest.mark.parametrize("name, rate", [("ltx-2", 24000), ("ltx-2.3", 48000)])
-def test_waveform_is_the_references(checkpoint, name, rate, which, golden):
+def test_waveform_matches_the_reference(checkpoint, name, rate, which, golden):
     model = load_vocoder(checkpoint(name))
     g = golden(f"{name}/vocoder")
     mel = channels_last(g[f"in.mel{which}"])
@@ -145,7 +145,7 @@ def test_waveform_is_the_references(checkpoint, name, rate, which, golden):
     assert relative_error(waveform, channels_last(g[f"out.waveform{which}"])) < 1e-5
 
 
-def test_bandwidth_extension_step_by_step(checkpoint, golden):
+def test_steps_of_the_bandwidth_extension_match_the_reference(checkpoint, golden):
     model = load_vocoder(checkpoint("ltx-2.3"))
     g = golden("ltx-2.3/vocoder")
     low, mel = channels_last(g["mid.low_rate"]), channels_last(g["mid.bwe_mel"])

@@ -171,7 +171,7 @@ def test_saved_latents_are_traced_in_two_dtypes(check, checkpoint, tmp_path):
     path = tmp_path / "dog.latents.safetensors"
     latents = {"video": mx.full((1, 2, 2, 2, 24), 0.5)}
     pipe = pipeline.load(checkpoint("ltx-2"))
-    start = pipe.beginning(pipe.plan(request))
+    start = pipe.initial_snapshot(pipe.plan(request))
     dataclasses.replace(start, stage=1, latents=latents).save(path)
     args = ("trace", checkpoint("ltx-2"), "--latents", path, "--against", "float32")
     code, out = check(*args)
@@ -208,8 +208,8 @@ def test_a_rejected_run_shows_its_trace(check, checkpoint, tmp_path):
             ("--latents", "zeros", "--steps", 3),
             "--steps cannot be combined with --latents zeros",
         ),
-        (("--latents", "zeros", "--height", 65), "height is 65"),
-        (("--prompt", "a dog", "--num-frames", 10), "num_frames is 10"),
+        (("--latents", "zeros", "--height", 65), "height must be a multiple of 32"),
+        (("--prompt", "a dog", "--num-frames", 10), "num_frames must be 8k+1"),
     ],
 )
 def test_invalid_trace_arguments_are_one_line(check, checkpoint, args, message):

@@ -26,7 +26,6 @@ ASKED = [
     ("circle", "red", "right", "low"),
     ("square", "blue", "up", "high"),
     ("triangle", "yellow", "left", "middle"),
-    ("circle", "green", "growing", "high"),
 ]
 
 
@@ -39,7 +38,6 @@ def prompt(s: data.Scene) -> tuple[data.Scene, str]:
         "right": "moves from left to right",
         "left": "moves from right to left",
         "up": "moves up",
-        "growing": "grows bigger",
     }[s.motion]
     return (
         s,
@@ -80,9 +78,9 @@ def test_the_sound_comes_from_where_the_shape_is(asked, made):
 
 
 def test_four_bits_obey_too(asked, tmp_path):
-    clips = make(DEMO, asked[:2], tmp_path, bits=4)
-    found = [judge(*read_mp4(path)) for path, _ in clips]
-    assert right(asked, found, "colour") == right(asked, found, "pitch") == 2
+    ((path, _),) = make(DEMO, asked[:1], tmp_path, bits=4)
+    found = judge(*read_mp4(path))
+    assert (found["colour"], found["pitch"]) == ("red", "low")
 
 
 def test_a_clip_begins_with_the_picture_it_is_given(asked, tmp_path):
@@ -91,20 +89,21 @@ def test_a_clip_begins_with_the_picture_it_is_given(asked, tmp_path):
     assert obedience.decibels(result.frames[0], drawn) > 25
 
 
-def test_guidance_and_seeds(asked, made, tmp_path):
-    """Guided steps obey; another seed makes another clip, the same one the same."""
+def test_guided_steps_obey(asked, tmp_path):
     ((path, result),) = make(
         DEMO, asked[1:2], tmp_path, kind="dev", options=obedience.GUIDED
     )
     found = judge(*read_mp4(path))
     assert found["colour"] == "blue" and found["motion"] == "up"
-    pipe = pipeline.load(str(DEMO), dtype="float32")
-    contexts = pipe.encode_prompts([asked[0][1]])
-    again, other = (
-        pipe.generate(asked[0][1], seed=seed, contexts=contexts, no_audio=True)
-        for seed in (1000, 1001)
+
+
+def test_another_seed_makes_another_clip_and_the_same_one_the_same(asked):
+    pipe, prompt = pipeline.load(str(DEMO), dtype="float32"), asked[0][1]
+    options = dict(contexts=pipe.encode_prompts([prompt]), no_audio=True)
+    first, again, other = (
+        pipe.generate(prompt, seed=seed, sigmas=(1.0, 0.5, 0.0), **options)
+        for seed in (1000, 1000, 1001)
     )
-    first = pipe.generate(asked[0][1], seed=1000, contexts=contexts, no_audio=True)
     assert mx.array_equal(again.video_latents, first.video_latents)
     assert not mx.allclose(other.video_latents, first.video_latents, atol=0.1)
 

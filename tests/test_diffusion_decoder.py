@@ -1,4 +1,4 @@
-"""The diffusion decoder of LTX-2.5 against plain neighbourhood attention."""
+"""The diffusion decoder of LTX-2.5 against plain neighborhood attention."""
 
 import math
 
@@ -37,7 +37,7 @@ def decode(decoder, latents, seed=0):
 
 
 @pytest.mark.parametrize("case", [0, 1])
-def test_frames_are_the_references(decoder, golden, case):
+def test_frames_match_the_reference(decoder, golden, case):
     g = golden("ltx-2.5/diffusion_decode")
     latents = g[f"in.latent{case}"]
     rng = np.random.default_rng(case)
@@ -52,7 +52,7 @@ def test_frames_are_the_references(decoder, golden, case):
     assert relative_error(ours, reference) < 1e-4
 
 
-def test_attention_is_that_of_every_place_with_its_window():
+def test_attention_equals_attention_of_each_position_to_its_window():
     size, kernel = (5, 9, 11), (3, 5, 7)
     attention = NeighborhoodAttention(32, 16, kernel)
     x = mx.random.normal((1, *size, 32))
@@ -71,15 +71,15 @@ def test_attention_is_that_of_every_place_with_its_window():
         keys, values = (y[window].reshape(math.prod(kernel), 2, 16) for y in (k, v))
         logits = (q[place] * keys).sum(-1)
         rows.append((mx.softmax(logits, 0)[..., None] * values).sum(0).flatten())
-    whole = attention.proj(mx.stack(rows).reshape(*size, 32))
-    seen = np.abs(np.subtract.outer(np.clip(np.arange(5), 1, 3), np.arange(5))) <= 1
+    expected = attention.proj(mx.stack(rows).reshape(*size, 32))
+    visible = np.abs(np.subtract.outer(np.clip(np.arange(5), 1, 3), np.arange(5))) <= 1
     for first, last in ((0, 5), (1, 4)):
-        asked = mx.arange(first, last)
-        ours = attention(x, asked, mx.array(seen)[asked])[0]
-        assert relative_error(ours, whole[first:last]) < 1e-5
+        queries = mx.arange(first, last)
+        ours = attention(x, queries, mx.array(visible)[queries])[0]
+        assert relative_error(ours, expected[first:last]) < 1e-5
 
 
-def test_split_is_as_unsplit(source, monkeypatch):
+def test_tiles_give_the_same_as_no_tiles(source, monkeypatch):
     small = source.config["diffusion_decoder"] | {"stage_depths": [1] * 5}
     mx.random.seed(0)
     decoder = DiffusionDecoder(DiffusionDecoderConfig.from_dict(small))

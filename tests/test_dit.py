@@ -1,4 +1,4 @@
-"""The transformer: what the reference computes, no more than is needed, in one dtype."""
+"""The transformer: parity with the reference, no unneeded work, dtypes."""
 
 from dataclasses import replace
 
@@ -46,7 +46,7 @@ def reference(g, sample=0):
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
-    """Both streams, of which one may be absent on both sides."""
+    """Both streams are close; a stream may be absent on both sides."""
     for a, b in zip(ours, theirs):
         assert (a is None) == (b is None)
         assert a is None or relative_error(a, mx.array(b)) < tolerance
@@ -67,18 +67,17 @@ def assert_close(ours, theirs, tolerance=1e-5):
         "audio_only",
     ],
 )
-def test_velocities_are_the_references(model, name, golden, case):
+def test_velocities_match_the_reference(model, name, golden, case):
     g = golden(f"{name}/transformer_{case}")
     for sample in range(len(g.get("out.video", g.get("out.audio")))):
-        video, audio, run = inputs(model, g, sample)
-        [velocities] = model(video, audio, [run])
+        video, audio, texts = inputs(model, g, sample)
+        [velocities] = model(video, audio, texts, [Pass()])
         assert_close(velocities, reference(g, sample))
 
 
-def perturbs(run: Pass, keep: np.ndarray) -> Pass:
-    """The pass without what `keep` (4 kinds, blocks) has as 0."""
-    return replace(
-        run,
+def skipping(keep: np.ndarray) -> Pass:
+    """The pass that skips what is 0 in `keep` (4 kinds, blocks)."""
+    return Pass(
         skip_video_self_attn=np.flatnonzero(keep[0] == 0),
         skip_audio_self_attn=np.flatnonzero(keep[1] == 0),
         skip_a2v=np.flatnonzero(keep[2] == 0),
@@ -86,17 +85,17 @@ def perturbs(run: Pass, keep: np.ndarray) -> Pass:
     )
 
 
-def test_perturbed_velocities_are_the_references(model, name, golden):
+def test_perturbed_velocities_match_the_reference(model, name, golden):
     g = golden(f"{name}/transformer_perturbed")
-    video, audio, run = inputs(model, g)
-    passes = [perturbs(run, g["in.keep"][..., i]) for i in range(4)]
-    for i, velocities in enumerate(model(video, audio, passes)):
+    video, audio, texts = inputs(model, g)
+    passes = [skipping(g["in.keep"][..., i]) for i in range(4)]
+    for i, velocities in enumerate(model(video, audio, texts, passes)):
         assert_close(velocities, reference(g, i))
 
 
-def test_every_step_is_the_references(model, name, golden):
+def test_intermediate_values_match_the_reference(model, name, golden):
     g = golden(f"{name}/transformer_basic")
-    video, audio, run = inputs(model, g)
+    video, audio, texts = inputs(model, g)
     for stream, tokens in (("video", video), ("audio", audio)):
         prefix = "" if stream == "video" else "audio_"
         for rope, key in ((tokens.rope, "rope"), (tokens.cross_rope, "cross_rope")):
@@ -105,25 +104,25 @@ def test_every_step_is_the_references(model, name, golden):
                 assert mx.abs(table - mx.array(expected)).max() < 1e-6
         rows, embedded = model[prefix + "adaln_single"](tokens.timesteps * 1000)
         expected = mx.array(g[f"mid.{stream}.timesteps"][0])
-        # Angles up to 1000 in float32 leave 5e-5 of freedom to the sinusoids.
+        # Sinusoids of angles up to 1000 differ by up to 5e-5 in float32.
         assert relative_error(rows.flatten(1), expected) < 2e-5
         expected = mx.array(g[f"mid.{stream}.embedded_timestep"][0])
         assert relative_error(embedded, expected) < 2e-5
     traced = {}
-    model(video, audio, [run], trace=traced.__setitem__)
+    model(video, audio, texts, [Pass()], trace=traced.__setitem__)
     assert traced.keys() == {k[4:] for k in g if k.startswith("mid.block")}
     for key, x in traced.items():
         assert relative_error(x, mx.array(g[f"mid.{key}"][:1])) < 1e-5
 
 
-# No work that nobody reads
+# Work
 
 
 @pytest.mark.parametrize("stream", ["video", "audio"])
-def test_one_stream_alone_runs_no_layer_of_the_other(model, name, golden, spy, stream):
+def test_a_single_stream_runs_no_layer_of_the_other(model, name, golden, spy, stream):
     calls = spy(nn.Linear)
-    video, audio, run = inputs(model, golden(f"{name}/transformer_{stream}_only"))
-    model(video, audio, [run])
+    video, audio, texts = inputs(model, golden(f"{name}/transformer_{stream}_only"))
+    model(video, audio, texts, [Pass()])
     names = {id(layer): path for path, layer in model.named_modules()}
     used = {names[id(layer)] for layer, _ in calls}
     audio_layer = lambda path: "audio_" in path and "audio_to" not in path
@@ -135,74 +134,64 @@ def test_one_stream_alone_runs_no_layer_of_the_other(model, name, golden, spy, s
     )
 
 
-def test_a_stream_that_is_only_read_keeps_its_state(model, name, golden):
-    video, audio, run = inputs(model, golden(f"{name}/transformer_basic"))
+def test_a_disabled_stream_is_attended_to_but_not_updated(model, name, golden):
+    video, audio, texts = inputs(model, golden(f"{name}/transformer_basic"))
     traced = {}
-    [(_, heard)] = model(
-        replace(video, enabled=False), audio, [run], traced.__setitem__
-    )
+    read_only = replace(video, enabled=False)
+    [(_, with_v2a)] = model(read_only, audio, texts, [Pass()], traced.__setitem__)
     embedded = model.patchify_proj(video.latent)
     for key, x in traced.items():
         assert "audio" in key or mx.array_equal(x, embedded)
-    [(_, deaf)] = model(video, audio, [replace(run, skip_v2a=ALL_BLOCKS)])
-    assert not mx.allclose(heard, deaf, atol=1e-3)
+    [(_, without)] = model(video, audio, texts, [Pass(skip_v2a=ALL_BLOCKS)])
+    assert not mx.allclose(with_v2a, without, atol=1e-3)
 
 
-def other_text(run: Pass) -> Pass:
-    """As a negative prompt: the same sizes, other contexts."""
-    return replace(
-        run, video_context=-run.video_context, audio_context=-run.audio_context
-    )
-
-
-def four_passes(run: Pass) -> list[Pass]:
+def four_passes() -> list[Pass]:
     """As guidance makes them: conditional, unconditional, perturbed, isolated."""
-    perturbed = replace(run, skip_video_self_attn={1}, skip_audio_self_attn={1})
-    isolated = replace(run, skip_a2v=ALL_BLOCKS, skip_v2a=ALL_BLOCKS)
-    return [run, other_text(run), perturbed, isolated]
+    perturbed = Pass(skip_video_self_attn={1}, skip_audio_self_attn={1})
+    isolated = Pass(skip_a2v=ALL_BLOCKS, skip_v2a=ALL_BLOCKS)
+    return [Pass(), Pass(1, 1), perturbed, isolated]
 
 
-def test_passes_together_equal_passes_alone(model, name, golden):
-    video, audio, run = inputs(model, golden(f"{name}/transformer_per_token"))
-    passes = four_passes(run)
-    together = model(video, audio, passes)
+def test_passes_in_one_call_equal_passes_in_several(model, name, golden):
+    video, audio, texts = inputs(model, golden(f"{name}/transformer_per_token"))
+    passes = four_passes()
+    together = model(video, audio, texts, passes)
     for i, velocities in enumerate(together):
-        [alone] = model(video, audio, passes[i : i + 1])
+        [alone] = model(video, audio, texts, passes[i : i + 1])
         for a, b in zip(velocities, alone):
             assert mx.array_equal(a, b)
         if i:
             assert not mx.allclose(velocities[0], together[0][0], atol=1e-3)
 
 
-def test_what_passes_share_is_computed_once(model, name, golden, spy):
-    video, audio, run = inputs(model, golden(f"{name}/transformer_basic"))
+def test_common_work_of_passes_is_done_once(model, name, golden, spy):
+    video, audio, texts = inputs(model, golden(f"{name}/transformer_basic"))
     blocks = len(model.transformer_blocks)
-    calls, texts = spy(Block), spy(Block, "text_keys_values")
-    model(video, audio, four_passes(run))
-    # The perturbed pass begins at its cut, the isolated one differs from the start.
+    calls, text_calls = spy(Block), spy(Block, "text_keys_values")
+    model(video, audio, texts, four_passes())
+    # The perturbed pass starts at block 1, the isolated one differs from the start.
     assert len(calls) == blocks + blocks + (blocks - 1) + blocks
-    assert len(texts) == blocks * 2 * 2  # streams, contexts
+    assert len(text_calls) == blocks * 2
     calls.clear()
-    model(video, audio, [run, run, replace(run, skip_video_self_attn={blocks - 1})])
+    model(video, audio, texts, [Pass(), Pass(), Pass(skip_v2a={blocks - 1})])
     assert len(calls) == blocks + 0 + 1
 
 
 # Precision
 
 
-def test_timesteps_are_float32_until_their_sines_are_taken(
-    checkpoint, name, golden, monkeypatch
-):
+def test_timesteps_are_embedded_in_float32(checkpoint, name, golden, monkeypatch):
     model = load(checkpoint(name), mx.bfloat16)
     seen = []
     original = layers.timestep_embedding
     monkeypatch.setattr(
         layers, "timestep_embedding", lambda t: seen.append(t) or original(t)
     )
-    video, audio, run = inputs(model, golden(f"{name}/transformer_basic"))
+    video, audio, texts = inputs(model, golden(f"{name}/transformer_basic"))
     sigma = mx.array([0.975])  # 0.9766 in bfloat16
     one = {"timesteps": sigma, "sigma": sigma, "level_index": None}
-    model(replace(video, **one), replace(audio, **one), [run])
+    model(replace(video, **one), replace(audio, **one), texts, [Pass()])
     factor = model.config.av_ca_timestep_scale_multiplier
     assert len(seen) == (8 if name == "ltx-2.3" else 6)
     assert {t.dtype for t in seen} == {mx.float32}
@@ -223,20 +212,19 @@ def test_rope_tables_are_rounded_only_at_the_end(checkpoint, name, golden):
 
 def float_dtypes(block: Block, args, monkeypatch) -> set:
     """The dtypes of all floating values computed or read inside a block."""
-    # RMS norms count as one operation, as on a GPU: what they do inside is theirs.
+    # Count an RMS norm as one operation, as on a GPU: inside, it uses float32.
     monkeypatch.setattr(
         mx.fast, "rms_norm", lambda x, weight, eps: x if weight is None else x * weight
     )
-    index, video, audio, vx, ax, run, _ = args
+    states, streams, text, skips = args
     seen = set()
 
     def note(part):
         if part["type"] == "primitive":
             seen.update(dtype for _, _, dtype in part["inputs"] + part["outputs"])
 
-    mx.export_function(
-        note, lambda vx, ax: block(index, video, audio, vx, ax, run, {}), vx, ax
-    )
+    call = lambda vx, ax: block((vx, ax), streams, text, skips)
+    mx.export_function(note, call, *states)
     return {dtype for dtype in seen if mx.issubdtype(dtype, mx.floating)}
 
 
@@ -247,33 +235,37 @@ def test_nothing_in_a_bfloat16_block_is_float32(
     model = load(checkpoint(name), mx.bfloat16)
     model = model if bits == 16 else quantized(model, bits)
     calls = spy(Block)
-    video, audio, run = inputs(model, golden(f"{name}/transformer_per_token"))
-    weights = mx.linspace(0, 1, 18)  # of the attention to a token
+    video, audio, texts = inputs(model, golden(f"{name}/transformer_per_token"))
+    weights = mx.linspace(0, 1, 18)  # of the attention mask
     video = replace(video, mask=mx.broadcast_to(weights, (18, 18)))
-    mx.eval(model(video, audio, four_passes(run)))
+    mx.eval(model(video, audio, texts, four_passes()))
     assert calls
     for block, args in list(calls):
         assert float_dtypes(block, args, monkeypatch) == {mx.bfloat16}
 
 
-def test_a_float32_leak_would_be_seen(checkpoint, name, golden, spy, monkeypatch):
+def test_the_float32_check_finds_a_float32_rope_table(
+    checkpoint, name, golden, spy, monkeypatch
+):
     model = load(checkpoint(name), mx.bfloat16)
     calls = spy(Block)
-    video, audio, run = inputs(model, golden(f"{name}/transformer_basic"))
+    video, audio, texts = inputs(model, golden(f"{name}/transformer_basic"))
     leak = tuple(table.astype(mx.float32) for table in video.rope)
-    mx.eval(model(replace(video, rope=leak), audio, [run]))
+    mx.eval(model(replace(video, rope=leak), audio, texts, [Pass()]))
     assert mx.float32 in float_dtypes(*calls[0], monkeypatch)
 
 
 @pytest.mark.parametrize("bits, least", [(16, 0.9999), (8, 0.9995), (4, 0.99)])
-def test_fewer_bits_stay_close_to_float32(model, checkpoint, name, golden, bits, least):
+def test_low_precision_stays_close_to_float32(
+    model, checkpoint, name, golden, bits, least
+):
     g = golden(f"{name}/transformer_basic")
     small = load(checkpoint(name), mx.bfloat16)
     small = small if bits == 16 else quantized(small, bits)
     exact, rounded = (
-        m(video, audio, [run])[0]
+        m(video, audio, texts, [Pass()])[0]
         for m in (model, small)
-        for video, audio, run in [inputs(m, g)]
+        for video, audio, texts in [inputs(m, g)]
     )
     for a, b in zip(rounded, exact):
         assert a.dtype == mx.bfloat16
@@ -312,6 +304,14 @@ def test_released_configurations_raise_no_warning(caplog):
     assert not caplog.text
 
 
+def test_building_a_model_does_not_change_the_random_state(section):
+    mx.random.seed(3)
+    mx.random.normal((1,))  # so that the state is not the seed
+    state = mx.array(mx.random.state[0])
+    DiT.from_config(section)
+    assert mx.array_equal(mx.random.state[0], state)
+
+
 @pytest.mark.parametrize("name", ["ltx-2.3"], indirect=True)
 def test_2_5_has_no_bias_in_the_video_feed_forward(section):
     block = Block(DiTConfig.from_dict(section | {"ff_bias": False}))
@@ -321,16 +321,16 @@ def test_2_5_has_no_bias_in_the_video_feed_forward(section):
 
 
 @pytest.mark.parametrize("name", ["ltx-2.3"], indirect=True)
-def test_2_5_marks_the_tokens_of_single_frames(section, golden):
-    # Without blocks, each token is treated alone.
+def test_2_5_adds_an_embedding_to_single_frame_tokens(section, golden):
+    # Without blocks, tokens are independent.
     changes = {"num_layers": 0, "use_keyframes_abs_pos_embedding": True}
     model = DiT(DiTConfig.from_dict(section | changes))
     mark = mx.linspace(-1, 1, model.config.video_dim)
     model.keyframes_abs_pos_embedding = mark[None]
-    video, _, run = inputs(model, golden("ltx-2.3/transformer_video_only"))
+    video, _, texts = inputs(model, golden("ltx-2.3/transformer_video_only"))
 
     def marked(keyframes):
-        return model(replace(video, keyframes=keyframes), None, [run])[0][0]
+        return model(replace(video, keyframes=keyframes), None, texts, [Pass()])[0][0]
 
     first_frame = mx.arange(18) < 6
     none, every = marked(mx.zeros(18)), marked(mx.ones(18))

@@ -150,7 +150,7 @@ def start(g) -> LatentState:
         bounds = video_bounds(*size, g["info"]["fps"])
         channels, flat = shape["channels"], video_tokens
     initial = None if initial is None else flat(channels_last(initial))
-    return LatentState.start(bounds, channels, initial)
+    return LatentState.initial(bounds, channels, initial)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -159,10 +159,12 @@ def test_conditioned_states_are_the_references(golden, case):
     state = condition(start(g), CASES[case](g))
     equal = np.testing.assert_array_equal
     equal(state.latent, g["out.latent"])
-    equal(state.clean, g["out.clean_latent"])
+    equal(state.clean_latent, g["out.clean_latent"])
     equal(state.bounds, g["out.positions"][0])
-    np.testing.assert_allclose(state.mask, g["out.denoise_mask"][0, :, 0], atol=1e-7)
-    equal(state.latent[:, : state.size], g["out.cleared_latent"])
+    np.testing.assert_allclose(
+        state.denoise_mask, g["out.denoise_mask"][0, :, 0], atol=1e-7
+    )
+    equal(state.latent[:, : state.num_target_tokens], g["out.cleared_latent"])
     assert (state.attention is None) == ("out.attention_mask" not in g)
     if state.attention is not None:
         equal(state.attention, g["out.attention_mask"][0])
@@ -183,15 +185,15 @@ def state():
     """Three latent frames of 2x3 tokens: the first held, the last half held."""
     frame = lambda key: mx.random.normal((1, 1, 2, 3, 4), key=mx.random.key(key))
     initial = mx.random.normal((1, 18, 4), key=mx.random.key(0))
-    state = LatentState.start(video_bounds(3, 2, 3, 24), 4, initial)
+    state = LatentState.initial(video_bounds(3, 2, 3, 24), 4, initial)
     return condition(state, [Replace(frame(1)), Replace(frame(2), 2, 0.5)])
 
 
 def test_x0_is_pulled_to_the_clean_tokens_as_in_the_reference(golden):
     g = golden("common/post_process")
-    state = LatentState.start(video_bounds(3, 2, 3, 24), 16)
+    state = LatentState.initial(video_bounds(3, 2, 3, 24), 16)
     clean, mask = mx.array(g["in.clean"]), g["in.mask"][0, :, 0]
-    blended = replace(state, clean=clean, mask=mask).blend(mx.array(g["in.denoised"]))
+    blended = replace(state, clean_latent=clean, denoise_mask=mask).blend(mx.array(g["in.denoised"]))
     np.testing.assert_allclose(blended, g["out.latent"], atol=1e-6)
 
 
@@ -201,16 +203,16 @@ def test_held_and_free_tokens_are_exact(state, scale):
     x = state.noised(noise, scale)
     held, free, half = slice(0, 6), slice(6, 12), slice(12, 18)
     mixed = state.latent * (1 - scale) + noise * scale
-    assert mx.array_equal(x[:, held], state.clean[:, held])
+    assert mx.array_equal(x[:, held], state.clean_latent[:, held])
     assert mx.array_equal(x[:, free], mixed[:, free])
-    assert mx.allclose(x[:, half], (mixed + state.clean)[:, half] / 2, atol=1e-5)
+    assert mx.allclose(x[:, half], (mixed + state.clean_latent)[:, half] / 2, atol=1e-5)
     assert mx.array_equal(state.blend(x)[:, held], x[:, held])
     assert mx.array_equal(state.blend(noise)[:, free], noise[:, free])
 
 
 def test_a_state_without_conditionings_starts_as_its_noise():
     noise = mx.random.normal((1, 7, 4), key=mx.random.key(0))
-    state = LatentState.start(audio_bounds(7), 4)
+    state = LatentState.initial(audio_bounds(7), 4)
     assert mx.array_equal(state.noised(noise), noise)
     assert mx.array_equal(state.blend(noise), noise)
     assert not state.frozen
@@ -220,33 +222,33 @@ def test_a_frozen_state_keeps_every_bit(state):
     noise = mx.random.normal((1, 18, 4), key=mx.random.key(3))
     frozen = condition(state, [Freeze()])
     assert frozen.frozen and not state.frozen
-    assert mx.array_equal(frozen.noised(noise), state.clean)
+    assert mx.array_equal(frozen.noised(noise), state.clean_latent)
 
 
 def test_a_retake_keeps_what_is_outside_to_the_bit(state):
     again = condition(state, [Regenerate(0.1, 0.2)])  # inside frames 1 to 8
     noise = mx.random.normal((1, 18, 4), key=mx.random.key(3))
     x = again.noised(noise)
-    assert again.mask.tolist() == [0.0] * 6 + [1.0] * 6 + [0.0] * 6
-    assert mx.array_equal(x[:, :6], state.clean[:, :6])
+    assert again.denoise_mask.tolist() == [0.0] * 6 + [1.0] * 6 + [0.0] * 6
+    assert mx.array_equal(x[:, :6], state.clean_latent[:, :6])
     assert mx.array_equal(x[:, 6:12], noise[:, 6:12])
-    assert mx.array_equal(x[:, 12:], state.clean[:, 12:])
+    assert mx.array_equal(x[:, 12:], state.clean_latent[:, 12:])
 
 
 def test_the_later_item_wins_and_the_state_before_stays(state):
-    before = mx.array(np.array(state.clean)), state.mask.copy()
+    before = mx.array(np.array(state.clean_latent)), state.denoise_mask.copy()
     latents = mx.ones((1, 1, 2, 3, 4))
     after = condition(state, [Replace(latents, 0, 0.25)])
-    assert mx.array_equal(after.clean[:, :6], mx.ones((1, 6, 4)))
-    assert (after.mask[:6] == 0.75).all()
-    assert mx.array_equal(state.clean, before[0])
-    assert np.array_equal(state.mask, before[1])
+    assert mx.array_equal(after.clean_latent[:, :6], mx.ones((1, 6, 4)))
+    assert (after.denoise_mask[:6] == 0.75).all()
+    assert mx.array_equal(state.clean_latent, before[0])
+    assert np.array_equal(state.denoise_mask, before[1])
 
 
 def test_levels_are_the_distinct_masks(state):
     levels, level_index = state.levels
     assert levels.tolist() == [0.0, 0.5, 1.0]
-    assert np.array_equal(levels[np.array(level_index)], state.mask)
+    assert np.array_equal(levels[np.array(level_index)], state.denoise_mask)
     assert condition(state, [Freeze()]).levels == (np.zeros(1), None)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from ltx2 import weights
+from ltx2 import vae, weights
 from ltx2.base import UserError
 from ltx2.hub import File
 
@@ -95,7 +95,7 @@ def test_every_upsampler_tensor_has_one_parameter(file):
 def test_statistics_that_nobody_reads_are_known():
     source = model("ltx-2-19b-dev")
     f = source.files[0]
-    for key in weights.vae.UNUSED_KEYS:
+    for key in vae.UNUSED_KEYS:
         f.header[f"vae.{key}"] = ("BF16", (128,))
     source = weights.official_checkpoint([f])
     source.build("vae", source.weights("vae"))

@@ -1,4 +1,4 @@
-"""LoRAs beside the layers: their effect, their sum, their going without a trace."""
+"""LoRAs: effect, sum, removal, and file formats."""
 
 from dataclasses import replace
 
@@ -9,6 +9,7 @@ from parity import cosine, relative_error
 from streams import inputs, load, quantized
 
 from ltx2.base import UserError
+from ltx2.dit import Pass
 from ltx2.lora import Lora, LoRALinear, attach, linear_shape
 
 
@@ -40,8 +41,8 @@ def g(golden, name):
 
 
 def velocities(model, g):
-    video, audio, run = inputs(model, g)
-    [velocities] = model(video, audio, [run])
+    video, audio, texts = inputs(model, g)
+    [velocities] = model(video, audio, texts, [Pass()])
     mx.eval(velocities)
     return velocities
 
@@ -50,7 +51,7 @@ def equal(ours, theirs):
     return all(map(mx.array_equal, ours, theirs))
 
 
-def side_paths(model):
+def lora_layers(model):
     return {k: m for k, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
@@ -58,7 +59,7 @@ def side_paths(model):
 
 
 @pytest.mark.parametrize("case", ["one", "two"])
-def test_velocities_are_the_references(plain, loras, g, case):
+def test_velocities_match_the_reference(plain, loras, g, case):
     attach(plain, list(zip(loras, g["info"]["strengths"][case])))
     for stream, ours in zip(("video", "audio"), velocities(plain, g)):
         exact, published = (
@@ -69,10 +70,10 @@ def test_velocities_are_the_references(plain, loras, g, case):
         assert 1e-3 < relative_error(ours, published) < 5e-3
 
 
-def test_two_together_are_the_sum_of_their_effects(model, loras):
+def test_the_effects_of_two_loras_add_up(model, loras):
     strengths = (0.8, -0.3)
     attach(model, list(zip(loras, strengths)))
-    layers = side_paths(model)
+    layers = lora_layers(model)
     assert layers.keys() == loras[0].factors.keys() | loras[1].factors.keys()
     assert loras[0].factors.keys() & loras[1].factors.keys()
     for path, layer in layers.items():
@@ -87,7 +88,7 @@ def test_two_together_are_the_sum_of_their_effects(model, loras):
         assert relative_error(layer(x), expected) < 1e-5
 
 
-def test_the_base_is_restored_to_the_bit(model, loras, g):
+def test_removing_loras_restores_the_base_bit_for_bit(model, loras, g):
     before = velocities(model, g)
     weights = dict(tree_flatten(model.parameters()))
     attach(model, [(loras[0], 1.0), (loras[1], 1.0)])
@@ -99,7 +100,7 @@ def test_the_base_is_restored_to_the_bit(model, loras, g):
     for nothing in ([], [(loras[0], 0.0), (loras[1], 0.0)]):
         attach(model, nothing)
         assert equal(velocities(model, g), before)
-        assert not side_paths(model)
+        assert not lora_layers(model)
     after = dict(tree_flatten(model.parameters()))
     assert weights.keys() == after.keys()
     assert all(weights[key] is after[key] for key in weights)
@@ -119,7 +120,7 @@ def test_a_bfloat16_run_stays_bfloat16(checkpoint, name, plain, loras, g):
 
 
 def write(path, lora, rename, **more):
-    """The LoRA under other names: `rename(module path, "A" or "B")`."""
+    """Write the LoRA with other keys: `rename(module path, "A" or "B")`."""
     tensors = {
         rename(module, part): w
         for module, factors in lora.factors.items()
@@ -130,12 +131,12 @@ def write(path, lora, rename, **more):
 
 
 @pytest.fixture(scope="module")
-def everywhere(checkpoint, name):
+def lora_of_all_layers(checkpoint, name):
     """A LoRA of every linear layer."""
     return Lora.read(checkpoint(f"{name}-distilled-lora"))
 
 
-# As diffusers renames the official modules; the first that is found counts.
+# Official and diffusers names; the first match counts.
 RENAMED_BY_DIFFUSERS = {
     "patchify_proj": "proj_in",
     "prompt_adaln_single": "prompt_adaln",
@@ -170,22 +171,22 @@ def comfy_name(module, part):
     ],
     ids=["official", "with the file's prefix", "ComfyUI", "diffusers"],
 )
-def test_key_styles(plain, everywhere, tmp_path, rename):
-    lora = Lora.read(write(tmp_path / "x.safetensors", everywhere, rename))
+def test_key_styles(plain, lora_of_all_layers, tmp_path, rename):
+    lora = Lora.read(write(tmp_path / "x.safetensors", lora_of_all_layers, rename))
     lora.check(plain)
-    assert lora.factors.keys() == everywhere.factors.keys()
+    assert lora.factors.keys() == lora_of_all_layers.factors.keys()
     for path, factors in lora.factors.items():
-        assert equal(factors, everywhere.factors[path])
+        assert equal(factors, lora_of_all_layers.factors[path])
 
 
-def test_alpha_by_rank_scales_the_effect(everywhere, tmp_path):
+def test_alpha_by_rank_scales_the_effect(lora_of_all_layers, tmp_path):
     alphas = {
         f"diffusion_model.{module}.alpha": mx.array(4.0)  # half the rank
-        for module in everywhere.factors
+        for module in lora_of_all_layers.factors
     }
-    path = write(tmp_path / "x.safetensors", everywhere, comfy_name, **alphas)
+    path = write(tmp_path / "x.safetensors", lora_of_all_layers, comfy_name, **alphas)
     for module, (a, b) in Lora.read(path).factors.items():
-        assert equal((a, 2 * b), everywhere.factors[module])
+        assert equal((a, 2 * b), lora_of_all_layers.factors[module])
 
 
 def test_metadata_is_kept(loras):
@@ -198,11 +199,11 @@ def test_another_generations_lora_is_refused(checkpoint, model, loras, g):
     before = velocities(model, g)
     other = Lora.read(checkpoint("ltx-2.3-lora"))
     message = (
-        "ltx-2.3-lora.* the model has (no such layer|64x64): .* another generation"
+        "ltx-2.3-lora.* the model has (no such layer|64x64); .* another generation"
     )
     with pytest.raises(UserError, match=message):
         attach(model, [(loras[1], 1.0), (other, 1.0)])
-    assert equal(velocities(model, g), before)  # nothing was half done
+    assert equal(velocities(model, g), before)  # nothing was changed
 
 
 def test_a_pair_that_does_not_fit_is_refused(plain, loras):
@@ -212,11 +213,11 @@ def test_a_pair_that_does_not_fit_is_refused(plain, loras):
         wrong.check(plain)
 
 
-def test_half_a_pair_is_refused(loras, tmp_path):
+def test_a_missing_factor_is_refused(loras, tmp_path):
     key = "diffusion_model.proj_out.lora_A.weight"
     mx.save_safetensors(str(tmp_path / "half.safetensors"), {key: mx.zeros((4, 64))})
     with pytest.raises(
-        UserError, match="half.safetensors lacks one factor of proj_out"
+        UserError, match="half.safetensors: missing lora_A or lora_B for proj_out"
     ):
         Lora.read(tmp_path / "half.safetensors")
 
@@ -226,13 +227,13 @@ def test_half_a_pair_is_refused(loras, tmp_path):
     [
         (None, "no such file"),
         (b"Not a LoRA", "not a safetensors file"),
-        ({}, "has no LoRA factor"),
-        ({"vae.decoder.conv_in.conv.weight": mx.zeros(1)}, "names no LoRA factor"),
-        ({"diffusion_model.proj_out.weight": mx.zeros(1)}, "names no LoRA factor"),
-        ({"lora_unet_proj_out.lora_up.weight": mx.zeros(1)}, "names no LoRA factor"),
+        ({}, "has no factors"),
+        ({"vae.decoder.conv_in.conv.weight": mx.zeros(1)}, "unrecognized key vae"),
+        ({"diffusion_model.proj_out.weight": mx.zeros(1)}, "unrecognized key diff"),
+        ({"lora_unet_proj_out.lora_up.weight": mx.zeros(1)}, "unrecognized key lora"),
     ],
 )
-def test_what_is_no_lora_is_refused(tmp_path, content, message):
+def test_a_file_that_is_not_a_lora_is_refused(tmp_path, content, message):
     path = tmp_path / "strange.safetensors"
     if isinstance(content, bytes):
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Weights read layer by layer: the same bits as from memory, in a part of it."""
+"""Streamed blocks: the same bits in less memory."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from streams import inputs
 from test_dit import four_passes
 
 from ltx2 import conversion, pipeline, weights
-from ltx2.dit import DiT, StreamedBlocks
+from ltx2.dit import DiT, Pass, StreamedBlocks
 from ltx2.request import LoraFile, Request
 
 
@@ -50,7 +50,7 @@ def assert_same_bits(resident, streamed):
         ("ltx-2.3", "dev", True, ("lora", "lora2")),
     ],
 )
-def test_a_run_gives_the_same_bits(
+def test_streamed_blocks_give_the_same_bits(
     checkpoint, latents, tmp_path, name, kind, converted, loras
 ):
     model = checkpoint(name)
@@ -84,12 +84,12 @@ def test_memory_does_not_grow_with_depth(checkpoint, golden, depth):
     model: DiT = read()
     block = sum(w.nbytes for w in tree_leaves(model.transformer_blocks[0]))
     model.transformer_blocks = StreamedBlocks(read)
-    video, audio, run = inputs(model, golden("ltx-2.3/transformer_basic"))
-    mx.eval(model.parameters(), video.latent, run.video_context, run.audio_context)
+    video, audio, texts = inputs(model, golden("ltx-2.3/transformer_basic"))
+    mx.eval(model.parameters(), video.latent, texts)
     before = mx.get_active_memory()
-    for passes in ([run], four_passes(run)):
+    for passes in ([Pass()], four_passes()):
         mx.reset_peak_memory()
-        mx.eval(model(video, audio, passes))
+        mx.eval(model(video, audio, texts, passes))
         assert mx.get_active_memory() < before + block
         assert 2 * block < mx.get_peak_memory() - before < 4 * block
 

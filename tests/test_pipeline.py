@@ -10,7 +10,7 @@ from parity import channels_last, relative_error
 
 from ltx2 import media, pipeline
 from ltx2.request import Image, LoraFile, Request
-from ltx2.sampling import Guidance
+from ltx2.guidance import Guidance
 
 GENERATIONS = {"ltx-2": "spatial-x2-rational", "ltx-2.3": "spatial-x2"}
 CASES = (

@@ -1,4 +1,4 @@
-"""Fewer bits: layers multiply as it suits the machine, float16 does not overflow."""
+"""Low precision: quantized products, float16 without overflow."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,8 +8,8 @@ from parity import cosine, relative_error
 from streams import inputs, load
 from test_dit import four_passes
 
-from ltx2 import conversion, layers, pipeline, weights
-from ltx2.layers import QuantizedLinear, dequantize_from, quantize
+from ltx2 import conversion, linear, pipeline, weights
+from ltx2.linear import QuantizedLinear, dequantize_from, quantize
 from ltx2.request import Request
 
 MODES = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32)}
@@ -17,7 +17,7 @@ MODES = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32)}
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_both_ways_to_multiply_give_the_same(monkeypatch, mode, bias):
+def test_dequantizing_first_gives_the_same_product(monkeypatch, mode, bias):
     bits, group = MODES[mode]
     model = nn.Sequential(nn.Linear(128, 96, bias))
     quantize(model, bits=bits, group_size=group, mode=mode)
@@ -25,8 +25,8 @@ def test_both_ways_to_multiply_give_the_same(monkeypatch, mode, bias):
     assert type(layer) is QuantizedLinear
     x = mx.random.normal((1, 7, 128))
     ways = []
-    for rows in (8, 7):  # from which on it is dequantised
-        monkeypatch.setattr(layers, "dequantize_from", lambda: rows)
+    for rows in (8, 7):  # without and with dequantizing
+        monkeypatch.setattr(linear, "dequantize_from", lambda: rows)
         ways.append(layer(x))
     assert relative_error(*ways) < 1e-5
 
@@ -41,13 +41,13 @@ def test_both_ways_to_multiply_give_the_same(monkeypatch, mode, bias):
         (mx.gpu, "sm_90", float("inf")),
     ],
 )
-def test_the_machine_decides(monkeypatch, device, chip, rows):
+def test_dequantizing_depends_on_the_chip(monkeypatch, device, chip, rows):
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device, 0))
     monkeypatch.setattr(mx, "device_info", lambda: {"architecture": chip})
     assert dequantize_from.__wrapped__() == rows
 
 
-def test_layers_of_a_loaded_model_choose(checkpoint, tmp_path, monkeypatch):
+def test_a_loaded_model_has_our_quantized_layers(checkpoint, tmp_path, monkeypatch):
     source = weights.open_model(str(checkpoint("ltx-2")))
     how = conversion.quantization(group_size=32)
     conversion.Conversion(source, how).write(tmp_path / "model")
@@ -57,18 +57,18 @@ def test_layers_of_a_loaded_model_choose(checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["ltx-2", "ltx-2.3"])
-def test_float16_holds_states_beyond_its_range(checkpoint, golden, name):
+def test_float16_runs_keep_states_beyond_the_range_of_float16(checkpoint, golden, name):
     outputs = []
     for dtype in (mx.float32, mx.float16):
         model = load(checkpoint(name), dtype)
-        for block in model.transformer_blocks:  # gates as large as they can be
+        for block in model.transformer_blocks:  # gates near the largest float16
             for prefix in ("", "audio_"):
                 table = block[prefix + "scale_shift_table"]
                 table[mx.array([2, 5])] = 60000
-        video, audio, run = inputs(model, golden(f"{name}/transformer_basic"))
+        video, audio, texts = inputs(model, golden(f"{name}/transformer_basic"))
         largest = []
         trace = lambda key, x: largest.append(mx.abs(x).max().item())
-        outputs.append(model(video, audio, four_passes(run), trace))
+        outputs.append(model(video, audio, texts, four_passes(), trace))
         assert mx.finfo(mx.float16).max < max(largest) < float("inf")
     for exact, half in zip(*outputs):
         for a, b in zip(half, exact):
@@ -76,7 +76,7 @@ def test_float16_holds_states_beyond_its_range(checkpoint, golden, name):
             assert cosine(a, b) > 0.999
 
 
-def test_a_float16_run_comes_near_the_float32_one(checkpoint):
+def test_a_float16_run_is_close_to_a_float32_run(checkpoint):
     frames = []
     for dtype in (mx.float32, mx.float16):
         model, encoder = str(checkpoint("ltx-2.3")), str(checkpoint("gemma3"))

@@ -370,8 +370,8 @@ def guided(checkpoint, contexts):
         asked = []
         ask = type(pipe.transformer).__call__
         with pytest.MonkeyPatch.context() as patch:
-            count = lambda self, v, a, passes, t: asked.append(len(passes)) or ask(
-                self, v, a, passes, t
+            count = lambda self, v, a, texts, passes, t: (
+                asked.append(len(passes)) or ask(self, v, a, texts, passes, t)
             )
             patch.setattr(type(pipe.transformer), "__call__", count)
             request = Request(

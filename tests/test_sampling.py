@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from parity import relative_error
 
+from ltx2.guidance import Guidance
 from ltx2.sampling import (
     DISTILLED_SIGMAS,
     REFINE_SIGMAS,
     SAMPLERS,
-    Guidance,
     euler,
     euler_ancestral,
     gradient_estimation,

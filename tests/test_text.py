@@ -1,4 +1,4 @@
-"""From a prompt to the contexts of both streams."""
+"""Prompts to the contexts of both streams."""
 
 import json
 import shutil
@@ -37,12 +37,12 @@ def equal(states, others):
 # Gemma
 
 
-def test_all_hidden_states_are_the_references(encoder, golden):
+def test_all_hidden_states_match_the_reference(encoder, golden):
     g = golden("gemma3/hidden")
     prompts = g["info"]["prompts"]
     for i, states in enumerate(encoder(prompts)):
         assert encoder.tokenize(prompts[i]) == g[f"in.ids{i}"].tolist()
-        assert len(states) == 1 + 7  # the embeddings, the layers
+        assert len(states) == 1 + 7  # embeddings, layers
         hidden = mx.stack(states, axis=-1)[0]
         for k in range(8):
             expected = mx.array(g[f"out.hidden{i}"][..., k])
@@ -52,27 +52,27 @@ def test_all_hidden_states_are_the_references(encoder, golden):
 @pytest.mark.parametrize(
     "prompt, tokens", [("", 1), (" \n", 1), ("a", 2), ("  a ", 2), (FOX, 19)]
 )
-def test_only_real_tokens_are_run(encoder, prompt, tokens):
+def test_prompts_are_not_padded(encoder, prompt, tokens):
     [states] = encoder([prompt])
     assert {s.shape for s in states} == {(1, tokens, 48)}
     assert encoder.tokenize(prompt)[0] == encoder.bos
 
 
-def test_prompts_do_not_see_each_other(encoder):
+def test_prompts_are_independent(encoder):
     together = encoder([FOX, "", "blurry"])
     assert equal(together[0], encoder([FOX])[0])
     assert equal(together[2], encoder(["blurry"])[0])
 
 
-def test_a_long_prompt_is_cut_with_one_line_said(encoder, recwarn):
+def test_a_long_prompt_is_truncated_with_one_warning(encoder, recwarn):
     exact = "a " * (MAX_TOKENS - 1)
     ids = encoder.tokenize(exact)
     assert len(ids) == MAX_TOKENS and not recwarn.list
     with pytest.warns(
-        UserWarning, match="1030 tokens; the last 6 are not read"
-    ) as said:
+        UserWarning, match="1030 tokens; the last 6 are ignored"
+    ) as warned:
         assert encoder.tokenize(exact + "b " * 6) == ids
-    assert len(said) == 1
+    assert len(warned) == 1
 
 
 def test_low_memory_gives_the_same_bits_in_less_memory(checkpoint, encoder):
@@ -82,12 +82,14 @@ def test_low_memory_gives_the_same_bits_in_less_memory(checkpoint, encoder):
     mx.reset_peak_memory()
     short = low_memory(["a"])
     mx.eval(short)
-    assert mx.get_peak_memory() - before < 0.6 * size  # two of seven, and the words
+    assert (
+        mx.get_peak_memory() - before < 0.6 * size
+    )  # two of seven layers, and the embeddings
     assert equal(short[0], encoder(["a"])[0])
 
 
 def new_rope(full="linear"):
-    """RoPE as transformers 5 spells it."""
+    """RoPE settings in the form of transformers 5."""
     return {
         "rope_parameters": {
             "full_attention": {
@@ -97,12 +99,12 @@ def new_rope(full="linear"):
             },
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
-        # A key of the older spelling would be read, and hide that the new one is not.
+        # The older keys would be read instead.
         **dict.fromkeys(["rope_scaling", "rope_theta", "rope_local_base_freq"]),
     }
 
 
-def test_the_newer_spelling_of_rope_is_understood(checkpoint, encoder):
+def test_transformers_5_rope_settings_are_read(checkpoint, encoder):
     other = TextEncoder(checkpoint("gemma3", text_config=new_rope()), mx.float32)
     assert equal(other([FOX])[0], encoder([FOX])[0])
 
@@ -117,11 +119,11 @@ def test_long_range_layers_without_their_scaling_are_refused(checkpoint, change)
 
 @pytest.fixture
 def copy(checkpoint, tmp_path):
-    """A text encoder to be damaged."""
+    """A copy of a text encoder, to be changed."""
     return shutil.copytree(checkpoint("gemma3"), tmp_path / "gemma")
 
 
-def test_a_text_only_model_is_the_same(copy, encoder):
+def test_a_text_only_model_gives_the_same_states(copy, encoder):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config["text_config"]))
     file = str(copy / "model.safetensors")
@@ -135,6 +137,43 @@ def test_a_text_only_model_is_the_same(copy, encoder):
     assert equal(TextEncoder(copy, mx.float32)([FOX])[0], encoder([FOX])[0])
 
 
+def sentencepiece_model(tokenizer: dict) -> bytes:
+    """The vocabulary of a tokenizer.json as SentencePiece's `tokenizer.model`."""
+    from sentencepiece import sentencepiece_model_pb2 as pb
+
+    model, bpe = pb.ModelProto(), tokenizer["model"]
+    model.trainer_spec.model_type = pb.TrainerSpec.BPE
+    model.trainer_spec.byte_fallback = True
+    for i, name in enumerate(("pad", "eos", "bos", "unk")):
+        setattr(model.trainer_spec, f"{name}_id", i)
+        setattr(model.trainer_spec, f"{name}_piece", f"<{name}>")
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = False
+    model.normalizer_spec.remove_extra_whitespaces = False
+    rank = {"".join(pair): n for n, pair in enumerate(bpe["merges"])}
+    kinds = pb.ModelProto.SentencePiece
+    special = {"<pad>": kinds.CONTROL, "<eos>": kinds.CONTROL, "<bos>": kinds.CONTROL}
+    special["<unk>"] = kinds.UNKNOWN
+    special |= {f"<0x{i:02X}>": kinds.BYTE for i in range(256)}
+    for piece in sorted(bpe["vocab"], key=bpe["vocab"].get):
+        kind = special.get(piece, kinds.NORMAL)
+        model.pieces.add(piece=piece, score=-rank.get(piece, 1e4), type=kind)
+    return model.SerializeToString()
+
+
+def test_a_folder_with_only_a_sentencepiece_tokenizer_gives_the_same_ids(copy, encoder):
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer.model").write_bytes(sentencepiece_model(tokenizer))
+    other = TextEncoder(copy, mx.float32)
+    assert other.bos == encoder.bos
+    texts = [FOX, "", " a  b", "Über\n\nten: 10 %", "the " * 2000]
+    with pytest.warns(UserWarning, match="are ignored"):
+        for text in texts:
+            assert other.tokenize(text) == encoder.tokenize(text)
+    assert equal(other([FOX])[0], encoder([FOX])[0])
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
 def test_a_missing_file_is_named(copy, file):
     (copy / file).unlink()
@@ -145,7 +184,7 @@ def test_a_missing_file_is_named(copy, file):
 @pytest.mark.parametrize("kind", ["llama", "gemma2", None])
 def test_another_language_model_is_refused(copy, kind):
     (copy / "config.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(UserError, match=f"is a {kind!r}, but LTX-2 reads Gemma 3"):
+    with pytest.raises(UserError, match=f"is a {kind!r}, LTX-2 needs Gemma 3"):
         TextEncoder(copy)
 
 
@@ -158,7 +197,7 @@ def hidden_states(g):
 
 
 @pytest.mark.parametrize("case", ["random", "from_gemma"])
-def test_contexts_are_the_references(connectors, name, golden, case):
+def test_contexts_match_the_reference(connectors, name, golden, case):
     g = golden(f"{name}/text_{case}")
     stored = g if case == "random" else golden("gemma3/hidden")
     states = hidden_states(stored["in.hidden0" if case == "random" else "out.hidden0"])
@@ -167,14 +206,14 @@ def test_contexts_are_the_references(connectors, name, golden, case):
     assert len(traced) == 4
     for stream, context in zip(("video", "audio"), contexts):
         features = traced[f"text.{stream}_features"]
-        # 2.0 has the same features for both.
+        # In 2.0 both streams have the same features.
         expected = g.get(f"mid.{stream}_features0", g["mid.video_features0"])
         assert relative_error(features, mx.array(expected)) < 1e-5
         assert relative_error(context, mx.array(g[f"out.{stream}0"])) < 1e-5
         assert mx.array_equal(traced[f"text.{stream}_context"], context)
 
 
-def test_from_the_prompt_on(connectors, encoder, name, golden):
+def test_contexts_of_a_prompt_match_the_reference(connectors, encoder, name, golden):
     g = golden(f"{name}/text_from_gemma")
     [states] = encoder([g["info"]["prompts"][0]])
     contexts = connectors(states, g["info"]["length"])
@@ -214,7 +253,7 @@ def test_what_is_not_implemented_is_refused(checkpoint, key, value):
         TextConfig.from_dict(section | {key: value})
 
 
-# Fewer bits
+# Low precision
 
 
 def test_bfloat16_stays_close_to_float32(checkpoint, connectors, name, encoder):
@@ -227,7 +266,7 @@ def test_bfloat16_stays_close_to_float32(checkpoint, connectors, name, encoder):
 
 
 @pytest.mark.parametrize("bits, least", [(8, 0.995), (4, 0.9)])
-def test_a_quantised_encoder_stays_close(checkpoint, tmp_path, bits, least):
+def test_a_quantized_encoder_stays_close(checkpoint, tmp_path, bits, least):
     whole = checkpoint("gemma3", text_config={"hidden_size": 64, "head_dim": 32})
     folder = shutil.copytree(whole, tmp_path / "gemma")
     config = json.loads((folder / "config.json").read_text())

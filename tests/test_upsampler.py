@@ -1,4 +1,4 @@
-"""The latent upsamplers: frames twice, height and width twice or 1.5 times."""
+"""The latent upsamplers: 2 times the frames, 2 or 1.5 times the height and width."""
 
 import mlx.core as mx
 import pytest
@@ -7,7 +7,7 @@ from parity import channels_last, read, relative_error
 from ltx2.base import UserError
 from ltx2.upsampler import LatentUpsampler, UpsamplerConfig
 
-# checkpoint -> the model it is for
+# checkpoint: its model
 UPSAMPLERS = {
     "temporal-x2": "ltx-2",
     "spatial-x2-rational": "ltx-2",
@@ -23,7 +23,7 @@ def load(path, **changes) -> LatentUpsampler:
 
 
 @pytest.mark.parametrize("name", UPSAMPLERS)
-def test_latents_are_the_references(checkpoint, golden, name):
+def test_latents_match_the_reference(checkpoint, golden, name):
     g = golden(f"{UPSAMPLERS[name]}/upsampler_{name}")
     latents = load(checkpoint(name))(channels_last(g["in.latent"]))
     assert relative_error(latents, channels_last(g["out.raw"])) < 1e-5
@@ -46,7 +46,7 @@ def test_sizes(checkpoint, name, frames, height, width):
 
 
 @pytest.mark.parametrize("both", [True, False])
-def test_just_one_kind_of_upsampling(checkpoint, both):
+def test_an_upsampler_is_either_spatial_or_temporal(checkpoint, both):
     with pytest.raises(UserError, match=f"both {both}"):
         load(checkpoint("spatial-x2"), spatial_upsample=both, temporal_upsample=both)
 

@@ -1,4 +1,4 @@
-"""The video VAE: the reference's numbers, exact streams, and what it refuses."""
+"""The video VAE: parity with the reference, exact streams, refusals."""
 
 import mlx.core as mx
 import pytest
@@ -33,7 +33,7 @@ def conditioned(models):
 
 
 def draw(model, frames, height=2, width=2, seed=0):
-    """Normalised latents, and the noise that a conditioned decoder needs."""
+    """Normalized latents, and the noise that a conditioned decoder needs."""
     shape = (1, frames, height, width, model.config.latent_channels)
     latents = mx.random.normal(shape, key=mx.random.key(seed))
     if not model.config.timestep_conditioning:
@@ -57,13 +57,13 @@ def joined(chunks):
     return mx.concatenate(list(chunks), axis=1)
 
 
-def picture(reference):
-    """A golden's picture in [-1, 1] as the decoder clips it."""
+def image(reference):
+    """A golden's image in [-1, 1], clipped to [0, 1] as by the decoder."""
     return mx.clip((channels_last(reference) + 1) / 2, 0, 1)
 
 
 class Stages(dict):
-    """A trace that joins the chunks of every stage."""
+    """A trace that joins the chunks of each layer."""
 
     def __call__(self, name, x):
         self[name] = mx.concatenate([self[name], x], axis=1) if name in self else x
@@ -73,12 +73,12 @@ class Stages(dict):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_pictures_and_stages_are_the_references(models, golden, name):
+def test_images_and_layers_match_the_reference(models, golden, name):
     g, stages, model = golden(f"{name}/vae_decode"), Stages(), models[name]
     noise = channels_last(g["in.frame_noise"]) if "in.frame_noise" in g else None
     latents = channels_last(g["in.frame"])
     frame = model.decode(latents, noise=noise, trace=stages)
-    assert relative_error(frame, picture(g["out.frame"])) < 1e-5
+    assert relative_error(frame, image(g["out.frame"])) < 1e-5
     for key, value in g.items():
         if key.startswith("mid."):
             stage = stages[key.removeprefix("mid.")]
@@ -88,23 +88,23 @@ def test_pictures_and_stages_are_the_references(models, golden, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_clip_is_the_references(models, golden, name):
+def test_a_clip_matches_the_reference(models, golden, name):
     g = golden(f"{name}/vae_decode")
     noise = channels_last(g["in.clip_noise"]) if "in.clip_noise" in g else None
     clip = models[name].decode(channels_last(g["in.clip"]), noise=noise)
     step = g["info"]["stride"]
     assert clip.dtype == mx.float32
-    assert relative_error(clip[:, :, ::step, ::step], picture(g["out.clip"])) < 1e-5
+    assert relative_error(clip[:, :, ::step, ::step], image(g["out.clip"])) < 1e-5
 
 
-def test_a_picture_without_noise_is_the_references(conditioned, golden):
+def test_an_image_without_noise_matches_the_reference(conditioned, golden):
     g = golden("ltx-2/vae_decode")
     frame = conditioned.decode(channels_last(g["in.frame"]), noise_scale=0)
-    assert relative_error(frame, picture(g["out.frame_without_noise"])) < 1e-5
+    assert relative_error(frame, image(g["out.frame_without_noise"])) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["ltx-2", "ltx-2.3"])
-def test_latents_are_the_references(models, golden, name):
+def test_latents_match_the_reference(models, golden, name):
     g, model = golden(f"{name}/vae_encode"), models[name]
     frames = channels_last(g["in.frames"]).astype(mx.float32) / 127.5 - 1
     for out, given in ("latent", frames), ("first_frame", frames[:, :1]):
@@ -120,7 +120,7 @@ def test_epsilon_of_the_norm_is_1e_8():
 # Streams
 
 
-def test_however_latents_are_cut_the_same_frames_come_out(model):
+def test_frames_do_not_depend_on_how_latents_are_chunked(model):
     latents, _ = draw(model, 6)
     whole = joined(model.decoder(cut(latents, [6]), None, None))
     assert whole.shape[1] == 41
@@ -130,7 +130,7 @@ def test_however_latents_are_cut_the_same_frames_come_out(model):
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4])
-def test_a_latent_frame_is_one_frame_then_eight(model, frames):
+def test_the_first_latent_is_one_frame_and_each_other_eight(model, frames):
     latents, noise = draw(model, frames)
     chunks = [*model.decode_stream(latents, **noise)]
     assert [x.shape for x in chunks] == [(1, 1, 64, 64, 3)] * (8 * frames - 7)
@@ -150,21 +150,21 @@ def test_memory_does_not_grow_with_the_clip(model):
     assert peak(24) < 1.15 * peak(8)
 
 
-def test_frames_that_are_kept_let_go_of_the_others():
+def test_a_materialized_slice_frees_its_parent():
     before = mx.get_active_memory()
     x = mx.ones((1, 50, 8, 8, 128))
     x = vae.materialize(x[:, -2:])
     assert mx.get_active_memory() - before < 2 * x.nbytes
 
 
-def test_every_frame_sees_the_whole_clip(model):
+def test_every_frame_depends_on_the_complete_clip(model):
     latents, noise = draw(model, 3)
     other = mx.concatenate([latents[:, :2], -latents[:, 2:]], axis=1)
     change = mx.abs(model.decode(latents, **noise) - model.decode(other, **noise))
     assert change[:, 0].max() > 1e-3
 
 
-def test_however_a_video_is_cut_the_same_latents_come_out(model):
+def test_latents_do_not_depend_on_how_a_video_is_chunked(model):
     frames = video(17)
     patches = vae.patchify(frames, model.config.patch_size)
     whole = model.normalize(joined(model.encoder(iter([patches]), None)))
@@ -174,7 +174,7 @@ def test_however_a_video_is_cut_the_same_latents_come_out(model):
         assert relative_error(joined(latents), whole) < 1e-5
 
 
-def test_a_latent_frame_sees_no_later_frame(model):
+def test_a_latent_does_not_depend_on_later_frames(model):
     frames = video(17)
     other = mx.concatenate([frames[:, :9], -frames[:, 9:]], axis=1)
     change = mx.abs(model.encode(frames) - model.encode(other))
@@ -182,7 +182,7 @@ def test_a_latent_frame_sees_no_later_frame(model):
     assert change[:, 2].max() > 1e-2
 
 
-def test_a_long_video_needs_no_more_memory_to_encode(model):
+def test_encoding_memory_does_not_grow_with_the_clip(model):
     def peak(chunks):
         mx.reset_peak_memory()
         before = mx.get_active_memory()
@@ -200,7 +200,7 @@ def test_frames_beyond_8k_plus_1_are_left_out_with_a_warning(model):
     assert mx.array_equal(latents, model.encode(frames[:, :9]))
 
 
-def test_clips_of_a_batch_are_alone(model):
+def test_clips_of_a_batch_are_independent(model):
     latents, noise = draw(model, 2)
     two = mx.concatenate([latents, -latents])
     noises = {k: mx.concatenate([v, v]) for k, v in noise.items()}
@@ -213,7 +213,7 @@ def test_clips_of_a_batch_are_alone(model):
 
 @pytest.mark.parametrize("stored", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_activations_have_the_dtype_of_what_is_given(checkpoint, stored, dtype):
+def test_activations_have_the_dtype_of_the_input(checkpoint, stored, dtype):
     seen = []
     trace = lambda name, x: seen.append(x.dtype)
     model, own = load(checkpoint("ltx-2")), load(checkpoint("ltx-2"))
@@ -239,7 +239,7 @@ def test_the_trained_timestep_is_0_05(conditioned):
         assert mx.abs(trained - other).max() > 1e-3
 
 
-def test_the_timestep_is_multiplied_by_the_files_number(conditioned, checkpoint):
+def test_the_timestep_multiplier_comes_from_the_file(conditioned, checkpoint):
     assert conditioned.decoder.timestep_scale_multiplier == 916
     other = load(checkpoint("ltx-2"))
     other.decoder.timestep_scale_multiplier = mx.array(458.0)
@@ -272,7 +272,7 @@ def test_a_conditioned_decoder_needs_noise_of_the_latents_shape(conditioned):
 @pytest.mark.parametrize("timestep", [0.0, 0.05])
 def test_an_unconditioned_decoder_refuses_a_timestep(models, name, timestep):
     latents, _ = draw(models[name], 1)
-    with pytest.raises(UserError, match="no timestep"):
+    with pytest.raises(UserError, match="drop timestep"):
         models[name].decode(latents, timestep=timestep)
 
 
@@ -288,7 +288,7 @@ def test_a_decoder_is_conditioned_unless_its_config_says_no(checkpoint):
     assert VideoVAEConfig.from_dict(section).timestep_conditioning
 
 
-# Pictures and latents
+# Images and latents
 
 
 def test_bias_is_added_before_clipping(model):
@@ -300,7 +300,7 @@ def test_bias_is_added_before_clipping(model):
     assert mx.where(inside, mx.abs(lighter - plain - 0.31), 0).max() < 1e-6
 
 
-def test_normalising_is_undone(model):
+def test_denormalize_undoes_normalize(model):
     latents, _ = draw(model, 2)
     plain = model.denormalize(latents)
     assert mx.abs(plain - latents).max() > 0.1
@@ -352,7 +352,7 @@ def test_another_architecture_is_refused(checkpoint, change):
         load(checkpoint("ltx-2.3"), **change)
 
 
-def test_only_statistics_that_nobody_reads_are_dropped():
+def test_only_unused_statistics_are_dropped():
     names = [*vae.UNUSED_KEYS, "per_channel_statistics.std-of-means", "decoder.new"]
     kept = VideoVAE.sanitize({name: mx.zeros(2) for name in names})
     assert [*kept] == ["per_channel_statistics.std-of-means", "decoder.new"]

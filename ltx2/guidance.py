@@ -1,0 +1,214 @@
+"""Guidance: its settings, the model passes it needs, and the guided denoiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Mapping, Optional
+
+import mlx.core as mx
+import numpy as np
+
+from .base import Trace, within
+from .dit import ALL_BLOCKS, NO_BLOCKS, DiT, Pass, Tokens
+from .latents import LatentState, Streams
+from .options import ask, integers
+
+Contexts = tuple[mx.array, mx.array]  # of video and audio, each (1, 1024, D)
+POSITIVE, NEGATIVE = 0, 1  # indices of a stage's contexts
+SCALES = (-100, 100)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How one stream's prediction is moved away from three weaker ones.
+
+    `cfg_scale` away from the negative prompt's, `stg_scale` from one with self-attention
+    skipped in `stg_blocks` (None: in all), `modality_scale` from one without attention
+    between the streams. `rescale_scale` restores the conditional prediction's standard
+    deviation; with `skip_step` k the model runs in every (k+1)-th step only.
+    """
+
+    cfg_scale: float = ask(
+        "classifier-free guidance, 1 is off (default: 3, audio 7)",
+        1.0,
+        type=float,
+        between=SCALES,
+    )
+    stg_scale: float = ask(
+        "spatio-temporal guidance, 0 is off (default: 1, hq 0)",
+        0.0,
+        type=float,
+        between=SCALES,
+    )
+    stg_blocks: Optional[tuple[int, ...]] = ask(
+        "blocks whose self-attention STG skips (default: 29, 28 from LTX-2.3 on)",
+        (),
+        type=integers,
+    )
+    modality_scale: float = ask(
+        "guidance to agree with the other stream, 1 is off (default: 3)",
+        1.0,
+        type=float,
+        between=SCALES,
+    )
+    rescale_scale: float = ask(
+        "0 to 1, restores the contrast that guidance changes (default: 0.7)",
+        0.0,
+        type=float,
+        between=(0, 1),
+    )
+    skip_step: int = ask(
+        "steps that reuse a computed prediction after it (default: 0)",
+        0,
+        type=int,
+        between=(0, 1000),
+    )
+
+    @property
+    def active(self) -> bool:
+        """Whether any guidance is on."""
+        scales = (self.cfg_scale, self.stg_scale, self.modality_scale)
+        return scales != (1, 0, 1)
+
+    def skips(self, step: int) -> bool:
+        """Whether this step reuses the last prediction."""
+        return step % (self.skip_step + 1) != 0
+
+    def __call__(
+        self,
+        cond: mx.array,
+        uncond: Optional[mx.array] = None,
+        perturbed: Optional[mx.array] = None,
+        isolated: Optional[mx.array] = None,
+    ) -> mx.array:
+        """Combine predictions of x0 (1, T, C); those that no scale uses may be None."""
+        x = cond
+        if self.cfg_scale != 1:
+            x = x + (self.cfg_scale - 1) * (cond - uncond)
+        if self.stg_scale != 0:
+            x = x + self.stg_scale * (cond - perturbed)
+        if self.modality_scale != 1:
+            x = x + (self.modality_scale - 1) * (cond - isolated)
+        if self.rescale_scale:
+            ratio = mx.std(cond, ddof=1) / mx.std(x, ddof=1)
+            x = x * (self.rescale_scale * ratio + 1 - self.rescale_scale)
+        return x
+
+
+NO_GUIDANCE = Guidance()
+
+
+def guidance_passes(guidance: Mapping[str, Guidance]) -> dict[str, Pass]:
+    """The passes of a step by the name of their prediction.
+
+    A pass that one stream needs is computed for both; in "uncond" a stream without
+    guidance of its own keeps the positive prompt.
+    """
+    video, audio = (guidance.get(k, NO_GUIDANCE) for k in ("video", "audio"))
+    passes = {"cond": Pass(POSITIVE, POSITIVE)}
+    if video.cfg_scale != 1 or audio.cfg_scale != 1:
+        text = (NEGATIVE if k in guidance else POSITIVE for k in ("video", "audio"))
+        passes["uncond"] = Pass(*text)
+    if video.stg_scale != 0 or audio.stg_scale != 0:
+        skipped = (_stg_blocks(g) for g in (video, audio))
+        passes["perturbed"] = Pass(POSITIVE, POSITIVE, *skipped)
+    if video.modality_scale != 1 or audio.modality_scale != 1:
+        all_blocks = {"skip_a2v": ALL_BLOCKS, "skip_v2a": ALL_BLOCKS}
+        passes["isolated"] = Pass(POSITIVE, POSITIVE, **all_blocks)
+    return passes
+
+
+def _stg_blocks(g: Guidance):
+    if g.stg_scale == 0:
+        return NO_BLOCKS
+    return ALL_BLOCKS if g.stg_blocks is None else g.stg_blocks
+
+
+class GuidedDenoiser:
+    """Computes x0 of the streams at a sigma: the passes, combined by guidance, and held
+    to the clean tokens."""
+
+    def __init__(
+        self,
+        transformer: DiT,
+        states: dict[str, LatentState],
+        contexts: list[Contexts],
+        guidance: Mapping[str, Guidance],
+        trace: Optional[Trace] = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+        cache: float = 0.0,
+        agree: Callable[[float], float] = float,
+    ):
+        """`contexts` are those of the prompt and the negative prompt. `interval` is the
+        range of sigmas that are guided, `cache` the relative change of the tokens below
+        which x0 is reused; `agree` makes several machines decide that alike."""
+        self.transformer, self.states, self.trace = transformer, states, trace
+        self.guidance = {k: guidance.get(k, NO_GUIDANCE) for k in states}
+        self.passes = guidance_passes(guidance)
+        self.texts = transformer.project_text(contexts)
+        ropes = {"video": transformer.video_rope, "audio": transformer.audio_rope}
+        self.ropes = {k: ropes[k](s.bounds) for k, s in states.items()}
+        self.interval, self.cache, self.agree = interval, cache, agree
+        self.cached_x0: Streams = {}  # guided, for the steps that are skipped
+        self.cached_input: Streams = {}  # the tokens it was computed from
+
+    def __call__(self, x: Streams, sigma: float, step: int) -> Streams:
+        """x0 (1, T, C) by stream from tokens `x` (1, T, C) at `sigma`."""
+        reuse = self.cache and self.cached_input and self._change(x) < self.cache
+        skipped = {
+            k: k in self.cached_x0 and bool(reuse or g.skips(step))
+            for k, g in self.guidance.items()
+        }
+        if not all(skipped.values()):
+            self.cached_input = x
+            self.cached_x0 = self.cached_x0 | self._predict(x, sigma, step, skipped)
+        return {k: self.states[k].blend(self.cached_x0[k]) for k in x}
+
+    def _predict(self, x: Streams, sigma: float, step: int, skipped) -> Streams:
+        """Guided x0 of the streams that are not skipped; outside of the interval from
+        the conditional pass alone."""
+        low, high = self.interval
+        guided = low <= sigma <= high
+        passes = self.passes if guided else {"cond": self.passes["cond"]}
+        velocities = self.transformer(
+            *(
+                self._tokens(k, x[k], sigma, not skipped[k]) if k in x else None
+                for k in ("video", "audio")
+            ),
+            self.texts,
+            list(passes.values()),
+            within(self.trace, f"step{step}"),
+        )
+        predicted = {}
+        for i, name in enumerate(("video", "audio")):
+            if name in x and not skipped[name]:
+                timesteps = self.states[name].denoise_mask_tokens * sigma
+                x0 = {
+                    kind: x[name] - v[i].astype(mx.float32) * timesteps
+                    for kind, v in zip(passes, velocities)
+                }
+                combine = self.guidance[name] if guided else NO_GUIDANCE
+                predicted[name] = combine(**x0)
+        return predicted
+
+    def _change(self, x: Streams) -> float:
+        """The largest relative change of a stream since the model last ran."""
+        changes = (
+            mx.linalg.norm(x[k] - old) / mx.linalg.norm(old)
+            for k, old in self.cached_input.items()
+        )
+        return self.agree(max(change.item() for change in changes))
+
+    def _tokens(self, name: str, x: mx.array, sigma: float, enabled: bool) -> Tokens:
+        state = self.states[name]
+        mask_levels, level_index = state.levels
+        return Tokens(
+            x,
+            mx.array(mask_levels * np.float32(sigma)),
+            mx.array([0.0 if state.frozen else sigma]),
+            *self.ropes[name],
+            level_index,
+            None if state.attention is None else mx.array(state.attention),
+            mx.array(state.keyframes),
+            enabled=enabled,
+        )

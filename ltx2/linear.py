@@ -1,0 +1,85 @@
+"""Linear layers that are quantized, or split over the ranks of a group."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Optional
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.layers.distributed import shard_inplace
+from mlx.utils import tree_map_with_path
+
+Group = mx.distributed.Group
+
+# From so many rows on, dequantizing a layer and multiplying is faster: a quantized matmul
+# is slow on MLX's CPU backend (measured) and, at many rows, on M1 and M2 (g13, g14).
+DEQUANTIZE_FROM = {"cpu": 6, "applegpu_g13": 512, "applegpu_g14": 512}
+
+
+@cache
+def dequantize_from() -> float:
+    """The rows of DEQUANTIZE_FROM on this machine; infinity where it has none."""
+    cpu = mx.default_device().type == mx.cpu
+    chip = "cpu" if cpu else mx.device_info().get("architecture", "")
+    return next((n for k, n in DEQUANTIZE_FROM.items() if chip.startswith(k)), math.inf)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """Multiplies by the quantized weight, or dequantizes it first where that is faster."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.size // x.shape[-1] < dequantize_from():
+            return super().__call__(x)
+        parts = self.weight, self.scales, self.get("biases")
+        format = self.group_size, self.bits, self.mode
+        y = x @ mx.dequantize(*parts, *format, dtype=x.dtype).T
+        return y + self.bias if "bias" in self else y
+
+
+def quantize(model: nn.Module, **options) -> None:
+    """`nn.quantize` with QuantizedLinear layers."""
+    nn.quantize(model, **options)
+    for layer in model.modules():
+        if type(layer) is nn.QuantizedLinear:
+            layer.__class__ = QuantizedLinear
+
+
+# Layers split over the ranks of a group; every rank has the complete input.
+
+
+def shard_columns(layer: nn.Module, group: Group) -> None:
+    """Keep this rank's outputs of a linear layer, or its part of a vector."""
+    complete = ("lora_a", "strength")  # of a LoRALinear
+    shard_inplace(layer, lambda k, _: None if k.endswith(complete) else 0, group=group)
+
+
+def shard_rows(layer: nn.Module, group: Group) -> None:
+    """Keep this rank's inputs of a linear layer; its output is a term of the sum over
+    the ranks. Rank 0 adds the bias."""
+    complete = ("bias", "lora_b", "strength")
+    shard_inplace(layer, lambda k, _: None if k.endswith(complete) else -1, group=group)
+    if group.rank() > 0:
+        zero = lambda k, w: mx.zeros_like(w) if k.endswith("bias") else w
+        layer.update(tree_map_with_path(zero, layer.parameters()))
+
+
+def all_sum(x: mx.array, group: Optional[Group]) -> mx.array:
+    """The sum over the ranks of the group, if there is one."""
+    return x if group is None else mx.distributed.all_sum(x, group=group)
+
+
+class ShardedRMSNorm(nn.Module):
+    """RMS norm over a width that is split over the ranks."""
+
+    def __init__(self, norm: nn.RMSNorm, group: Group):
+        super().__init__()
+        self.weight, self.eps, self.group = norm.weight, norm.eps, group
+        shard_columns(self, group)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = x.astype(mx.float32)
+        total = all_sum(y.square().sum(-1, keepdims=True), self.group)
+        width = self.group.size() * x.shape[-1]
+        return (y * mx.rsqrt(total / width + self.eps) * self.weight).astype(x.dtype)
