@@ -56,26 +56,27 @@ def parse_json(text: Union[str, bytes], path: str) -> dict[str, Any]:
     try:
         return checked(dict, json.loads(text), path)
     except (ValueError, RecursionError):
-        raise UserError(f"{path} is not valid JSON") from None
+        where = path.removesuffix(": ")
+        raise UserError(f"{where} is not valid JSON") from None
 
 
 def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> Any:
     """`value`, as JSON gives it, as an annotation says: a dataclass (from an object),
     list[int], Optional[str], Literal and the like. Numbers must be finite and, with a
-    `limit`, between 0 and that. UserError names the `path` of a wrong value."""
+    `limit`, above 0 and at most that. UserError names the `path` of a wrong value."""
     if kind is Any:
         kind = type(value)
     origin, args = get_origin(kind) or kind, get_args(kind)
     if isinstance(value, Real) and not isinstance(value, bool):
         expect(math.isfinite(value), "a finite number", value, path)
-        fits = limit is None or 0 <= value <= limit
-        expect(fits, f"between 0 and {limit}", value, path)
+        fits = limit is None or 0 < value <= limit
+        expect(fits, f"above 0 and at most {limit}", value, path)
         value = int(value) if isinstance(value, Integral) else float(value)
     if origin in (Union, types.UnionType):
         return _first_fit(args, value, path, limit)
     if origin is Literal:
         expect(value in args, f"one of {', '.join(map(str, args))}", value, path)
-    elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
+    elif dataclasses.is_dataclass(kind) and not isinstance(value, kind):
         return _from_object(kind, value, path, limit)
     elif origin in (list, tuple, Sequence):
         expect(isinstance(value, (list, tuple)), "a list", value, path)
@@ -104,7 +105,8 @@ def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> 
 def expect(condition: bool, expected: str, value: Any, path: str) -> None:
     """UserError unless `condition` holds: what the value at `path` must be, and is."""
     if not condition:
-        raise UserError(f"{path} must be {expected}, got {repr(value)[:60]}")
+        where = path.removesuffix(": ")
+        raise UserError(f"{where} must be {expected}, got {repr(value)[:60]}")
 
 
 def join(path: str, key: str) -> str:
@@ -122,6 +124,7 @@ def _first_fit(kinds: Iterable, value: Any, path: str, limit: Optional[float]) -
 
 
 def _from_object(cls: type, value: dict, path: str, limit: Optional[float]) -> Any:
+    expect(isinstance(value, dict), "an object", value, path)
     kinds, missing = get_type_hints(cls), dataclasses.MISSING
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in value.keys() - fields.keys():

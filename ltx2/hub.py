@@ -89,7 +89,7 @@ class File:
             raise UserError(
                 f"{self.name} is not an LTX-2 file (no {key} in its metadata)"
             )
-        return parse_json(self.metadata[key], f"{self.name}: {key} in its metadata")
+        return parse_json(self.metadata[key], f"{self.name}, {key}: ")
 
     @cached_property
     def problem(self) -> str:
@@ -144,7 +144,7 @@ class File:
         return self.path
 
     def json(self) -> dict[str, Any]:
-        return parse_json(self.fetch().read_bytes(), str(self.path))
+        return parse_json(self.fetch().read_bytes(), f"{self.path}: ")
 
     @property
     def is_converted(self) -> bool:
@@ -205,7 +205,7 @@ def invalid(path: Path, error: str) -> str:
         return "is a git-lfs pointer, not the file itself: run git lfs pull"
     if start.startswith(b"GGUF"):
         return "is a GGUF file, which is not supported: take the .safetensors file"
-    if "not fully covered" in error or len(start) < 8:
+    if re.search("not fully covered|header length", error) or len(start) < 8:
         return "is truncated or damaged: download it again"
     return f"is not a safetensors file ({error.rpartition(': ')[2]})"
 
@@ -227,6 +227,9 @@ def resolve(name: str, file: Optional[str] = None) -> tuple[list[File], Optional
     safetensors file, a folder, a Hub repository, or a file in one (owner/name/file)."""
     path = Path(name).expanduser()
     root = next((p.parent for p in path.parents if p.name == FOLDERS[0]), None)
+    if path.is_file() and path.suffix != ".safetensors":
+        kind = {".gguf": "GGUF files are"}.get(path.suffix, "such files are")
+        raise UserError(f"{name}: {kind} not supported, take the .safetensors file")
     if path.is_file() and root:  # of a split model
         return folder_files(root), path.relative_to(root).as_posix()
     if path.is_file():

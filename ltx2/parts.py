@@ -214,6 +214,11 @@ def first_file(tensors: Tensors) -> File:
     return next(iter(tensors.values()))[0]
 
 
+# What code that builds a model raises for a configuration that no model has.
+ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+ERRORS += (RecursionError,)
+
+
 @contextmanager
 def config_errors(file: str) -> Iterator[None]:
     """Whatever is wrong with a configuration from outside, as one line."""
@@ -221,11 +226,9 @@ def config_errors(file: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        kind = type(error).__name__
-        raise UserError(f"{file}: invalid configuration ({kind}: {error})") from error
-    except (ArithmeticError, RecursionError) as error:
-        raise UserError(f"{file}: invalid configuration ({error})") from error
+    except ERRORS as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise UserError(f"{file}: invalid configuration ({text})") from error
 
 
 def check_config(name: str, config: dict[str, Any], tensors: Tensors) -> None:

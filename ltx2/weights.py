@@ -106,6 +106,7 @@ class Checkpoint:
     problems: list[Problem] = field(default_factory=list)
 
     def __post_init__(self):
+        parse_version(self.model_version)
         self.parts = {k: self.parts[k] for k in COMPONENTS if k in self.parts}
         for name, tensors in self.parts.items():
             check_config(name, self.config, tensors)
@@ -472,15 +473,13 @@ def check_text_encoder(name: str) -> None:
     prefix = "language_model.model." if "text_config" in config else "model."
     leaves = {k.split(".0.", 1)[1] for k in keys if k.startswith(f"{prefix}layers.0.")}
     expected = {f"{prefix}layers.{i}.{leaf}" for i in range(layers) for leaf in leaves}
-    expected |= {
-        f"{prefix}{k}.weight" for k in ("embed_tokens", "norm", "layers.0.mlp.up_proj")
-    }
-    if expected - keys:
-        example = f"has {min(keys)}" if keys else "has no weights"
-        raise UserError(
-            f"text encoder {name} lacks {len(expected - keys)} tensors, as "
-            f"{min(expected - keys)} ({example})"
-        )
+    expected |= {f"{prefix}{k}.weight" for k in ("embed_tokens", "norm")}
+    missing = sorted(expected - keys)
+    if missing or not leaves:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        example = f"it has {min(keys)}" if keys else "it has no weights"
+        name = f"text encoder {name} lacks {missing[0] if missing else 'layers'}{more}"
+        raise UserError(f"{name}; {example}")
 
 
 def fetch_text_encoder(name: str) -> Path:

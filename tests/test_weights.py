@@ -1,5 +1,6 @@
 """Checkpoints: which files open, which are refused, and that every tensor is loaded."""
 
+import io
 import json
 import re
 import shutil
@@ -248,7 +249,7 @@ Q_BIAS = "model.diffusion_model.transformer_blocks.0.attn1.to_q.bias"
         ),
         (block_scale, "transformer", "block-scaled fp8"),
         (put("config", "{}"), "", "has no configuration of the transformer"),
-        (put("config", "not json"), "", "config in its metadata is not valid JSON"),
+        (put("config", "not json"), "", "config is not valid JSON"),
         (put("model_version", "0.9.8"), "", "unsupported model_version '0.9.8'"),
         (put("model_version", "2.3.0"), "", "configured as 2.0"),
         (put("model_version", "latest"), "", "unsupported model_version"),
@@ -418,3 +419,346 @@ def test_weights_are_evaluated_in_groups(monkeypatch):
     monkeypatch.setattr(weights.mx, "eval", lambda arrays: groups.append(len(arrays)))
     weights.evaluate([mx.zeros(250)] * 5, limit=2000)
     assert groups == [2, 2, 1]
+
+
+# Other tools' files
+
+
+DIT = "model.diffusion_model."
+
+
+def rename(**replaced):
+    """Change keys: every beginning or part that is given."""
+
+    def change(tensors, metadata):
+        renamed = {k: w for k, w in tensors.items()}
+        tensors.clear()
+        for key, w in renamed.items():
+            for old, new in replaced.values():
+                key = key.replace(old, new)
+            tensors[key] = w
+
+    return change
+
+
+def comfy_fp8(scale: str, marks: bool):
+    """Make the blocks' weights fp8, as ComfyUI writes them."""
+
+    def change(tensors, metadata):
+        for key in [*tensors]:
+            layer = key.removesuffix("weight")
+            if ".attn1.to_q.weight" not in key:
+                continue
+            tensors[key] = mx.to_fp8(tensors[key].astype(mx.float32) * 2)
+            tensors[f"{layer}{scale}"] = mx.array([0.5])
+            if marks:
+                tensors[f"{layer}comfy_quant"] = mx.array([7, 7], mx.uint8)
+        tensors[f"{DIT}scaled_fp8"] = mx.zeros(2, mx.uint8)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        rename(prefix=(DIT, "diffusion_model.")),
+        rename(prefix=(DIT, "")),
+        rename(compiled=(DIT, f"{DIT}_orig_mod.")),
+    ],
+)
+def test_other_prefixes_are_read(checkpoint, tmp_path, change):
+    path = changed(checkpoint("ltx-2"), tmp_path, change)
+    expected = weights.open_model(str(checkpoint("ltx-2")))
+    model = weights.open_model(str(path))
+    model.check(*model.components)
+    for name in expected.components:
+        ours, theirs = model.weights(name), expected.weights(name)
+        assert ours.keys() == theirs.keys()
+        assert all(mx.array_equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    "scale, marks", [("scale_weight", False), ("weight_scale", True)]
+)
+def test_fp8_files_of_comfyui_are_read(checkpoint, tmp_path, scale, marks):
+    path = changed(checkpoint("ltx-2"), tmp_path, comfy_fp8(scale, marks))
+    model = weights.open_model(str(path))
+    model.check("transformer")
+    ours = model.weights("transformer")["transformer_blocks.0.attn1.to_q.weight"]
+    theirs = mx.load(str(checkpoint("ltx-2")))[Q_BIAS.replace("bias", "weight")]
+    assert mx.allclose(ours.astype(mx.float32), theirs.astype(mx.float32), rtol=0.07, atol=2e-3)
+
+
+def split(path: Path, folder: Path) -> Path:
+    """One file per component in ComfyUI's folders, the VAE without its prefix."""
+    tensors, metadata = mx.load(str(path), return_metadata=True)
+    files = {
+        "diffusion_models/ltx-2-19b-distilled_transformer": lambda k: (
+            k.startswith(DIT) and "connector" not in k
+        ),
+        "text_encoders/ltx-2-connectors": lambda k: "connector" in k or "text_" in k,
+        "vae/ltx-2-video": lambda k: k.startswith("vae."),
+        "vae/ltx-2-audio": lambda k: k.startswith(("audio_vae.", "vocoder.")),
+    }
+    for name, held in files.items():
+        part = {k.removeprefix("vae."): w for k, w in tensors.items() if held(k)}
+        target = folder / f"{name}.safetensors"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        mx.save_safetensors(str(target), part, metadata)
+    return folder
+
+
+@pytest.fixture
+def parts(checkpoint, tmp_path) -> Path:
+    return split(checkpoint("ltx-2"), tmp_path / "models")
+
+
+TRANSFORMER = "diffusion_models/ltx-2-19b-distilled_transformer.safetensors"
+COMPONENTS = ["transformer", "connectors", "vae", "audio_vae", "vocoder"]
+
+
+def test_files_that_are_not_chosen_decide_nothing(parts):
+    zeros = {"encoder.down.weight": mx.zeros(2), "decoder.up.weight": mx.zeros(2)}
+    mx.save_safetensors(str(parts / "vae/flux.safetensors"), zeros)
+    other = {"model.layers.0.mlp.weight": mx.zeros(2, mx.int8)}
+    mx.save_safetensors(str(parts / "text_encoders/qwen.safetensors"), other)
+    other = {f"{DIT}double_blocks.0.weight": mx.zeros(2)}
+    mx.save_safetensors(str(parts / "diffusion_models/wan.safetensors"), other)
+    (parts / "diffusion_models/half.safetensors").write_bytes(b"12345678")
+    (parts / "vae/pointer.safetensors").write_text("version https://git-lfs.github.com")
+    for name in (parts, parts / TRANSFORMER):
+        model = weights.open_model(str(name))
+        model.check(*COMPONENTS)
+        assert model.components == COMPONENTS and len(model.files) == 4
+
+
+def test_of_a_part_that_exists_twice_the_readable_one_is_used(parts, caplog):
+    video = parts / "vae" / "ltx-2-video.safetensors"
+    tensors, metadata = mx.load(str(video), return_metadata=True)
+    unread = {k: w.astype(mx.int8) for k, w in tensors.items()}
+    mx.save_safetensors(str(parts / "vae/a-int8.safetensors"), unread, metadata)
+    assert weights.open_model(str(parts)).parts["vae"].popitem()[1][0].path == video
+    assert not caplog.text
+    shutil.copy(video, parts / "vae" / "ltx-2-dev-copy.safetensors")
+    model = weights.open_model(str(parts))
+    assert model.parts["vae"].popitem()[1][0].path == video
+    assert "using vae/ltx-2-video.safetensors, not vae/ltx-2-dev-copy" in caplog.text
+    caplog.clear()
+    copy = str(parts / "vae/ltx-2-dev-copy.safetensors")
+    model = weights.open_model(str(parts), parts={"vae": copy})
+    model.check(*COMPONENTS)
+    assert str(model.parts["vae"].popitem()[1][0].path) == copy
+    assert not caplog.text
+
+
+def test_a_missing_part_is_named_with_the_file_that_was_not_used(parts):
+    video, audio = (parts / f"vae/ltx-2-{n}.safetensors" for n in ("video", "audio"))
+    tensors, metadata = mx.load(str(audio), return_metadata=True)
+    audio.unlink()
+    shutil.copy(video, audio)  # one of them is a copy of the other
+    message = "missing model parts: audio_vae, vocoder; place"
+    with pytest.raises(UserError, match=message):
+        weights.open_model(str(parts)).check(*COMPONENTS)
+    mx.save_safetensors(str(audio), tensors)
+    message = r"vocoder \(not used: vae/ltx-2-audio.safetensors is not an LTX-2 file"
+    with pytest.raises(UserError, match=message):
+        weights.open_model(str(parts)).check(*COMPONENTS)
+    metadata["model_version"] = "2.3.0"
+    mx.save_safetensors(str(audio), tensors, metadata)
+    with pytest.raises(UserError, match="audio.safetensors is for LTX-2 2.3.0, not"):
+        weights.open_model(str(parts)).check(*COMPONENTS)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"vae": "vae/ltx-2-audio.safetensors"},
+            "audio.safetensors does not hold the vae",
+        ),
+        ({"vae": "nowhere.safetensors"}, "no such file"),
+        ({"vae": "vae"}, "is not a file"),
+        ({"transformer": TRANSFORMER}, "unknown part 'transformer'"),
+        ({"decoder": TRANSFORMER}, "choose from connectors, vae"),
+    ],
+)
+def test_invalid_parts_are_one_line(parts, options, message):
+    options = {name: str(parts / file) for name, file in options.items()}
+    with pytest.raises(UserError, match=message):
+        weights.open_model(str(parts), parts=options)
+
+
+def test_formats_that_are_not_supported_are_named(checkpoint, parts, tmp_path):
+    gguf, diffusers, nvfp4 = (tmp_path / n for n in ("gguf", "diffusers", "nvfp4"))
+    for folder in (gguf, diffusers, nvfp4):
+        folder.mkdir()
+    (gguf / "ltx-2-Q4.gguf").write_bytes(b"GGUF" + bytes(64))
+    (diffusers / "model_index.json").write_text("{}")
+
+    def pack(tensors, metadata):
+        layer = Q_BIAS.removesuffix("bias")
+        tensors[f"{layer}weight_scale_2"] = mx.array(1.0)
+
+    changed(checkpoint("ltx-2"), nvfp4, pack)
+    shutil.copy(gguf / "ltx-2-Q4.gguf", tmp_path / "renamed.safetensors")
+    for name, message in {
+        gguf: "GGUF files are not supported",
+        gguf / "ltx-2-Q4.gguf": "GGUF files are not supported",
+        tmp_path / "renamed.safetensors": "is a GGUF file",
+        diffusers: "diffusers folders are not supported",
+        nvfp4: "nvfp4 weights are not supported",
+        "/dev/zero": "no such file",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            weights.open_model(str(name))
+
+
+# Hostile headers and configurations
+
+
+def header(change):
+    """A change of the header's JSON text."""
+
+    def apply(path: Path) -> None:
+        data = path.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        start = change(data[8:end])
+        path.write_bytes(len(start).to_bytes(8, "little") + start + data[end:])
+
+    return apply
+
+
+def offsets(value):
+    return header(lambda s: re.sub(rb'"data_offsets":\[\d+,\d+\]', value, s, count=1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(offsets(b'"data_offsets":' + v) for v in (b"[]", b"[9,2]", b"[-2,2]", b"{}")),
+        offsets(b'"data_offsets":[2,1000000000000]'),
+        header(lambda s: s.replace(b'"BF16"', b'["BF16"]', 1)),
+        header(lambda s: b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
+        header(lambda s: s.replace(b'"vae.', b'"audio_vae.', 1).replace(b"{", b"[", 1)),
+    ],
+)
+def test_a_hostile_header_is_one_line(checkpoint, tmp_path, change):
+    path = Path(shutil.copy(checkpoint("ltx-2"), tmp_path / "ltx-2.safetensors"))
+    change(path)
+    with pytest.raises(UserError, match="not a safetensors file") as error:
+        weights.open_model(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_duplicate_tensor_names_are_refused(tmp_path):
+    path = tmp_path / "ltx-2.safetensors"
+    tensor = '"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
+    start = f"{{{tensor},{tensor}}}".encode()
+    path.write_bytes(len(start).to_bytes(8, "little") + start + b"12")
+    with pytest.raises(UserError, match="duplicate tensor names"):
+        weights.open_model(str(path))
+
+
+@pytest.mark.parametrize(
+    "section, key, value, message",
+    [
+        (
+            "transformer",
+            "num_layers",
+            "two",
+            "num_layers must be an integer, got 'two'",
+        ),
+        ("transformer", "num_layers", None, "num_layers must be an integer, got None"),
+        ("transformer", "num_layers", 10**9, "num_layers must be above 0 and at most"),
+        ("transformer", "num_layers", 10**7, "but there are .* tensors"),
+        ("transformer", "num_attention_heads", True, "must be an integer, got True"),
+        ("transformer", "norm_eps", float("nan"), "norm_eps must be a finite number"),
+        ("vae", "patch_size", 0, "patch_size must be above 0"),
+        ("vae", "encoder_blocks", [["res_x", 4]], r"encoder_blocks\[0\]\[1\] must be"),
+        ("vae", "encoder_blocks", [[]], r"encoder_blocks\[0\] must be a list of 2"),
+        ("vocoder", "upsample_rates", [[]], r"upsample_rates\[0\] must be an integer"),
+        ("audio_vae", "model", 5, "AudioVAEConfig.ch is missing"),
+    ],
+)
+def test_a_hostile_configuration_is_one_line(
+    checkpoint, tmp_path, section, key, value, message
+):
+    path = changed(checkpoint("ltx-2"), tmp_path, configure(section, key, value))
+    with pytest.raises(UserError, match=message) as error:
+        weights.open_model(str(path)).check(*COMPONENTS)
+    assert "\n" not in str(error.value)
+
+
+def test_parts_of_different_models_are_refused(checkpoint):
+    up = checkpoint("spatial-x2", in_channels=12)
+    model = weights.open_model(str(checkpoint("ltx-2")), upsamplers=[str(up)])
+    with pytest.raises(UserError, match="latent channels are transformer 24, .* 12"):
+        model.check("transformer", "spatial_upsampler")
+
+
+# Text encoders
+
+
+@pytest.fixture
+def gemma(checkpoint, tmp_path) -> Path:
+    return Path(shutil.copytree(checkpoint("gemma3"), tmp_path / "gemma"))
+
+
+def renamed(path: Path, old: str, new: str) -> None:
+    tensors, metadata = mx.load(str(path), return_metadata=True)
+    mx.eval(tensors)
+    tensors = {k.replace(old, new): w for k, w in tensors.items()}
+    mx.save_safetensors(str(path), tensors, metadata)
+
+
+def index(folder: Path) -> None:
+    files = {"a": "model-1.safetensors", "b": "model.safetensors"}
+    text = json.dumps({"weight_map": files})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+MODEL = "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / MODEL).unlink(), "it has no weights"),
+        (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
+        (lambda f: (f / "config.json").write_text("[]"), "must be an object"),
+        (
+            lambda f: (f / MODEL).write_bytes((f / MODEL).read_bytes()[:999]),
+            "truncated",
+        ),
+        (index, "lacks model-1.safetensors: download"),
+        (
+            lambda f: renamed(f / MODEL, "layers.1.", "layers.9."),
+            "layers.1.*and 1. more",
+        ),
+        (lambda f: renamed(f / MODEL, "language_model.", ""), "it has model.embed"),
+        (lambda f: renamed(f / MODEL, "lang", "_orig_mod.lang"), "it has _orig_mod"),
+    ],
+)
+def test_an_unfit_text_encoder_is_one_line(gemma, damage, message):
+    weights.check_text_encoder(str(gemma))
+    damage(gemma)
+    with pytest.raises(UserError, match=message) as error:
+        weights.check_text_encoder(str(gemma))
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_encoder_in_a_single_file_is_refused(gemma):
+    with pytest.raises(UserError, match="single file without tokenizer"):
+        weights.check_text_encoder(str(gemma / MODEL))
+
+
+# Loading
+
+
+def test_the_transformer_is_read_without_computing(checkpoint):
+    model = weights.open_model(str(checkpoint("ltx-2")))
+    loaded = model.load("transformer", mx.bfloat16, lazy=True)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *[w for _, w in tree_flatten(loaded.parameters())])
+    assert set(re.findall(r'label ="(\w+)"', graph.getvalue())) == {"Load"}
