@@ -1,6 +1,7 @@
 """Conversion to a model folder: exact, streamed, complete or not at all."""
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -354,6 +355,119 @@ def test_no_permission(small, tmp_path, monkeypatch, capsys):
     assert "Permission denied" in message
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        'a folder\'s "name" #1: yes',
+        "名前",
+        "x" * 250,
+        "new/parents/model",
+        "new/../model",
+        "model/.",
+        "dangling",
+        "linked/model",
+    ],
+)
+def test_the_target_may_be_any_path(small, tmp_path, target):
+    (tmp_path / "dangling").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    path = f"{tmp_path}/{target}"
+    assert convert("--hf-path", small, "--mlx-path", path) == 0
+    assert convert("--hf-path", small, "--mlx-path", path, "--overwrite") == 0
+    model = weights.open_model(str(Path(path).resolve()))
+    model.check("transformer", "connectors")
+    assert not list(tmp_path.rglob(".*.new")) + list(tmp_path.rglob(".*.old"))
+
+
+def with_encoder(model: Path, encoder: Path) -> Path:
+    """A model folder that holds its text encoder, as a relative path."""
+    shutil.copytree(encoder, model / "text_encoder")
+    edit(model, "text_encoder", "text_encoder")
+    return model
+
+
+def test_a_text_encoder_in_the_model_folder_is_copied(
+    quantized, checkpoint, tmp_path, monkeypatch
+):
+    model = Path(shutil.copytree(quantized, tmp_path / "model"))
+    with_encoder(model, checkpoint("gemma3"))
+    target = tmp_path / "plain"
+    assert convert("--hf-path", model, "-d", "--mlx-path", target) == 0
+    monkeypatch.chdir("/")
+    found = weights.open_model(str(target)).text_encoder
+    assert found == str(target / "text_encoder")
+    weights.check_text_encoder(found)
+    assert convert("--hf-path", target, "--mlx-path", target, "--overwrite") == 0
+    weights.check_text_encoder(found)
+
+
+def test_a_text_encoder_elsewhere_is_found_from_any_folder(
+    small, checkpoint, tmp_path, monkeypatch
+):
+    gemma = checkpoint("gemma3")
+    monkeypatch.chdir(gemma.parent)
+    args = ("--hf-path", small, "--text-encoder", gemma.name)
+    assert convert(*args, "--mlx-path", tmp_path / "model") == 0
+    monkeypatch.chdir("/")
+    assert weights.open_model(str(tmp_path / "model")).text_encoder == str(gemma)
+
+
+@pytest.mark.parametrize("name", ["style-lora.safetensors", "notes", ".git", "loras"])
+def test_a_folder_with_other_files_is_not_replaced(quantized, tmp_path, capsys, name):
+    model = Path(shutil.copytree(quantized, tmp_path / "model"))
+    (model / name).mkdir()
+    args = ("--hf-path", model, "-d", "--mlx-path", model, "--overwrite")
+    assert f"also holds {name}: move it" in refused(capsys, *args)
+    assert (model / name).exists()
+
+
+def test_the_source_is_never_replaced_by_a_conversion_above_it(small, tmp_path, capsys):
+    source = tmp_path / "models" / "ltx-2.safetensors"
+    source.parent.mkdir()
+    shutil.copy(small, source)
+    args = ("--hf-path", source, "--mlx-path", source.parent, "--overwrite")
+    assert "refusing to overwrite" in refused(capsys, *args)
+    assert source.exists()
+
+
+def test_conversions_to_one_folder_do_not_share_temporary_files(small, tmp_path):
+    source = weights.open_model(str(small))
+    other = tmp_path / f".model.{os.getppid()}.new"  # a conversion that runs
+    other.mkdir()
+    Conversion(source).write(tmp_path / "model")
+    assert other.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", ["attn1.to_q.weight", "attn1.to_q.bias"])
+def test_weights_that_are_not_finite_are_refused(small, tmp_path, capsys, value, key):
+    tensors, metadata = mx.load(str(small), return_metadata=True)
+    key = f"transformer_blocks.1.{key}"
+    w = tensors[f"model.diffusion_model.{key}"]
+    w[..., 3] = value
+    mx.save_safetensors(str(tmp_path / "ltx-2.safetensors"), tensors, metadata)
+    args = ("--hf-path", tmp_path / "ltx-2.safetensors", "--mlx-path", tmp_path / "m")
+    for options in ((), ("-q", "--q-mode", "mxfp4")):
+        message = refused(capsys, *args, *options)
+        assert f"{key} has NaN or infinite values" in message
+        assert not (tmp_path / "m").exists()
+
+
+def test_a_lora_that_is_not_finite_is_refused(small, checkpoint, tmp_path, capsys):
+    tensors, metadata = mx.load(str(checkpoint("ltx-2-lora")), return_metadata=True)
+    key = sorted(tensors)[0]
+    tensors[key] = tensors[key] * mx.nan
+    mx.save_safetensors(str(tmp_path / "lora.safetensors"), tensors, metadata)
+    args = ("--hf-path", small, "--mlx-path", tmp_path / "m")
+    message = refused(capsys, *args, "--lora", tmp_path / "lora.safetensors")
+    assert "has NaN or infinite values" in message
+    lora = checkpoint("ltx-2-lora")
+    assert "invalid strength 0" in refused(capsys, *args, "--lora", f"{lora}:0")
+    with pytest.raises(UserError, match="invalid strength inf"):
+        Conversion(weights.open_model(str(small)), loras=[(str(lora), float("inf"))])
+
+
 # The command line
 
 
@@ -495,6 +609,34 @@ def test_an_upload_that_fails_leaves_the_model(fake_hub, tmp_path, monkeypatch, 
     message = refused(capsys, "--mlx-path", model, "--upload-repo", "mlx-community/it")
     assert "cannot be reached" in message
     weights.open_model(str(model)).load("vae")
+
+
+def test_a_folder_that_exists_is_uploaded_without_converting(
+    fake_hub, quantized, capsys, monkeypatch
+):
+    before = (quantized / "config.json").stat().st_mtime_ns
+    assert convert("--mlx-path", quantized, "--upload-repo", "me/it") == 0
+    assert "exists and is uploaded" in capsys.readouterr().out
+    assert fake_hub.uploaded[0] == "me/it" and fake_hub.fetched == []
+    assert (quantized / "config.json").stat().st_mtime_ns == before
+
+
+def test_the_hub_identity_is_checked_first(fake_hub, tmp_path, monkeypatch, capsys):
+    def refuse(**kwargs):
+        response = SimpleNamespace(headers={}, request=None, status_code=401)
+        raise errors.HfHubHTTPError("401 Unauthorized", response=response)
+
+    monkeypatch.setattr(fake_hub, "create_repo", refuse)
+    args = ("--mlx-path", tmp_path / "model", "--upload-repo", "me/it")
+    assert "refuses me/it: 401" in refused(capsys, *args)
+    assert fake_hub.fetched == [] and not (tmp_path / "model").exists()
+
+
+def test_a_part_from_another_file(checkpoint, small, tmp_path):
+    args = ("--hf-path", small, "--mlx-path", tmp_path / "model")
+    assert convert(*args, "--part", f"vae={checkpoint('ltx-2')}") == 0
+    model = weights.open_model(str(tmp_path / "model"))
+    assert model.components == ["transformer", "connectors", "vae"]
 
 
 # LoRAs
