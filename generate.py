@@ -34,10 +34,11 @@ def parser() -> argparse.ArgumentParser:
             groups[title] = p.add_argument_group(title)
         return groups[title]
 
-    add_flags(group, Request)
-    guidance = "guidance (--audio-... for the sound)"
-    add_flags(group, Guidance, title=guidance)
-    add_flags(group, Guidance, "audio_", title=guidance)
+    titles = {k: title for title, ks in Request.GROUPS.items() for k in ks.split()}
+    add_flags(lambda k: group(titles.get(k, "sampling")).add_argument, Request)
+    guidance = group("guidance (--audio-... for the sound)").add_argument
+    add_flags(lambda k: guidance, Guidance)
+    add_flags(lambda k: guidance, Guidance, "audio_")
 
     add = group("output").add_argument
     add("--prompts", metavar="FILE", help="file with a prompt per line, a video each")

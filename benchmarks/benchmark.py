@@ -1,10 +1,10 @@
-"""Time and memory of each part, of whole runs, and what 19B would take on this machine.
+"""Time and memory of each component and of runs; estimates for 19B on this machine.
 
     python benchmarks/benchmark.py --json results.json
 
-Weights are random: small checkpoints, made anew, and one block of the released width.
-Each figure is the median of several runs after one that is not counted; what is compared
-takes turns, so that a slow minute of the machine meets all alike.
+Weights are random: small checkpoints, built at each start, and one block of the released
+width. Each figure is the median of several runs after a warm-up; functions that are compared
+are run alternately, so that other load on the machine affects all of them.
 """
 
 import argparse
@@ -31,16 +31,17 @@ import checkpoints  # noqa: E402
 
 from ltx2 import latents, parallel, pipeline, vae, weights  # noqa: E402
 from ltx2.conversion import quant_predicate, quantization  # noqa: E402
-from ltx2.denoiser import guidance_passes  # noqa: E402
+from ltx2.guidance import guidance_passes  # noqa: E402
 from ltx2.dit import DiT, DiTConfig, Tokens  # noqa: E402
 from ltx2.linear import quantize  # noqa: E402
-from ltx2.request import Request, default_guidance  # noqa: E402
+from ltx2.request import Request  # noqa: E402
+from ltx2.stages import default_guidance  # noqa: E402
 
 CONFIGS = json.loads((ROOT / "tests" / "data" / "configs.json").read_text())
 
 
 def measure(runs, **functions):
-    """Median seconds and peak bytes, beside what was there before, of each function."""
+    """Median seconds and peak bytes above those already in use, of each function."""
     seconds, peaks = ({name: [] for name in functions} for _ in range(2))
     for run in range(runs + 1):
         order = list(functions) if run % 2 else list(functions)[::-1]
@@ -60,8 +61,8 @@ def measure(runs, **functions):
 
 @contextlib.contextmanager
 def flops():
-    """Counts the floating-point operations of matmuls and attention that are asked for;
-    nothing is computed."""
+    """Count the floating-point operations of matmuls and attention without computing
+    them."""
     count = []
 
     def linear(layer, x):
@@ -90,7 +91,7 @@ def dit_config(name, **changes):
 
 
 def step(model, size, names=("cond",)):
-    """A forward of a video with its sound, with the dev model's passes of these names."""
+    """A forward of video and audio with the dev model's guidance passes of these names."""
     width, height, frames = size
     shape = (latents.latent_frames(frames), height // 32, width // 32)
     c, sound = model.config, latents.audio_tokens(frames, 24)
@@ -105,11 +106,11 @@ def step(model, size, names=("cond",)):
         count = rope[0][0].shape[1]
         x = mx.random.normal((1, count, n))
         streams.append(Tokens(x, level, level, *rope, keyframes=mx.zeros(count)))
-    of_text = [c.caption_channels] * 2
+    text_dims = [c.caption_channels] * 2
     if c.caption_proj_before_connector:
-        of_text = c.cross_attention_dim, c.audio_cross_attention_dim
+        text_dims = c.cross_attention_dim, c.audio_cross_attention_dim
     contexts, negative = (
-        tuple(mx.random.normal((1, 1024, n)) for n in of_text) for _ in range(2)
+        tuple(mx.random.normal((1, 1024, n)) for n in text_dims) for _ in range(2)
     )
     source = argparse.Namespace(
         config={"transformer": {"num_layers": c.num_layers}}, version=(2, 3)
@@ -123,23 +124,23 @@ def step(model, size, names=("cond",)):
 PASSES = ("cond", "uncond", "perturbed", "isolated")
 
 
-def asked_flops(function):
+def count_flops(function):
     with flops() as count:
         function()
     return sum(count)
 
 
 def guided_ratio(name, size):
-    """FLOPs of a step with four passes beside those of a plain forward, full size."""
+    """FLOPs of a step with four passes divided by those of a plain forward, full size."""
     model = DiT(dit_config(name))
-    plain, guided = (asked_flops(step(model, size, n)) for n in (("cond",), PASSES))
+    plain, guided = (count_flops(step(model, size, n)) for n in (("cond",), PASSES))
     return guided / plain
 
 
 def exchanged(name, size, machines):
-    """Bytes that each of some machines sends in a step of four passes, by --parallel."""
+    """Bytes that each machine sends in a step of four passes, by --parallel mode."""
     group, sums = mock.Mock(size=lambda: machines, rank=lambda: 0), []
-    ring = 2 * (machines - 1) / machines  # of the bytes to be summed
+    ring = 2 * (machines - 1) / machines  # times the bytes to sum
     with mock.patch.object(mx.distributed, "all_sum") as all_sum:
         all_sum.side_effect = lambda x, group: sums.append(x.nbytes) or x
         sent = {}
@@ -151,13 +152,13 @@ def exchanged(name, size, machines):
                 model.shard(group)
             else:
                 model = parallel.PassParallel(model, group)
-            asked_flops(step(model, size, PASSES))
+            count_flops(step(model, size, PASSES))
             sent[way] = ring * sum(sums)
     return sent
 
 
-def beside_matmul(dtype, runs, **functions):
-    """`measure`, and the FLOPs a second of a square matmul that takes turns with them."""
+def with_matmul(dtype, runs, **functions):
+    """`measure`, and the FLOPs a second of a square matmul run alternately with them."""
     size = 2048 if mx.default_device().type == mx.cpu else 8192
     a, b = (mx.random.normal((size, size)).astype(dtype) for _ in range(2))
     mx.eval(a, b)
@@ -165,15 +166,15 @@ def beside_matmul(dtype, runs, **functions):
     return found, 2 * size**3 / found.pop("matmul")[0]
 
 
-def released_block(name, size, dtype, bits, runs, patience):
-    """Seconds of a forward of the released transformer, from one block's; clips are
-    shortened until a block takes about `patience` seconds, and the rest is counted."""
+def released_block(name, size, dtype, bits, runs, target_seconds):
+    """Seconds of a forward of the released transformer, estimated from one block; the clip
+    is shortened until a block takes about `target_seconds`, then scaled by FLOPs."""
     width, height, frames = size
     model = DiT(dit_config(name, num_layers=1))
-    count = lambda frames: asked_flops(step(model, (width, height, frames)))
-    _, rate = beside_matmul(dtype, 1)
+    count = lambda frames: count_flops(step(model, (width, height, frames)))
+    _, rate = with_matmul(dtype, 1)
     short = frames
-    while short > 9 and count(short) / rate > patience:
+    while short > 9 and count(short) / rate > target_seconds:
         short = (short - 1) // 16 * 8 + 1
     whole, part = count(frames), count(short)
     if bits:
@@ -182,19 +183,19 @@ def released_block(name, size, dtype, bits, runs, patience):
     model.set_dtype(dtype)
     weights.evaluate(w for _, w in tree_flatten(model.parameters()))
     block = step(model, (width, height, short))
-    found, rate = beside_matmul(dtype, runs, block=block)
+    found, rate = with_matmul(dtype, runs, block=block)
     seconds, peak = found["block"]
     layers = CONFIGS[name]["transformer"]["num_layers"]
     return {
         "seconds": layers * seconds * whole / part,
         "measured_frames": short,
-        "utilisation": part / seconds / rate,
+        "utilization": part / seconds / rate,
         "buffers": peak,
     }
 
 
 def decoding(model, side, frames, at_once=vae.LATENTS_PER_CHUNK):
-    """A decode of random latents whose frames are dropped as they come."""
+    """A decode of random latents that drops each frame after it is decoded."""
     x = mx.random.normal((1, frames, side, side, model.config.latent_channels))
     noise = x if model.config.timestep_conditioning else None
 
@@ -209,7 +210,7 @@ def decoding(model, side, frames, at_once=vae.LATENTS_PER_CHUNK):
 
 
 def components(source, dtype, runs):
-    """Each part of a small model, and what is compared with something."""
+    """Each component of a small model; decodes of several lengths for comparison."""
     load = partial(source.load, dtype=dtype)
     video_vae, audio_vae, vocoder = map(load, ("vae", "audio_vae", "vocoder"))
     connectors = load("connectors")
@@ -233,21 +234,21 @@ def components(source, dtype, runs):
         runs,
         vae_decode_8=decoding(video_vae, 4, 8),
         vae_decode_24=decoding(video_vae, 4, 24),
-        vae_decode_24_whole=decoding(video_vae, 4, 24, at_once=24),
+        vae_decode_24_at_once=decoding(video_vae, 4, 24, at_once=24),
     )
 
 
 def steps(source, dtype, size, runs):
-    """A plain forward and a guided step, and the share of the matmul rate they reach."""
+    """A plain forward and a guided step, and their shares of the matmul rate."""
     model = source.load("transformer", dtype)
     functions = {"plain": step(model, size), "four_passes": step(model, size, PASSES)}
-    found, rate = beside_matmul(dtype, runs, **functions)
-    used = {k: asked_flops(f) / found[k][0] / rate for k, f in functions.items()}
+    found, rate = with_matmul(dtype, runs, **functions)
+    used = {k: count_flops(f) / found[k][0] / rate for k, f in functions.items()}
     return found, used
 
 
-def whole_runs(path, encoder, dtype, runs):
-    """A short video from memory and from the disk, until its latents are there."""
+def denoising_runs(path, encoder, dtype, runs):
+    """A short video up to its latents, with blocks in memory and with --low-memory."""
     contexts = pipeline.load(path, encoder, "distilled", dtype).encode_prompts(
         ["a dog"]
     )
@@ -274,10 +275,15 @@ def main():
     add = parser.add_argument
     add("--dtype", default="bfloat16" if gpu else "float32")
     add("--runs", type=int, default=5)
-    add("--bits", type=int, default=4, help="of the released block; 0: not quantized")
+    add("--bits", type=int, default=4, help="of the released block (0: not quantized)")
     add("--size", default="768x512x121", help="WIDTHxHEIGHTxFRAMES of the estimate")
-    add("--patience", type=float, default=10, help="seconds for a released block")
-    add("--json", type=Path, help="where to write all figures")
+    add(
+        "--target-seconds",
+        type=float,
+        default=10,
+        help="shorten the clip until a released block takes this long",
+    )
+    add("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     dtype, size = getattr(mx, args.dtype), tuple(map(int, args.size.split("x")))
@@ -292,7 +298,7 @@ def main():
     print(*(f"{k}: {v}" for k, v in machine.items()), sep="\n")
     with tempfile.TemporaryDirectory() as folder:
         build = partial(checkpoints.build, folder=folder)
-        # As deep as the released ones, and narrow.
+        # As deep as the released models, but narrow.
         sizes = checkpoints.widths(heads=4, video=64, audio=32)
         sizes["connector_attention_head_dim"] = 64
         sizes["audio_connector_attention_head_dim"] = 32
@@ -301,7 +307,7 @@ def main():
         source = weights.open_model(path)
         found, used = steps(source, dtype, (256, 256, 49), args.runs)
         found |= components(source, dtype, args.runs)
-        found |= whole_runs(path, encoder, args.dtype, max(args.runs // 2, 1))
+        found |= denoising_runs(path, encoder, args.dtype, max(args.runs // 2, 1))
     print(f"{'small model':<22}{'seconds':>10}{'peak MB':>10}")
     for name, (seconds, peak) in found.items():
         print(f"{name:<22}{seconds:>10.3f}{peak / 1e6:>10.1f}")
@@ -312,32 +318,33 @@ def main():
 
     second = lambda name: found[name][0]
     ratios = {
-        "a step of four passes, beside a plain forward": second("four_passes")
+        "time of a step of four passes / plain forward": second("four_passes")
         / second("plain"),
-        "the same in FLOPs, LTX-2 19B at "
+        "FLOPs of the same, LTX-2 19B at "
         + args.size: guided_ratio("ltx-2-19b-dev", size),
-        "the same in FLOPs, LTX-2.3 22B": guided_ratio("ltx-2.3-22b", size),
-        "peak of decoding 24 latent frames, beside 8": found["vae_decode_24"][1]
+        "FLOPs of the same, LTX-2.3 22B": guided_ratio("ltx-2.3-22b", size),
+        "peak memory of decoding 24 / 8 latent frames": found["vae_decode_24"][1]
         / found["vae_decode_8"][1],
-        "time of decoding 24 as a stream, beside whole": second("vae_decode_24")
-        / second("vae_decode_24_whole"),
-        "peak of the same": found["vae_decode_24"][1] / found["vae_decode_24_whole"][1],
-        "time of a run with --low-memory, beside without": second("run_low_memory")
+        "time of decoding 24 as a stream / at once": second("vae_decode_24")
+        / second("vae_decode_24_at_once"),
+        "peak memory of the same": found["vae_decode_24"][1]
+        / found["vae_decode_24_at_once"][1],
+        "time of a run with / without --low-memory": second("run_low_memory")
         / second("run"),
-        "its peak": found["run_low_memory"][1] / found["run"][1],
+        "peak memory of the same run": found["run_low_memory"][1] / found["run"][1],
     }
     print()
     for name, ratio in ratios.items():
         print(f"{name:<52}{ratio:>6.2f}")
 
     block = released_block(
-        "ltx-2-19b-dev", size, dtype, args.bits, args.runs, args.patience
+        "ltx-2-19b-dev", size, dtype, args.bits, args.runs, args.target_seconds
     )
     print(
         f"\nLTX-2 19B at {args.bits or dtype.size * 8} bits, {args.size}: about "
-        f"{block['seconds']:.1f} s a forward, {block['utilisation']:.0%} of the matmul "
+        f"{block['seconds']:.1f} s a forward, {block['utilization']:.0%} of the matmul "
         f"rate.\nThis is 48 times one block with random weights, measured at "
-        f"{block['measured_frames']} frames and scaled by its FLOPs."
+        f"{block['measured_frames']} frames and scaled by FLOPs."
     )
     sent = {n: exchanged("ltx-2-19b-dev", size, n) for n in (2, 4)}
     for n, ways in sent.items():
@@ -346,7 +353,7 @@ def main():
                 f"--parallel {way}, {n} machines: each sends {count / 1e9:.3f} GB a step"
             )
     if args.json:
-        results = {"machine": machine, "ratios": ratios, "utilisation": used}
+        results = {"machine": machine, "ratios": ratios, "utilization": used}
         results |= {"small_model": found, "released_block": block}
         results["exchanged"] = sent
         args.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -1,11 +1,11 @@
-"""Peak memory of converting a file of the released 19B's size, without its weights.
+"""Peak memory of converting a file of the released 19B's size, filled with zeros.
 
     python benchmarks/convert_memory.py --depth 48 --q-bits 4
 
 Every tensor of `ltx-2-19b` has its released shape; the file is sparse, so it takes no
-room and reads as zeros. `--depth` leaves transformer blocks out: memory does not depend
-on their number, time and the size of the result do. Exit code 1 if the conversion took
-more than 3 GB and the largest tensor.
+disk space and reads as zeros. `--depth` sets the number of transformer blocks: time and
+the size of the result depend on it, memory does not. Exit code 1 if the conversion took
+more memory than 3 GB plus the largest tensor.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TESTS = ROOT / "tests"
 
 
 def synthesize(path: Path, depth: int) -> int:
-    """Write the sparse file; the bytes of its largest tensor."""
+    """Write the sparse file and return the bytes of its largest tensor."""
     with gzip.open(TESTS / "layouts" / "ltx-2-19b.tsv.gz", "rt") as rows:
         table = list(csv.DictReader(rows, delimiter="\t"))
     configs = json.loads((TESTS / "data" / "configs.json").read_text())
@@ -55,7 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depth", type=int, default=6, help="blocks (released: 48)")
     parser.add_argument("--q-bits", type=int, help="default: not quantized")
-    parser.add_argument("--dtype", help="as of convert.py")
+    parser.add_argument("--dtype", help="as for convert.py")
     parser.add_argument("--folder", help="for the result (default: temporary)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

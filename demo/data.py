@@ -1,7 +1,7 @@
-"""Synthetic clips for the demo model: a coloured shape that moves and sounds, and its caption.
+"""Synthetic clips for the demo model: a moving colored shape, a tone, and a caption.
 
-A scene says what is seen and heard; `render`, `sound` and `caption` turn it into frames,
-a stereo waveform and a sentence. Frequencies are multiples of 100 Hz and clicks fall on
+`render`, `sound` and `caption` turn a scene into frames, a stereo waveform and a sentence.
+Frequencies are multiples of 100 Hz and clicks fall on
 hundredths of a second, so that a mel frame (10 ms) determines the phase of its sound.
 """
 
@@ -31,7 +31,7 @@ TIMBRES = ("pure", "buzzing")
 
 @dataclasses.dataclass
 class Scene:
-    """What is seen and heard; lengths in frame widths, times in seconds, colours 0-255."""
+    """Attributes of a clip; lengths in frame widths, times in seconds, colors 0-255."""
 
     shape: str
     colour: str
@@ -53,7 +53,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, **fixed: str) -> Scene:
-    """A random scene; attributes given by name stay as given."""
+    """A random scene with some attributes fixed."""
     choices = dict(
         shape=SHAPES,
         colour=tuple(COLOURS),
@@ -81,7 +81,7 @@ FLOOR, BOUNCE_HEIGHT, BOUNCE_PERIOD = 0.76, 0.42, 0.5
 def trajectory(
     scene: Scene, t: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centre x, centre y and radius at times t (seconds), in frame widths, y downwards."""
+    """Center x, center y and radius at times t (seconds), in frame widths, y downwards."""
     progress = t / DURATION - 0.5
     x, y, radius = (np.full_like(t, v) for v in (scene.x, scene.y, scene.radius))
     if scene.motion in ("right", "left"):
@@ -104,7 +104,7 @@ def contacts(scene: Scene) -> np.ndarray:
 
 
 def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray):
-    """How much of a pixel at (dx, dy) from the centre the shape covers, 0 to 1."""
+    """Share of a pixel at (dx, dy) from the center that the shape covers, 0 to 1."""
     if shape == "circle":
         outside = np.sqrt(dx * dx + dy * dy) - radius
     elif shape == "square":
@@ -116,7 +116,7 @@ def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray):
 
 
 def render(scene: Scene, frames=range(FRAMES)) -> np.ndarray:
-    """The frames with the given numbers, uint8 (F, SIZE, SIZE, 3)."""
+    """Frames by index, uint8 (F, SIZE, SIZE, 3)."""
     t = np.asarray(frames, np.float32) / np.float32(FPS)
     x, y, radius = (v[:, None, None] for v in trajectory(scene, t))
     pixel = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE
@@ -230,7 +230,7 @@ FILLERS = (
     "slowly gently nicely then now quietly smoothly steadily calm minimal digital abstract "
     "here again very just quite evenly screen picture cartoon geometric flat style view"
 ).split()
-# Wordings kept out of training, for judging.
+# Wordings held out from training, for evaluation.
 UNSEEN = (
     "{S} which is {ing}, {B}, and there is a {p} {n}",
     "you can watch {S} {ing} {B} and listen to a {p} {n}",
@@ -242,7 +242,7 @@ UNSEEN = (
 
 
 def pick(rng: np.random.Generator, options) -> str:
-    """One of a tuple, or of the alternatives separated by |."""
+    """A random item of a tuple, or of a string's alternatives separated by |."""
     options = options.split("|") if isinstance(options, str) else options
     return options[rng.integers(len(options))]
 
@@ -265,7 +265,7 @@ def conjugate(phrase: str, form: int) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator, unseen: bool = False) -> str:
-    """A sentence for the scene: one of the training wordings, or one kept out of them."""
+    """A caption of the scene in a training wording, or in one held out from training."""
 
     def word(name, plain=0.5):
         return name if rng.random() < plain else pick(rng, WORDS[name])

@@ -1,7 +1,7 @@
-"""Read colour, shape, direction, pitch and panning from a clip: python demo/judge.py clip.mp4
+"""Measure color, shape, motion, pitch and panning of a clip: python demo/judge.py clip.mp4
 
-Knows nothing of the model: it measures the frames (F, H, W, 3) uint8 and the waveform
-(samples, 2), and names what it finds in the words of `demo.data`.
+It uses no model, only the frames (F, H, W, 3) uint8 and the waveform (samples, 2), and
+returns names of `demo.data`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from demo import data
 
 
 def masks(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Background colour (3,) and how much of each pixel is shape, (F, H, W) in [0, 1]."""
+    """Background color (3,) and the share of each pixel that the shape covers, (F, H, W)."""
     pixels = frames.astype(np.float32)
     sides = (pixels[:, :2], pixels[:, -2:], pixels[:, :, :2], pixels[:, :, -2:])
     border = np.concatenate([side.reshape(-1, 3) for side in sides])
@@ -32,8 +32,8 @@ def masks(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return background, np.where(cover > 0.3, cover, 0)
 
 
-def name_colour(frames: np.ndarray, cover: np.ndarray) -> str | None:
-    """The palette's colour nearest in chromaticity to the shape's pixels."""
+def name_color(frames: np.ndarray, cover: np.ndarray) -> str | None:
+    """The color of the palette that is nearest in chromaticity to the shape's pixels."""
     inside = frames[cover > 0.8].astype(np.float32)
     if len(inside) < 20:
         return None
@@ -42,8 +42,8 @@ def name_colour(frames: np.ndarray, cover: np.ndarray) -> str | None:
     palette = np.array([data.COLOURS[name] for name in names], np.float32)
 
     def chromaticity(rgb):
-        centred = rgb - rgb.mean(-1, keepdims=True)
-        return centred / (np.linalg.norm(centred, axis=-1, keepdims=True) + 1e-3)
+        centered = rgb - rgb.mean(-1, keepdims=True)
+        return centered / (np.linalg.norm(centered, axis=-1, keepdims=True) + 1e-3)
 
     if np.ptp(seen) < 40:
         return None
@@ -51,7 +51,7 @@ def name_colour(frames: np.ndarray, cover: np.ndarray) -> str | None:
 
 
 def name_shape(cover: np.ndarray) -> str | None:
-    """By the share of its bounding box that the shape fills: 1/2, pi/4 or 1."""
+    """By the share of the bounding box that the shape fills: 1/2, pi/4 or 1."""
     shares = []
     for frame in cover:
         rows, columns = (np.flatnonzero((frame > 0.5).any(axis)) for axis in (1, 0))
@@ -73,7 +73,7 @@ def name_shape(cover: np.ndarray) -> str | None:
 
 
 def track(cover: np.ndarray) -> np.ndarray:
-    """Centre x, centre y (0 to 1) and area (share of the frame) in each frame, (F, 3)."""
+    """Center x, center y (0 to 1) and area (share of the frame) in each frame, (F, 3)."""
     f, h, w = cover.shape
     area = cover.sum((1, 2))
     weight = cover / np.maximum(area, 1e-6)[:, None, None]
@@ -83,7 +83,7 @@ def track(cover: np.ndarray) -> np.ndarray:
 
 
 def name_motion(path: np.ndarray) -> str | None:
-    """From the path of the centre and the growth of the area."""
+    """From the path of the center and the growth of the area."""
     if (path[:, 2] < 0.004).mean() > 0.2:
         return None
     start, end = path[:3].mean(0), path[-3:].mean(0)
@@ -101,7 +101,7 @@ def name_motion(path: np.ndarray) -> str | None:
 
 
 def name_pitch(waveform: np.ndarray, rate: int) -> str | None:
-    """The class of the strongest frequency."""
+    """The pitch nearest to the strongest frequency."""
     mono = waveform.mean(1)
     if len(mono) < rate // 4 or np.sqrt((mono**2).mean()) < 0.01:
         return None
@@ -114,20 +114,21 @@ def name_pitch(waveform: np.ndarray, rate: int) -> str | None:
 
 
 def pan_track(waveform: np.ndarray, frames: int) -> np.ndarray:
-    """Where the sound is in each frame's stretch, 0 left to 1 right, (frames,)."""
+    """Position of the sound during each frame, 0 (left) to 1 (right), (frames,)."""
     energy = np.stack([(part**2).sum(0) for part in np.array_split(waveform, frames)])
     left, right = np.sqrt(energy.T + 1e-12)
     return (np.arctan2(right, left) / (np.pi / 2) - 0.1) / 0.8
 
 
 def judge(frames: np.ndarray, waveform: np.ndarray, rate: int) -> dict:
-    """What is seen and heard: names or None, and `pan_error`, mean distance of sound and shape."""
+    """Attributes of a clip, None where unclear; `pan_error` is the mean distance of sound and
+    shape in frame widths."""
     background, cover = masks(frames)
     path = track(cover)
     pan = pan_track(waveform, len(frames))
     seen = path[:, 2] > 0.004
     return dict(
-        colour=name_colour(frames, cover),
+        colour=name_color(frames, cover),
         shape=name_shape(cover),
         motion=name_motion(path),
         background="light" if background.mean() > 128 else "dark",

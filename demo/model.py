@@ -1,4 +1,4 @@
-"""The architecture in PyTorch, for training only: official tensor names, official layouts."""
+"""The architecture in PyTorch, for training only, with official tensor names and layouts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def pixel_norm(x: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
 
 
 class Conv3d(nn.Module):
-    """3x3x3: first frame repeated in front (twice if causal), else also the last behind."""
+    """3x3x3; repeats the first frame (twice if causal, else once, and the last frame once)."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -160,7 +160,7 @@ class Statistics(nn.Module):
         self.register_buffer("std-of-means", torch.ones(channels))
 
     def measure(self, x: torch.Tensor):
-        """Take the statistics from latents."""
+        """Compute the statistics of latents."""
         channels = x.movedim(self.axis, 0).flatten(1)
         self.get_buffer("mean-of-means").copy_(channels.mean(1))
         self.get_buffer("std-of-means").copy_(channels.std(1))
@@ -190,7 +190,7 @@ class VideoVAE(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """Causal in time (axis 2), centred over mel bins (axis 3)."""
+    """Causal in time (axis 2), centered over mel bins (axis 3)."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3):
         super().__init__()
@@ -309,16 +309,16 @@ class AudioVAE(nn.Module):
         self.per_channel_statistics = Statistics(section["z_channels"] * 16, 2)
 
     def tokens(self, mel: torch.Tensor) -> torch.Tensor:
-        """Latents as tokens (B, t, C * 16), not normalised."""
+        """Latents as tokens (B, t, C * 16), not normalized."""
         return self.encoder(mel).transpose(1, 2).flatten(2)
 
     def mel(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens, not normalised, to log-mels."""
+        """Tokens, not normalized, to log-mels."""
         return self.decoder(tokens.unflatten(2, (-1, 16)).transpose(1, 2))
 
 
 def mel_filters(rate=16000, n_fft=1024, bins=64, top=8000.0) -> torch.Tensor:
-    """Slaney-scale, slaney-normalised triangles (n_fft / 2 + 1, bins)."""
+    """Slaney-scale, slaney-normalized triangles (n_fft / 2 + 1, bins)."""
     step, knee = 200 / 3, 1000.0
     log_step = math.log(6.4) / 27
 
@@ -371,8 +371,8 @@ class VocoderBlock(nn.Module):
 class Vocoder(nn.Module):
     """HiFi-GAN: log-mels (B, 2, T, 64) to a waveform (B, 2, T * prod(rates)).
 
-    Each ear has half of the channels, with the same weights: how loud one is cannot be
-    mistaken for the other's, as a network that mixes both from the start has to unlearn.
+    Left and right are computed separately with the same weights, because a network that
+    mixes them learns panning slowly.
     """
 
     def __init__(self, c: dict):
@@ -391,7 +391,7 @@ class Vocoder(nn.Module):
         self.conv_post = nn.Conv1d(width, 1, 7, padding=3)
 
     def both_ears(self) -> dict[str, torch.Tensor]:
-        """The official tensors: of this one's twice, with nothing between the two."""
+        """The official stereo tensors: these weights for each channel, zeros between channels."""
         tensors = {}
         for name, x in self.state_dict().items():
             pair = torch.zeros(2, x.shape[0], 2, *x.shape[1:])
@@ -509,10 +509,10 @@ class ConnectorBlock(nn.Module):
 
 
 class Connector(nn.Module):
-    """Text features to a context; `positions` are those of its rows, the rest left out.
+    """Text features to the rows of a context at `positions`.
 
-    A row is a token's while there are tokens, then the register of its position. Training
-    may keep a sample of the far positions and give them a `bias` that makes up for it.
+    Rows of tokens come first, then registers by position. Training may use a sample of the
+    far positions with a `bias` for their number.
     """
 
     def __init__(
@@ -520,7 +520,7 @@ class Connector(nn.Module):
     ):
         super().__init__()
         self.width, self.heads, self.max_pos = width, heads, max_pos
-        # Nearly alike, so that attention learns at once to tell words from registers.
+        # Nearly equal, so that attention separates words from registers early.
         alike, own = torch.rand(2, registers, width) * 2 - 1
         self.learnable_registers = nn.Parameter(alike[:1] + 0.1 * own)
         self.transformer_1d_blocks = nn.ModuleList(
@@ -684,7 +684,7 @@ class Transformer(nn.Module):
             if isinstance(module, AdaLayerNormSingle):
                 nn.init.zeros_(module.linear.weight)
                 nn.init.zeros_(module.linear.bias)
-        # Gates open a little, so that the blocks learn from the start.
+        # Gates start slightly open, so that blocks learn from the start.
         with torch.no_grad():
             for block in self.transformer_blocks:
                 for prefix in ("", "audio_"):
@@ -767,6 +767,6 @@ def video_positions(f: int, h: int, w: int, fps: float) -> torch.Tensor:
 
 
 def audio_positions(tokens: int) -> torch.Tensor:
-    """Middle time (s) of each token's stretch, (1, tokens)."""
+    """Middle time (s) of each token, (1, tokens)."""
     start = (4 * torch.arange(tokens) - 3).clamp(min=0)
     return ((start + 4 * torch.arange(tokens) + 1) / 2 * 0.01)[None]

@@ -1,4 +1,4 @@
-"""Some frames of clips as one picture, a row a clip: python demo/strip.py strip.png a.mp4 b.mp4"""
+"""Frames of clips as one image, one row for each clip: python demo/strip.py strip.png a.mp4 b.mp4"""
 
 import sys
 from pathlib import Path

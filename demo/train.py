@@ -1,7 +1,7 @@
-"""Train the demo model from nothing: python demo/train.py --work DIR [stage ...]
+"""Train the demo model from scratch: python demo/train.py --work DIR [stage ...]
 
-The stages run in order, all of them by default; each writes a checkpoint every minute or so
-and goes on from it when started again. A batch is drawn from (SEED, stage, step) alone.
+The stages run in order, all of them by default; each saves a checkpoint about every minute
+and resumes from it. A batch depends only on (SEED, stage, step).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MEL_FRAMES = 4 * AUDIO_TOKENS - 3
 VIDEO_POSITIONS = model.video_positions(4, 3, 3, data.FPS)
 AUDIO_POSITIONS = model.audio_positions(AUDIO_TOKENS)
 SHARDS, SHARD = 64, 128
-RECIPES = {  # steps, clips a batch, rate: for one large GPU, half an hour in all
+RECIPES = {  # steps, batch size, learning rate: half an hour in all on a large GPU
     "vae": (8000, 32, 1.5e-3),
     "audio_vae": (3000, 16, 1.5e-3),
     "vocoder": (5000, 16, 1.5e-3),
@@ -43,7 +43,7 @@ RECIPES = {  # steps, clips a batch, rate: for one large GPU, half an hour in al
 
 @dataclasses.dataclass
 class Run:
-    """Where checkpoints go, what computes, how many processes draw batches."""
+    """Options of a run: folder of checkpoints, device, processes, recipe changes."""
 
     work: Path
     device: str
@@ -63,9 +63,9 @@ class Run:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal for matrices and kernels, Adam for everything else.
+    """Muon (orthogonalized momentum) for matrices and kernels, Adam for everything else.
 
-    The orthogonal step is scaled to the size of an Adam step, so that one rate serves both.
+    The Muon step is scaled to the size of an Adam step, so that one learning rate fits both.
     """
 
     def __init__(self, parameters, lr, momentum=0.95):
@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def orthogonal(g: torch.Tensor) -> torch.Tensor:
-        """Newton-Schulz; kernels in groups of 64 rows, so that an upsampler's cost less."""
+        """Newton-Schulz; kernels in groups of 64 rows, which is cheaper for upsamplers."""
         groups = len(g) // 64 if g.ndim > 2 and len(g) % 64 == 0 else 1
         x = g.reshape(groups, len(g) // groups, -1).bfloat16()
         wide = x.shape[1] <= x.shape[2]
@@ -110,7 +110,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Batches(torch.utils.data.Dataset):
-    """Step numbers to what `batch_at` draws for them."""
+    """The batches that `batch_at` draws for step numbers."""
 
     def __init__(self, stage, batch_at, steps, rank=0):
         self.seed, self.batch_at, self.steps = (
@@ -186,7 +186,7 @@ def fit(run: Run, stage: str, module, batch_at, loss_of):
 
 
 class Denoiser(torch.nn.Module):
-    """What the last stage trains: text projection, connectors and transformer."""
+    """The modules of the last stage: text projection, connectors and transformer."""
 
     def __init__(self):
         super().__init__()
@@ -222,9 +222,9 @@ def to_video(frames: torch.Tensor) -> torch.Tensor:
 
 
 def train_vae(run: Run):
-    """Single frames first, then nine of a corner, whole clips last; noise on the latents.
+    """On single frames, then nine frames of a crop, then full clips; with noise on latents.
 
-    Once latents have been made of it the encoder stays as it is.
+    The encoder is frozen once latents have been computed with it.
     """
     steps, size, _ = run.recipe("vae")
     vae = MODULES["vae"]()
@@ -263,7 +263,7 @@ def train_vae(run: Run):
 
 
 def waves(scenes: list[data.Scene], rate: int) -> np.ndarray:
-    """Their sound, (B, 2, samples)."""
+    """The scenes' sound, (B, 2, samples)."""
     return np.stack([data.sound(scene, rate).T for scene in scenes])
 
 
@@ -273,7 +273,7 @@ def mels(at_16k: torch.Tensor) -> torch.Tensor:
 
 
 def side(stereo: torch.Tensor) -> torch.Tensor:
-    """Left minus right, all that panning leaves: a small part of any other loss."""
+    """Left minus right, which is only the panning: other losses give it little weight."""
     return stereo[:, 0] - stereo[:, 1]
 
 
@@ -313,7 +313,7 @@ def spectral_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def train_vocoder(run: Run):
-    """From true mels and from those the audio VAE makes of slightly noisy latents."""
+    """On mels of the data and on mels that the audio VAE decodes from noisy latents."""
     vae, vocoder = load(run, "audio_vae"), MODULES["vocoder"]()
     size = run.recipe("vocoder")[1]
 
@@ -339,7 +339,7 @@ def train_vocoder(run: Run):
 
 
 def make_text_encoder(run: Run):
-    """A tokenizer of the captions' words and a small Gemma 3 with random weights."""
+    """A tokenizer for the captions' words and a small Gemma 3 with random weights."""
     from tokenizers import (
         Tokenizer,
         decoders,
@@ -404,7 +404,7 @@ def make_text_encoder(run: Run):
 
 
 class TextEncoder:
-    """Captions to token ids (B, T), padded on the right, their number, and hidden states."""
+    """Captions to token ids (B, T), padded on the right, their lengths, and hidden states."""
 
     def __init__(self, run: Run):
         from tokenizers import Tokenizer
@@ -438,7 +438,7 @@ class TextEncoder:
 
 
 def make_latents(run: Run):
-    """Clips as tokens, in shards; several processes may share the work."""
+    """Encode clips to tokens, in shards; several processes may share the work."""
     vae, audio_vae = load(run, "vae"), load(run, "audio_vae")
 
     def batch_at(step, rng):
@@ -475,7 +475,7 @@ def make_latents(run: Run):
 
 
 def load_latents(run: Run):
-    """Normalised video tokens, audio tokens and their scenes; the two sets of statistics."""
+    """Normalized video tokens, audio tokens and their scenes; the two sets of statistics."""
     shards = [
         torch.load(path, weights_only=False)
         for path in sorted(run.work.glob("latents-*.pt"))
@@ -496,8 +496,9 @@ def load_latents(run: Run):
 def context_rows(rng: np.random.Generator, real: int, sampled: int, length: float):
     """Positions 0..real-1 and `sampled` of the others, which stand for all up to `length`.
 
-    The logarithm of how many a row stands for, added to its attention logits, makes the
-    softmax an estimate of that over the whole context, at a small part of the cost.
+    Each sampled row gets the logarithm of the number of rows that it stands for as a bias
+    on its attention logits: an estimate of the softmax over all rows at a fraction of the
+    cost.
     """
     edges = np.linspace(real, CONTEXT, sampled + 1)
     far = np.floor(rng.uniform(edges[:-1], edges[1:])).astype(int)
@@ -519,15 +520,15 @@ def contexts(denoiser: Denoiser, states, lengths, rows, bias):
 def train_dit(run: Run):
     """Rectified flow on the latents.
 
-    The weight of the context's registers grows until it is that of 1024 rows, or the words
-    would hardly be heard at first; the last steps take the whole context as it is.
+    The registers' total weight grows to that of 1024 rows, because it would hide the words
+    at first; the last steps use the complete context.
     One caption in ten is empty, one batch in four keeps its clean first latent frames, one
-    clip in eight its clean sound; one batch in eight cuts the two streams apart.
+    clip in eight its clean sound; one batch in eight has no cross-modal attention.
     """
     video, audio, scenes, _ = load_latents(run)
     encoder, denoiser = TextEncoder(run), Denoiser()
     steps, full_size, _ = run.recipe("dit")
-    # What is learnt last is drawn twice as often.
+    # The motions that are learned last are drawn twice as often.
     odds = np.array([1 + (s.motion in ("growing", "bouncing")) for s in scenes])
     odds = odds / odds.sum()
 
@@ -549,7 +550,7 @@ def train_dit(run: Run):
             6 * u / (1 + 5 * u),
             np.array(SCHEDULE)[rng.integers(8, size=size)],
         )
-        # Where a whole batch is alike, timesteps are one a sample: cheaper modulation.
+        # If no token of the batch is masked, one timestep per sample is cheaper.
         mask_v = np.ones((size, 36 if rng.random() < 0.25 else 1), np.float32)
         mask_v[:, : mask_v.shape[1] // 4] = 0
         mask_a = (rng.random((size, 1)) > 0.125).astype(np.float32)
@@ -617,7 +618,7 @@ def autoencoders(run: Run):
 
 @torch.no_grad()
 def sample(run, denoiser, encoder, captions, seed, first=None):
-    """Normalised video and audio tokens by Euler steps; `first` are clean first frames."""
+    """Normalized video and audio tokens by Euler steps; `first` are clean first frames."""
     ids, lengths = (
         torch.from_numpy(x).to(run.device) for x in encoder.tokenize(captions)
     )
@@ -648,7 +649,7 @@ def sample(run, denoiser, encoder, captions, seed, first=None):
 
 @torch.no_grad()
 def evaluate(run: Run):
-    """Judge clips of unseen wordings and seeds, and the autoencoders on the truth."""
+    """Evaluate clips with unseen wordings and seeds, and the autoencoders on the data."""
     (vae, audio_vae), vocoder = autoencoders(run), load(run, "vocoder")
     denoiser, encoder = load(run, "dit"), TextEncoder(run)
     rng = np.random.default_rng(SEED + 1)
@@ -690,7 +691,7 @@ def evaluate(run: Run):
 
 
 def export(run: Run):
-    """The official single-file layout, bfloat16, beside the text encoder's folder."""
+    """The official single-file layout, bfloat16, next to the text encoder's folder."""
     modules = dict(zip(("vae", "audio_vae"), autoencoders(run)))
     denoiser, vocoder = load(run, "dit"), load(run, "vocoder")
     modules["model.diffusion_model"] = denoiser.transformer
@@ -728,20 +729,22 @@ def main():
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes drawing batches"
+        "--workers", type=int, default=0, help="processes that draw batches"
     )
-    parser.add_argument("--steps", type=int, help="instead of the recipe's")
-    parser.add_argument("--batch", type=int, help="instead of the recipe's")
-    parser.add_argument("--clips", type=int, default=96, help="how many to evaluate")
+    parser.add_argument("--steps", type=int, help="replaces the recipe's")
+    parser.add_argument("--batch", type=int, help="replaces the recipe's")
+    parser.add_argument(
+        "--clips", type=int, default=96, help="number of clips to evaluate"
+    )
     parser.add_argument(
         "--ranks", type=int, default=1, help="processes that share a batch"
     )
-    parser.add_argument("--rank", type=int, default=0, help="which of them this one is")
+    parser.add_argument("--rank", type=int, default=0, help="rank of this process")
     given = vars(parser.parse_args())
     torch.set_num_threads(given.pop("threads"))
     stages = given.pop("stages")
     if unknown := [stage for stage in stages if stage not in STAGES]:
-        parser.error(f"no stage {unknown[0]}; there are {', '.join(STAGES)}")
+        parser.error(f"unknown stage {unknown[0]}: choose from {', '.join(STAGES)}")
     given["work"].mkdir(parents=True, exist_ok=True)
     if given["ranks"] > 1:
         torch.distributed.init_process_group(

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import (
-    TYPE_CHECKING,
     Any,
     Callable,
     ClassVar,
@@ -27,9 +26,6 @@ from typing import (
 )
 
 import mlx.core as mx
-
-if TYPE_CHECKING:
-    import numpy as np
 
 Trace = Callable[[str, mx.array], None]
 # All that library code has to say goes here: `note` for choices a user should know of,
@@ -92,13 +88,8 @@ def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> 
         return {k: checked(inner, v, join(path, k), limit) for k, v in value.items()}
     else:
         same = type(value) is kind or kind is float and type(value) is int
-        name = JSON_NAMES.get(kind, getattr(kind, "__name__", kind))
-        expect(
-            same or kind not in JSON_NAMES and isinstance(value, kind),
-            name,
-            value,
-            path,
-        )
+        same = same or kind not in JSON_NAMES and isinstance(value, kind)
+        expect(same, JSON_NAMES.get(kind) or kind.__name__, value, path)
     return value
 
 
@@ -123,17 +114,15 @@ def _first_fit(kinds: Iterable, value: Any, path: str, limit: Optional[float]) -
     raise errors[0]
 
 
-def _from_object(cls: type, value: dict, path: str, limit: Optional[float]) -> Any:
+def _from_object(cls: type, value: Any, path: str, limit: Optional[float]) -> Any:
     expect(isinstance(value, dict), "an object", value, path)
-    kinds, missing = get_type_hints(cls), dataclasses.MISSING
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    for key in value.keys() - fields.keys():
+    fields = [f for f in dataclasses.fields(cls) if f.init]
+    defaults = {f.name for f in fields if f.default is not f.default_factory}
+    for key in {f.name for f in fields} - defaults - value.keys():
+        raise UserError(f"{join(path, key)} is missing")
+    for key in value.keys() - {f.name for f in fields}:
         raise UserError(f"{join(path, key)} is unknown")
-    for key, f in fields.items():
-        optional = f.default is not missing or f.default_factory is not missing
-        if not optional and key not in value:
-            raise UserError(f"{join(path, key)} is missing")
-    items = value.items()
+    kinds, items = get_type_hints(cls), value.items()
     return cls(**{k: checked(kinds[k], v, join(path, k), limit) for k, v in items})
 
 
@@ -217,10 +206,10 @@ class Printer(logging.Handler):
         print(text, flush=True)
 
 
-def hann_sinc(time: np.ndarray) -> np.ndarray:
+def hann_sinc(time: Any) -> Any:
     """The resampling filter of torchaudio (`sinc_interp_hann`, its default): a sinc with
     a Hann window of 6 zero crossings; `time` in zero crossings, of any shape."""
-    import numpy as np  # here, as --help needs to be quick
+    import numpy as np  # late, so that --help is quick
 
     time = np.clip(time, -6, 6)
     return np.sinc(time) * np.cos(time * np.pi / 12) ** 2

@@ -8,34 +8,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, Callable, ClassVar, Mapping, Optional
+from typing import Any, Callable, ClassVar, Iterator, Mapping, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import media
+from . import latents, media
 from .audio_vae import log_mel
 from .guidance import Guidance
-from .latents import (
-    AUDIO_TOKENS_PER_SECOND,
-    MEL_FRAMES_PER_TOKEN,
-    MEL_HOP,
-    MEL_RATE,
-    Conditioning,
-    Freeze,
-    Keyframe,
-    KeyframeSlots,
-    LatentState,
-    Reference,
-    Regenerate,
-    Replace,
-    Size,
-    StartFrom,
-    Streams,
-    condition,
-    latent_frames,
-)
+from .latents import Conditioning, Size, Streams
 from .lora import Lora
 from .request import LoraFile
 from .windows import WHOLE, Tile, Whole
@@ -73,23 +55,22 @@ class InputFiles:
         self._read.clear()
 
 
+@dataclass
 class Encoders:
-    """Encodes input files with the model's autoencoders, which `component` loads."""
+    """Encodes input files with the model's autoencoders, which `component` loads.
+    Latents are evaluated, so that the encoder can be freed."""
 
-    def __init__(
-        self,
-        files: InputFiles,
-        component: Callable[[str], nn.Module],
-        frozen_from_noise: bool = False,
-    ):
-        self.files, self.component = files, component
-        self.frozen_from_noise = frozen_from_noise
+    files: InputFiles
+    component: Callable[[str], nn.Module]
+    frozen_from_noise: bool = False  # see latents.Freeze
 
     def image(self, path: str, crf: int, size: Size) -> mx.array:
         """One latent frame (1, 1, h, w, C)."""
         pixels = media.recompress(self.files.image(path), crf)
         pixels = media.resize_and_crop(pixels[None], size.height, size.width)
-        return self._evaluated(self.component("vae").encode(mx.array(pixels)[None]))
+        x = self.component("vae").encode(mx.array(pixels)[None])
+        mx.eval(x)
+        return x
 
     def clip(self, path: str, num_frames: int, size: Size, slow: int = 1) -> mx.array:
         """Latents (1, f, h, w, C) of a clip at the size's sides and rate, as a stream;
@@ -100,25 +81,20 @@ class Encoders:
             for i, frame in enumerate(frames)
             if i == 0 or (i - 1) % slow == 0
         )
-        latents = list(self.component("vae").encode_stream(chunks))
-        return self._evaluated(mx.concatenate(latents, axis=1))
+        return mx.concatenate([*self.component("vae").encode_stream(chunks)], axis=1)
 
     def sound(self, path: str, start: float, seconds: float, tokens: int) -> mx.array:
         """Latents (1, tokens, mel, C) of a sound; mono is doubled, a short one padded
         with silence."""
         sound, rate = media.read_audio(path, start, seconds)
-        sound = media.resample(sound[:, :2], rate, MEL_RATE)
+        sound = media.resample(sound[:, :2], rate, latents.MEL_RATE)
         if sound.shape[1] == 1:
             sound = np.repeat(sound, 2, axis=1)
-        if len(sound) // MEL_HOP < (tokens - 1) * MEL_FRAMES_PER_TOKEN:
-            samples = tokens * MEL_FRAMES_PER_TOKEN * MEL_HOP
+        samples = tokens * latents.MEL_FRAMES_PER_TOKEN * latents.MEL_HOP
+        if len(sound) < samples - latents.MEL_FRAMES_PER_TOKEN * latents.MEL_HOP:
             sound = np.pad(sound, ((0, samples - len(sound)), (0, 0)))
-        latents = self.component("audio_vae").encode(log_mel(mx.array(sound)[None]))
-        return self._evaluated(latents[:, :tokens])
-
-    @staticmethod
-    def _evaluated(x: mx.array) -> mx.array:
-        """Computed now, so that the encoder can be freed."""
+        x = self.component("audio_vae").encode(log_mel(mx.array(sound)[None]))
+        x = x[:, :tokens]
         mx.eval(x)
         return x
 
@@ -153,25 +129,22 @@ class ShowImage(Condition):
     encoder = "vae"
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
-        return Replace(source.image(self.path, self.crf, size), 0, self.strength)
+        image = source.image(self.path, self.crf, size)
+        return latents.Replace(image, 0, self.strength)
 
 
 @dataclass(frozen=True)
-class GuideImage(Condition):
+class GuideImage(ShowImage):
     """Guide with an image at a frame."""
 
-    path: str
-    strength: float
-    crf: int
     frame: int
-    encoder = "vae"
 
     def tokens(self, size: Size) -> int:
         return size.frame_tokens
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
-        latents = source.image(self.path, self.crf, size)
-        return Keyframe(latents, self.frame, size.fps, self.strength)
+        image = source.image(self.path, self.crf, size)
+        return latents.Keyframe(image, self.frame, size.fps, self.strength)
 
 
 @dataclass(frozen=True)
@@ -179,50 +152,49 @@ class ClipPart(Condition):
     """The video or the sound of a clip, from its start."""
 
     path: str
-    stream: str
     num_frames: int
+    stream: str
+    frames_at_once = 8
 
     @property
     def encoder(self) -> str:
         return {"video": "vae", "audio": "audio_vae"}[self.stream]
 
-    frames_at_once = 8
-
-    def latents(self, size: Size, source: Encoders) -> mx.array:
-        """Encoded, not longer than the target."""
+    def encoded(self, size: Size, source: Encoders) -> mx.array:
+        """Its latents, not longer than the target."""
         if self.stream == "video":
             return source.clip(self.path, self.num_frames, size)
+        tokens = latents.audio_tokens(self.num_frames, size.fps)
         seconds = self.num_frames / size.fps
-        tokens = min(round(seconds * AUDIO_TOKENS_PER_SECOND), size.audio_tokens)
-        return source.sound(self.path, 0.0, seconds, tokens)
+        return source.sound(self.path, 0.0, seconds, min(tokens, size.audio_tokens))
 
 
 @dataclass(frozen=True)
 class HoldClip(ClipPart):
     """Hold a clip at the start of the result, or at its end: an extension."""
 
-    at_end: bool = False
+    at_end: bool
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
-        latents = self.latents(size, source)
+        clip = self.encoded(size, source)
         total = size.latent[0] if self.stream == "video" else size.audio_tokens
-        before = total - latents.shape[1] if self.at_end else 0
+        before = total - clip.shape[1] if self.at_end else 0
         # Only at the start of a stream does the first latent cover a single frame.
         skip = 1 if before else 0
-        return Replace(latents[:, skip:], before + skip)
+        return latents.Replace(clip[:, skip:], before + skip)
 
 
 @dataclass(frozen=True)
 class RetakeClip(ClipPart):
     """Start from a clip and regenerate a span of seconds, or nothing (None)."""
 
-    span: Optional[tuple[float, float]] = None
+    span: Optional[tuple[float, float]]
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
-        start = StartFrom(self.latents(size, source))
+        start = latents.StartFrom(self.encoded(size, source))
         if self.span is not None:
-            return in_order(start, Regenerate(*self.span))
-        return in_order(start, Freeze(from_noise=source.frozen_from_noise))
+            return in_order(start, latents.Regenerate(*self.span))
+        return in_order(start, latents.Freeze(source.frozen_from_noise))
 
 
 @dataclass(frozen=True)
@@ -234,10 +206,9 @@ class HoldSound(Condition):
     encoder = "audio_vae"
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
-        tokens = size.audio_tokens
-        seconds = tokens / AUDIO_TOKENS_PER_SECOND + 1
-        latents = source.sound(self.path, self.start, seconds, tokens)
-        return in_order(StartFrom(latents), Freeze())
+        seconds = size.audio_tokens / latents.AUDIO_TOKENS_PER_SECOND + 1
+        sound = source.sound(self.path, self.start, seconds, size.audio_tokens)
+        return in_order(latents.StartFrom(sound), latents.Freeze())
 
 
 @dataclass(frozen=True)
@@ -248,19 +219,20 @@ class ReferenceClip(Condition):
     num_frames: int
     strength: float
     attention: float
-    downscale: int = 1
-    slow: int = 1
+    downscale: int
+    slow: int
     encoder, frames_at_once = "vae", 8
 
     def tokens(self, size: Size) -> int:
-        frames = latent_frames(self.num_frames)
+        frames = latents.latent_frames(self.num_frames)
         return frames * size.frame_tokens // self.downscale**2
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
         smaller = size.divided(self.downscale)
-        latents = source.clip(self.path, self.num_frames, smaller, self.slow)
+        clip = source.clip(self.path, self.num_frames, smaller, self.slow)
         scale = self.downscale, self.slow
-        return Reference(latents, size.fps, self.strength, *scale, self.attention)
+        facts = clip, size.fps, self.strength, *scale, self.attention
+        return latents.Reference(*facts)
 
 
 # Conditions on the previous stage's latents
@@ -277,8 +249,8 @@ class NewKeyframes(Condition):
         return len(self.frames) * size.frame_tokens
 
     def load(self, size: Size, source: Streams) -> Conditioning:
-        initial = source.get("keyframes")
-        return KeyframeSlots(self.frames, size.latent, size.fps, initial)
+        where = self.frames, size.latent, size.fps
+        return latents.KeyframeSlots(*where, source.get("keyframes"))
 
 
 @dataclass(frozen=True)
@@ -292,7 +264,7 @@ class PreviousAsReference(Condition):
         return size.tokens // self.downscale**2
 
     def load(self, size: Size, source: Streams) -> Conditioning:
-        return Reference(source["smaller"], size.fps, 1.0, self.downscale)
+        return latents.Reference(source["smaller"], size.fps, 1.0, self.downscale)
 
 
 @dataclass(frozen=True)
@@ -306,18 +278,18 @@ class TileKeyframes(Condition):
         return 2 * len(self.tile.slots) * size.frame_tokens
 
     def load(self, size: Size, source: Streams) -> Conditioning:
-        anchors = (
-            Keyframe(latents, frame, size.fps, ANCHOR_STRENGTH)
-            for frame, latents in self.tile.anchors(source["keyframes"])
-        )
-        initial = self.tile.seeds(source["video"])
-        slots = KeyframeSlots(self.tile.slots, size.latent, size.fps, initial)
-        return in_order(*anchors, slots)
+        anchors = [
+            latents.Keyframe(still, frame, size.fps, ANCHOR_STRENGTH)
+            for frame, still in self.tile.anchors(source["keyframes"])
+        ]
+        where = self.tile.slots, size.latent, size.fps
+        seeds = self.tile.seeds(source["video"])
+        return in_order(*anchors, latents.KeyframeSlots(*where, seeds))
 
 
 def in_order(*conditionings: Conditioning) -> Conditioning:
     """Several conditionings as one."""
-    return lambda state: condition(state, conditionings)
+    return lambda state: latents.condition(state, conditionings)
 
 
 @dataclass(frozen=True)
@@ -348,6 +320,10 @@ class Stage:
         return len(self.sigmas) - 1
 
     @property
+    def all_conditions(self) -> Iterator[Condition]:
+        return (c for items in self.conditions.values() for c in items)
+
+    @property
     def skips_steps(self) -> bool:
         """Whether a step may reuse the last prediction by guidance's skip_step."""
         return any(g.skip_step for g in self.guidance.values())
@@ -355,17 +331,25 @@ class Stage:
     @property
     def upsampled(self) -> tuple[str, ...]:
         """What its upsampler enlarges: keyframes only if they are generated again."""
-        slots = any(isinstance(c, NewKeyframes) for c in self.conditions["video"])
+        slots = any(isinstance(c, NewKeyframes) for c in self.all_conditions)
         return ("video", "keyframes") if slots else ("video",)
 
-    def appended_tokens(self, stream: str) -> int:
-        """How many tokens the conditions append to a stream."""
-        return sum(c.tokens(self.size) for c in self.conditions.get(stream, ()))
-
-    def state(
-        self, stream: str, initial: Optional[mx.array], channels: int
-    ) -> LatentState:
-        """A stream's state before its conditions, from latents or zeros."""
-        bounds = self.size.bounds(stream)
-        state = LatentState.initial(bounds, channels)
-        return state if initial is None else StartFrom(initial)(state)
+    def states(
+        self,
+        channels: Mapping[str, int],
+        before: Streams,
+        loaded: Mapping[Condition, Conditioning],
+    ) -> dict[str, latents.LatentState]:
+        """The streams at the start: from zeros or the latents `before`, conditioned."""
+        states, before = {}, dict(before)
+        for stream, items in self.conditions.items():
+            state = latents.LatentState.initial(
+                self.size.bounds(stream), channels[stream]
+            )
+            if stream in before:
+                start = before[stream]
+                start = self.part.cut(start) if stream == "video" else start
+                state = latents.StartFrom(start)(state)
+            load = lambda c: c.load(self.size, before) if c.carried else loaded[c]
+            states[stream] = latents.condition(state, map(load, items))
+        return states

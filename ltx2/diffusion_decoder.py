@@ -281,6 +281,7 @@ class DiffusionDecoder(Component):
         self,
         latents: mx.array,
         noise: Callable[[int, tuple[int, ...]], mx.array],
+        bias: float = 0.0,
         trace: Optional[Trace] = None,
     ) -> Frames:
         """Frames (1, 1, 32h, 32w, 3), float32 in [0, 1]. `noise(i, shape)` is called for
@@ -301,7 +302,7 @@ class DiffusionDecoder(Component):
         top, left = 32 * (pad_h // 2), 32 * (pad_w // 2)
         for x in islice(pixels, 8 * frames - 7):
             x = x[:, :, top : top + 32 * height, left : left + 32 * width]
-            x = mx.contiguous(mx.clip((x.astype(mx.float32) + 1) / 2, 0, 1))
+            x = mx.contiguous(mx.clip((x.astype(mx.float32) + 1) / 2 + bias, 0, 1))
             mx.eval(x)
             yield x
 

@@ -31,13 +31,11 @@ class Guidance:
     cfg_scale: float = ask(
         "classifier-free guidance, 1 is off (default: 3, audio 7)",
         1.0,
-        type=float,
         between=SCALES,
     )
     stg_scale: float = ask(
         "spatio-temporal guidance, 0 is off (default: 1, hq 0)",
         0.0,
-        type=float,
         between=SCALES,
     )
     stg_blocks: Optional[tuple[int, ...]] = ask(
@@ -48,19 +46,16 @@ class Guidance:
     modality_scale: float = ask(
         "guidance to agree with the other stream, 1 is off (default: 3)",
         1.0,
-        type=float,
         between=SCALES,
     )
     rescale_scale: float = ask(
         "0 to 1, restores the contrast that guidance changes (default: 0.7)",
         0.0,
-        type=float,
         between=(0, 1),
     )
     skip_step: int = ask(
         "steps that reuse a computed prediction after it (default: 0)",
         0,
-        type=int,
         between=(0, 1000),
     )
 

@@ -1,33 +1,35 @@
-"""Read and write images, video and sound: the only file that calls ffmpeg."""
+"""Read and write video and sound: the only file that calls ffmpeg."""
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import io
 import json
 import math
 import os
 import re
-import struct
+import shutil
 import subprocess
 import tempfile
-import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Iterable, Iterator
+from typing import Any, ClassVar, Iterator
 
 import imageio_ffmpeg
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from .base import UserError, hann_sinc
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-PathLike = str | Path
+from .images import (  # noqa: F401 (public here)
+    PathLike,
+    check_file,
+    load_image,
+    resize_and_crop,
+    system_errors,
+)
 
 # --- ffmpeg ---
 
@@ -80,86 +82,10 @@ def _run(problem: str, *options: str | list[str], data: bytes = b"") -> bytes:
     return output
 
 
-@contextmanager
-def _system_errors(problem: str) -> Iterator[None]:
-    """Turn an error of the operating system in the block into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{problem} ({error.strerror or error})") from None
-
-
 def _input(path: PathLike) -> list[str]:
     """The option that opens an existing file, whatever characters its name has."""
-    with _system_errors(f"{path}: cannot be opened"), open(path, "rb") as file:
-        if not file.read(1):
-            raise UserError(f"{path}: the file is empty")
+    check_file(path)
     return ["-i", f"file:{path}"]
-
-
-def _raw_input(height: int, width: int, fps: int | Fraction = 1) -> str:
-    """The options that read raw RGB frames from standard input."""
-    size = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height}"
-    return f"{size} -framerate {fps} -i pipe:0"
-
-
-# --- images ---
-
-
-@cache
-def _pillow() -> ModuleType:
-    """`PIL.Image` with HEIC and a limit above the 200 megapixels of phones."""
-    import pillow_heif  # late, with Pillow it takes 50 ms
-    from PIL import Image
-
-    pillow_heif.register_heif_opener()
-    Image.MAX_IMAGE_PIXELS = 2**28
-    return Image
-
-
-def load_image(path: PathLike) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8 sRGB, upright, without its alpha channel.
-
-    As the reference does with Pillow, except that mirrored EXIF orientations and ICC
-    profiles are applied, and that 16-bit gray is scaled instead of clipped.
-    """
-    from PIL import ImageOps
-
-    _input(path)
-    # What Pillow raises for a damaged file depends on its format.
-    damage = OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error
-    try:
-        with _pillow().open(path) as file:
-            image = ImageOps.exif_transpose(file)
-        profile = image.info.get("icc_profile")
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point, save it with 8 bits")
-        if image.mode.startswith("I"):  # gray with 16 bits
-            pixels = np.asarray(image).clip(0, 65535) / 257
-            image = _pillow().fromarray(pixels.round().astype(np.uint8))
-        if image.has_transparency_data:
-            if image.convert("RGBA").getextrema()[3][0] < 255:
-                warnings.warn(f"{path}: its transparency is ignored")
-        image = _to_srgb(image, profile, path) if profile else image.convert("RGB")
-    except (*damage, _pillow().DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from None
-    return np.array(image)
-
-
-def _to_srgb(image: Image, profile: bytes, path: PathLike) -> Image:
-    """Convert an image from its ICC profile, if that is valid, to sRGB."""
-    from PIL import ImageCms
-
-    modes = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}
-    try:
-        source = ImageCms.getOpenProfile(io.BytesIO(profile))
-        if "sRGB" not in ImageCms.getProfileDescription(source):
-            image = image.convert(modes.get(image.mode, "RGB"))
-            srgb = ImageCms.createProfile("sRGB")
-            return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
-    except ImageCms.PyCMSError as error:
-        warnings.warn(f"{path}: its ICC profile is ignored ({error})")
-    return image.convert("RGB")
 
 
 def recompress(image: np.ndarray, crf: int) -> np.ndarray:
@@ -172,7 +98,7 @@ def recompress(image: np.ndarray, crf: int) -> np.ndarray:
         return image
     stream = _run(
         f"cannot re-compress {width}x{height} pixels at crf {crf}",
-        _raw_input(height, width),
+        f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -framerate 1 -i pipe:0",
         f"-vf scale=flags=bilinear -pix_fmt yuv420p -c:v libx264 -crf {crf}",
         # The result depends on the threads; these are the reference's.
         "-preset veryfast -x264-params sliced-threads=1:threads=2 -f h264 pipe:1",
@@ -186,36 +112,7 @@ def recompress(image: np.ndarray, crf: int) -> np.ndarray:
     return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
 
 
-def resize_and_crop(
-    frames: Iterable[np.ndarray], height: int, width: int
-) -> np.ndarray:
-    """Fill a size with frames (H, W, 3) uint8 -> (F, height, width, 3) in [-1, 1].
-
-    The aspect is kept and the center cropped; bilinear, when shrinking too without
-    antialiasing, as the reference. `frames` may be an array or an iterator.
-    """
-
-    def fit(frame):
-        scale = max(height / frame.shape[0], width / frame.shape[1])
-        top, bottom, y = _neighbors(frame.shape[0], scale, height)
-        left, right, x = _neighbors(frame.shape[1], scale, width)
-        x, y = x[None, :, None], y[:, None, None]
-        rows = frame[top] * (1 - y) + frame[bottom] * y
-        return (rows[:, left] * (1 - x) + rows[:, right] * x) / np.float32(127.5) - 1
-
-    return np.fromiter(map(fit, frames), np.dtype((np.float32, (height, width, 3))))
-
-
-def _neighbors(size: int, scale: float, kept: int) -> tuple[np.ndarray, ...]:
-    """Both source indices of each pixel kept of a resized axis, the second's weight."""
-    resized = math.ceil(size * scale)
-    pixels = np.arange(kept, dtype=np.float32) + (resized - kept) // 2
-    position = np.maximum((pixels + 0.5) * np.float32(size / resized) - 0.5, 0)
-    first = position.astype(int)
-    return first, np.minimum(first + 1, size - 1), position - first.astype(np.float32)
-
-
-# --- video and sound ---
+# --- reading video and sound ---
 
 
 @dataclass(frozen=True)
@@ -230,6 +127,7 @@ class Media:
     sample_rate: int = 0
     audio_codec: str = ""
     audio_duration: float = 0.0
+    start: Fraction = Fraction(0)  # of the video, which times of the sound count from
 
     @property
     def has_video(self) -> bool:
@@ -248,49 +146,79 @@ def frame_rate(fps: float | Fraction) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
+def _packets(path: PathLike, problem: str, limit: str = "") -> list[tuple]:
+    """The packets of a file's first video and sound, whichever there are.
+
+    A stream is its facts, a dictionary, and its packets as tuples of decoding time,
+    display time, duration (in ticks of facts["tb"] seconds) and whether it is hidden.
+    """
+    options = f"-map 0:V:0? -map 0:a:0? -c copy {limit} -f framecrc pipe:1"
+    listing = _run(problem, _input(path), options).decode()
+    streams = []
+    for n in "01":
+        facts = dict(re.findall(rf"^#(\w+) {n}: (.*)$", listing, re.MULTILINE))
+        rows = [
+            (*map(int, row.split(",")[:3]), bool(re.search("F=0x[4-7]", row)))
+            for row in re.findall(rf"^{n}, *(.*)$", listing, re.MULTILINE)
+        ]
+        streams += [(facts, rows)] if rows else []
+    return streams
+
+
+def _video_start(facts: dict[str, str], packets: list[tuple]) -> Fraction:
+    """Seconds from the file's beginning to the first picture."""
+    shown = [time for _, time, _, hidden in packets if not hidden]
+    return max(0, min(shown, default=0)) * Fraction(facts["tb"])
+
+
 def probe(path: PathLike) -> Media:
     """Measure the first video and sound of a file by reading all their packets."""
     problem = f"{path}: cannot be read as video or sound"
-    options = "-map 0:V:0? -map 0:a:0? -c copy -f framecrc pipe:1"
-    listing = _run(problem, _input(path), options).decode()
-    facts = dict(re.findall(r"^#(\w+ \d): (.*)$", listing, re.MULTILINE))
     found = {}
-    for stream in "01":
-        # A row is a packet's dts, pts, duration, size, checksum and perhaps flags.
-        rows = re.findall(rf"^{stream}, *(.*)$", listing, re.MULTILINE)
-        if not rows:
-            continue
-        tick = Fraction(facts[f"tb {stream}"])
-        dts, pts, duration = map(int, rows[-1].split(",")[:3])
-        if facts[f"media_type {stream}"] == "audio":
-            found["sample_rate"] = int(facts[f"sample_rate {stream}"])
-            found["audio_codec"] = facts[f"codec_id {stream}"]
-            found["audio_duration"] = float((pts + duration) * tick)
+    for facts, packets in _packets(path, problem):
+        dts, pts, duration, _ = packets[-1]
+        tick = Fraction(facts["tb"])
+        if facts["media_type"] == "audio":
+            layout = facts.get("channel_layout_name", "")
+            if re.match(r"\d+ channels", layout):  # ffmpeg cannot mix these
+                raise UserError(f"{path}: has {layout} of sound, mix them to stereo")
+            end = (pts + duration) * tick - found.get("start", 0)
+            found["sample_rate"] = int(facts["sample_rate"])
+            found["audio_codec"] = facts["codec_id"]
+            found["audio_duration"] = float(end)
             found.setdefault("duration", found["audio_duration"])
         else:
-            found["width"], found["height"], nominal = _first_picture(path)
-            elapsed = (dts - int(rows[0].split(",")[0])) * tick
-            mean = (len(rows) - 1) / elapsed if elapsed else nominal
+            # The first picture as it is shown: rotated, with square pixels.
+            decode = f"-frames:v 1 -an -c:v rawvideo -vf {SQUARE}"
+            if not (first := _packets(path, problem, decode)):
+                raise UserError(problem)
+            size, nominal = first[0][0]["dimensions"], 1 / Fraction(first[0][0]["tb"])
+            found["width"], found["height"] = map(int, size.split("x"))
+            elapsed = (dts - packets[0][0]) * tick
+            mean = (len(packets) - 1) / elapsed if elapsed else nominal
             steady = abs(mean / nominal - 1) < 0.05
             found["fps"] = frame_rate(nominal if steady else mean)
-            hidden = [row for row in rows if re.search("F=0x[4-7]", row)]
-            found["num_frames"] = len(rows) - len(hidden)
+            found["num_frames"] = sum(not hidden for *_, hidden in packets)
             found["duration"] = float(found["num_frames"] / found["fps"])
+            found["start"] = _video_start(facts, packets)
     if not found:
         raise UserError(problem)
     return Media(**found)
 
 
-def _first_picture(path: PathLike) -> tuple[int, int, Fraction]:
-    """Width, height and nominal frame rate of a video, once it is upright."""
-    problem = f"{path}: cannot be read as video"
-    options = "-map 0:V:0 -frames:v 1 -pix_fmt yuv420p -f yuv4mpegpipe pipe:1"
-    picture = _run(problem, _input(path), options)
-    header = re.match(rb"YUV4MPEG2 W(\d+) H(\d+) F(\d+):(\d+)", picture)
-    if header is None:
-        raise UserError(problem)
-    width, height, *rate = map(int, header.groups())
-    return width, height, Fraction(*rate)
+# Pixels made square; swscale's "bilinear" is the reference's conversion to RGB.
+SQUARE = "scale=w=round(iw*sar):h=ih:flags=bilinear"
+
+# HDR to SDR: its reference white, 203 nits (ITU-R BT.2408), becomes white, what is
+# brighter is clipped.
+SDR = "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709:t=bt709:r=pc,format=gbrp"
+
+
+def _is_hdr(path: PathLike) -> bool:
+    """Whether a file's video has the PQ or HLG transfer function."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *_input(path)]
+    description = subprocess.run(command, capture_output=True).stderr
+    return bool(re.search(rb"Video: .*(smpte2084|arib-std-b67)", description))
 
 
 def read_video(
@@ -299,22 +227,24 @@ def read_video(
     num_frames: int | None = None,
     fps: float | Fraction | None = None,
 ) -> Iterator[np.ndarray]:
-    """Stream the upright frames (H, W, 3) uint8 of a video, counted from 0.
+    """Stream the frames (H, W, 3) uint8 of a video, counted from 0.
 
-    `fps` first brings it to that constant rate by repeating and dropping frames. Where
-    the video ends early there are fewer frames; it is an error if there are none.
+    They are upright, deinterlaced, SDR, and have square pixels. `fps` first brings the
+    video to that constant rate by repeating and dropping frames. Where it ends early
+    there are fewer frames; it is an error if there are none.
     """
     problem = f"{path}: cannot be read as video from frame {start_frame} on"
-    filters = f"trim=start_frame={start_frame}"
+    filters = ["bwdif=send_frame:deint=interlaced"]
+    filters += [f"fps={frame_rate(fps)}"] if fps is not None else []
+    filters += [f"trim=start_frame={start_frame}"]
     if num_frames is not None:
-        filters += f":end_frame={start_frame + num_frames}"
-    if fps is not None:
-        filters = f"fps={frame_rate(fps)},{filters}"
-    options = f"-map 0:V:0 -fps_mode passthrough -vf {filters},scale=flags=bilinear"
+        filters[-1] += f":end_frame={start_frame + num_frames}"
+    filters += [SDR, SQUARE] if _is_hdr(path) else [SQUARE]
+    options = f"-map 0:V:0 -fps_mode passthrough -vf {','.join(filters)}"
     # As PPM, whose header has the size.
     ppm = "-pix_fmt rgb24 -c:v ppm -f image2pipe pipe:1"
-    source, pipe, found = _input(path), subprocess.PIPE, False
-    with _ffmpeg(problem, source, options, ppm, stdout=pipe) as process:
+    pipe, found = subprocess.PIPE, False
+    with _ffmpeg(problem, _input(path), options, ppm, stdout=pipe) as process:
         while process.stdout.readline():  # b"P6\n"
             width, height = map(int, process.stdout.readline().split())
             process.stdout.readline()  # b"255\n"
@@ -328,38 +258,47 @@ def read_video(
 def read_audio(
     path: PathLike, start: float = 0.0, duration: float | None = None
 ) -> tuple[np.ndarray, int]:
-    """Read sound, a video's too, as a waveform (samples, channels) float32 and its rate.
+    """Read sound, also of a video: a waveform (samples, channels) float32, its rate.
 
-    The window begins at sample round(start * rate) of the file's time, with silence
-    where a track starts later, and has round(duration * rate) samples, or fewer at the
-    end. soundfile reads what it can, ffmpeg the rest (m4a, videos).
+    The window begins at sample round(start * rate), counted from the file's beginning
+    or a video's first picture, with silence where a track starts later, and has
+    round(duration * rate) samples, or fewer at the end. Surround is mixed to stereo.
+    soundfile reads what it can, ffmpeg the rest (m4a, videos).
     """
     import soundfile  # late, it takes 60 ms
 
-    problem, source, skipped = f"{path}: cannot be read as sound", _input(path), 0
+    problem = f"{path}: cannot be read as sound"
+    source, begin = _input(path), Fraction(float(start))
     try:
         file = soundfile.SoundFile(path)
+        # Left to ffmpeg: surround, whose layout soundfile does not report; wav shorter
+        # than its header says, which it accepts; and Ogg, where it seeks inexactly.
+        left = file.channels > 2 or file.format == "OGG" or "should" in file.extra_info
     except (soundfile.LibsndfileError, TypeError):  # TypeError: headerless (.raw)
-        file = None
-    # Left to ffmpeg: Ogg, where soundfile seeks inexactly, and a wav that is shorter
-    # than its header says, which soundfile reads without an error.
-    if file is None or file.format == "OGG" or "should be" in file.extra_info:
+        left = True
+    if left:
+        for facts, packets in _packets(path, problem, "-frames:v 16"):
+            if facts["media_type"] == "video":
+                begin += _video_start(facts, packets)
         # A decoder needs a run-up; whole seconds are whole samples at every rate.
-        skipped = max(0, int(start) - 1)
+        skipped = max(0, int(begin) - 1)
+        begin -= skipped
         window = f"-ss {skipped}" if skipped else ""
         if duration is not None:
-            window += f" -t {start - skipped + duration + 1}"
-        options = "-map 0:a:0 -af aresample=async=1:first_pts=0"
-        sound = _run(problem, window, source, options, "-c:a pcm_f32be -f au pipe:1")
-        file = soundfile.SoundFile(io.BytesIO(sound))
+            window += f" -t {float(begin) + duration + 1}"
+        options = "-map 0:a:0 -af aresample=async=1:first_pts=0:rematrix_maxval=1,"
+        options += "aformat=channel_layouts=mono|stereo -c:a pcm_f32be -f au pipe:1"
+        file = soundfile.SoundFile(io.BytesIO(_run(problem, window, source, options)))
     with file:
         rate = file.samplerate
-        first = min(round(start * rate) - skipped * rate, file.frames)
-        last = file.frames
-        if duration is not None:
-            last = min(last, first + round(duration * rate))
-        file.seek(first)
-        waveform = file.read(last - first, "float32", always_2d=True)
+        first = min(round(begin * rate), file.frames)
+        samples = file.frames if duration is None else round(duration * rate)
+        last = min(first + samples, file.frames)
+        try:
+            file.seek(first)
+            waveform = file.read(last - first, "float32", always_2d=True)
+        except (soundfile.LibsndfileError, MemoryError):  # by a wrong header
+            waveform = []
     if len(waveform) < last - first:
         raise UserError(f"{problem} (it is damaged or incomplete)")
     if not len(waveform):
@@ -386,34 +325,48 @@ def resample(waveform: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
         before, after = divmod(phase * old, new)
         time = np.arange(-width, width + 1) - after / new
         taps = (hann_sinc(time * cutoff) * cutoff).astype(np.float32)
-        windows = np.lib.stride_tricks.sliding_window_view(
-            padded[before:], len(taps), axis=0
-        )[
-            ::old
-        ]  # (steps, channels, taps)
+        # (steps, channels, taps)
+        windows = sliding_window_view(padded[before:], len(taps), axis=0)[::old]
         target = resampled[phase::new]
         target[:] = windows[: len(target)] @ taps
     return resampled
 
 
-# --- output ---
+# --- writing ---
 
 
 @contextmanager
 def _workspace(path: PathLike) -> Iterator[str]:
-    """A hidden folder next to `path`; a file "new" in it becomes `path` at the end."""
+    """A hidden folder next to `path`; a file "new" in it becomes `path` at the end.
+
+    It is locked, so that the next run can remove what a killed one has left.
+    """
     path, problem = Path(path), f"{path}: cannot be written"
     if path.is_dir():
         raise UserError(f"{path}: is a folder, give the name of a file")
-    with _system_errors(problem):
-        temporary = tempfile.TemporaryDirectory(
-            prefix=f".{path.name}-", dir=path.parent
-        )
-    with temporary as folder:
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}-????????.partial"):
+        with suppress(OSError), _locked(leftover):  # not if its run is alive
+            shutil.rmtree(leftover)
+    with system_errors(problem):
+        made = tempfile.TemporaryDirectory(".partial", f".{path.name}-", path.parent)
+    with made as folder, ExitStack() as lock:
+        with suppress(OSError):  # some network drives have no locks
+            lock.enter_context(_locked(folder))
         yield folder
         if os.path.exists(f"{folder}/new"):
-            with _system_errors(problem):
+            with system_errors(problem):
                 os.replace(f"{folder}/new", path)
+
+
+@contextmanager
+def _locked(folder: PathLike) -> Iterator[None]:
+    """Lock a folder during a block; OSError if another program has."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_output(path: PathLike, suffix: str) -> None:
@@ -425,20 +378,20 @@ def check_output(path: PathLike, suffix: str) -> None:
 
 
 def save_png(path: PathLike, image: np.ndarray) -> None:
-    """Write an image (H, W, 3) uint8, or frames (F, H, W, 3) side by side as a strip."""
+    """Write an image (H, W, 3) uint8, or frames (F, H, W, 3) as a horizontal strip."""
+    from PIL import Image  # late, it takes 20 ms
+
     if image.ndim == 4:
         image = np.concatenate(list(image), axis=1)
-    with _workspace(path) as folder, _system_errors(f"{path}: cannot be written"):
-        _pillow().fromarray(image).save(f"{folder}/new", "PNG")
+    with _workspace(path) as folder, system_errors(f"{path}: cannot be written"):
+        Image.fromarray(image).save(f"{folder}/new", "PNG")
 
 
-def _raw_sound(waveform: np.ndarray, rate: int) -> str:
-    """The options that read a waveform (samples, channels) from standard input."""
-    return f"-f f32le -ar {rate} -ac {waveform.shape[1]} -i pipe:0"
-
-
-def _tag(metadata: dict[str, Any] | None) -> list[str]:
-    return ["-metadata", f"comment={json.dumps(metadata)}"] if metadata else []
+def _metadata(folder: str, metadata: dict[str, Any] | None) -> list[str]:
+    """The options that read metadata, from a file because arguments may not be long."""
+    text = re.sub(r"([=;#\\])", r"\\\1", json.dumps(metadata)) if metadata else ""
+    Path(folder, "metadata").write_text(f";FFMETADATA1\ncomment={text}\n")
+    return ["-f", "ffmetadata", "-i", f"file:{folder}/metadata"]
 
 
 def write_wav(
@@ -451,10 +404,12 @@ def write_wav(
 
     By ffmpeg, because soundfile drops comments above 2 KB without an error.
     """
-    options = _raw_sound(waveform, rate), _tag(metadata), "-c:a pcm_s16le -f wav"
     data = waveform.astype("<f4").tobytes()
     with _workspace(path) as folder:
-        _run(f"{path}: cannot be written", *options, [f"file:{folder}/new"], data=data)
+        raw = f"-f f32le -ar {rate} -ac {waveform.shape[1]} -i pipe:0"
+        options = ["-map_metadata", "1", "-f", "wav", f"file:{folder}/new"]
+        metadata_file = _metadata(folder, metadata)
+        _run(f"{path}: cannot be written", raw, metadata_file, options, data=data)
 
 
 def read_metadata(path: PathLike) -> dict[str, Any]:
@@ -463,9 +418,12 @@ def read_metadata(path: PathLike) -> dict[str, Any]:
     listing = _run(problem, _input(path), "-f ffmetadata pipe:1").decode()
     comment = re.search(r"^comment=(.*)$", listing, re.MULTILINE)
     try:
-        return json.loads(re.sub(r"\\(.)", r"\1", comment[1] if comment else ""))
-    except json.JSONDecodeError:
-        raise UserError(problem) from None
+        metadata = json.loads(re.sub(r"\\(.)", r"\1", comment[1] if comment else ""))
+    except (json.JSONDecodeError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise UserError(problem)
+    return metadata
 
 
 @dataclass
@@ -502,7 +460,8 @@ class VideoWriter:
         self._open.push(self._finish)
         encoder = _ffmpeg(
             f"{self.path}: cannot be written",
-            f"{_raw_input(height, width, frame_rate(self.fps))} -vf {self.BT709}",
+            f"-f rawvideo -pix_fmt rgb24 -s {width}x{height}",
+            f"-framerate {frame_rate(self.fps)} -i pipe:0 -vf {self.BT709}",
             "-pix_fmt yuv420p -c:v libx264 -crf 19 -preset veryfast -f mp4",
             [f"file:{self._folder}/picture"],
             stdin=subprocess.PIPE,
@@ -530,12 +489,13 @@ class VideoWriter:
         if failure[0] or not self.num_frames:
             return
         sound, data = self._exact_sound(self.num_frames / frame_rate(self.fps))
-        new = f"{self._folder}/new"
+        metadata, new = _metadata(self._folder, self.metadata), f"{self._folder}/new"
         _run(
             f"{self.path}: cannot be written",
-            ["-i", f"file:{self._folder}/picture", *sound],
-            ["-c:v", "copy", *_tag(self.metadata), "-movflags", "+faststart"],
-            ["-f", "mp4", f"file:{new}"],
+            ["-i", f"file:{self._folder}/picture", *metadata, *sound],
+            # Nothing else of a sound file comes along.
+            "-map 0:v -c:v copy -map_metadata 1 -map_metadata:s -1 -map_chapters -1",
+            ["-movflags", "+faststart", "-f", "mp4", f"file:{new}"],
             data=data,
         )
         if (found := probe(new).num_frames) != self.num_frames:
@@ -550,10 +510,11 @@ class VideoWriter:
         else:
             media = probe(self.sound)
             if media.audio_codec == "aac" and media.audio_duration >= duration:
-                options = f"-map 0:v -map 1:a:0 -c:a copy -t {float(duration)}"
-                return _input(self.sound) + options.split(), b""
+                seek = ["-ss", f"{float(media.start)}"] if media.start else []
+                options = f"-map 2:a:0 -c:a copy -t {float(duration)}".split()
+                return [*seek, *_input(self.sound), *options], b""
             waveform, rate = read_audio(self.sound, duration=float(duration))
         exact = np.zeros((round(duration * rate), waveform.shape[1]), "<f4")
         exact[: len(waveform)] = waveform[: len(exact)]
-        options = f"{_raw_sound(exact, rate)} -c:a aac -b:a 192k"
-        return options.split(), exact.tobytes()
+        options = f"-f f32le -ar {rate} -ac {exact.shape[1]} -i pipe:0 -map 2:a"
+        return [*options.split(), "-c:a", "aac", "-b:a", "192k"], exact.tobytes()

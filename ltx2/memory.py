@@ -185,8 +185,7 @@ class Estimator:
         encoded = [
             self.encoding(c, s.size)
             for s in stages
-            for items in s.conditions.values()
-            for c in items
+            for c in s.all_conditions
             if c.encoder
         ]
         if encoded:
@@ -255,7 +254,7 @@ class Estimator:
     ) -> Footprint:
         """With so many bytes of other weights, LoRA factors and contexts."""
         size = stage.size
-        tokens = size.tokens + stage.appended_tokens("video")
+        tokens = size.tokens + sum(c.tokens(size) for c in stage.all_conditions)
         tokens *= "video" in stage.streams
         sound = size.audio_tokens if "audio" in stage.streams else 0
         passes = guidance_passes(stage.guidance)

@@ -1,4 +1,4 @@
-"""Options declared once: a dataclass field holds its flag, help, range and rules."""
+"""Options declared once: a dataclass field holds its help, range and rules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import re
 from types import MappingProxyType
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Union, get_args, get_origin, get_type_hints
 
 from .base import UserError
 
@@ -16,54 +16,54 @@ MET: Mapping[str, str] = MappingProxyType({})  # all requirements are met
 def ask(help: str, default: Any = None, **rules: Any) -> Any:
     """A dataclass field that is a user's option.
 
-    Rules for the command line: `group`, `flag` (else the field's name), `type`,
-    `metavar`, `nargs`, `repeat`. Rules that `check` applies: `between` (low, high),
-    `choices`, `needs` and `excludes` (names of other fields or properties), `modes`
-    (the values of `stages` that have the option), `model` (what the model must be).
+    Rules for the command line: `flag` (else the field's name), `type` (else the
+    annotation's), `metavar`, `nargs`, `repeat`. Rules that `check` applies: `between`
+    (low, high), `choices`, `needs` and `excludes` (names of other options), `modes` (the
+    values of `stages` that have the option), `model` (what the model must be).
     """
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 
 def is_set(options: Any, name: str) -> bool:
-    """Whether an option differs from its default, or a property is true."""
-    value, declared = getattr(options, name), type(options).__dataclass_fields__
-    return value != declared[name].default if name in declared else bool(value)
+    """Whether an option differs from its default."""
+    return getattr(options, name) != type(options).__dataclass_fields__[name].default
 
 
-def add_flags(
-    group: Callable[[str], Any], options: type, prefix: str = "", title: str = ""
-) -> None:
-    """Add a flag for each option to the argparse group that `group(title)` returns.
+def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -> None:
+    """Add a flag for each option with `add(name)`, an `add_argument` method.
 
     A flag that is not passed is None, so that defaults stay in one place. With a
     `prefix` the flags are variants of ones that have been added: their help is short.
     """
+    hints = get_type_hints(options)
     for field in dataclasses.fields(options):
-        rules, kind = field.metadata, {}
+        rules = field.metadata
         if "help" not in rules:
             continue
-        if field.default is False:
-            kind["action"] = "store_true"
+        names = ("type", "metavar", "nargs", "choices")
+        how = {name: rules[name] for name in names if name in rules}
+        if hints[field.name] is bool:
+            how["action"] = "store_true"
         else:
-            names = ("type", "metavar", "nargs", "choices")
-            kind = {name: rules[name] for name in names if name in rules}
-            kind |= {"action": "append"} if rules.get("repeat") else {}
-        text = f"as --{_dashed(field.name)}" if prefix else _help(field)
-        group(title or rules["group"]).add_argument(
-            f"--{rules.get('flag', _dashed(prefix + field.name))}",
+            how.setdefault("type", _type(hints[field.name]))
+            how |= {"action": "append"} if rules.get("repeat") else {}
+        dashed = field.name.replace("_", "-")
+        add(field.name)(
+            f"--{(prefix + rules.get('flag', dashed)).replace('_', '-')}",
             dest=prefix + field.name,
             default=None,
-            help=text,
-            **kind,
+            help=f"as --{dashed}" if prefix else _help(field),
+            **how,
         )
 
 
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
+def _type(hint: Any) -> Any:
+    """What parses a flag of an annotation: int, float or str."""
+    return get_args(hint)[0] if get_origin(hint) is Union else hint
 
 
 def _help(field: dataclasses.Field) -> str:
-    """The help text with the default, where the text does not say it itself."""
+    """The help text with the default, unless the text says it."""
     text, default = field.metadata["help"], field.default
     if default in (None, False, (), dataclasses.MISSING) or "default" in text:
         return text
@@ -81,16 +81,14 @@ def check(
     """
     for field in dataclasses.fields(options):
         rules, value = field.metadata, getattr(options, field.name)
-        name = label + field.name
-        if "choices" in rules and value not in (None, *rules["choices"]):
-            choices = ", ".join(map(str, rules["choices"]))
-            raise UserError(f"unknown {name} {value!r}: choose from {choices}")
+        name, modes = label + field.name, rules.get("modes", "").split()
         if not is_set(options, field.name):
             continue
+        if "choices" in rules:
+            check_choice(name, value, rules["choices"])
         if "between" in rules:
-            for number in value if isinstance(value, (tuple, list)) else (value,):
+            for number in value if isinstance(value, tuple) else (value,):
                 check_range(name, number, *rules["between"])
-        modes = rules.get("modes", "").split()
         if modes and mode not in modes:
             raise UserError(f"{name} needs --stages {' or '.join(modes)}")
         for other in rules.get("needs", "").split():
@@ -103,10 +101,31 @@ def check(
             raise UserError(f"{name} needs {model[rules['model']]}")
 
 
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    """UserError unless `value` is one of the choices."""
+    if value not in choices:
+        known = ", ".join(map(str, choices))
+        raise UserError(f"unknown {name} {value!r}: choose from {known}")
+
+
 def check_range(name: str, value: Any, low: float, high: float) -> None:
     """UserError unless `value` is a number from `low` to `high`."""
     if not (isinstance(value, (int, float)) and low <= value <= high):
         raise UserError(f"{name} must be between {low:g} and {high:g}, got {value}")
+
+
+def check_step(
+    name: str, value: int, step: int, low: int, high: int, plus: int = 0
+) -> None:
+    """UserError unless `value` is a multiple of `step`, `plus` a number, in a range."""
+    steps = isinstance(value, int) and (value - plus) % step == 0
+    if not steps or not low <= value <= high:
+        nearest = round((value - plus) / step) * step + plus
+        kind = f"{step}k+{plus}" if plus else f"a multiple of {step}"
+        raise UserError(
+            f"{name} must be {kind} from {low} to {high}, got {value}: use "
+            f"{min(max(nearest, low), high)}"
+        )
 
 
 # Types of flags
@@ -127,7 +146,7 @@ def span(text: str) -> tuple[float, ...]:
 
 def numbers(text: str) -> tuple[float, ...]:
     """Numbers separated by commas."""
-    return tuple(float(part) for part in text.split(","))
+    return tuple(map(float, text.split(",")))
 
 
 def integers(text: str) -> tuple[int, ...]:

@@ -26,13 +26,7 @@ from .dit import DiT, DiTConfig, StreamedBlocks
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .guidance import Contexts, GuidedDenoiser, guidance_passes
-from .latents import (
-    Conditioning,
-    LatentState,
-    Streams,
-    audio_from_tokens,
-    condition,
-)
+from .latents import Conditioning, Streams, audio_from_tokens
 from .lora import Lora, attach
 from .parallel import Group, Machines, Ranks
 from .preview import Preview
@@ -56,6 +50,7 @@ def seeded_noise(seed: int) -> Noise:
 # Events
 
 
+@dataclass(kw_only=True)
 class Event:
     """Something that happened; what a kind of event does not have is None."""
 
@@ -64,56 +59,31 @@ class Event:
     step: Optional[int] = None
     steps: Optional[int] = None
     snapshot: Optional[Snapshot] = None
-    denoised: Optional[Streams] = None
-    frames: Optional[np.ndarray] = None
+    denoised: Optional[Streams] = None  # latents that a step estimates, with batch axis
+    frames: Optional[np.ndarray] = None  # (n, H, W, 3) uint8
 
 
-@dataclass(frozen=True)
 class Phase(Event):
-    """A phase begins; "latents": a video's denoising is done."""
-
-    phase: str
-    steps: int = 0
-    job: int = 0
-    snapshot: Optional[Snapshot] = None
-    step: ClassVar[int] = 0
+    """A phase begins: step 0 of its steps. In "latents" a video is denoised."""
 
 
-@dataclass(frozen=True)
 class Step(Event):
-    """A denoising step is done; `denoised` is its estimate of the result's latents,
-    with a batch axis."""
-
-    phase: str
-    step: int
-    steps: int
-    snapshot: Snapshot
-    denoised: Streams
-    job: int = 0
+    """A denoising step is done: a snapshot, and what it estimates as the end."""
 
 
-@dataclass(frozen=True)
 class Frames(Event):
-    """Frames (n, H, W, 3) uint8 are decoded; `step` of `steps` frames are."""
-
-    phase: str
-    step: int
-    steps: int
-    frames: np.ndarray
-    job: int = 0
+    """Frames are decoded; `step` of `steps` frames are."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Result(Event):
     """A video with its sound; latents are normalized, as the model sees them, and have
-    no batch axis."""
+    no batch axis. `generate` gives all frames (F, H, W, 3)."""
 
     request: Request
     fps: float
-    job: int = 0
     video_latents: Optional[mx.array] = None  # (F, H, W, C)
     audio_latents: Optional[mx.array] = None  # (T, mel bins, C)
-    frames: Optional[np.ndarray] = None  # (F, H, W, 3) uint8, from `generate`
     waveform: Optional[np.ndarray] = None  # (samples, 2) float32
     sample_rate: Optional[int] = None
     sound_file: Optional[str] = None  # that the waveform is all of
@@ -411,24 +381,24 @@ class Pipeline:
         plan = self._prepare(jobs, contexts is None, resume)
         run = Run(self, noise, trace, frozen_from_noise, plan.streamed)
         if contexts is None:
-            yield Phase("text")
+            yield Phase(phase="text", step=0, steps=0)
             contexts = run.encode_text(jobs)
         jobs = [run.predict_duration(job, contexts) for job in jobs]
         conditions, done = {}, {}
         for n, job in self.machines.deal(jobs):
             if job.has_media_inputs:
-                yield Phase("inputs", job=n)
+                yield Phase(phase="inputs", job=n, step=0, steps=0)
             conditions[n] = run.load_conditions(job, resume)
         self.free("vae", "audio_vae")
         for n, job in self.machines.deal(jobs):
             at = resume or self.initial_snapshot(job)
             texts = [contexts[prompt] for prompt in job.prompts if contexts]
             for i, stage in enumerate(job.stages[at.stage :], at.stage):
-                yield Phase(stage.name, stage.steps, n)
+                yield Phase(phase=stage.name, job=n, step=0, steps=stage.steps)
                 draw = run.noise_of(job)
                 at = yield from run.denoise(n, stage, at, conditions[n][i], texts, draw)
             done[n] = finished(job, at)
-            yield Phase("latents", job=n, snapshot=done[n])
+            yield Phase(phase="latents", job=n, step=0, steps=0, snapshot=done[n])
         self.free(*(k for k in self._loaded if k == "transformer" or "upsampler" in k))
         done = self.machines.gather(done, len(jobs))
         for n, job in enumerate(jobs if self.machines.rank == 0 else ()):
@@ -509,8 +479,7 @@ class Run:
             return [
                 {
                     c: c.load(stage.size, encoders)
-                    for conditions in stage.conditions.values()
-                    for c in conditions
+                    for c in stage.all_conditions
                     if not c.carried and i >= (resume.stage if resume else 0)
                 }
                 for i, stage in enumerate(job.stages)
@@ -530,7 +499,10 @@ class Run:
             trace = within(self.trace, stage.name)
             transformer = self.pipe.transformer_with(stage.loras, self.streamed)
             before = self.upsampled(stage, at.latents)
-            states = self.states(stage, before, conditions, transformer.config)
+            source = before | {"smaller": at.latents.get("video")}
+            c = transformer.config
+            channels = {"video": c.in_channels, "audio": c.audio_in_channels}
+            states = stage.states(channels, source, conditions)
             draw = lambda k, shape: noise(f"{stage.name}.{k}", shape)
             blend = lambda k, x: states[k].blend(x)
             denoiser = GuidedDenoiser(
@@ -557,8 +529,9 @@ class Run:
                 guided = denoiser.cached_x0 if stage.skips_steps else {}
                 now = replace(at, step=i, tokens=x, guided=guided)
                 denoised = self.latents(stage, states, x0)
-                done = min(i, stage.steps)
-                yield Step(stage.name, done, stage.steps, now, denoised, job)
+                count = {"step": min(i, stage.steps), "steps": stage.steps}
+                what = {"snapshot": now, "denoised": denoised}
+                yield Step(phase=stage.name, job=job, **count, **what)
             for k, v in x.items():
                 traced(trace, k, v)
                 check_latents(f"{stage.name}, {k}", v)
@@ -568,7 +541,7 @@ class Run:
             return replace(at, **after, latents=latents, kept=kept)
 
     def upsampled(self, stage: Stage, latents: Streams) -> Streams:
-        """The previous latents at the stage's size; "smaller" is the video before."""
+        """The previous latents at the stage's size."""
         if stage.upsampler is None:
             return latents
         # Normalized latents in and out; only the statistics are read of the VAE.
@@ -579,23 +552,7 @@ class Run:
             for k in stage.upsampled
         }
         mx.eval(larger)
-        return latents | larger | {"smaller": latents["video"]}
-
-    def states(
-        self, stage: Stage, before: Streams, conditions, config: DiTConfig
-    ) -> dict[str, LatentState]:
-        """The streams at the stage's start: from zeros, from inputs, or from the previous
-        stage."""
-        states = {}
-        channels = {"video": config.in_channels, "audio": config.audio_in_channels}
-        for stream, items in stage.conditions.items():
-            initial = before.get(stream)
-            if initial is not None and stream == "video":
-                initial = stage.part.cut(initial)
-            state = stage.state(stream, initial, channels[stream])
-            load = lambda c: c.load(stage.size, before) if c.carried else conditions[c]
-            states[stream] = condition(state, map(load, items))
-        return states
+        return latents | larger
 
     def latents(self, stage: Stage, states, tokens: Streams) -> Streams:
         """Tokens as latents, without those that only guide; "keyframes" are generated
@@ -618,10 +575,11 @@ class Run:
     def decode(self, n: int, job: Job, latents: Streams) -> Iterator[Event]:
         """Audio, then frames as they are decoded, then the result."""
         r, pipe, size = job.request, self.pipe, job.size
-        result = Result(r, size.fps, n, phases=self.meter.phases)
+        phases = self.meter.phases
+        result = Result(request=r, fps=size.fps, job=n, phases=phases)
         if "audio" in latents:
             result.audio_latents = latents["audio"][0]
-            yield Phase("audio", job=n)
+            yield Phase(phase="audio", job=n, step=0, steps=0)
             with self.meter.phase("audio"):
                 if r.audio:  # returned unchanged
                     seconds = size.num_frames / size.fps
@@ -637,13 +595,14 @@ class Run:
                     check_waveform(result.waveform)
         if "video" in latents:
             result.video_latents = latents["video"][0]
-            yield Phase("video", size.num_frames, n)
+            yield Phase(phase="video", job=n, step=0, steps=size.num_frames)
             guard = FrameGuard()
             with self.meter.phase("video"):
                 for frames in self.decode_video(job, latents["video"]):
                     guard.update(frames[0])
                     pixels = np.array(mx.round(frames[0] * 255).astype(mx.uint8))
-                    yield Frames("video", guard.frames, size.num_frames, pixels, n)
+                    count = {"step": guard.frames, "steps": size.num_frames}
+                    yield Frames(phase="video", job=n, frames=pixels, **count)
             guard.check()
         result.metadata = self.provenance(job)
         yield result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Mapping, Optional, Union
 
 from .base import UserError
@@ -12,9 +12,8 @@ from .guidance import Guidance
 from .options import ask, comma_separated, match_groups, numbers, span
 from .sampling import SAMPLERS
 
-MAX_FRAMES = 2049
 STAGES = ("one", "two", "hq", "dfr")
-OTHER_STAGES = "one two hq"  # but not dfr, which has rules of its own
+NOT_DFR = "one two hq"  # dfr has a schedule, keyframes and rates of its own
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,24 @@ class Image:
         path, frame, strength = match_groups(cls.FORM, pattern, text)
         index = frame if frame and frame.endswith("s") else int(frame or 0)
         return cls(path, index, float(strength or 1))
+
+    def index(self, num_frames: int, fps: float) -> int:
+        """The frame as an index from 0; UserError if the video does not have it."""
+        index = self.frame
+        if isinstance(index, str):
+            if not re.fullmatch(r"\d*\.?\d+s", index):
+                raise UserError(
+                    f"image {self.path}: invalid frame {index!r}: use an index (24), -1 "
+                    "for the last, or seconds (1.5s)"
+                )
+            index = round(float(index[:-1]) * fps)
+        index += num_frames if index < 0 else 0
+        if not 0 <= index < num_frames:
+            raise UserError(
+                f"image {self.path}: frame {self.frame} is outside of the video, which "
+                f"has frames 0 to {num_frames - 1}"
+            )
+        return index
 
 
 @dataclass(frozen=True)
@@ -60,87 +77,73 @@ def sound(text: str) -> tuple[str, float]:
     return path, float(start or 0)
 
 
-def _output(help: str, default: Any = None, **rules: Any) -> Any:
-    return ask(help, default, group="output", **rules)
-
-
-def _input(help: str, default: Any = None, **rules: Any) -> Any:
-    return ask(help, default, group="inputs", **rules)
-
-
-def _sampling(help: str, default: Any = None, **rules: Any) -> Any:
-    return ask(help, default, group="sampling", **rules)
+def _lora(help: str, **rules: Any) -> Any:
+    return ask(help, type=LoraFile.parse, metavar="PATH[:STRENGTH]", **rules)
 
 
 @dataclass(frozen=True)
 class Request:
     """One video to make. None means the model's default, or the input clip's value."""
 
-    prompt: str = _output("what to show and what is heard", dataclasses.MISSING)
-    negative_prompt: Optional[str] = _sampling(
+    prompt: str = ask("what to show and what is heard", dataclasses.MISSING)
+    negative_prompt: Optional[str] = ask(
         "what to avoid, with guidance (default: common faults)", metavar="TEXT"
     )
-    height: Optional[int] = _output("in pixels (default: 512, or the clip's)", type=int)
-    width: Optional[int] = _output("in pixels (default: 768, or the clip's)", type=int)
-    num_frames: Optional[int] = _output(
-        "8k+1 (default: 121, the clip's, or predicted by LTX-2.5)", type=int
+    height: Optional[int] = ask("in pixels (default: 512, or the clip's)")
+    width: Optional[int] = ask("in pixels (default: 768, or the clip's)")
+    num_frames: Optional[int] = ask(
+        "8k+1 (default: 121, the clip's, or predicted by LTX-2.5)"
     )
-    auto_duration: Optional[tuple[float, float]] = _output(
-        "LTX-2.5 predicts the duration from the prompt, between these seconds "
+    auto_duration: Optional[tuple[float, float]] = ask(
+        "LTX-2.5: predict the duration from the prompt, between these seconds "
         "(default: 1 20)",
         type=float,
         nargs=2,
         metavar=("MIN", "MAX"),
         excludes="video audio",
     )
-    fps: Optional[float] = _output("(default: 24, or the clip's)", type=float)
-    seed: int = _sampling(
-        "of the noise; --num-videos counts up", 10, type=int, between=(0, 2**63 - 1)
-    )
+    fps: Optional[float] = ask("(default: 24, or the clip's)")
+    seed: int = ask("of the noise", 10, between=(0, 2**63 - 1))
     # Sampling. A mapping of guidance settings changes the model's defaults.
-    stages: Optional[str] = _sampling(
-        "one: full size; two: half size, then refined; hq: two with more work per "
-        "step; dfr: keyframes, then tiles (default: two for distilled models with an "
+    stages: Optional[str] = ask(
+        "one: full size; two: half size, then refined; hq: two, with more work per step; "
+        "dfr: keyframes, then tiles (default: two for distilled models with an "
         "upsampler, else one)",
         choices=STAGES,
     )
-    steps: Optional[int] = _sampling(
-        "of a dev model (default: 40, 30 from LTX-2.3 on, 15 with hq)",
-        type=int,
+    steps: Optional[int] = ask(
+        "of a dev model (default: 40, from LTX-2.3 on 30, hq 15)",
         excludes="sigmas",
-        modes=OTHER_STAGES,
+        modes=NOT_DFR,
     )
-    sigmas: Optional[tuple[float, ...]] = _sampling(
-        "schedule of the first stage (default: the model's)",
-        type=numbers,
-        metavar="1,...,0",
+    sigmas: Optional[tuple[float, ...]] = ask(
+        "schedule of stage 1 (default: the model's)", type=numbers, metavar="1,...,0"
     )
-    sampler: Optional[str] = _sampling(
-        "of the first stage (default: the model's)", choices=tuple(SAMPLERS)
+    sampler: Optional[str] = ask(
+        "of stage 1 (default: the model's)", choices=tuple(SAMPLERS)
     )
-    video_guidance: Union[Guidance, Mapping[str, Any], None] = dataclasses.field(
-        default=None, metadata={"modes": OTHER_STAGES}
+    video_guidance: Union[Guidance, Mapping[str, Any], None] = field(
+        default=None, metadata={"modes": NOT_DFR}
     )
-    audio_guidance: Union[Guidance, Mapping[str, Any], None] = dataclasses.field(
-        default=None, metadata={"modes": OTHER_STAGES, "excludes": "no_audio audio"}
+    audio_guidance: Union[Guidance, Mapping[str, Any], None] = field(
+        default=None, metadata={"modes": NOT_DFR, "excludes": "no_audio audio"}
     )
-    guidance_interval: tuple[float, float] = _sampling(
+    guidance_interval: tuple[float, float] = ask(
         "sigmas at which guidance is used",
         (0.0, 1.0),
         type=span,
         metavar="FROM-TO",
         between=(0, 1),
-        modes=OTHER_STAGES,
+        modes=NOT_DFR,
         model="dev",
     )
-    step_cache: float = _sampling(
+    step_cache: float = ask(
         "reuse the prediction until latents change by this fraction, 0 is off",
         0.0,
-        type=float,
         metavar="FRACTION",
         between=(0, 1),
     )
-    loras: tuple[LoraFile, ...] = _input(
+    loras: tuple[LoraFile, ...] = ask(
         "LoRA, in all stages or one; repeatable",
         (),
         flag="lora",
@@ -148,43 +151,31 @@ class Request:
         repeat=True,
         metavar=LoraFile.FORM,
     )
-    distilled_lora: Optional[LoraFile] = _input(
-        "distilled LoRA, which a dev model needs for two stages",
-        type=LoraFile.parse,
-        metavar="PATH[:STRENGTH]",
+    distilled_lora: Optional[LoraFile] = _lora(
+        "distilled LoRA, which a dev model needs for two stages"
     )
-    temporal_upsample: bool = _sampling(
+    temporal_upsample: bool = ask(
         "double the frame rate with the temporal upsampler",
         False,
         excludes="audio_only retake extend",
-        modes=OTHER_STAGES,
+        modes=NOT_DFR,
     )
-    generated_keyframes: int = _sampling(
-        "generate this many single frames with the video, which keep it sharp "
-        "(LTX-2.5)",
+    generated_keyframes: int = ask(
+        "LTX-2.5: generate this many single frames too, which keep the video sharp",
         0,
-        type=int,
         metavar="N",
         excludes="audio_only retake extend",
-        modes=OTHER_STAGES,
+        modes=NOT_DFR,
         model="2.5",
     )
-    detailing_lora: Optional[LoraFile] = _input(
-        "IC-LoRA that adds detail in stage 2 of dfr",
-        type=LoraFile.parse,
-        metavar="PATH[:STRENGTH]",
-        modes="dfr",
+    detailing_lora: Optional[LoraFile] = _lora(
+        "IC-LoRA that adds detail in stage 2", modes="dfr"
     )
-    temporal_rounds: int = _sampling(
-        "dfr: double the frame rate this many times",
-        0,
-        type=int,
-        metavar="N",
-        choices=(0, 1, 2),
-        modes="dfr",
+    temporal_rounds: int = ask(
+        "double the frame rate this often", 0, choices=(0, 1, 2), modes="dfr"
     )
     # Inputs
-    images: tuple[Image, ...] = _input(
+    images: tuple[Image, ...] = ask(
         "image to show at a frame: an index, -1 for the last, or a time as 1.5s; "
         "repeatable",
         (),
@@ -194,36 +185,34 @@ class Request:
         metavar=Image.FORM,
         excludes="audio_only",
     )
-    keyframes: bool = _input(
+    keyframes: bool = ask(
         "use images as guides instead of fixed frames",
         False,
         needs="images",
-        modes=OTHER_STAGES,
+        modes=NOT_DFR,
     )
-    image_crf: Optional[int] = _input(
-        "H.264 quality that images are compressed to first, 0 is off (default: 33, "
-        "18 from LTX-2.4 on)",
-        type=int,
+    image_crf: Optional[int] = ask(
+        "H.264 CRF applied to images first, 0 is off (default: 33, from LTX-2.4 on 18)",
         needs="images",
         between=(0, 51),
     )
-    audio: Optional[str] = _input(
+    audio: Optional[str] = ask(
         "audio to condition on, kept as the soundtrack",
         type=sound,
         metavar="FILE[@START]",
         excludes="video no_audio audio_only",
-        modes=OTHER_STAGES,
+        modes=NOT_DFR,
     )
-    audio_start: float = dataclasses.field(
+    audio_start: float = field(
         default=0.0, metadata={"between": (0, 86400), "needs": "audio"}
     )
-    video: Optional[str] = _input(
+    video: Optional[str] = ask(
         "clip to change, or the reference of an IC-LoRA",
         metavar="FILE",
         excludes="audio_only",
-        modes=OTHER_STAGES,
+        modes=NOT_DFR,
     )
-    retake: Optional[tuple[float, float]] = _input(
+    retake: Optional[tuple[float, float]] = ask(
         "regenerate these seconds of the video",
         type=span,
         metavar="FROM-TO",
@@ -231,53 +220,67 @@ class Request:
         excludes="images extend",
         modes="one",
     )
-    retake_streams: tuple[str, ...] = _input(
+    retake_streams: tuple[str, ...] = ask(
         "what to regenerate",
         ("video", "audio"),
         type=comma_separated,
         metavar="video,audio",
         needs="retake",
     )
-    extend: Optional[float] = _input(
+    extend: Optional[float] = ask(
         "continue the video by these seconds; negative: before it",
-        type=float,
         metavar="SECONDS",
         needs="video",
         excludes="images num_frames",
         modes="one",
     )
-    reference_strength: float = _input(
+    reference_strength: float = ask(
         "0 to 1, how closely the reference's tokens are kept",
         1.0,
-        type=float,
+        metavar="STRENGTH",
         needs="video",
         excludes="retake extend",
         between=(0, 1),
     )
-    reference_attention: float = _input(
+    reference_attention: float = ask(
         "0 to 1, how much the video attends to the reference",
         1.0,
-        type=float,
+        metavar="WEIGHT",
         needs="video",
         excludes="retake extend",
         between=(0, 1),
     )
     # Outputs
-    no_audio: bool = _output("video only", False, excludes="audio_only")
-    audio_only: bool = _output(
+    no_audio: bool = ask("video only", False, excludes="audio_only")
+    audio_only: bool = ask(
         "audio only, written as .wav", False, excludes="video_guidance", modes="one"
     )
-    video_decoder: Optional[str] = _output(
+    video_decoder: Optional[str] = ask(
         "(default: conv, if the model has it)", choices=("conv", "diffusion")
     )
-    decode_bias: float = _output(
-        "added to the brightness of the decoded video; released weights need none, a "
-        "dark result comes from weights that another tool converted",
+    decode_bias: float = ask(
+        "added to the video's brightness, for weights that decode too dark after "
+        "another tool's conversion; released weights need none",
         0.0,
-        type=float,
+        metavar="BIAS",
         between=(-1, 1),
         excludes="audio_only",
     )
+
+    GROUPS = {
+        "output": "prompt height width num_frames auto_duration fps no_audio audio_only "
+        "video_decoder decode_bias",
+        "inputs": "images keyframes image_crf audio video retake retake_streams extend "
+        "reference_strength reference_attention loras distilled_lora detailing_lora",
+    }  # all others are "sampling"
+
+    def __post_init__(self):
+        """Accept any sequence of numbers, and paths for images and LoRAs."""
+        for name, kind in {"images": Image, "loras": LoraFile}.items():
+            items = (kind(x) if isinstance(x, str) else x for x in getattr(self, name))
+            object.__setattr__(self, name, tuple(items))
+        if self.sigmas is not None:
+            object.__setattr__(self, "sigmas", tuple(map(float, self.sigmas)))
 
     @property
     def changes_clip(self) -> bool:
@@ -293,42 +296,17 @@ class Request:
     def from_json(cls, values: Mapping[str, Any]) -> Request:
         """A request from JSON that `dataclasses.asdict` made; UserError for settings
         that this version does not know."""
-        values = dict(values)
-        unknown = values.keys() - {f.name for f in fields(cls)}
-        if unknown:
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if unknown := values.keys() - {f.name for f in fields(cls)}:
             names = ", ".join(sorted(unknown))
             raise UserError(f"the recorded request has unknown settings: {names}")
         record = lambda kind, x: kind(**x) if isinstance(x, Mapping) else x
         for key, kind in (("images", Image), ("loras", LoraFile)):
-            values[key] = tuple(record(kind, item) for item in values.get(key) or ())
+            values[key] = tuple(record(kind, item) for item in values.get(key, ()))
         for key in ("distilled_lora", "detailing_lora"):
             values[key] = record(LoraFile, values.get(key))
         for key in ("video_guidance", "audio_guidance"):
             settings = values.get(key)
-            if settings and settings.keys() == {f.name for f in fields(Guidance)}:
+            if settings and settings.keys() == Guidance.__dataclass_fields__.keys():
                 values[key] = Guidance(**settings)
-        pairs = ("auto_duration", "guidance_interval", "retake")
-        for key in (*pairs, "sigmas", "retake_streams"):
-            if values.get(key) is not None:
-                values[key] = tuple(values[key])
         return cls(**values)
-
-
-def frame_index(frame: Union[int, str], num_frames: int, fps: float) -> int:
-    """An image's frame as an index from 0; UserError if the video does not have it."""
-    index = frame
-    if isinstance(frame, str):
-        if not re.fullmatch(r"\d*\.?\d+s", frame):
-            raise UserError(
-                f"invalid frame {frame!r}: use an index (24), -1 for the last, or "
-                "seconds (1.5s)"
-            )
-        index = round(float(frame[:-1]) * fps)
-    if index < 0:
-        index += num_frames
-    if not 0 <= index < num_frames:
-        raise UserError(
-            f"frame {frame} is outside of the video, which has frames 0 to "
-            f"{num_frames - 1}"
-        )
-    return index

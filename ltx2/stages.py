@@ -1,4 +1,4 @@
-"""From a request to a job: defaults by model, limits, and the table of stages."""
+"""From a request to a job: checks, defaults by model, and the table of stages."""
 
 from __future__ import annotations
 
@@ -6,46 +6,30 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional
+from typing import Any, Iterator, Mapping, NamedTuple, Optional
 
-from . import media
+from . import conditions, media, windows
 from .base import UserError
-from .conditions import (
-    ClipPart,
-    Condition,
-    GuideImage,
-    HoldClip,
-    HoldSound,
-    InputFiles,
-    NewKeyframes,
-    PreviousAsReference,
-    ReferenceClip,
-    RetakeClip,
-    ShowImage,
-    Stage,
-    TileKeyframes,
-)
+from .conditions import Condition, InputFiles, Stage
 from .duration import whole_frames
 from .guidance import Guidance
 from .latents import SPACE_SCALE, TIME_SCALE, Size, audio_tokens, evenly_spaced
 from .memory import MemoryPlan
-from .options import check, check_range
-from .request import MAX_FRAMES, Image, LoraFile, Request, frame_index
+from .options import check, check_choice, check_range, check_step
+from .request import LoraFile, Request
 from .sampling import DISTILLED_SIGMAS, REFINE_SIGMAS, shifted_sigmas
 from .weights import Checkpoint
-from .windows import MAX_FPS, canvas, tiles
 
 NEGATIVE_PROMPT = (
     "low quality, blurry, distorted, flickering, watermark, text on screen, "
     "muffled sound, noise, clipping, silence"
 )
 SIZE = {"height": 512, "width": 768, "num_frames": 121, "fps": 24.0}
-MAX_SIDE = 4096
+MAX_FRAMES, MAX_SIDE = 2049, 4096
 AUTO_DURATION = (1.0, 20.0)  # seconds, the reference's
 DECODERS = {"conv": "vae", "diffusion": "diffusion_decoder"}
 BOTH = ("video", "audio")
-OWN = None  # a dev model's schedule by its steps, a distilled model's own
-MODEL = None  # the sampler that the reference uses with the model
+OWN = None  # the model's: a dev model's by its steps
 
 
 class Row(NamedTuple):
@@ -56,22 +40,20 @@ class Row(NamedTuple):
     sampler: Optional[str]
     guided: bool
     distilled_lora: float  # times its strength; 0: without
-    upsampler: Optional[str]  # axis of the upsampler that it starts with
+    upsampler: Optional[str]  # the axis it first enlarges
     final: tuple[str, ...]  # streams that the result takes from it
     keyframes: bool  # generates keyframes
 
 
 # fmt: off
 MODES = {
-    "one": (
-        Row("full", OWN, MODEL, True, 0, None, BOTH, True),
-    ),
+    "one": (Row("full", OWN, OWN, True, 0, None, BOTH, True),),
     "two": (
-        Row("small", OWN, MODEL, True, 0, None, (), True),
+        Row("small", OWN, OWN, True, 0, None, (), True),
         Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", BOTH, False),
     ),
-    "two of a dev model": (  # refining needs the sound, but does not improve it
-        Row("small", OWN, MODEL, True, 0, None, ("audio",), True),
+    "two of a dev model": (  # whose refining does not improve the sound
+        Row("small", OWN, OWN, True, 0, None, ("audio",), True),
         Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ("video",), False),
     ),
     "hq": (
@@ -92,7 +74,7 @@ TILE_SIGMAS, TILE_SAMPLER = DISTILLED_SIGMAS[4:], "euler_half_ancestral"
 class Job:
     """A request made definite: all that will be done and what it takes."""
 
-    request: Request  # with every default filled in
+    request: Request  # with size, length and rate filled in
     stages: tuple[Stage, ...]
     prompts: tuple[str, ...]  # and, if a pass reads it, the negative prompt
     decoder: str  # the component that makes the pixels
@@ -114,420 +96,444 @@ class Job:
         r = self.request
         rate = 2 ** (r.temporal_rounds + r.temporal_upsample)
         frames = (r.num_frames - 1) * rate + 1
-        return Size(r.width, r.height, frames, r.fps * rate, self.audio_tokens)
-
-    @property
-    def audio_tokens(self) -> int:
-        return self.stages[0].size.audio_tokens
+        return replace(self.stages[-1].size, num_frames=frames, fps=r.fps * rate)
 
     @property
     def has_media_inputs(self) -> bool:
         """Whether any condition needs an encoder."""
-        return any(
-            c.encoder for s in self.stages for cs in s.conditions.values() for c in cs
-        )
-
-
-@dataclass(frozen=True)
-class Planner:
-    """A request on its way to a job, with the facts about its model and its inputs."""
-
-    request: Request
-    checkpoint: Checkpoint
-    files: InputFiles
-    clip_frames: int = 0  # that are read of the input video
-    clip_has_audio: bool = False
-    notes: tuple[str, ...] = ()
-
-    @property
-    def distilled(self) -> bool:
-        return self.checkpoint.kind == "distilled"
-
-    @property
-    def upsampler(self) -> str:
-        """The spatial upsampler, "" if there is none."""
-        names = self.checkpoint.components
-        return next((n for n in names if n.startswith("spatial_upsampler")), "")
-
-    @property
-    def mode(self) -> str:
-        """The value of `stages`, or its default."""
-        r = self.request
-        simple = r.changes_clip or r.audio_only or not self.distilled
-        return r.stages or ("two" if self.upsampler and not simple else "one")
-
-    @property
-    def rows(self) -> tuple[Row, ...]:
-        """The stages of the mode."""
-        r, mode = self.request, self.mode
-        if mode == "two" and not self.distilled and not r.keyframes:
-            mode = "two of a dev model"
-        return MODES[mode] + (DOUBLED,) * r.temporal_upsample
-
-    @property
-    def scale(self) -> Fraction:
-        """By which the first stage is smaller."""
-        if self.mode == "one":
-            return Fraction(1)
-        scale = self.checkpoint.config[self.upsampler]["spatial_scale"]
-        return Fraction(scale).limit_denominator(4)
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        r = self.request
-        return BOTH[r.audio_only : 2 - r.no_audio]
-
-    @property
-    def reference_scale(self) -> tuple[int, int]:
-        """By how much a reference clip is smaller and slower, say the IC-LoRAs."""
-        r = self.request
-        loras = [lora for lora in r.loras if lora.stage in (None, 1)]
-        return reference_scale(loras, self.files) if r.has_reference else (1, 1)
+        return any(c.encoder for stage in self.stages for c in stage.all_conditions)
 
 
 def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
     """Check a request against a model, fill in its defaults and lay out its stages.
 
-    Raises UserError for whatever cannot be done; reads headers and input files, no
+    Raises UserError for whatever cannot be done; reads headers and input files, but no
     weights.
     """
     p = Planner(request, checkpoint, files)
-    check(request, p.mode, unmet_requirements(p))
-    for fault, message in FAULTS:
-        if fault(p):
-            raise UserError(message(p) if callable(message) else message)
-    check_parts(p)
-    check_loras(p)
-    p = with_size(with_duration(p))
-    r = p.request
-    images = tuple(placed(image, r, files) for image in r.images)
-    p = replace(p, request=replace(r, images=images))
-    guidance = guidance_by_stream(p)
-    stages = tuple(lay_out(p, guidance))
-    frames = stages[0].size.num_frames
-    notes = p.notes
-    if frames != r.num_frames and r.auto_duration is None:
-        notes += (
-            f"{frames} frames are generated, in whole segments between keyframes, and "
-            f"cut to {r.num_frames}",
-        )
-    if "audio" in p.streams and not stages[0].size.audio_tokens:
+    p.check()
+    p.fit_duration()
+    p.fit_size()
+    r, guidance = p.r, p.guidance()
+    stages = tuple(p.stages(guidance))
+    frames, sound = stages[0].size.num_frames, stages[0].size.audio_tokens
+    if "audio" in p.streams and not sound:
         raise UserError(
             f"{r.num_frames} frames at {r.fps:g} fps are too short for audio: increase "
             "num_frames or set no_audio"
         )
-    prompts = (r.prompt, *negative_prompt(r, guidance))
-    # As it was asked for: planned again, the same job comes out.
-    request = replace(r, images=request.images)
-    return Job(request, stages, prompts, decoder(p), notes)
-
-
-# Limits
-
-
-def unmet_requirements(p: Planner) -> dict[str, str]:
-    """What options need of a model and this one is not (see `options.check`)."""
-    unmet = {}
-    if p.distilled:
-        unmet["dev"] = "a dev model (this one is distilled)"
-    if not p.checkpoint.config["transformer"].get("use_keyframes_abs_pos_embedding"):
-        unmet["2.5"] = f"LTX-2.5 (this model is {p.checkpoint.model_version})"
-    return unmet
-
-
-def _guided(p: Planner) -> Iterator[Any]:
-    r = p.request
-    return (g for g in (r.video_guidance, r.audio_guidance) if g)
-
-
-def _needs_lora(p: Planner) -> bool:
-    return p.mode != "one" and not p.distilled
-
-
-def _bad_strength(lora: Optional[LoraFile]) -> bool:
-    return lora is not None and bool(lora.stage or not lora.strength)
-
-
-Fault = tuple[Callable[[Planner], Any], "str | Callable[[Planner], str]"]
-FAULTS: list[Fault] = [  # what no single field can declare
-    (
-        lambda p: p.distilled
-        and any(not isinstance(g, Guidance) or g.active for g in _guided(p)),
-        "guidance needs a dev model (this one is distilled): remove the guidance "
-        "settings",
-    ),
-    (
-        lambda p: len(p.streams) == 1
-        and any("modality_scale" in g for g in _guided(p) if isinstance(g, Mapping)),
-        "modality_scale needs both video and audio",
-    ),
-    (
-        lambda p: p.request.retake
-        and p.request.no_audio
-        and "video" not in p.request.retake_streams,
-        "retake has nothing to regenerate: audio is off and video is kept",
-    ),
-    (
-        lambda p: not p.request.retake_streams
-        or set(p.request.retake_streams) - set(BOTH),
-        lambda p: f"unknown retake_streams {','.join(p.request.retake_streams)!r}: "
-        "choose from video, audio",
-    ),
-    (
-        lambda p: p.request.has_reference and not p.request.loras,
-        "a reference video needs an IC-LoRA: add --lora (to change the video, use "
-        "--retake or --extend)",
-    ),
-    (
-        lambda p: p.request.guidance_interval[0] > p.request.guidance_interval[1],
-        "guidance_interval must be from a lower to a higher sigma",
-    ),
-    (
-        lambda p: p.mode == "dfr" and "2.5" in unmet_requirements(p),
-        lambda p: f"--stages dfr needs {unmet_requirements(p)['2.5']}",
-    ),
-    (
-        lambda p: p.mode != "one" and not p.upsampler,
-        lambda p: f"--stages {p.mode} needs a latent upsampler, which this model does "
-        "not have: add its file with --upsampler",
-    ),
-    (
-        lambda p: p.mode == "hq" and p.distilled,
-        "--stages hq needs a dev model (this one is distilled): use --stages two",
-    ),
-    (
-        lambda p: _needs_lora(p) and p.request.distilled_lora is None,
-        lambda p: f"--stages {p.mode} of a dev model needs its distilled LoRA: add "
-        "--distilled-lora",
-    ),
-    (
-        lambda p: not _needs_lora(p) and p.request.distilled_lora,
-        "distilled_lora needs a dev model and --stages two, hq or dfr",
-    ),
-    (
-        lambda p: _bad_strength(p.request.distilled_lora),
-        "distilled_lora takes no stage, and its strength must not be 0",
-    ),
-    (
-        lambda p: _bad_strength(p.request.detailing_lora),
-        "detailing_lora takes no stage, and its strength must not be 0",
-    ),
-    (
-        lambda p: (p.request.temporal_upsample or p.request.temporal_rounds)
-        and "temporal_upsampler" not in p.checkpoint.components,
-        "doubling the frame rate needs a temporal latent upsampler, which this model "
-        "does not have: add its file with --upsampler",
-    ),
-    (
-        lambda p: p.request.temporal_upsample
-        and not p.distilled
-        and p.request.distilled_lora is None,
-        "temporal_upsample of a dev model needs --stages two and --distilled-lora",
-    ),
-    (
-        lambda p: p.mode == "dfr" and p.scale != 2,
-        lambda p: f"--stages dfr needs an x2 upsampler (this one is x{float(p.scale):g})",
-    ),
-    (
-        lambda p: p.mode == "dfr" and p.request.num_frames == 1,
-        "--stages dfr needs at least 9 frames",
-    ),
-    (
-        lambda p: p.distilled
-        and p.mode != "dfr"
-        and p.request.steps not in (None, len(DISTILLED_SIGMAS) - 1),
-        lambda p: f"steps is {p.request.steps}, but a distilled model has its own "
-        f"{len(DISTILLED_SIGMAS) - 1} steps: remove it, or pass sigmas",
-    ),
-]
-
-
-def check_parts(p: Planner) -> None:
-    """UserError if the model lacks a component that the request needs."""
-    needed = {"transformer", "connectors"}
-    needed |= {"vae"} if "video" in p.streams else set()
-    needed |= {"audio_vae", "vocoder"} if "audio" in p.streams else set()
-    needed |= {"gemma"} if p.checkpoint.text_encoder == "gemma" else set()
-    p.checkpoint.require(*sorted(needed))
-
-
-def check_loras(p: Planner) -> None:
-    """UserError for a stage or a strength that has no meaning, or an unreadable file."""
-    count = 1 if p.mode == "one" else 2
-    for lora in p.request.loras:
-        if lora.stage is not None and not 1 <= lora.stage <= count:
-            raise UserError(
-                f"LoRA {lora.path} is for stage {lora.stage}, but there are {count}"
-            )
-        if lora.strength == 0:
-            raise UserError(f"LoRA {lora.path} has strength 0, no effect: remove it")
-        check_range(f"LoRA {lora.path}: strength", lora.strength, -10, 10)
-
-
-def check_side(name: str, value: int, multiple: int, checkpoint: Checkpoint) -> None:
-    """UserError unless a side is whole latents in every stage; a decoder that reflects
-    its borders needs two."""
-    padding = checkpoint.config.get("vae", {}).get("spatial_padding_mode", "reflect")
-    low = max(multiple, 2 * SPACE_SCALE) if padding == "reflect" else multiple
-    high = MAX_SIDE // multiple * multiple
-    if not isinstance(value, int) or value % multiple or not low <= value <= high:
-        nearest = min(max(round(value / multiple) * multiple, low), high)
-        raise UserError(
-            f"{name} must be a multiple of {multiple} from {low} to {high}, got "
-            f"{value}: use {nearest}"
+    if frames != r.num_frames and r.auto_duration is None:
+        p.notes.append(
+            f"{frames} frames are generated, in whole segments between keyframes, and "
+            f"cut to {r.num_frames}"
         )
+    prompts = (r.prompt, *p.negative_prompt(guidance))
+    return Job(r, stages, prompts, p.decoder(), tuple(p.notes))
 
 
-def check_frames(value: int) -> None:
-    """UserError unless `value` is 8k+1."""
-    valid = isinstance(value, int) and value % TIME_SCALE == 1
-    if not valid or not 1 <= value <= MAX_FRAMES:
-        nearest = max(round((value - 1) / TIME_SCALE), 0) * TIME_SCALE + 1
-        raise UserError(
-            f"num_frames must be 8k+1 from 1 to {MAX_FRAMES}, got {value}: use "
-            f"{min(nearest, MAX_FRAMES)}"
-        )
+class Planner:
+    """A request on its way to a job: `r` is filled in step by step."""
 
+    def __init__(self, r: Request, checkpoint: Checkpoint, files: InputFiles):
+        self.r, self.checkpoint, self.files = r, checkpoint, files
+        self.notes: list[str] = []
+        self.clip_frames, self.clip_streams = 0, ()  # of the input video
+        self.streams = BOTH[r.audio_only : 2 - r.no_audio]
+        self.distilled = checkpoint.kind == "distilled"
+        parts = checkpoint.components
+        upsamplers = [name for name in parts if name.startswith("spatial_upsampler")]
+        simple = r.changes_clip or r.audio_only or not self.distilled or not upsamplers
+        self.mode = r.stages or ("one" if simple else "two")
+        check_choice("stages", self.mode, tuple(MODES))
+        self.upsampler = upsamplers[0] if upsamplers else None
+        self.scale = Fraction(1)  # by which the first stage is smaller
+        if self.upsampler and self.mode != "one":
+            scale = checkpoint.config[self.upsampler]["spatial_scale"]
+            self.scale = Fraction(scale).limit_denominator(4)
 
-# Defaults
+    # Checks
 
+    def unmet(self) -> dict[str, str]:
+        """What options need of a model and this one is not (see `options.check`)."""
+        unmet = {}
+        if self.distilled:
+            unmet["dev"] = "a dev model (this one is distilled)"
+        config = self.checkpoint.config["transformer"]
+        if not config.get("use_keyframes_abs_pos_embedding"):
+            unmet["2.5"] = f"LTX-2.5 (this model is {self.checkpoint.model_version})"
+        return unmet
 
-def with_duration(p: Planner) -> Planner:
-    """With the most frames that the duration head may predict, if it decides: by
-    default where the model has one and no input has a duration."""
-    r, parts = p.request, p.checkpoint.components
-    fixed = r.video or r.audio or r.num_frames is not None
-    if r.auto_duration is None and (fixed or "duration_head" not in parts):
-        return p
-    p.checkpoint.require("duration_head")
-    fps = SIZE["fps"] if r.fps is None else r.fps
-    low, high = r.auto_duration or AUTO_DURATION
-    check_range("auto_duration", low, 0, MAX_FRAMES / fps)
-    check_range("auto_duration", high, low, MAX_FRAMES / fps)
-    longest = whole_frames(high, fps, low, high)
-    frames = longest if r.num_frames is None else min(r.num_frames, longest)
-    return replace(p, request=replace(r, auto_duration=(low, high), num_frames=frames))
-
-
-def with_size(p: Planner) -> Planner:
-    """With size, length and rate: the user's, the clip's, or the model's."""
-    multiple = SPACE_SCALE * p.scale.numerator * p.reference_scale[0]
-    if p.request.video is None:
-        usual = SIZE | {k: v for k, v in p.checkpoint.defaults.items() if k in SIZE}
-        missing = {k: v for k, v in usual.items() if getattr(p.request, k) is None}
-        p = replace(p, request=replace(p.request, **missing))
-    else:
-        p = fit_clip(p, multiple)
-    r = p.request
-    if r.audio:
-        check_sound(r, p.files.probe(r.audio).audio_duration)
-    check_side("height", r.height, multiple, p.checkpoint)
-    check_side("width", r.width, multiple, p.checkpoint)
-    check_frames(r.num_frames)
-    check_range(
-        "generated_keyframes", r.generated_keyframes, 0, max(r.num_frames - 2, 0)
-    )
-    check_range("fps", r.fps, 1, 120)
-    return p
-
-
-def fit_clip(p: Planner, multiple: int) -> Planner:
-    """Size, length and rate of the input video as far as the model can have them, how
-    much of it is read, and notes about what was changed."""
-    r = p.request
-    clip = p.files.probe(r.video)
-    if not clip.has_video:
-        raise UserError(f"{r.video} has no video: pass a sound with --audio")
-    fps = float(clip.fps if r.fps is None else r.fps)
-    check_range("fps", fps, 1, 120)
-    same_rate = media.frame_rate(fps) == clip.fps
-    there = clip.num_frames if same_rate else math.floor(clip.duration * fps + 0.01)
-    frames = (min(max(there, 1), MAX_FRAMES) - 1) // TIME_SCALE * TIME_SCALE + 1
-    low = -(-2 * SPACE_SCALE // multiple) * multiple
-    fit = lambda side: max(min(side, MAX_SIDE) // multiple * multiple, low)
-    height = fit(clip.height) if r.height is None else r.height
-    width = fit(clip.width) if r.width is None else r.width
-    total = frames if r.num_frames is None else r.num_frames
-    if r.extend is not None:
-        check_range("extend", abs(r.extend), 1 / fps, MAX_FRAMES / fps)
-        total = frames + max(round(abs(r.extend) * fps / TIME_SCALE), 1) * TIME_SCALE
-    if r.retake is not None and total > frames:
-        raise UserError(
-            f"num_frames must be at most {frames} in a retake of this clip, got {total}"
-        )
-    frames = min(frames, total)
-    if r.retake:
-        check_span(r.retake, frames / fps)
-    notes = {
-        f"{clip.width}x{clip.height} resized and cropped to {width}x{height}": (
-            (height, width) != (clip.height, clip.width)
-        ),
-        f"{float(clip.fps):g} fps changed to {fps:g}": not same_rate,
-        f"{frames} of {there} frames are read (8k+1)": frames != there,
-    }
-    return replace(
-        p,
-        request=replace(r, height=height, width=width, num_frames=total, fps=fps),
-        clip_frames=frames,
-        clip_has_audio=clip.has_audio,
-        notes=tuple(f"{r.video}: {note}" for note, applies in notes.items() if applies),
-    )
-
-
-def check_sound(r: Request, seconds: float) -> None:
-    """UserError unless the audio input has sound where it is to start."""
-    if not seconds:
-        raise UserError(f"{r.audio} has no sound")
-    if r.audio_start >= seconds:
-        raise UserError(
-            f"{r.audio}: there is no sound at {r.audio_start:g} s, it is {seconds:.2f} s "
-            "long"
-        )
-
-
-def check_span(span: tuple[float, float], seconds: float) -> None:
-    """UserError unless a retake begins inside a clip of so many seconds."""
-    start, end = span
-    if not 0 <= start < end or start >= seconds:
-        raise UserError(
-            f"retake is {start:g}-{end:g}, but the clip is from 0 to {seconds:.2f} s: "
-            "use a start before an end inside it"
-        )
-
-
-def placed(image: Image, r: Request, files: InputFiles) -> Image:
-    """An image with its frame as an index."""
-    try:
-        frame = frame_index(image.frame, r.num_frames, r.fps)
-    except UserError as error:
-        raise UserError(f"image {image.path}: {error}") from None
-    check_range(f"image {image.path}: strength", image.strength, 0.01, 1)
-    files.image(image.path)
-    return replace(image, frame=frame)
-
-
-def image_crf(p: Planner) -> int:
-    """How strongly images are compressed first: as the model's training images were."""
-    default = 18 if p.checkpoint.version >= (2, 4) else 33
-    return default if p.request.image_crf is None else p.request.image_crf
-
-
-def reference_scale(loras: list[LoraFile], files: InputFiles) -> tuple[int, int]:
-    """The factors for references in LoRAs' metadata: smaller, slower."""
-    factors = [1, 1]
-    for lora in loras:
-        metadata = files.lora(lora.path).metadata
-        for i, axis in enumerate(("downscale", "temporal_scale")):
-            value = metadata.get(f"reference_{axis}_factor")
-            if value is None:
-                continue
-            if not re.fullmatch("[1-9]", value) or factors[i] not in (1, int(value)):
+    def check(self) -> None:
+        """UserError for whatever does not go together, or needs a missing file."""
+        r, unmet = self.r, self.unmet()
+        check(r, self.mode, unmet)
+        for fault, message in self.faults(unmet):
+            if fault:
+                raise UserError(message)
+        needed = {"transformer", "connectors"}
+        needed |= {"vae"} if "video" in self.streams else set()
+        needed |= {"audio_vae", "vocoder"} if "audio" in self.streams else set()
+        needed |= {"gemma"} if self.checkpoint.text_encoder == "gemma" else set()
+        self.checkpoint.require(*sorted(needed))
+        for lora in r.loras:
+            stages = 1 if self.mode == "one" else 2
+            if lora.stage not in (None, *range(1, stages + 1)):
                 raise UserError(
-                    f"LoRA {lora.path}: reference_{axis}_factor {value!r} is not "
-                    "possible, or differs from another LoRA's"
+                    f"LoRA {lora.path} is for stage {lora.stage}, but there are {stages}"
                 )
-            factors[i] = max(factors[i], int(value))
-    return tuple(factors)
+            if lora.strength == 0:
+                raise UserError(
+                    f"LoRA {lora.path} has strength 0, no effect: remove it"
+                )
+            check_range(f"LoRA {lora.path}: strength", lora.strength, -10, 10)
+
+    def faults(self, unmet: Mapping[str, str]) -> Iterator[tuple[Any, str]]:
+        """What no single field can declare: whether it is so, and the message."""
+        r, mode, stages = self.r, self.mode, f"--stages {self.mode}"
+        settings = [g for g in (r.video_guidance, r.audio_guidance) if g]
+        active = any(g.active for g in settings if isinstance(g, Guidance))
+        partial = [g for g in settings if isinstance(g, Mapping)]
+        yield (
+            self.distilled and (active or partial),
+            "guidance needs a dev model (this one is distilled): remove its settings",
+        )
+        yield (
+            len(self.streams) == 1 and any("modality_scale" in g for g in partial),
+            "modality_scale needs both video and audio",
+        )
+        yield (
+            r.retake and r.no_audio and "video" not in r.retake_streams,
+            "retake has nothing to regenerate: audio is off and video is kept",
+        )
+        yield (
+            not r.retake_streams or set(r.retake_streams) - set(BOTH),
+            f"unknown retake_streams {','.join(r.retake_streams)!r}: choose from video, "
+            "audio",
+        )
+        yield (
+            r.has_reference and not r.loras,
+            "a reference video needs an IC-LoRA: add --lora (or --retake or --extend, to "
+            "change the video)",
+        )
+        low, high = r.guidance_interval
+        yield low > high, "guidance_interval must be from a lower to a higher sigma"
+        yield (
+            mode == "dfr" and "2.5" in unmet,
+            f"{stages} needs {unmet.get('2.5')}",
+        )
+        yield (
+            mode != "one" and not self.upsampler,
+            f"{stages} needs a latent upsampler, which this model does not have: add its "
+            "file with --upsampler",
+        )
+        yield mode == "hq" and self.distilled, f"{stages} needs {unmet.get('dev')}"
+        yield (
+            mode == "dfr" and self.scale != 2,
+            f"{stages} needs an x2 upsampler (this one is x{float(self.scale):g})",
+        )
+        yield mode == "dfr" and r.num_frames == 1, f"{stages} needs at least 9 frames"
+        refines = mode != "one" and not self.distilled
+        yield (
+            refines and not r.distilled_lora,
+            f"{stages} of a dev model needs its distilled LoRA: add --distilled-lora",
+        )
+        yield (
+            r.distilled_lora and not refines,
+            "distilled_lora needs a dev model and --stages two, hq or dfr",
+        )
+        for name in ("distilled_lora", "detailing_lora"):
+            lora = getattr(r, name)
+            yield (
+                lora and (lora.stage or not lora.strength),
+                f"{name} takes no stage, and its strength must not be 0",
+            )
+        yield (
+            (r.temporal_upsample or r.temporal_rounds)
+            and "temporal_upsampler" not in self.checkpoint.components,
+            "doubling the frame rate needs a temporal latent upsampler, which this model "
+            "does not have: add its file with --upsampler",
+        )
+        yield (
+            r.temporal_upsample and not self.distilled and mode == "one",
+            "temporal_upsample of a dev model needs --stages two and --distilled-lora",
+        )
+        count = len(DISTILLED_SIGMAS) - 1
+        yield (
+            self.distilled and r.steps not in (None, count),
+            f"steps is {r.steps}, but a distilled model has {count} steps of its own: "
+            "remove it, or pass sigmas",
+        )
+
+    # Size, length and rate
+
+    def fit_duration(self) -> None:
+        """The most frames that the duration head may predict, if it decides: by default
+        where the model has one and no input has a duration."""
+        r, head = self.r, "duration_head"
+        fixed = r.video or r.audio or r.num_frames is not None
+        if r.auto_duration is None and (
+            fixed or head not in self.checkpoint.components
+        ):
+            return
+        self.checkpoint.require(head)
+        fps = SIZE["fps"] if r.fps is None else r.fps
+        low, high = r.auto_duration or AUTO_DURATION
+        check_range("auto_duration", low, 0, MAX_FRAMES / fps)
+        check_range("auto_duration", high, low, MAX_FRAMES / fps)
+        frames = whole_frames(high, fps, low, high)
+        frames = frames if r.num_frames is None else min(r.num_frames, frames)
+        self.r = replace(r, auto_duration=(low, high), num_frames=frames)
+
+    def fit_size(self) -> None:
+        """The size, length and rate that the user, the clip or the model chooses."""
+        multiple = SPACE_SCALE * self.scale.numerator * self.reference_scale()[0]
+        if self.r.video is not None:
+            self.fit_clip(multiple)
+        defaults = SIZE | self.checkpoint.defaults
+        missing = {k: defaults[k] for k in SIZE if getattr(self.r, k) is None}
+        r = self.r = replace(self.r, **missing)
+        config = self.checkpoint.config.get("vae", {})
+        # A decoder that reflects its borders needs two latents.
+        reflects = config.get("spatial_padding_mode", "reflect") == "reflect"
+        low = max(multiple, 2 * SPACE_SCALE) if reflects else multiple
+        high = MAX_SIDE // multiple * multiple
+        check_step("height", r.height, multiple, low, high)
+        check_step("width", r.width, multiple, low, high)
+        check_step("num_frames", r.num_frames, TIME_SCALE, 1, MAX_FRAMES, plus=1)
+        most = max(r.num_frames - 2, 0)
+        check_range("generated_keyframes", r.generated_keyframes, 0, most)
+        check_range("fps", r.fps, 1, 120)
+        for image in r.images:
+            image.index(r.num_frames, r.fps)
+            check_range(f"image {image.path}: strength", image.strength, 0.01, 1)
+            self.files.image(image.path)
+        seconds = self.files.probe(r.audio).audio_duration if r.audio else 0
+        if r.audio and r.audio_start >= seconds:
+            raise UserError(
+                f"{r.audio} has no sound at {r.audio_start:g} s: it is {seconds:.2f} s "
+                "long"
+            )
+
+    def fit_clip(self, multiple: int) -> None:
+        """The input video's size, length and rate as far as the model can have them, how
+        much of it is read, and notes about what was changed."""
+        r, clip = self.r, self.files.probe(self.r.video)
+        if not clip.has_video:
+            raise UserError(f"{r.video} has no video: pass a sound with --audio")
+        fps = float(clip.fps if r.fps is None else r.fps)
+        check_range("fps", fps, 1, 120)
+        same_rate = media.frame_rate(fps) == clip.fps
+        there = clip.num_frames if same_rate else math.floor(clip.duration * fps + 0.01)
+        frames = (min(max(there, 1), MAX_FRAMES) - 1) // TIME_SCALE * TIME_SCALE + 1
+        low = -(-2 * SPACE_SCALE // multiple) * multiple
+        fit = lambda side: max(min(side, MAX_SIDE) // multiple * multiple, low)
+        height = fit(clip.height) if r.height is None else r.height
+        width = fit(clip.width) if r.width is None else r.width
+        total = frames if r.num_frames is None else r.num_frames
+        if r.extend is not None:
+            check_range("extend", abs(r.extend), 1 / fps, MAX_FRAMES / fps)
+            more = max(round(abs(r.extend) * fps / TIME_SCALE), 1)
+            total = frames + more * TIME_SCALE
+        if r.retake is not None:
+            check_range("num_frames of a retake of this clip", total, 1, frames)
+            start, end = r.retake
+            if not 0 <= start < end or start >= total / fps:
+                raise UserError(
+                    f"retake is {start:g}-{end:g}, but the clip is from 0 to "
+                    f"{total / fps:.2f} s: use a start before an end inside it"
+                )
+        frames = min(frames, total)
+        changes = {
+            f"{clip.width}x{clip.height} resized and cropped to {width}x{height}": (
+                (height, width) != (clip.height, clip.width)
+            ),
+            f"{float(clip.fps):g} fps changed to {fps:g}": not same_rate,
+            f"{frames} of {there} frames are read (8k+1)": frames != there,
+        }
+        self.notes += [f"{r.video}: {text}" for text, true in changes.items() if true]
+        self.clip_frames, self.clip_streams = frames, BOTH[: 1 + clip.has_audio]
+        self.r = replace(r, height=height, width=width, num_frames=total, fps=fps)
+
+    def reference_scale(self) -> tuple[int, int]:
+        """By how much a reference clip is smaller and slower, by the LoRAs' metadata."""
+        loras = [lora for lora in self.r.loras if lora.stage in (None, 1)]
+        return reference_factors(loras if self.r.has_reference else (), self.files)
+
+    # Defaults by model
+
+    def guidance(self) -> dict[str, Guidance]:
+        """The model's guidance, changed by the request's, by stream."""
+        r = self.r
+        if self.distilled or self.mode == "dfr":
+            return {}
+        guidance = default_guidance(self.checkpoint, self.mode)
+        usual_blocks = default_guidance(self.checkpoint)["video"].stg_blocks
+        last = self.checkpoint.config["transformer"]["num_layers"] - 1
+        for name, defaults in guidance.items():
+            settings = getattr(r, f"{name}_guidance")
+            if isinstance(settings, Guidance):
+                guidance[name] = settings
+            elif settings:
+                # Where STG is off by default, it still has a usual block.
+                blocks = {} if defaults.stg_scale else {"stg_blocks": usual_blocks}
+                guidance[name] = replace(defaults, **{**blocks, **settings})
+            check(guidance[name], label=f"{name} ")
+            for block in guidance[name].stg_blocks or ():
+                check_range(f"{name} stg_blocks", block, 0, last)
+        if r.audio:  # is not changed
+            del guidance["audio"]
+        if len(self.streams) == 1:  # there is no other stream to agree with
+            alone = {"modality_scale": 1.0}
+            guidance = {k: replace(guidance[k], **alone) for k in self.streams}
+        return guidance
+
+    def negative_prompt(self, guidance: Mapping[str, Guidance]) -> tuple[str, ...]:
+        """The prompt of the unconditional pass, if there is one."""
+        prompt = self.r.negative_prompt
+        if any(g.cfg_scale != 1 for g in guidance.values()):
+            return (NEGATIVE_PROMPT if prompt is None else prompt,)
+        if prompt is not None:
+            raise UserError("negative_prompt needs cfg_scale above 1, and a dev model")
+        return ()
+
+    def decoder(self) -> str:
+        """The component that decodes: the lighter one if the model has both."""
+        c, parts = self.checkpoint.config.get("vae", {}), self.checkpoint.components
+        has = {"conv": "decoder_blocks" in c, "diffusion": "diffusion_decoder" in parts}
+        kind = self.r.video_decoder or ("conv" if has["conv"] else "diffusion")
+        if not has[kind] and "video" in self.streams:
+            raise UserError(f"this model has no {kind} video decoder")
+        return DECODERS[kind]
+
+    def sigmas(self, size: Size) -> tuple[float, ...]:
+        """The first stage's schedule: the request's, the distilled one, or by steps."""
+        r = self.r
+        if r.sigmas is not None:
+            s, falling = r.sigmas, all(a > b for a, b in zip(r.sigmas, r.sigmas[1:]))
+            if len(s) < 2 or not falling or not 0 <= s[-1] < s[0] <= 1:
+                raise UserError(
+                    "sigmas must fall from at most 1 to at least 0, e.g. "
+                    f"1,0.9,0.7,0.4,0; got {','.join(f'{v:g}' for v in s)}"
+                )
+            return s
+        if self.distilled or self.mode == "dfr":
+            return DISTILLED_SIGMAS
+        default = 30 if self.checkpoint.version >= (2, 3) else 40
+        default = 15 if self.mode == "hq" else default
+        steps = default if r.steps is None else r.steps
+        check_range("steps", steps, 2, 1000)
+        # Only the reference's hq pipeline counts its tokens.
+        counted = (size.tokens,) if self.mode == "hq" else ()
+        return shifted_sigmas(steps, *counted)
+
+    # Stages
+
+    def stages(self, guidance: Mapping[str, Guidance]) -> Iterator[Stage]:
+        """The stages by the rows of the mode."""
+        r, mode = self.r, self.mode
+        if mode == "two" and not self.distilled and not r.keyframes:
+            mode = "two of a dev model"
+        frames = r.num_frames
+        keyframes = evenly_spaced(r.generated_keyframes, frames)
+        if mode == "dfr":
+            frames, keyframes = windows.canvas(frames)
+        sound = audio_tokens(frames, r.fps) * ("audio" in self.streams)
+        full = Size(r.width, r.height, frames, r.fps, sound)
+        small, doubled = full.divided(self.scale), full.doubled()
+        sizes = {"small": small, "full": full, "doubled": doubled}
+        ancestral = self.distilled and self.checkpoint.version >= (2, 5)
+        axis = {"spatial": self.upsampler, "temporal": "temporal_upsampler"}
+        rows = MODES[mode] + (DOUBLED,) * r.temporal_upsample
+        for n, row in enumerate(rows, 1):
+            first, size = n == 1, sizes[row.size]
+            sampler = row.sampler or ("euler_ancestral" if ancestral else "euler")
+            sigmas = self.sigmas(size) if first else row.sigmas
+            yield Stage(
+                f"stage{n}",
+                size,
+                sigmas,
+                r.sampler if first and r.sampler else sampler,
+                1.0 if first else sigmas[0],
+                guidance if row.guided else {},
+                r.guidance_interval if row.guided else (0.0, 1.0),
+                r.step_cache if first else 0.0,
+                self.loras(n, row.distilled_lora),
+                axis.get(row.upsampler),
+                self.conditions(n, size, keyframes if row.keyframes else ()),
+                row.final,
+            )
+        for round_ in range(1, r.temporal_rounds + 1):
+            # The keyframes of the round before are every other one of this round's.
+            segments = len(keyframes) * 2 ** (round_ - 1)
+            for tile in windows.tiles(segments, 2 * keyframes[0], 2**round_):
+                n += 1
+                yield self.tile_stage(n, tile, full)
+
+    def tile_stage(self, n: int, tile: windows.Tile, full: Size) -> Stage:
+        """A tile of one of dfr's rounds, which double the frame rate."""
+        fps = min(full.fps * tile.rate, windows.MAX_FPS)
+        size = replace(full, num_frames=tile.num_frames, fps=fps, audio_tokens=0)
+        images = self.images(size, tile.rate, tile.first)
+        return Stage(
+            f"stage{n}",
+            size,
+            TILE_SIGMAS,
+            TILE_SAMPLER,
+            TILE_SIGMAS[0],
+            loras=self.loras(None, 1),
+            upsampler=None if tile.lead else "temporal_upsampler",
+            conditions={"video": (*images, conditions.TileKeyframes(tile))},
+            final=("video",),
+            part=tile,
+        )
+
+    def loras(self, n: Optional[int], distilled: float) -> tuple[LoraFile, ...]:
+        """The LoRAs of stage `n`: the user's, the distilled one by a factor of its
+        strength, dfr's detailing one. A reference's LoRA is for the first stage."""
+        r = self.r
+        general = n != 2 or not r.has_reference
+        loras = [x for x in r.loras if x.stage == n or general and x.stage is None]
+        if r.distilled_lora and distilled:
+            strength = r.distilled_lora.strength * distilled
+            loras.append(replace(r.distilled_lora, strength=strength))
+        return (*loras, *((r.detailing_lora,) if r.detailing_lora and n == 2 else ()))
+
+    def conditions(
+        self, n: int, size: Size, keyframes: tuple[int, ...]
+    ) -> dict[str, tuple[Condition, ...]]:
+        """The conditions of stage `n` by stream, in the reference's order."""
+        r, clip = self.r, (self.r.video, self.clip_frames)
+        video = list(self.images(size, round(size.fps / r.fps)))
+        audio = [conditions.HoldSound(r.audio, r.audio_start)] if r.audio else []
+        for stream, items in zip(self.clip_streams, (video, audio)):
+            if r.extend is not None:
+                items.append(conditions.HoldClip(*clip, stream, r.extend < 0))
+            if r.retake is not None:
+                span = r.retake if stream in r.retake_streams else None
+                items.append(conditions.RetakeClip(*clip, stream, span))
+        if r.has_reference and n == 1:
+            weights = r.reference_strength, r.reference_attention
+            scale = self.reference_scale()
+            video.append(conditions.ReferenceClip(*clip, *weights, *scale))
+        if keyframes:
+            video.append(conditions.NewKeyframes(keyframes))
+        if r.detailing_lora and n == 2:
+            factor, _ = reference_factors([r.detailing_lora], self.files)
+            video.append(conditions.PreviousAsReference(max(factor, 2)))
+        both = {"video": tuple(video), "audio": tuple(audio)}
+        return {stream: both[stream] for stream in self.streams}
+
+    def images(self, size: Size, rate: int, first: int = 0) -> Iterator[Condition]:
+        """The images of a stage at `rate` times the frame rate, from frame `first` on."""
+        r, crf = self.r, 18 if self.checkpoint.version >= (2, 4) else 33
+        crf = crf if r.image_crf is None else r.image_crf
+        for image in r.images:
+            frame = image.index(r.num_frames, r.fps) * rate - first
+            source = image.path, image.strength, crf
+            if frame == 0 and not r.keyframes:
+                yield conditions.ShowImage(*source)
+            elif 0 <= frame < size.num_frames:
+                yield conditions.GuideImage(*source, frame)
 
 
 def default_guidance(checkpoint: Checkpoint, mode: str = "one") -> dict[str, Guidance]:
@@ -542,197 +548,17 @@ def default_guidance(checkpoint: Checkpoint, mode: str = "one") -> dict[str, Gui
     return {"video": video, "audio": replace(video, cfg_scale=7.0)}
 
 
-def guidance_by_stream(p: Planner) -> dict[str, Guidance]:
-    """The model's guidance, changed by the request's, for the streams it applies to."""
-    r = p.request
-    if p.distilled or p.mode == "dfr":
-        return {}
-    guidance = default_guidance(p.checkpoint, p.mode)
-    usual_blocks = default_guidance(p.checkpoint)["video"].stg_blocks
-    last = p.checkpoint.config["transformer"]["num_layers"] - 1
-    for name, defaults in guidance.items():
-        settings = getattr(r, f"{name}_guidance")
-        if isinstance(settings, Guidance):
-            guidance[name] = settings
-        elif settings:
-            # Where STG is off by default, it still has a usual block.
-            blocks = {} if defaults.stg_scale else {"stg_blocks": usual_blocks}
-            guidance[name] = replace(defaults, **{**blocks, **settings})
-        check(guidance[name], label=f"{name} ")
-        for block in guidance[name].stg_blocks or ():
-            check_range(f"{name} stg_blocks", block, 0, last)
-    changed = [k for k in p.streams if not (k == "audio" and r.audio)]
-    guidance = {k: guidance[k] for k in changed}
-    if len(p.streams) == 1:  # there is no other stream to agree with
-        guidance = {k: replace(g, modality_scale=1.0) for k, g in guidance.items()}
-    return guidance
-
-
-def negative_prompt(r: Request, guidance: Mapping[str, Guidance]) -> tuple[str, ...]:
-    """The prompt of the unconditional pass, if there is one."""
-    if any(g.cfg_scale != 1 for g in guidance.values()):
-        return (NEGATIVE_PROMPT if r.negative_prompt is None else r.negative_prompt,)
-    if r.negative_prompt is not None:
-        raise UserError("negative_prompt needs cfg_scale above 1, and a dev model")
-    return ()
-
-
-def decoder(p: Planner) -> str:
-    """The component that decodes: the lighter one if the model has both."""
-    has_conv = "decoder_blocks" in p.checkpoint.config.get("vae", {})
-    has = {
-        "conv": has_conv,
-        "diffusion": "diffusion_decoder" in p.checkpoint.components,
-    }
-    kind = p.request.video_decoder or ("conv" if has_conv else "diffusion")
-    if not has[kind] and not p.request.audio_only:
-        raise UserError(f"this model has no {kind} video decoder")
-    return DECODERS[kind]
-
-
-# Stages
-
-
-def lay_out(p: Planner, guidance: Mapping[str, Guidance]) -> Iterator[Stage]:
-    """The stages of a request, by the rows of its mode."""
-    r = p.request
-    frames, keyframes = r.num_frames, evenly_spaced(r.generated_keyframes, r.num_frames)
-    if p.mode == "dfr":
-        frames, keyframes = canvas(r.num_frames)
-    sound = audio_tokens(frames, r.fps) if "audio" in p.streams else 0
-    full = Size(r.width, r.height, frames, r.fps, sound)
-    sizes = {"small": full.divided(p.scale), "full": full, "doubled": full.doubled()}
-    for n, row in enumerate(p.rows, 1):
-        size = sizes[row.size]
-        first = n == 1
-        sigmas = first_sigmas(p, size) if first else row.sigmas
-        axis = {"spatial": p.upsampler, "temporal": "temporal_upsampler", None: None}
-        yield Stage(
-            f"stage{n}",
-            size,
-            sigmas,
-            (first and r.sampler) or row.sampler or default_sampler(p),
-            1.0 if first else sigmas[0],
-            guidance if row.guided else {},
-            r.guidance_interval if row.guided else (0.0, 1.0),
-            r.step_cache if first else 0.0,
-            stage_loras(p, n, row.distilled_lora),
-            axis[row.upsampler],
-            stage_conditions(p, n, size, keyframes if row.keyframes else ()),
-            row.final,
-        )
-    if r.temporal_rounds:
-        yield from lay_out_tiles(p, full, keyframes)
-
-
-def lay_out_tiles(
-    p: Planner, full: Size, keyframes: tuple[int, ...]
-) -> Iterator[Stage]:
-    """dfr's rounds: each doubles the frame rate and refines the canvas tile by tile."""
-    number = len(p.rows)
-    for n in range(1, p.request.temporal_rounds + 1):
-        # The keyframes of the round before are every other one of this round's.
-        segments, rate = len(keyframes) * 2 ** (n - 1), 2**n
-        for tile in tiles(segments, 2 * keyframes[0], rate):
-            number += 1
-            fps = min(full.fps * rate, MAX_FPS)
-            size = replace(full, num_frames=tile.num_frames, fps=fps, audio_tokens=0)
-            images = stage_images(p, size, rate, tile.first)
-            yield Stage(
-                f"stage{number}",
-                size,
-                TILE_SIGMAS,
-                TILE_SAMPLER,
-                TILE_SIGMAS[0],
-                loras=stage_loras(p, None, 1),
-                upsampler=None if tile.lead else "temporal_upsampler",
-                conditions={"video": (*images, TileKeyframes(tile))},
-                final=("video",),
-                part=tile,
-            )
-
-
-def first_sigmas(p: Planner, size: Size) -> tuple[float, ...]:
-    """The first stage's schedule: the request's, the distilled one, or by steps."""
-    r = p.request
-    if r.sigmas is not None:
-        s = tuple(float(v) for v in r.sigmas)
-        falling = all(a > b for a, b in zip(s, s[1:]))
-        if len(s) < 2 or not falling or not 0 <= s[-1] < s[0] <= 1:
-            raise UserError(
-                f"sigmas must fall from at most 1 to at least 0, e.g. 1,0.9,0.7,0.4,0; "
-                f"got {','.join(f'{v:g}' for v in s)}"
-            )
-        return s
-    if p.distilled or p.mode == "dfr":
-        return DISTILLED_SIGMAS
-    default = 15 if p.mode == "hq" else 30 if p.checkpoint.version >= (2, 3) else 40
-    steps = default if r.steps is None else r.steps
-    check_range("steps", steps, 2, 1000)
-    # Only the reference's hq pipeline counts its tokens.
-    return (
-        shifted_sigmas(steps, size.tokens) if p.mode == "hq" else shifted_sigmas(steps)
-    )
-
-
-def default_sampler(p: Planner) -> str:
-    """The reference's sampler for a first stage."""
-    ancestral = p.distilled and p.checkpoint.version >= (2, 5)
-    return "euler_ancestral" if ancestral else "euler"
-
-
-def stage_loras(p: Planner, n: Optional[int], distilled: float) -> tuple[LoraFile, ...]:
-    """The LoRAs of stage `n`: the user's, the distilled one by a factor of its strength,
-    dfr's detailing one. A reference's LoRA is for the first stage."""
-    r = p.request
-    loras = tuple(lora for lora in r.loras if lora.stage in (None, n))
-    if n == 2 and r.has_reference:
-        loras = tuple(lora for lora in loras if lora.stage == 2)
-    if r.distilled_lora and distilled:
-        strength = r.distilled_lora.strength * distilled
-        loras += (replace(r.distilled_lora, strength=strength),)
-    return loras + ((r.detailing_lora,) if r.detailing_lora and n == 2 else ())
-
-
-def stage_conditions(
-    p: Planner, n: int, size: Size, keyframes: tuple[int, ...]
-) -> dict[str, tuple[Condition, ...]]:
-    """The conditions of stage `n` by stream, in the reference's order."""
-    r, conditions = p.request, {stream: [] for stream in p.streams}
-    add = lambda stream, *new: stream in conditions and conditions[stream].extend(new)
-    add("video", *stage_images(p, size, round(size.fps / r.fps)))
-    if r.audio:
-        add("audio", HoldSound(r.audio, r.audio_start))
-    for stream in ("video", "audio")[: 1 + p.clip_has_audio] if r.changes_clip else ():
-        add(stream, clip_part(p, stream))
-    if r.has_reference and n == 1:
-        weights = r.reference_strength, r.reference_attention
-        where = r.video, p.clip_frames
-        add("video", ReferenceClip(*where, *weights, *p.reference_scale))
-    if keyframes:
-        add("video", NewKeyframes(keyframes))
-    if r.detailing_lora and n == 2:
-        factor = reference_scale([r.detailing_lora], p.files)[0]
-        add("video", PreviousAsReference(max(factor, 2)))
-    return {stream: tuple(items) for stream, items in conditions.items()}
-
-
-def clip_part(p: Planner, stream: str) -> ClipPart:
-    """What a stream keeps of the clip that is changed."""
-    r = p.request
-    part = r.video, stream, p.clip_frames
-    if r.extend is not None:
-        return HoldClip(*part, at_end=r.extend < 0)
-    return RetakeClip(*part, r.retake if stream in r.retake_streams else None)
-
-
-def stage_images(
-    p: Planner, size: Size, rate: int = 1, first: int = 0
-) -> Iterator[Condition]:
-    """The images of a stage at `rate` times the frame rate, from frame `first` on."""
-    for image in p.request.images:
-        frame = image.frame * rate - first
-        if 0 <= frame < size.num_frames:
-            facts = image.path, image.strength, image_crf(p)
-            shown = frame == 0 and not p.request.keyframes
-            yield ShowImage(*facts) if shown else GuideImage(*facts, frame)
+def reference_factors(loras, files: InputFiles) -> tuple[int, int]:
+    """The factors for references in LoRAs' metadata: smaller, slower."""
+    factors = [1, 1]
+    for lora in loras:
+        metadata = files.lora(lora.path).metadata
+        for i, axis in enumerate(("downscale", "temporal_scale")):
+            value = metadata.get(f"reference_{axis}_factor", str(factors[i]))
+            if not re.fullmatch("[1-9]", value) or factors[i] not in (1, int(value)):
+                raise UserError(
+                    f"LoRA {lora.path}: reference_{axis}_factor {value!r} is not "
+                    "possible, or differs from another LoRA's"
+                )
+            factors[i] = int(value)
+    return tuple(factors)

@@ -34,7 +34,7 @@ GEMMA = json.loads((DATA / "gemma3" / "config.json").read_text())
 
 
 def widths(heads: int, video: int, audio: int) -> dict[str, int]:
-    """A transformer's sizes; both streams have as many heads."""
+    """A transformer's sizes, with the same number of heads in both streams."""
     return {
         "num_attention_heads": heads,
         "attention_head_dim": video,
@@ -48,7 +48,7 @@ def widths(heads: int, video: int, audio: int) -> dict[str, int]:
 def video_channels(
     official: str, latent: int, encoder: tuple[str, str], decoder: tuple[str, str]
 ) -> dict[str, dict]:
-    """Transformer and VAE with fewer channels: layers and multipliers by digits."""
+    """Sections with fewer channels; each digit is the layers or multiplier of a block."""
     vae: dict[str, Any] = {
         "latent_channels": latent,
         "encoder_base_channels": latent,
@@ -68,7 +68,7 @@ def video_channels(
 
 
 def merge(*configs: dict) -> dict:
-    """Configurations one on top of the other, section by section."""
+    """Merge configurations section by section; later ones override earlier ones."""
     merged: dict[str, Any] = {}
     for config in configs:
         for key, value in config.items():
@@ -105,7 +105,7 @@ LTX_2_3 = merge(
             "audio_connector_num_attention_heads": 4,
             "audio_connector_attention_head_dim": 16,
             **widths(heads=4, video=32, audio=16),
-            # Released models have 1000 and 20 twice over, which hides mix-ups.
+            # Released models have 1000 and 20 for both, which would hide mix-ups.
             "av_ca_timestep_scale_multiplier": 800.0,
             "audio_positional_embedding_max_pos": [30],
         },
@@ -307,7 +307,7 @@ def build(name: str, folder: str | Path, seed: int = 0, **changes: Any) -> Path:
     """Write the checkpoint `name` into `folder` and return its path.
 
     `changes` are merged into the configuration: sections for a model or its LoRAs
-    (`transformer={"num_layers": 4}`; `gemma=` takes the text encoder's sizes), plain
+    (`transformer={"num_layers": 4}`; `gemma=` has the text encoder's sizes), plain
     values for an upsampler, `text_config=` for "gemma3".
     """
     path = Path(folder) / f"{name}.safetensors"

@@ -1,4 +1,4 @@
-"""Fixtures every test may use: small checkpoints and the reference's numbers."""
+"""Common fixtures: small checkpoints and the reference's numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Callable[..., Path]:
-    """`checkpoint("ltx-2.3")`: a path, built once a session (`checkpoints.build`)."""
+    """`checkpoint("ltx-2.3")`: a path; each is built once (`checkpoints.build`)."""
     built: dict[str, Path] = {}
 
     def get(name: str, seed: int = 0, **changes: Any) -> Path:
@@ -38,16 +38,16 @@ def checkpoint(tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module", params=["ltx-2", "ltx-2.3"])
 def name(request) -> str:
-    """Each generation's checkpoint in turn."""
+    """The checkpoints of two generations."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, Any]]:
-    """`golden("ltx-2/vae_decode")`: what the reference took and gave.
+    """`golden("ltx-2/vae_decode")`: inputs and outputs of the reference.
 
-    Arrays by key, `in.*`, `mid.*` and `out.*`, float32 and channels-first as in torch;
-    the settings of the run under "info" (see golden/README.md).
+    Arrays by key, `in.*`, `mid.*` and `out.*`, float32 and channels first as in torch;
+    "info" has the settings of the run (see golden/README.md).
     """
 
     def get(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What tests against the reference's numbers share."""
+"""Helpers of tests that compare with the reference's numbers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def channels_last(x: np.ndarray) -> mx.array:
 
 
 def relative_error(ours: mx.array, reference: mx.array) -> float:
-    """The largest difference beside the largest value of the reference."""
+    """The largest difference divided by the largest value of the reference."""
     assert ours.shape == reference.shape
     return (mx.abs(ours - reference).max() / mx.abs(reference).max()).item()
 
 
 def cosine(ours: mx.array, reference: mx.array) -> float:
-    """Of the angle between two arrays, in float64: for fewer bits than the reference."""
+    """Cosine similarity in float64, for precisions that a maximum error would not suit."""
     a, b = (
         np.array(x.astype(mx.float32), np.float64).ravel() for x in (ours, reference)
     )
@@ -30,7 +30,7 @@ def cosine(ours: mx.array, reference: mx.array) -> float:
 
 
 def read(path: Path, section: str = "") -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """A checkpoint's configuration and tensors as stored, or one component's."""
+    """Configuration and stored tensors of a checkpoint, or of one component."""
     weights, metadata = mx.load(str(path), return_metadata=True)
     config = json.loads(metadata["config"])
     prefix = section and f"{section}."

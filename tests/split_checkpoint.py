@@ -1,4 +1,4 @@
-"""The split files of LTX-2.5 with small random weights, as `checkpoints` has the others.
+"""The split files of LTX-2.5 with small random weights; `checkpoints` has the other models.
 
 python tests/split_checkpoint.py /tmp/models
 """
@@ -112,7 +112,7 @@ def duration_head(c: dict, head: dict) -> Shapes:
 
 
 def build(folder: str | Path, seed: int = 0, **changes: Any) -> Path:
-    """Write the pack into `folder`/ltx-2.5 and return its path."""
+    """Write the files into `folder`/ltx-2.5 and return its path."""
     root = Path(folder) / "ltx-2.5"
     gemma = json.loads((HERE / "config.json").read_text())
     gemma = merge(gemma, changes.pop("gemma", {}))
@@ -174,7 +174,7 @@ def build(folder: str | Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def build_lora(kind: str, folder: str | Path, seed: int = 0) -> Path:
-    """Write a LoRA of `checkpoints.LORAS` for the pack and return its path."""
+    """Write a LoRA of `checkpoints.LORAS` for LTX-2.5 and return its path."""
     rank, parts, metadata = LORAS[kind]
     shapes = lora(merge(CONFIGS["ltx-2.5-22b"], LTX_2_5)["transformer"], rank, parts)
     path = Path(folder) / f"ltx-2.5-{kind}.safetensors"

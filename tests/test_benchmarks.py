@@ -1,4 +1,4 @@
-"""What the benchmarks count: the operations of released models, none of them computed."""
+"""The benchmarks count operations of released models without computing them."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import benchmark  # noqa: E402
 
 
-def test_operations_of_an_attention_are_counted():
+def test_the_flops_of_attention_are_counted():
     tokens, width = 10, 64
     attention = Attention(width, heads=2, head_dim=32)
     with benchmark.flops() as count:
@@ -30,7 +30,7 @@ def test_a_step_of_four_passes_costs_at_most_3_4_forwards(name):
     assert mx.get_peak_memory() - before < 1e9  # no weights are made
 
 
-def test_what_is_compared_takes_turns():
+def test_compared_functions_run_alternately():
     order = []
     watch = lambda name: lambda: order.append(name) or mx.zeros(1)
     found = benchmark.measure(3, a=watch("a"), b=watch("b"))
@@ -38,13 +38,13 @@ def test_what_is_compared_takes_turns():
     assert found.keys() == {"a", "b"} and found["a"][0] > 0
 
 
-def test_what_machines_exchange_is_counted():
+def test_the_bytes_that_machines_exchange_are_counted():
     size, tokens, sound = (768, 512, 121), 16 * 16 * 24, 126
     sent = benchmark.exchanged("ltx-2-19b-dev", size, machines=4)
     ring = 1.5  # times the bytes to be summed
     # Velocities of four passes, in float32.
     velocities = 4 * 4 * 128 * (tokens + sound)
     assert sent["passes"] == pytest.approx(ring * velocities)
-    # Outputs of four layers a stream and block, of 3.04 to 3.4 passes, and the norms.
+    # Outputs of four layers per stream and block, in 3.04 to 3.4 passes, and the norms.
     outputs = 48 * 4 * 2 * (4096 * tokens + 2048 * sound)
     assert 3.04 < sent["shards"] / (ring * outputs) < 3.4

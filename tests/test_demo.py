@@ -1,7 +1,7 @@
-"""The demo model means what it says: a judge finds in its clips what the prompts ask for.
+"""Clips of the demo model show what the prompts say, as measured by demo/judge.py.
 
-A bug of sampling, conditioning or quantisation that no random weights show turns red into
-blue here. `benchmarks/obedience.py` asks for all combinations; these are a few of them.
+A bug of sampling, conditioning or quantization that random weights do not show turns red
+into blue here. `benchmarks/prompt_adherence.py` tests all combinations, this file a few.
 """
 
 import sys
@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
-import obedience  # noqa: E402
-from obedience import DEMO, make  # noqa: E402
+import prompt_adherence  # noqa: E402
+from prompt_adherence import DEMO, make  # noqa: E402
 
 import generate  # noqa: E402
 from demo import data  # noqa: E402
@@ -22,7 +22,7 @@ from demo.judge import judge, pan_track, read_mp4  # noqa: E402
 from ltx2 import pipeline  # noqa: E402
 from ltx2.base import UserError  # noqa: E402
 
-ASKED = [
+SCENES = [
     ("circle", "red", "right", "low"),
     ("square", "blue", "up", "high"),
     ("triangle", "yellow", "left", "middle"),
@@ -46,30 +46,30 @@ def prompt(s: data.Scene) -> tuple[data.Scene, str]:
 
 
 @pytest.fixture(scope="module")
-def asked():
-    return [prompt(scene(*words)) for words in ASKED]
+def prompts():
+    return [prompt(scene(*words)) for words in SCENES]
 
 
 @pytest.fixture(scope="module")
-def made(asked, tmp_path_factory):
-    """The clips in float32, and what the judge finds in each."""
-    clips = make(DEMO, asked, tmp_path_factory.mktemp("clips"))
+def made(prompts, tmp_path_factory):
+    """The results in float32, and the attributes that the judge measures."""
+    clips = make(DEMO, prompts, tmp_path_factory.mktemp("clips"))
     return [(result, judge(*read_mp4(path))) for path, result in clips]
 
 
-def right(asked, found, name: str) -> int:
-    return sum(f[name] == getattr(s, name) for (s, _), f in zip(asked, found))
+def correct(prompts, found, name: str) -> int:
+    return sum(f[name] == getattr(s, name) for (s, _), f in zip(prompts, found))
 
 
-def test_prompts_are_obeyed(asked, made):
+def test_clips_follow_their_prompts(prompts, made):
     found = [f for _, f in made]
     for name in ("colour", "motion", "pitch", "background"):
-        assert right(asked, found, name) == len(asked), (name, found)
-    assert right(asked, found, "shape") >= len(asked) - 1, found
+        assert correct(prompts, found, name) == len(prompts), (name, found)
+    assert correct(prompts, found, "shape") >= len(prompts) - 1, found
 
 
-def test_the_sound_comes_from_where_the_shape_is(asked, made):
-    for (s, _), (result, found) in zip(asked, made):
+def test_the_sound_moves_with_the_shape(prompts, made):
+    for (s, _), (result, found) in zip(prompts, made):
         pan = pan_track(result.waveform, 25)
         moved = pan[-5:].mean() - pan[:5].mean()
         assert found["pan_error"] < 0.12
@@ -77,28 +77,28 @@ def test_the_sound_comes_from_where_the_shape_is(asked, made):
             assert moved * {"right": 1, "left": -1}[s.motion] > 0.1
 
 
-def test_four_bits_obey_too(asked, tmp_path):
-    ((path, _),) = make(DEMO, asked[:1], tmp_path, bits=4)
+def test_a_4_bit_model_follows_its_prompt(prompts, tmp_path):
+    ((path, _),) = make(DEMO, prompts[:1], tmp_path, bits=4)
     found = judge(*read_mp4(path))
     assert (found["colour"], found["pitch"]) == ("red", "low")
 
 
-def test_a_clip_begins_with_the_picture_it_is_given(asked, tmp_path):
-    ((path, result),) = make(DEMO, asked[:1], tmp_path, image=True)
-    drawn = data.render(asked[0][0], [0])[0]
-    assert obedience.decibels(result.frames[0], drawn) > 25
+def test_the_first_frame_of_image_to_video_is_the_image(prompts, tmp_path):
+    ((path, result),) = make(DEMO, prompts[:1], tmp_path, image=True)
+    drawn = data.render(prompts[0][0], [0])[0]
+    assert prompt_adherence.decibels(result.frames[0], drawn) > 25
 
 
-def test_guided_steps_obey(asked, tmp_path):
+def test_a_guided_run_follows_its_prompt(prompts, tmp_path):
     ((path, result),) = make(
-        DEMO, asked[1:2], tmp_path, kind="dev", options=obedience.GUIDED
+        DEMO, prompts[1:2], tmp_path, kind="dev", options=prompt_adherence.GUIDED
     )
     found = judge(*read_mp4(path))
     assert found["colour"] == "blue" and found["motion"] == "up"
 
 
-def test_another_seed_makes_another_clip_and_the_same_one_the_same(asked):
-    pipe, prompt = pipeline.load(str(DEMO), dtype="float32"), asked[0][1]
+def test_clips_are_equal_if_and_only_if_their_seeds_are(prompts):
+    pipe, prompt = pipeline.load(str(DEMO), dtype="float32"), prompts[0][1]
     options = dict(contexts=pipe.encode_prompts([prompt]), no_audio=True)
     first, again, other = (
         pipe.generate(prompt, seed=seed, sigmas=(1.0, 0.5, 0.0), **options)
@@ -108,16 +108,16 @@ def test_another_seed_makes_another_clip_and_the_same_one_the_same(asked):
     assert not mx.allclose(other.video_latents, first.video_latents, atol=0.1)
 
 
-def test_sound_alone_is_heard(asked):
+def test_audio_only_has_the_right_pitch(prompts):
     pipe = pipeline.load(str(DEMO), dtype="float32")
-    sound = pipe.generate(asked[0][1], audio_only=True)
+    sound = pipe.generate(prompts[0][1], audio_only=True)
     assert (
         judge(np.zeros((25, 96, 96, 3), np.uint8), sound.waveform, 24000)["pitch"]
         == "low"
     )
 
 
-def test_it_is_what_runs_when_nothing_is_converted(monkeypatch, tmp_path, capsys):
+def test_the_demo_runs_if_no_model_is_given_or_converted(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["generate.py", "--prompt", "a red ball", "--plan"]
     monkeypatch.setattr(sys, "argv", argv)

@@ -1,4 +1,4 @@
-"""The demo's judge reads back what its generator drew and played."""
+"""The demo's judge measures what its generator drew and played."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from demo.judge import judge
 from ltx2.weights import COMPONENTS
 
 
-def judged(scene: data.Scene, rate: int = 24000) -> dict:
+def measured(scene: data.Scene, rate: int = 24000) -> dict:
     return judge(data.render(scene), data.sound(scene, rate), rate)
 
 
 @pytest.mark.parametrize("motion", data.MOTIONS)
-def test_the_judge_reads_every_attribute_of_synthetic_clips(motion):
+def test_the_judge_measures_every_attribute_of_synthetic_clips(motion):
     rng = np.random.default_rng(len(motion))
     for shape, colour in itertools.product(data.SHAPES, data.COLOURS):
         scene = data.sample_scene(rng, motion=motion, shape=shape, colour=colour)
-        found = judged(scene)
+        found = measured(scene)
         assert {
             k: found[k] for k in ("shape", "colour", "motion", "background", "pitch")
         } == {
@@ -38,19 +38,19 @@ def test_the_judge_reads_every_attribute_of_synthetic_clips(motion):
 
 
 @pytest.mark.parametrize("rate", [16000, 24000, 48000])
-def test_pitch_is_read_at_any_rate(rate):
+def test_pitch_is_measured_at_any_sample_rate(rate):
     rng = np.random.default_rng(1)
     for pitch, timbre in itertools.product(data.PITCHES, data.TIMBRES):
         scene = data.sample_scene(rng, pitch=pitch, timbre=timbre)
-        assert judged(scene, rate)["pitch"] == pitch
+        assert measured(scene, rate)["pitch"] == pitch
 
 
-def test_nothing_is_read_from_nothing():
+def test_an_empty_silent_clip_has_no_attributes():
     found = judge(np.full((25, 96, 96, 3), 30, np.uint8), np.zeros((24000, 2)), 24000)
     assert [found[k] for k in ("colour", "shape", "motion", "pitch")] == [None] * 4
 
 
-def test_a_mirrored_clip_moves_the_other_way_and_its_sound_is_elsewhere():
+def test_in_a_mirrored_clip_motion_is_reversed_and_sound_is_misplaced():
     rng = np.random.default_rng(2)
     scene = data.sample_scene(rng, motion="right")
     found = judge(data.render(scene)[:, :, ::-1], data.sound(scene, 24000), 24000)
@@ -69,7 +69,7 @@ def test_a_bounce_clicks_when_it_touches_the_floor():
     )
 
 
-def test_captions_name_what_is_there_and_unseen_wordings_differ():
+def test_unseen_captions_name_the_attributes_in_other_wordings():
     rng = np.random.default_rng(4)
     seen = {data.caption(data.sample_scene(rng), rng) for _ in range(2000)}
     assert len(seen) > 1950
@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_clip_and_caption():
 @pytest.mark.parametrize(
     "name", ["transformer", "connectors", "vae", "audio_vae", "vocoder"]
 )
-def test_the_demo_is_built_of_the_ordinary_models(name):
+def test_the_demo_config_fits_the_product_models_without_warnings(name):
     config = json.loads((Path(data.__file__).parent / "config.json").read_text())
     section, component = COMPONENTS[name]
     with warnings.catch_warnings():

@@ -7,15 +7,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from parity import channels_last, relative_error
-from test_ltx25 import texts
+from test_ltx25 import plan, texts
 from test_pipeline import QuickVocoder, recorded_noise
 
 import generate
-from ltx2 import inputs, media, pipeline, weights
+from ltx2 import media, pipeline, weights
 from ltx2.base import UserError
-from ltx2.dfr import canvas, tiles
-from ltx2.request import Image, LoraFile, Request, plan
+from ltx2.conditions import GuideImage, ShowImage
+from ltx2.request import Image, LoraFile, Request
 from ltx2.snapshot import Snapshot
+from ltx2.windows import canvas, tiles
 
 SIZE = {"height": 128, "width": 128, "stages": "dfr"}
 QUICK = SIZE | {"num_frames": 41, "temporal_rounds": 1, "sigmas": (1.0, 0.5, 0.0)}
@@ -91,7 +92,7 @@ def test_tiles_are_stitched_to_the_canvas_and_the_earlier_wins(segments, rate, l
     for n, tile in enumerate(parts):
         made = tile.cut(given["video"]) + 1000 * n
         slots = mx.array([tile.slots]) + tile.first
-        given = tile.stitch(given, {"video": made, "keyframes": slots})
+        given = tile.merge(given, {"video": made, "keyframes": slots})
     assert given.keys() == {"video", "keyframes"}
     video, by = given["video"][0] % 1000, given["video"][0] // 1000
     assert video.tolist() == list(range(frames))
@@ -126,7 +127,7 @@ def test_a_run_is_the_references(load, case, golden, checkpoint, tmp_path):
     pipe = load("dev" if g["info"]["distilled_lora"] else "distilled")
     request, stages = asked(g, checkpoint, tmp_path), g["info"]["stages"]
     job = pipe.plan(request)
-    assert [(s.num_frames, s.fps) for s in job.stages] == [
+    assert [(s.size.num_frames, s.size.fps) for s in job.stages] == [
         (stage["frames"], stage["fps"]) for stage in stages
     ]
     pipe._loaded["vocoder"] = QuickVocoder()
@@ -155,7 +156,7 @@ def test_the_rate_and_the_length_double_and_the_sound_stays(
     argv += ["--detailing-lora", str(checkpoint("ltx-2.5-lora2")) + ":0.5"]
     monkeypatch.setattr(sys, "argv", argv)
     generate.main()
-    assert "note: 25 frames are made" in capsys.readouterr().out
+    assert "note: 25 frames are generated" in capsys.readouterr().out
     made = media.probe("output.mp4")
     assert (made.num_frames, made.fps, made.has_audio) == (17, 48, True)
     assert made.audio_duration == pytest.approx(17 / 48, abs=0.03)
@@ -195,11 +196,10 @@ def test_a_tile_is_shown_the_images_of_its_frames(load, tmp_path):
     options = SIZE | {"num_frames": 73, "temporal_rounds": 1}
     pipe = load()
     job = pipe.plan(Request("a fox", images=images, **options))
-    *_, first, second = (
-        inputs.encode(job, stage, pipe.component)["video"].items for stage in job.stages
-    )
-    assert second.pop(0).frame == 120 - 48 and second.pop().frame == 144 - 48
-    assert [getattr(item, "at", None) for item in first] == [0] and not second
+    *_, first, second = (stage.conditions["video"][:-1] for stage in job.stages)
+    assert [type(condition) for condition in first] == [ShowImage]
+    assert [type(condition) for condition in second] == [GuideImage] * 2
+    assert [condition.frame for condition in second] == [120 - 48, 144 - 48]
 
 
 def test_it_needs_the_memory_that_is_told(load, checkpoint):
@@ -208,7 +208,7 @@ def test_it_needs_the_memory_that_is_told(load, checkpoint):
     request, pipe, peaks = Request("a fox", detailing_lora=lora, **options), load(), {}
     for event in latents_of(pipe, request):
         peaks[event.phase] = mx.get_peak_memory()
-    needs = pipe.memory(pipe.plan(request)).needs
+    needs = pipe.memory(pipe.plan(request)).phases
     for stage in ("stage1", "stage2", "stage3", "stage4"):
         assert 0.8 < needs[stage].total(False) / peaks[stage] < 1.2, stage
 
@@ -219,23 +219,35 @@ def test_it_needs_the_memory_that_is_told(load, checkpoint):
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"stages": "two", "temporal_rounds": 1}, "are of stages=dfr: ask for it"),
-        ({"stages": "one", "detailing_lora": LoraFile("a")}, "are of stages=dfr"),
-        ({"temporal_rounds": 3}, "temporal_rounds is 3: choose of 0, 1, 2"),
-        ({"detailing_lora": LoraFile("a", 0)}, "no effect at strength 0"),
-        ({"detailing_lora": LoraFile("a", stage=1)}, "has its own stage"),
+        ({"stages": "two", "temporal_rounds": 1}, "temporal_rounds needs --stages dfr"),
+        (
+            {"stages": "one", "detailing_lora": LoraFile("a")},
+            "detailing_lora needs --stages dfr",
+        ),
+        ({"temporal_rounds": 3}, "unknown temporal_rounds 3: choose from 0, 1, 2"),
+        ({"detailing_lora": LoraFile("a", 0)}, "its strength must not be 0"),
+        ({"detailing_lora": LoraFile("a", stage=1)}, "takes no stage"),
         ({"detailing_lora": LoraFile("a")}, "LoRA a: no such file"),
-        ({"distilled_lora": LoraFile("a")}, "only the two stages of a dev model"),
-        ({"generated_keyframes": 2}, "of its own: drop generated_keyframes"),
-        ({"temporal_upsample": True, "steps": 8}, "drop temporal_upsample, steps"),
-        ({"audio": "a.wav"}, "of its own: drop audio"),
-        ({"video": "a.mp4", "loras": (LoraFile("a"),)}, "of its own: drop video"),
-        ({"video": "a.mp4", "retake": (0, 1)}, "drop stages=dfr"),
-        ({"video": "a.mp4", "extend": 1}, "drop stages=dfr"),
-        ({"audio_only": True}, "drop stages=dfr"),
-        ({"images": (Image("a"),), "keyframes": True}, "of its own: drop keyframes"),
-        ({"negative_prompt": "ugly"}, "nothing reads it"),
-        ({"num_frames": 1}, "stages=dfr makes 9 frames or more"),
+        ({"distilled_lora": LoraFile("a")}, "distilled_lora needs a dev model"),
+        (
+            {"generated_keyframes": 2},
+            "generated_keyframes needs --stages one or two or hq",
+        ),
+        ({"temporal_upsample": True, "steps": 8}, "needs --stages one or two or hq"),
+        ({"audio": "a.wav"}, "audio needs --stages one or two or hq"),
+        (
+            {"video": "a.mp4", "loras": (LoraFile("a"),)},
+            "video needs --stages one or two or hq",
+        ),
+        ({"video": "a.mp4", "retake": (0, 1)}, "needs --stages one"),
+        ({"video": "a.mp4", "extend": 1}, "needs --stages one"),
+        ({"audio_only": True}, "needs --stages one"),
+        (
+            {"images": (Image("a"),), "keyframes": True},
+            "keyframes needs --stages one or two or hq",
+        ),
+        ({"negative_prompt": "ugly"}, "negative_prompt needs cfg_scale"),
+        ({"num_frames": 1}, "--stages dfr needs at least 9 frames"),
         ({"height": 96}, "multiple of 64"),
     ],
     ids=str,
@@ -247,20 +259,22 @@ def test_what_does_not_go_together(load, options, says):
 
 def test_what_is_missing_is_named(load, checkpoint):
     request = Request("a fox", num_frames=25, temporal_rounds=1, **SIZE)
-    with pytest.raises(UserError, match="temporal_rounds needs a temporal latent"):
+    with pytest.raises(UserError, match="needs a temporal latent upsampler"):
         load(ups=["spatial-x2"]).plan(request)
-    with pytest.raises(UserError, match="stages=dfr needs a latent upsampler"):
+    with pytest.raises(UserError, match="--stages dfr needs a latent upsampler"):
         load(ups=[]).plan(request)
-    with pytest.raises(UserError, match="x2 upsampler, but .* factor 1.5"):
+    with pytest.raises(UserError, match="needs an x2 upsampler .this one is x1.5"):
         load(ups=["spatial-x1.5", "temporal-x2"]).plan(
             dataclasses.replace(request, height=192, width=192)
         )
-    with pytest.raises(UserError, match="refines with the distilled LoRA"):
+    with pytest.raises(UserError, match="needs its distilled LoRA"):
         load("dev").plan(request)
     lora = LoraFile(str(checkpoint("ltx-2.5-distilled-lora")))
     guided = {"distilled_lora": lora, "video_guidance": {"cfg_scale": 2.0}}
-    with pytest.raises(UserError, match="of its own: drop guidance"):
+    with pytest.raises(
+        UserError, match="video_guidance needs --stages one or two or hq"
+    ):
         load("dev").plan(dataclasses.replace(request, **guided))
     older = weights.open_model(str(checkpoint("ltx-2.3")), "distilled")
-    with pytest.raises(UserError, match="for LTX-2.5 on, and this is 2.3.0"):
+    with pytest.raises(UserError, match="needs LTX-2.5 .this model is 2.3.0"):
         plan(request, older)

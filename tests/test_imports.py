@@ -12,14 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = {  # a file imports files of lower layers only, not of its own
     "errors and configurations": "base",
-    "tools": "layers latents sampling media hub lora guards",
+    "tools": "linear latents images options hub guards",
+    "layers and files": "layers media sampling windows lora",
     "models": "dit text vae diffusion_decoder audio_vae vocoder upsampler duration",
-    "weights and machines": "weights parallel preview",
-    "guidance": "guidance conversion",
-    "requests": "request",
-    "conditions": "conditions snapshot",
-    "stages": "stages",
+    "weights and machines": "weights parallel preview guidance",
+    "requests": "request conversion cache",
+    "conditions": "conditions",
     "memory": "memory",
+    "stages": "stages",
+    "snapshots": "snapshot",
     "the run": "pipeline",
     "diagnostics": "checks",
 }

@@ -193,7 +193,9 @@ def test_x0_is_pulled_to_the_clean_tokens_as_in_the_reference(golden):
     g = golden("common/post_process")
     state = LatentState.initial(video_bounds(3, 2, 3, 24), 16)
     clean, mask = mx.array(g["in.clean"]), g["in.mask"][0, :, 0]
-    blended = replace(state, clean_latent=clean, denoise_mask=mask).blend(mx.array(g["in.denoised"]))
+    blended = replace(state, clean_latent=clean, denoise_mask=mask).blend(
+        mx.array(g["in.denoised"])
+    )
     np.testing.assert_allclose(blended, g["out.latent"], atol=1e-6)
 
 

@@ -9,11 +9,14 @@ import pytest
 from parity import channels_last, cosine, relative_error
 from test_pipeline import recorded_noise
 
+import generate
 from ltx2 import pipeline, weights
 from ltx2.base import UserError
 from ltx2.conversion import Conversion, quantization
 from ltx2.duration import whole_frames
-from ltx2.request import Request, plan
+from ltx2.conditions import InputFiles
+from ltx2.request import Request
+from ltx2.stages import plan as plan_stages
 from ltx2.text import Gemma4Config, Gemma4TextEncoder
 
 TRANSFORMER = "diffusion_models/ltx-2.5-transformer.safetensors"
@@ -45,6 +48,10 @@ def pack(checkpoint, tmp_path):
 def rewrite(path, **metadata):
     arrays, old = mx.load(str(path), return_metadata=True)
     mx.save_safetensors(str(path), dict(arrays), old | metadata)
+
+
+def plan(request, source):
+    return plan_stages(request, source, InputFiles())
 
 
 def texts(golden):
@@ -131,7 +138,7 @@ def test_a_missing_file_matters_if_it_is_needed(pack, missing, options):
 def test_a_diffusion_vae_alone_encodes_too(pack, source):
     (pack / VIDEO).unlink()
     alone = weights.open_model(str(pack))
-    assert plan(Request("a fox"), alone).video_decoder == "diffusion_decoder"
+    assert plan(Request("a fox"), alone).decoder == "diffusion_decoder"
     vae = alone.load("vae", mx.float32)
     frames = mx.random.uniform(-1, 1, (1, 9, 64, 64, 3))
     assert vae.encode(frames).shape == (1, 2, 2, 2, 20)
@@ -266,7 +273,6 @@ def test_a_run_is_the_references(pipe, case, golden):
 
 def test_defaults(source, pipe):
     job = pipe.plan(Request("a fox", num_frames=9))
-    assert job.image_crf == 18
     assert [s.sampler for s in job.stages] == ["euler_ancestral", "euler"]
     dev = weights.open_model(str(source.files[0].path.parents[1]), "dev")
     assert len(plan(Request("a fox", num_frames=9), dev).stages[0].sigmas) == 31
@@ -275,24 +281,22 @@ def test_defaults(source, pipe):
 def test_the_prompt_tells_the_length(pipe, golden, recwarn):
     [prompt] = contexts = texts(golden)
     request = Request(prompt, height=64, width=64, stages="one", auto_duration=(0, 0.4))
-    assert "up to 9 frames" in pipe.describe(pipe.plan(request))
+    assert "up to 9 frames" in generate.describe(pipe, pipe.plan(request))
     job = pipe.plan(Request(prompt))
-    assert job.request.auto_duration == (1, 20) and job.stages[0].num_frames == 473
+    assert job.request.auto_duration == (1, 20) and job.stages[0].size.num_frames == 473
     *_, result = pipe.stream(request, contexts=contexts)
     assert result.request.num_frames == len(result.video_latents) * 8 - 7
-    [note] = [
-        str(w.message) for w in recwarn if "the prompt asks for" in str(w.message)
-    ]
+    [note] = [str(w.message) for w in recwarn if "the prompt needs" in str(w.message)]
     assert note.startswith(f"{result.request.num_frames} frames, ")
     assert pipe.plan(job.request) == job
-    with pytest.raises(UserError, match="the clip or sound tells"):
+    with pytest.raises(UserError, match="auto_duration cannot be combined with video"):
         clip = Request(prompt, video="a.mp4", retake=(0, 1), auto_duration=(1, 2))
         pipe.plan(clip)
 
 
 def test_keyframe_slots_need_the_embedding(checkpoint):
     source = weights.open_model(str(checkpoint("ltx-2.3")))
-    with pytest.raises(UserError, match="for LTX-2.5 on, and this is 2.3.0"):
+    with pytest.raises(UserError, match="needs LTX-2.5 .this model is 2.3.0"):
         plan(Request("a fox", generated_keyframes=2), source)
 
 
@@ -315,6 +319,6 @@ def test_the_diffusion_decoder_makes_the_frames(pipe, golden):
     assert mx.array_equal(by["conv"].video_latents, by["diffusion"].video_latents)
     assert not np.array_equal(by["conv"].frames, by["diffusion"].frames)
     job = pipe.plan(Request(prompt, video_decoder="diffusion", **options))
-    planned = pipe.memory(job).needs["video"].total(streamed=False)
+    planned = pipe.memory(job).phases["video"].total(streamed=False)
     assert 0.5 < planned / by["diffusion"].phases["video"][1] < 2
     assert asked[-17:] == [f"vae.frame{i}" for i in range(17)]

@@ -1,9 +1,13 @@
 """Images, video and sound in and out: what is read, what is written, what is refused."""
 
+import math
 import os
 import resource
 import subprocess
+import sys
 import tempfile
+import textwrap
+import tracemalloc
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +21,8 @@ from PIL import Image, ImageCms
 from ltx2 import media
 from ltx2.base import UserError
 
-GOLDEN = Path(__file__).parent / "golden" / "media"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "media"
 
 
 @pytest.fixture
@@ -79,6 +84,8 @@ def folder(tmp_path_factory):
         ("silent.mp4", 0.5),
         ("photo.jpg", 0.5),
         ("sound.wav", 0.5),
+        ("sound.flac", 0.5),
+        ("sound.m4a", 0.5),
     ):
         data = (folder / name).read_bytes()
         (folder / f"half-{name}").write_bytes(data[: int(len(data) * kept)])
@@ -323,6 +330,109 @@ def test_resampling_rounds_the_length_up_and_keeps_an_equal_rate():
     assert media.resample(waveform, 16000, 16000) is waveform
 
 
+# --- what cameras, recorders and editors make ---
+
+
+def encode(path, filters, *options, seconds=0.25):
+    """A video of white 64x48 frames after ffmpeg's `filters`, by libx264."""
+    source = f"color=c=white:s=64x48:r=24:d={seconds}"
+    ffmpeg(
+        "-f", "lavfi", "-i", source, "-vf", filters, "-c:v", "libx264", *options, path
+    )
+
+
+@pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
+def test_hdr_is_converted_to_sdr_with_203_nits_as_white(tmp_path, transfer):
+    """SDR white, red and gray 128 graded to PQ and HLG come back."""
+    graded = (
+        "drawbox=x=0:y=0:w=32:h=24:c=red:t=fill,drawbox=x=32:y=24:w=32:h=24:c=0x808080:"
+        "t=fill,format=gbrpf32le,setparams=color_primaries=bt709:color_trc=bt709:"
+        "colorspace=gbr:range=pc,zscale=t=linear:npl=203,zscale=p=bt2020,"
+        f"zscale=t={transfer}:npl=203,zscale=m=bt2020nc:r=tv,format=yuv420p10le"
+    )
+    tags = ["-color_primaries", "bt2020", "-color_trc", transfer]
+    tags += ["-colorspace", "bt2020nc", "-qp", 0]
+    encode(tmp_path / "a.mp4", graded, *tags, seconds=0.05)
+    frame = next(media.read_video(tmp_path / "a.mp4")).astype(int)
+    for (y, x), color in {(36, 16): 255, (12, 16): (255, 0, 0), (36, 48): 128}.items():
+        assert np.abs(frame[y, x] - color).max() <= 10, (y, x)
+
+
+def test_pixels_of_an_anamorphic_video_are_made_square(tmp_path):
+    encode(tmp_path / "a.mp4", "setsar=3/2")
+    found = media.probe(tmp_path / "a.mp4")
+    assert (found.width, found.height, found.num_frames) == (96, 48, 6)
+    assert next(media.read_video(tmp_path / "a.mp4")).shape == (48, 96, 3)
+
+
+def test_interlaced_video_is_deinterlaced(tmp_path):
+    """A moving bar in fields: without a filter, neighboring lines differ."""
+    bar = "geq=lum='if(lt(mod(X-N*8,64),20),235,16)':cb=128:cr=128"
+    fields = ["-flags", "+ildct+ilme", "-x264-params", "tff=1"]
+    encode(tmp_path / "a.mp4", f"{bar},interlace=scan=tff:lowpass=0", *fields)
+    frames = np.stack(list(media.read_video(tmp_path / "a.mp4"))).astype(int)
+    assert len(frames) == 3
+    assert np.abs(2 * frames[:, 1:-1] - frames[:, :-2] - frames[:, 2:]).mean() < 1
+
+
+def test_sound_is_counted_from_the_first_picture(folder, tmp_path):
+    """The picture starts 0.5 s after the sound: its first half second is not heard."""
+    ffmpeg(
+        *("-itsoffset", 0.5, "-i", folder / "silent.mp4", "-i", folder / "sound.m4a"),
+        *("-map", "0:v", "-map", "1:a", "-c", "copy", tmp_path / "a.mkv"),
+    )
+    found = media.probe(tmp_path / "a.mkv")
+    assert found.num_frames == 24
+    assert found.audio_duration == pytest.approx(2.5, abs=0.05)
+    sound, rate = media.read_audio(folder / "sound.m4a")
+    for start in (0, 1.5):
+        window, _ = media.read_audio(tmp_path / "a.mkv", start, 0.1)
+        first = round((start + 0.5) * rate)
+        # mkv rounds times to milliseconds.
+        errors = [
+            np.abs(window - sound[first + shift :][: len(window)]).max()
+            for shift in range(-50, 51)
+        ]
+        assert min(errors) < 0.01
+    with media.VideoWriter(tmp_path / "out.mp4", 24, tmp_path / "a.mkv") as video:
+        video.write(clip(24))
+    copied, _ = media.read_audio(tmp_path / "out.mp4", 0.2, 0.1)
+    expected, _ = media.read_audio(tmp_path / "a.mkv", 0.2, 0.1)
+    assert np.abs(copied - expected).max() < 0.3  # copied by whole packets
+
+
+def test_surround_is_mixed_to_stereo_with_its_center(tmp_path):
+    """A tone in the center of 5.1 only, at the same level on both sides."""
+    tone = "sine=frequency=440:sample_rate=48000:duration=0.2"
+    center = "pan=5.1|FC=c0"
+    ffmpeg("-f", "lavfi", "-i", tone, "-af", center, tmp_path / "a.wav")
+    sound, _ = media.read_audio(tmp_path / "a.wav")
+    assert sound.shape == (9600, 2) and sound.std() > 0.02
+    np.testing.assert_allclose(sound[:, 0], sound[:, 1], atol=1e-4)
+
+
+def test_channels_without_a_layout_are_refused_by_probe(tmp_path):
+    values = "|".join(["0.1"] * 13)
+    ffmpeg("-f", "lavfi", "-i", f"aevalsrc={values}:d=0.1", tmp_path / "a.wav")
+    with pytest.raises(UserError, match="a.wav: has 13 channels of sound, mix them"):
+        media.probe(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("rate", [8000, 47999, 192000])
+def test_any_sample_rate_is_resampled_in_little_memory(rate):
+    """A tone of 1 kHz stays one; a dense filter bank for 47999 Hz took 6 GB."""
+    time = np.arange(rate // 4)[:, None] / rate
+    sound = np.sin(2000 * np.pi * time).astype(np.float32)
+    tracemalloc.start()
+    resampled = media.resample(sound, rate, 16000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    expected = np.sin(2000 * np.pi * np.arange(len(resampled)) / 16000)
+    assert len(resampled) == math.ceil(len(sound) * 16000 / rate)
+    assert np.abs(resampled[:, 0] - expected)[100:-100].max() < 0.01
+    assert peak < 100 * len(sound) * 4
+
+
 # --- writing ---
 
 
@@ -393,6 +503,44 @@ def test_a_sound_file_shorter_than_the_video_is_padded(folder, tmp_path):
     assert media.probe(tmp_path / "out.mp4").audio_duration == pytest.approx(
         4, abs=1e-3
     )
+
+
+def test_chapters_and_metadata_of_a_sound_file_are_not_copied(tmp_path):
+    chapter = "[CHAPTER]\nTIMEBASE=1/1\nSTART=0\nEND=2\ntitle=chapter\n"
+    (tmp_path / "foreign").write_text(f";FFMETADATA1\ntitle=foreign\n{chapter}")
+    media.write_wav(tmp_path / "a.wav", tones(2, 16000), 16000)
+    ffmpeg(
+        *("-i", tmp_path / "a.wav", "-i", tmp_path / "foreign", "-map_metadata", 1),
+        *("-metadata:s:a", "language=ger", tmp_path / "a.m4a"),
+    )
+    with media.VideoWriter(tmp_path / "out.mp4", 24, tmp_path / "a.m4a") as video:
+        video.write(clip(24))
+    assert media.probe(tmp_path / "out.mp4").audio_codec == "aac"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "out.mp4"]
+    described = subprocess.run(command, capture_output=True, text=True).stderr
+    for foreign in ("chapter", "foreign", "ger"):
+        assert f" {foreign}" not in described and f"({foreign})" not in described
+
+
+@pytest.mark.parametrize("comment", ["[1]", "7", "[" * 50_000, "not JSON"])
+def test_foreign_comments_are_not_metadata(tmp_path, comment):
+    ffmpeg("-f", "lavfi", "-i", "sine=d=0.1", tmp_path / "a.wav")
+    ffmpeg(
+        "-i", tmp_path / "a.wav", "-metadata", f"comment={comment}", tmp_path / "b.wav"
+    )
+    with pytest.raises(UserError, match="b.wav: does not say how it was made"):
+        media.read_metadata(tmp_path / "b.wav")
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.wav"])
+def test_metadata_may_be_longer_than_an_argument(tmp_path, name):
+    settings = {"prompt": "a long prompt; " * 20_000}
+    if name == "out.mp4":
+        with media.VideoWriter(tmp_path / name, 24, metadata=settings) as video:
+            video.write(clip(1))
+    else:
+        media.write_wav(tmp_path / name, tones(0.1, 24000), 24000, settings)
+    assert media.read_metadata(tmp_path / name) == settings
 
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.wav"])
@@ -493,6 +641,37 @@ def test_missing_permission_is_one_line(earlier, monkeypatch):
             write()
 
 
+def test_a_failure_while_sound_is_added_leaves_nothing(earlier, tmp_path_factory):
+    broken = tmp_path_factory.mktemp("sound") / "sound.m4a"
+    broken.write_text("not a sound")
+    with pytest.raises(UserError, match="sound.m4a: cannot be read"):
+        with media.VideoWriter(earlier, 24, broken) as video:
+            video.write(clip(2))
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
+    """Not what a run left for another name, nor the folder of a run still alive."""
+    writes = f"""
+        import numpy as np, sys, time
+        from ltx2 import media
+        with media.VideoWriter({str(tmp_path / "out.mp4")!r}, 24) as video:
+            video.write(np.zeros((1, 32, 32, 3), np.uint8))
+            print("written", flush=True)
+            time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(writes)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as run:
+        assert run.stdout.readline() == b"written\n"
+        (left,) = os.listdir(tmp_path)
+        media.check_output(tmp_path / "out.mp4", ".mp4")
+        assert os.listdir(tmp_path) == [left]
+        run.kill()
+    media.check_output(tmp_path / "other-out.mp4", ".mp4")
+    assert os.listdir(tmp_path) == [left]
+    media.check_output(tmp_path / "out.mp4", ".mp4")
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "name, reason",
     [("out.avi", "must end in .mp4"), ("out", "must end in .mp4")]
@@ -535,6 +714,8 @@ READERS = {
         ("video", "sound.wav", "there is none in it"),
         ("sound", "half-whole.mp4", "cannot be read as sound"),
         ("sound", "half-sound.wav", "cannot be read as sound"),
+        ("sound", "half-sound.flac", "cannot be read as sound"),
+        ("sound", "half-sound.m4a", "cannot be read as sound"),
         ("sound", "silent.mp4", "there is none in it"),
         ("probe", "half-whole.mp4", "cannot be read"),
         ("metadata", "clip.mp4", "does not say how it was made"),
@@ -546,6 +727,14 @@ def test_bad_files_are_named_in_one_line(folder, reader, name, reason):
     message = str(error.value)
     assert message.startswith(str(folder / name)) and reason in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_pipes_devices_and_folders_are_refused(tmp_path, reader):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (tmp_path / "pipe.mp4", "/dev/zero", tmp_path):
+        with pytest.raises(UserError, match="is a folder, pipe or device, give a file"):
+            READERS[reader](path)
 
 
 def test_windows_beyond_the_end_are_refused(folder):

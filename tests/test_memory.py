@@ -58,8 +58,8 @@ def assert_true(pipe, request):
     plan = pipe.memory(job)
     *_, result = pipe.stream(request)
     measured = {k: peak for k, (_, peak) in result.phases.items() if peak}
-    assert plan.needs.keys() == measured.keys()
-    told = {k: need.total(plan.streamed) for k, need in plan.needs.items()}
+    assert plan.phases.keys() == measured.keys()
+    told = {k: need.total(plan.streamed) for k, need in plan.phases.items()}
     off = {k: round(told[k] / peak, 2) for k, peak in measured.items()}
     assert all(0.85 < ratio < 1.15 for ratio in off.values()), off
     assert plan.peak[0] == pytest.approx(max(measured.values()), rel=0.15)
@@ -105,12 +105,12 @@ def test_what_does_not_fit_is_refused_with_what_would(load, request_, monkeypatc
     monkeypatch.setattr(weights, "evaluate", None)
     with pytest.raises(UserError, match=r"video with|with \d+ frames would fit") as no:
         next(pipe.stream(request))
-    size, _, frames = str(no.value).split(": ")[1].split()[:3]
+    size, _, frames = str(no.value).split("; ")[1].split()[:3]
     width, height = map(int, size.split("x"))
     less = replace(request, width=width, height=height, num_frames=int(frames))
     assert pipe.memory(pipe.plan(less)).fits
     monkeypatch.setattr(memory, "available", lambda: 1000)
-    with pytest.raises(UserError, match="fewer bits may help"):
+    with pytest.raises(UserError, match="try a lower-bit model"):
         next(pipe.stream(request))
 
 
@@ -136,7 +136,9 @@ def test_metal_is_told_the_limits(monkeypatch):
     said = {}
     monkeypatch.setattr(mx, "set_wired_limit", lambda n: said.update(wired=n))
     monkeypatch.setattr(mx, "set_cache_limit", lambda n: said.update(cache=n))
-    plan = memory.Plan({"stage1": memory.Need(10 * 10**9, 10**9)}, 16 * 10**9)
+    plan = memory.MemoryPlan(
+        {"stage1": memory.Footprint(10 * 10**9, 10**9)}, 16 * 10**9
+    )
     memory.set_limits(plan)
     assert bool(said) == mx.metal.is_available()
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)

@@ -1,6 +1,6 @@
-"""Several machines as one: the same latents, a part of the weights, one end for all.
+"""Distributed generation: same latents, sharded weights, one failure ends all machines.
 
-Machines are processes here. Run as a script, this file is what each of them does.
+Machines are processes here. Run as a script, this file is one of them.
 """
 
 import gc
@@ -13,13 +13,14 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # for those that are started
+sys.path.insert(0, str(ROOT))  # for the started processes
 
 from ltx2 import conversion, parallel, pipeline, weights  # noqa: E402
 from ltx2.base import UserError  # noqa: E402
@@ -30,7 +31,7 @@ GUIDED = dict(cfg_scale=3.0, stg_scale=1.0, stg_blocks=(2,), modality_scale=3.0)
 
 
 def run(case: dict, group=None) -> dict:
-    """One case on this rank: latents by video and stream, and what the blocks hold."""
+    """Run one case on this rank: latents by video and stream, bytes of the blocks."""
     pipe = pipeline.load(
         case["model"],
         case["encoder"],
@@ -38,7 +39,7 @@ def run(case: dict, group=None) -> dict:
         "float32",
         low_memory=case.get("low_memory"),
         group=group,
-        share=case.get("share"),
+        parallel=case.get("parallel"),
     )
     loras = tuple(LoraFile(path, 0.7) for path in case.get("loras", ()))
     guidance = dict(video_guidance=GUIDED) if case["kind"] == "dev" else {}
@@ -50,15 +51,15 @@ def run(case: dict, group=None) -> dict:
     ]
     requests = [Request(**{**vars(r), **more}) for r in requests]
     contexts = None
-    if not case.get("reads"):  # short ones, which are not encoded
+    if not case.get("encodes"):  # short random contexts
         mx.random.seed(0)
-        asked = [pipe.plan(r) for r in requests]
+        jobs = [pipe.plan(r) for r in requests]
         contexts = {
             prompt: (mx.random.normal((1, 8, 128)), mx.random.normal((1, 8, 128)))
-            for job in asked
+            for job in jobs
             for prompt in (job.request.prompt, job.negative_prompt)
         }
-    gc.collect()  # of what the last case left
+    gc.collect()  # of the last case
     held, latents, found = mx.get_active_memory(), {}, {}
     for event in pipe.stream(*requests, contexts=contexts):
         if isinstance(event, pipeline.Result):
@@ -72,7 +73,7 @@ def run(case: dict, group=None) -> dict:
         elif event.phase == "latents" and not case.get("silent"):
             latents = {k: x[0] for k, x in event.snapshot.latents.items()}
             break
-    return dict(found, latents=latents, way=pipe._shared)
+    return dict(found, latents=latents, mode=pipe.machines.mode)
 
 
 def worker(folder: Path) -> None:
@@ -86,7 +87,7 @@ def worker(folder: Path) -> None:
 
 @contextmanager
 def launch(ranks: int, *command: str):
-    """A Python program on so many machines; nothing of it is left behind."""
+    """A Python program on several machines, killed at the end."""
     port = free_ports(1)[0]
     flags = ["-n", str(ranks), "--starting-port", str(port), "--", sys.executable]
     launched = subprocess.Popen(
@@ -117,8 +118,8 @@ def free_ports(number: int) -> list[int]:
 
 
 def together_on_ring(ranks: int, folder: Path) -> None:
-    """Run the cases on so many machines. As mlx.launch does it, whose threads, though,
-    keep a small computer's cores busy with waiting."""
+    """Run the cases on several machines, like mlx.launch, but with fewer threads: waiting
+    threads would keep the cores of a small computer busy."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
     one_thread = {"OPENBLAS_NUM_THREADS": "1", "MLX_HOSTFILE": str(hosts)}
@@ -134,7 +135,7 @@ def together_on_ring(ranks: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cases(checkpoint, tmp_path_factory):
-    """What is tried on two and on four machines, with 4 heads."""
+    """The cases that run on two and on four machines; the model has 4 heads."""
     sizes = {
         "num_layers": 4,
         "num_attention_heads": 4,
@@ -154,14 +155,14 @@ def cases(checkpoint, tmp_path_factory):
     in_4_bits = str(in_4_bits)
     dev, distilled = dict(kind="dev"), dict(kind="distilled")
     listed = dict(
-        many=dict(distilled, videos=3, silent=True, share="many"),
-        reads=dict(distilled, videos=2, silent=True, share="many", reads=True),
-        passes=dict(dev, share="passes", loras=[lora]),
-        cached=dict(dev, share="passes", model=in_4_bits, more=dict(step_cache=0.9)),
-        shards=dict(distilled, share="shards"),
-        streamed=dict(dev, share="shards", loras=[lora], low_memory=True),
-        shards_4_bits=dict(distilled, share="shards", model=in_4_bits, loras=[lora]),
-        one_step=dict(distilled, share="shards", more=dict(sigmas=(1.0, 0.0))),
+        data=dict(distilled, videos=3, silent=True, parallel="data"),
+        encodes=dict(distilled, videos=2, silent=True, parallel="data", encodes=True),
+        passes=dict(dev, parallel="passes", loras=[lora]),
+        cached=dict(dev, parallel="passes", model=in_4_bits, more=dict(step_cache=0.9)),
+        tensor=dict(distilled, parallel="tensor"),
+        streamed=dict(dev, parallel="tensor", loras=[lora], low_memory=True),
+        tensor_4_bits=dict(distilled, parallel="tensor", model=in_4_bits, loras=[lora]),
+        one_step=dict(distilled, parallel="tensor", more=dict(sigmas=(1.0, 0.0))),
     )
     files = dict(model=str(model), encoder=str(checkpoint("gemma3")))
     return [dict(files, name=name, **case) for name, case in listed.items()]
@@ -170,7 +171,7 @@ def cases(checkpoint, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(cases):
     """The results of one machine by case."""
-    return {case["name"]: run(dict(case, share=None)) for case in cases}
+    return {case["name"]: run(dict(case, parallel=None)) for case in cases}
 
 
 FOUR = ("passes", "one_step")  # four processes on a small computer are slow
@@ -194,11 +195,11 @@ def together(request, cases, tmp_path_factory):
     return ranks, found
 
 
-def test_the_first_machine_has_the_same_latents_as_one_machine(cases, alone, together):
+def test_the_first_machine_gets_the_latents_of_a_single_machine(cases, alone, together):
     ranks, found = together
     for case in (c for c in cases if (c["name"], 0) in found):
         expected, actual = alone[case["name"]], found[case["name"], 0]
-        assert actual["way"] == case["share"]
+        assert actual["mode"] == case["parallel"]
         assert expected["latents"].keys() == actual["latents"].keys() != set()
         for k, x in expected["latents"].items():
             error = mx.abs(x - actual["latents"][k]).max() / mx.abs(x).max()
@@ -208,10 +209,10 @@ def test_the_first_machine_has_the_same_latents_as_one_machine(cases, alone, tog
 def test_a_machine_holds_only_its_part_of_the_blocks(alone, together):
     ranks, found = together
     for name, rank in found:
-        if name in ("shards", "shards_4_bits", "one_step"):
+        if name in ("tensor", "tensor_4_bits", "one_step"):
             whole, part = alone[name], found[name, rank]
             assert part["blocks"] < (1 / ranks + 0.1) * whole["blocks"]
-            if name != "shards_4_bits":  # (MLX copies no slice of less than 16 KiB)
+            if name != "tensor_4_bits":  # (MLX copies no slice of less than 16 KiB)
                 spared = (1 - 1 / ranks - 0.1) * whole["blocks"]
                 assert part["held"] < whole["held"] - spared
 
@@ -219,14 +220,14 @@ def test_a_machine_holds_only_its_part_of_the_blocks(alone, together):
 def test_sharded_blocks_are_streamed_with_low_memory(together):
     ranks, found = together
     if ranks == 2:
-        streamed, held = (found[k, 0]["held"] for k in ("streamed", "shards"))
+        streamed, held = (found[k, 0]["held"] for k in ("streamed", "tensor"))
         assert streamed < held
 
 
 def test_three_videos_are_shared_by_two_machines(together):
     ranks, found = together
     if ranks == 2:
-        steps = [found["many", rank]["steps"] for rank in range(ranks)]
+        steps = [found["data", rank]["steps"] for rank in range(ranks)]
         assert sorted(steps) == [2, 4]
 
 
@@ -250,8 +251,8 @@ def contexts(cases, tmp_path_factory):
 
 
 def processes(marker: str) -> list[int]:
-    """Those that run with this in their command line."""
-    if Path("/proc/self/cmdline").exists():  # where ps may not be
+    """Running processes with this in their command line."""
+    if Path("/proc/self/cmdline").exists():  # ps may be missing
         commands = {}
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with suppress(OSError):
@@ -267,7 +268,7 @@ def processes(marker: str) -> list[int]:
     return [n for n, args in programs.items() if "mlx.launch" not in args]
 
 
-def test_if_one_machine_dies_all_end_and_no_file_is_left(command, contexts, tmp_path):
+def test_all_machines_end_and_leave_no_file_if_one_dies(command, contexts, tmp_path):
     output = tmp_path / "out.mp4"
     flags = "--dtype", "float32", "--output", str(output), "--parallel", "passes"
     with launch(2, *command, *contexts, *flags) as launched:
@@ -276,65 +277,77 @@ def test_if_one_machine_dies_all_end_and_no_file_is_left(command, contexts, tmp_
         running = processes(str(output))
         assert len(running) == 2
         os.kill(max(running), signal.SIGKILL)
-        launched.stdout.read()  # till the end (stdin open: mlx.launch spins without)
+        launched.stdout.read()  # until the end (mlx.launch spins if stdin is closed)
         launched.wait()
         assert not processes(str(output))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_mistake_is_told_and_ends_all(command, tmp_path):
-    flags = "--output", str(tmp_path / "out.mp4"), "--parallel", "many"
+    flags = "--output", str(tmp_path / "out.mp4"), "--parallel", "data"
     with launch(2, *command, *flags) as launched:
         printed = launched.stdout.read()
-    assert "--parallel many: there is one video" in printed
+    assert "--parallel data needs more than one video" in printed
     assert "exited with code 2" in printed and "Traceback" not in printed
     assert not list(tmp_path.iterdir())
 
 
 class Ranks:
-    """A group that is asked only for its size."""
+    """A group of which only the size and the rank are used."""
 
     def __init__(self, size):
-        self.size = lambda: size
+        self.size, self.rank = lambda: size, lambda: 0
 
 
 @pytest.fixture
 def choose(monkeypatch):
-    """`choose(ranks, wanted, videos, passes, fits)` for a model of 4 and 4 heads."""
+    """`choose(ranks, mode, videos, passes, fits)` for a model of 4 and 8 heads."""
     monkeypatch.setattr(mx.distributed, "all_min", lambda x, group: x)
-    heads = [(4, 64 * 4), (8, 32 * 4)]
+    config = SimpleNamespace(
+        num_attention_heads=4,
+        audio_num_attention_heads=8,
+        video_dim=64 * 4,
+        audio_dim=32 * 4,
+    )
 
-    def call(ranks, *asked, group_size=1):
-        return parallel.choose(Ranks(ranks), *asked, heads, group_size)
+    def call(ranks, mode, *work, group_size=1):
+        machines = parallel.Ranks(Ranks(ranks), mode)
+        machines.split(*work, config, group_size)
+        return machines.mode
 
     return call
 
 
-def test_the_way_follows_from_what_is_asked(choose):
-    assert choose(2, None, 3, 4, True) == "many"
+def test_the_mode_follows_from_the_work(choose):
+    assert choose(2, None, 3, 4, True) == "data"
     assert choose(4, None, 3, 4, True) == "passes"
-    assert choose(2, None, 1, 1, True) == "shards"
-    assert choose(2, None, 3, 4, False) == "shards"  # too large for one machine
+    assert choose(2, None, 1, 1, True) == "tensor"
+    assert choose(2, None, 3, 4, False) == "tensor"  # too large for one machine
     assert choose(2, "passes", 3, 4, True) == "passes"
 
 
+def test_earlier_names_of_the_modes_are_accepted(choose):
+    assert choose(2, "many", 3, 4, True) == "data"
+    assert choose(2, "shards", 3, 4, True) == "tensor"
+
+
 @pytest.mark.parametrize(
-    "asked, message",
+    "work, message",
     [
-        ((2, "many", 1, 4, True), "there is one video"),
-        ((2, "passes", 3, 1, True), "without guidance"),
-        ((3, "shards", 1, 1, True), "cannot be cut into 3 parts"),
+        ((2, "data", 1, 4, True), "needs more than one video"),
+        ((2, "passes", 3, 1, True), "needs guidance"),
+        ((3, "tensor", 1, 1, True), "cannot divide 4 and 8 heads among 3 machines"),
     ],
 )
-def test_a_way_that_shares_nothing_is_refused(choose, asked, message):
+def test_a_mode_that_splits_nothing_is_refused(choose, work, message):
     with pytest.raises(UserError, match=message):
-        choose(*asked)
+        choose(*work)
 
 
-def test_groups_of_quantised_weights_are_not_cut(choose):
-    in_groups = lambda size: choose(4, "shards", 1, 1, True, group_size=size)
-    assert in_groups(32) == "shards"
-    with pytest.raises(UserError, match="cannot be cut"):
+def test_groups_of_quantized_weights_are_not_divided(choose):
+    in_groups = lambda size: choose(4, "tensor", 1, 1, True, group_size=size)
+    assert in_groups(32) == "tensor"
+    with pytest.raises(UserError, match="cannot divide"):
         in_groups(64)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import generate
-from ltx2 import inputs, media, pipeline
+from ltx2 import media, pipeline
 from ltx2.base import OutputError, UserError
 from ltx2.request import Image, LoraFile, Request
 from ltx2.snapshot import Snapshot
@@ -125,9 +125,9 @@ def test_latents_of_another_model_are_refused(pipe, contexts, checkpoint):
     request = Request("a cat", **SIZE)
     event = next(e for e in pipe.stream(request, contexts=contexts) if e.snapshot)
     other = pipeline.load(checkpoint("ltx-2.3"), str(checkpoint("gemma3")), "distilled")
-    with pytest.raises(UserError, match="of another model or other settings"):
+    with pytest.raises(UserError, match="with a different model or settings"):
         next(other.stream(contexts=contexts, resume=event.snapshot))
-    with pytest.raises(UserError, match="of another model or other settings"):
+    with pytest.raises(UserError, match="with a different model or settings"):
         next(pipe.stream(Request("a cat"), contexts=contexts, resume=event.snapshot))
 
 
@@ -157,7 +157,7 @@ def test_every_sampler_goes_on_where_it_was(pipe, contexts, checkpoint, options)
 def test_what_looks_back_is_not_resumed_in_the_middle(pipe, contexts):
     request = Request("a cat", sampler="gradient_estimation", **SIZE)
     event = next(e for e in pipe.stream(request, contexts=contexts) if e.snapshot)
-    with pytest.raises(UserError, match="only be resumed between stages"):
+    with pytest.raises(UserError, match="resume only between stages"):
         next(pipe.stream(contexts=contexts, resume=event.snapshot))
 
 
@@ -230,7 +230,7 @@ def test_a_clip_of_any_size_and_rate_is_brought_to_what_is_possible(pipe, tmp_pa
     request = Request("a", video=str(tmp_path / "odd.mp4"), retake=(0, 1), fps=24)
     job = pipe.plan(request)
     assert (job.request.width, job.request.height) == (128, 64)
-    assert (job.clip_frames, job.request.num_frames) == (9, 9)
+    assert job.request.num_frames == 9
     assert len(job.notes) == 3 and "resized and cropped to 128x64" in job.notes[0]
 
 
@@ -240,7 +240,7 @@ def test_a_rounded_rate_is_the_clips_own(pipe, tmp_path):
     for fps in (None, 23.976):
         video = str(tmp_path / "film.mp4")
         job = pipe.plan(Request("a", video=video, retake=(0, 1), fps=fps))
-        assert (job.clip_frames, job.notes) == (9, ())
+        assert (job.request.num_frames, job.notes) == (9, ())
 
 
 def test_images_keep_their_time_when_the_rate_doubles(checkpoint, tmp_path):
@@ -250,9 +250,8 @@ def test_images_keep_their_time_when_the_rate_doubles(checkpoint, tmp_path):
     media.save_png(tmp_path / "i.png", np.zeros((64, 96, 3), np.uint8))
     images = (Image(str(tmp_path / "i.png"), -1),)
     job = pipe.plan(Request("a", images=images, temporal_upsample=True, **SIZE))
-    first, second = (inputs.encode(job, s, pipe.component) for s in job.stages)
-    assert [s["video"].items[0].frame for s in (first, second)] == [16, 32]
-    assert (job.stages[1].num_frames, job.stages[1].fps) == (33, 48)
+    assert [s.conditions["video"][0].frame for s in job.stages] == [16, 32]
+    assert (job.stages[1].size.num_frames, job.stages[1].size.fps) == (33, 48)
 
 
 def test_a_clip_fits_all_stages(checkpoint, tmp_path):
@@ -265,7 +264,10 @@ def test_a_clip_fits_all_stages(checkpoint, tmp_path):
     lora = LoraFile(str(checkpoint("ltx-2-lora2")))  # reads its reference half as big
     request = Request("a", video=str(tmp_path / "clip.mp4"), loras=(lora,))
     job = pipe.plan(request)
-    assert [(s.width, s.height) for s in job.stages] == [(128, 64), (256, 128)]
+    assert [(s.size.width, s.size.height) for s in job.stages] == [
+        (128, 64),
+        (256, 128),
+    ]
     style = LoraFile(str(checkpoint("ltx-2-lora")), 0.5, 2)
     job = pipe.plan(dataclasses.replace(request, loras=(lora, style)))
     assert [s.loras for s in job.stages] == [(lora,), (style,)]
@@ -330,18 +332,18 @@ def test_previews_show_the_colours_of_the_end(pipe, contexts):
 
 
 def test_ctrl_c_keeps_the_latents(command, monkeypatch, tmp_path):
-    step = generate.Run.picture
+    step = generate.Progress.save_preview
 
     def interrupt(run, event):
         step(run, event)
         if event.step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate.Run, "picture", interrupt)
+    monkeypatch.setattr(generate.Progress, "save_preview", interrupt)
     with pytest.raises(KeyboardInterrupt):
         command("--prompt", "a cat")
     assert [p.name for p in tmp_path.iterdir()] == ["output.latents.safetensors"]
-    monkeypatch.setattr(generate.Run, "picture", step)
+    monkeypatch.setattr(generate.Progress, "save_preview", step)
     flags = ("--resume", "output.latents.safetensors", "--output", "b.mp4")
     assert "wrote b.mp4" in command(*flags, small=False)
 

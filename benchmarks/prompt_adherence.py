@@ -1,12 +1,11 @@
-"""Does the demo model do what its prompts say? A judge that knows nothing of it counts.
+"""How often clips of the demo model show what their prompts say, by demo/judge.py.
 
-    python benchmarks/obedience.py --clips 48
-    python benchmarks/obedience.py --clips 378 --variants float32
+    python benchmarks/prompt_adherence.py --clips 48
+    python benchmarks/prompt_adherence.py --clips 378 --variants float32
 
-Scenes take turns through all combinations of shape, colour, motion and pitch, in wordings
-that training never saw and with seeds of their own. Each row is a way to run the model:
-its 8 steps or guided ones, from weights of several precisions, without the other stream,
-or beginning with a given picture.
+Scenes go through all combinations of shape, color, motion and pitch, in wordings and with
+seeds that training did not use. Each row is a way to run the model: its 8 steps or guided
+steps, weights of several precisions, video only, or image-to-video.
 """
 
 import argparse
@@ -29,8 +28,8 @@ from ltx2 import conversion, media, pipeline, weights  # noqa: E402
 from ltx2.request import Image, Request  # noqa: E402
 
 DEMO = ROOT / "demo" / "model"
-SEEN = ("colour", "shape", "motion", "background")
-HEARD = ("pitch",)
+VIDEO = ("colour", "shape", "motion", "background")
+AUDIO = ("pitch",)
 GUIDED = dict(
     steps=12,
     negative_prompt="",
@@ -49,13 +48,13 @@ VARIANTS = {
         | dict(negative_prompt=None)
         | {k: v | dict(cfg_scale=1) for k, v in GUIDED.items() if "guidance" in k},
     ),
-    "picture only": dict(options=dict(no_audio=True)),
-    "from an image": dict(image=True),
+    "video only": dict(options=dict(no_audio=True)),
+    "image-to-video": dict(image=True),
 }
 
 
 def scenes(count: int, seed: int) -> list[tuple[data.Scene, str]]:
-    """Scenes and captions; the first of all combinations in an order of their own."""
+    """Scenes and captions; all combinations in random order, repeated or cut to `count`."""
     rng = np.random.default_rng(seed)
     names = dict(shape=data.SHAPES, colour=tuple(data.COLOURS), motion=data.MOTIONS)
     names["pitch"] = tuple(data.PITCHES)
@@ -66,15 +65,17 @@ def scenes(count: int, seed: int) -> list[tuple[data.Scene, str]]:
     return [(scene, data.caption(scene, rng, unseen=True)) for scene in drawn]
 
 
-def make(model, asked, folder, kind=None, dtype="float32", bits=0, options=(), image=0):
-    """Mp4s of (scene, caption) in `folder`, and the latents they were made of."""
+def make(
+    model, prompts, folder, kind=None, dtype="float32", bits=0, options=(), image=0
+):
+    """Write an mp4 in `folder` for each (scene, caption); paths and results."""
     if bits:
         source, converted = weights.open_model(str(model)), folder / "converted"
         how = conversion.quantization(bits=bits, group_size=32)
         conversion.Conversion(source, how).write(converted)
         model = converted
     requests = []
-    for n, (scene, caption) in enumerate(asked):
+    for n, (scene, caption) in enumerate(prompts):
         request = dict(options)
         if image:
             path = folder / f"{n}.png"
@@ -94,32 +95,32 @@ def make(model, asked, folder, kind=None, dtype="float32", bits=0, options=(), i
 
 
 def decibels(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures."""
+    """Peak signal-to-noise ratio of two uint8 images."""
     error = np.square(a.astype(np.float64) - b).mean()
     return 10 * np.log10(255**2 / max(error, 1e-9))
 
 
-def obedience(model, asked, folder, **variant) -> dict[str, float]:
-    """Shares of clips that are judged as asked; how far the sound is from the shape;
-    with an image the first frame's likeness to it."""
-    right, pan, likeness = {}, [], []
-    for (scene, _), (path, result) in zip(
-        asked, make(model, asked, folder, **variant), strict=True
-    ):
-        heard = result.waveform is not None
-        clip = read_mp4(path) if heard else (result.frames, np.zeros((24000, 2)), 24000)
+def adherence(model, prompts, folder, **variant) -> dict[str, float]:
+    """Share of clips with the right color, shape and so on; mean distance of sound and
+    shape in frame widths; with an image the PSNR of the first frame."""
+    right, pan, first_frame = {}, [], []
+    made = make(model, prompts, folder, **variant)
+    for (scene, _), (path, result) in zip(prompts, made, strict=True):
+        has_audio = result.waveform is not None
+        silent = result.frames, np.zeros((24000, 2)), 24000
+        clip = read_mp4(path) if has_audio else silent
         found = judge(*clip)
-        for name in SEEN + HEARD * heard:
+        for name in VIDEO + AUDIO * has_audio:
             right.setdefault(name, []).append(found[name] == getattr(scene, name))
-        if heard and found["pan_error"] is not None:
+        if has_audio and found["pan_error"] is not None:
             pan.append(found["pan_error"])
         if variant.get("image"):
-            likeness.append(decibels(result.frames[0], data.render(scene, [0])[0]))
+            first_frame.append(decibels(result.frames[0], data.render(scene, [0])[0]))
     shares = {name: float(np.mean(found)) for name, found in right.items()}
     if pan:
         shares["pan error"] = float(np.mean(pan))
-    if likeness:
-        shares["first frame dB"] = float(np.mean(likeness))
+    if first_frame:
+        shares["first frame dB"] = float(np.mean(first_frame))
     return shares
 
 
@@ -130,14 +131,14 @@ def main():
     add("--clips", type=int, default=48)
     add("--seed", type=int, default=1)
     add("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
-    add("--json", type=Path, help="where to write all figures")
+    add("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    asked, found = scenes(args.clips, args.seed), {}
+    prompts, found = scenes(args.clips, args.seed), {}
     for name in args.variants:
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
-            found[name] = obedience(args.model, asked, folder, **VARIANTS[name])
+            found[name] = adherence(args.model, prompts, folder, **VARIANTS[name])
         figures = (f"{k} {v:.3g}" for k, v in found[name].items())
         print(f"{name:<16}", *figures, sep="  ", flush=True)
     if args.json:
