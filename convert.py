@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from ltx2.base import Parser, UserError, run
+from ltx2.base import Parser, UserError, note, run
 
 EPILOG = """\
 examples:
@@ -22,70 +22,46 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument(
-        "--hf-path",
-        default="Lightricks/LTX-2",
-        help="Hub repository, folder or .safetensors file (default: %(default)s)",
+    add = p.add_argument
+    many = {"action": "append", "default": []}
+    text = "Hub repository, folder or .safetensors file (default: %(default)s)"
+    add("--hf-path", default="Lightricks/LTX-2", help=text)
+    add(
+        "--file", help="checkpoint to use (default: the distilled 19B, or the only one)"
     )
-    p.add_argument(
-        "--file",
-        help="which checkpoint of the repository or folder "
-        "(default: the distilled 19B, or the only one)",
-    )
-    p.add_argument(
-        "--upsampler",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="latent upsampler, file or owner/name/file, repeatable "
-        "(default: those beside the checkpoint)",
-    )
-    p.add_argument(
-        "--mlx-path",
-        type=Path,
-        default=Path("mlx_model"),
-        help="folder to write (default: %(default)s)",
-    )
-    p.add_argument("--overwrite", action="store_true", help="replace that folder")
-    p.add_argument(
-        "-q",
-        "--quantize",
-        action="store_true",
-        help="quantize the linear layers of the transformer's blocks",
-    )
-    p.add_argument(
-        "--q-bits", "-q-bits", type=int, choices=[2, 3, 4, 5, 6, 8], help="default: 4"
-    )
-    p.add_argument(
-        "--q-group-size",
-        "-q-group-size",
-        type=int,
-        choices=[32, 64, 128],
-        help="default: 64",
-    )
-    p.add_argument("--q-mode", "-q-mode", choices=["affine", "mxfp4", "nvfp4", "mxfp8"])
-    p.add_argument(
-        "--lora",
-        type=lora,
-        action="append",
-        default=[],
-        metavar="FILE[:STRENGTH]",
-        help="add to the transformer's weights before quantizing, repeatable",
-    )
-    p.add_argument("-d", "--dequantize", action="store_true", help="undo --quantize")
-    p.add_argument(
-        "--dtype",
-        choices=["float16", "bfloat16", "float32"],
-        help="of transformer and text side, if not quantized (default: as released)",
-    )
-    p.add_argument(
-        "--kind",
-        choices=["dev", "distilled"],
-        help="of the checkpoint (default: by its name)",
-    )
-    p.add_argument("--text-encoder", help="to be used with it (default: Gemma 3 12B)")
-    p.add_argument("--upload-repo", help="Hub repository to upload the folder to")
+    text = "file to use for a component, like vae=FILE; repeatable"
+    add("--part", type=part, metavar="NAME=FILE", help=text, **many)
+    text = "latent upsampler (default: those next to the checkpoint); repeatable"
+    add("--upsampler", metavar="FILE", help=text, **many)
+    text = "folder to write (default: %(default)s)"
+    add("--mlx-path", type=Path, default=Path("mlx_model"), help=text)
+    add("--overwrite", action="store_true", help="replace that folder")
+    text = "quantize the linear layers of the transformer's blocks"
+    add("-q", "--quantize", action="store_true", help=text)
+    bits, groups = [2, 3, 4, 5, 6, 8], [32, 64, 128]
+    add("--q-bits", "-q-bits", type=int, choices=bits, help="(default: 4)")
+    text = "(default: 64)"
+    add("--q-group-size", "-q-group-size", type=int, choices=groups, help=text)
+    modes = ["affine", "mxfp4", "nvfp4", "mxfp8"]
+    add("--q-mode", "-q-mode", choices=modes, help="(default: affine)")
+    text = "fuse into the transformer before quantizing; repeatable"
+    add("--lora", type=lora, metavar="FILE[:STRENGTH]", help=text, **many)
+    add("-d", "--dequantize", action="store_true", help="undo --quantize")
+    text = "of unquantized weights of transformer and text side (default: unchanged)"
+    add("--dtype", choices=["float16", "bfloat16", "float32"], help=text)
+    text = "of the checkpoint (default: from its file name)"
+    add("--kind", choices=["dev", "distilled"], help=text)
+    add("--text-encoder", help="to be used with the model (default: Gemma 3 12B)")
+    text = "upload to this Hub repository; a folder that exists is not converted again"
+    add("--upload-repo", metavar="OWNER/NAME", help=text)
     return p
+
+
+def part(text: str) -> tuple[str, str]:
+    name, found, file = text.partition("=")
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    return name, file
 
 
 def lora(text: str) -> tuple[str, float]:
@@ -95,41 +71,50 @@ def lora(text: str) -> tuple[str, float]:
 
 def main() -> None:
     args = parser().parse_args()
-    given = [args.q_bits, args.q_group_size, args.q_mode]
-    if any(given) and not args.quantize:
+    if any([args.q_bits, args.q_group_size, args.q_mode]) and not args.quantize:
         raise UserError("--q-bits, --q-group-size and --q-mode need --quantize")
-    if args.upload_repo and args.upload_repo.count("/") != 1:
-        raise UserError(
-            f"--upload-repo {args.upload_repo} is not of the form owner/name"
-        )
+    if args.upload_repo and not re.fullmatch(r"[^/\s]+/[^/\s]+", args.upload_repo):
+        raise UserError(f"--upload-repo must be owner/name, got {args.upload_repo}")
 
+    from ltx2 import conversion, hub
+
+    folder = args.mlx_path.expanduser().resolve()
+    if args.upload_repo:
+        hub.create_repository(args.upload_repo)  # fails now, not after hours of work
+    if args.upload_repo and not args.overwrite and conversion.is_converted(folder):
+        note(f"{args.mlx_path} exists and is uploaded (--overwrite converts again)")
+    else:
+        convert(args, folder)
+    if args.upload_repo:
+        hub.upload(folder, args.upload_repo)
+        print(f"uploaded to https://huggingface.co/{args.upload_repo}")
+
+
+def convert(args: argparse.Namespace, folder: Path) -> None:
+    """List what is read and written, check it, then write the model folder."""
     import mlx.core as mx
     from tqdm import tqdm
 
     from ltx2 import conversion, hub, weights
 
-    how = None
+    options = None
     if args.quantize:
         mode = args.q_mode or "affine"
-        how = conversion.quantization(mode, args.q_bits, args.q_group_size)
-    folder = args.mlx_path.expanduser().absolute()
+        options = conversion.quantization(mode, args.q_bits, args.q_group_size)
     conversion.check_target(folder, args.overwrite)
     source = weights.open_model(
-        args.hf_path, args.kind, args.file, args.upsampler, fetch=False
+        *(args.hf_path, args.kind, args.file, args.upsampler),
+        fetch=False,
+        parts=dict(args.part),
     )
-    job = conversion.Conversion(
-        source,
-        how,
-        args.dequantize,
-        getattr(mx, args.dtype) if args.dtype else None,
-        args.text_encoder,
-        loras=args.lora,
-    )
+    dtype = getattr(mx, args.dtype) if args.dtype else None
+    how = (options, args.dequantize, dtype, args.text_encoder)
+    job = conversion.Conversion(source, *how, loras=args.lora)
 
     kind = f"{source.kind}{' (assumed, see --kind)' if source.kind_assumed else ''}"
     print(f"LTX-2 {source.model_version}, {kind}")
     print(hub.listing(source.files))
-    print(f"becomes {args.mlx_path}")
+    print(f"to {args.mlx_path}:")
     size = 0
     for name in source.components:
         for file, tensors in job.files(name).items():
@@ -139,7 +124,7 @@ def main() -> None:
             print(f"{hub.gigabytes(n):>12}  {file}{quantized}")
             size += n
     to_fetch = sum(f.size for f in source.files if f.path is None)
-    print(f"{hub.gigabytes(to_fetch)} to fetch, {hub.gigabytes(size)} to write")
+    print(f"{hub.gigabytes(to_fetch)} to download, {hub.gigabytes(size)} to write")
     hub.check_space({hub.cache_folder(): to_fetch, folder: size})
 
     for f in source.files:
@@ -148,12 +133,7 @@ def main() -> None:
         job.write(folder, args.overwrite, args.upload_repo, bar.update)
     print(f"wrote {args.mlx_path}")
     if not (folder / "LICENSE.md").exists():
-        print(
-            "There was no LICENSE beside the weights: add theirs before sharing them."
-        )
-    if args.upload_repo:
-        hub.upload(folder, args.upload_repo)
-        print(f"uploaded to https://huggingface.co/{args.upload_repo}")
+        note("no LICENSE next to the weights: add theirs before sharing them")
 
 
 if __name__ == "__main__":

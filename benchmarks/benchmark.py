@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import checkpoints  # noqa: E402
 
 from ltx2 import latents, parallel, pipeline, vae, weights  # noqa: E402
-from ltx2.conversion import block_linears, quantization  # noqa: E402
+from ltx2.conversion import quant_predicate, quantization  # noqa: E402
 from ltx2.guidance import guidance_passes  # noqa: E402
 from ltx2.dit import DiT, DiTConfig, Tokens  # noqa: E402
 from ltx2.linear import quantize  # noqa: E402
@@ -178,7 +178,7 @@ def released_block(name, size, dtype, bits, runs, target_seconds):
         short = (short - 1) // 16 * 8 + 1
     whole, part = count(frames), count(short)
     if bits:
-        picked = lambda path, _: block_linears(path)
+        picked = lambda path, _: quant_predicate(path)
         quantize(model, **quantization(bits=bits), class_predicate=picked)
     model.set_dtype(dtype)
     weights.evaluate(w for _, w in tree_flatten(model.parameters()))

@@ -28,7 +28,7 @@ class AudioVAEConfig(Config):
     """The `audio_vae` section of a checkpoint's configuration."""
 
     ch: int
-    ch_mult: list
+    ch_mult: list[int]
     num_res_blocks: int
     z_channels: int
 

@@ -1,16 +1,39 @@
-"""What every file may use: the user-facing error and the checkpoint configuration base."""
+"""What every file may use: errors, notes, checked data from outside, tables, scripts."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import logging
+import math
 import sys
+import types
 import warnings
-from typing import Any, Callable, ClassVar, Optional
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import (
+    Any,
+    Callable,
+    ClassVar,
+    Iterable,
+    Literal,
+    Optional,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import mlx.core as mx
 
 Trace = Callable[[str, mx.array], None]
+# All that library code has to say goes here: `note` for choices a user should know of,
+# `LOG.info` for progress. `run` prints both; other programs configure logging as usual.
+LOG = logging.getLogger("ltx2")
+note = LOG.warning
+JSON_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+JSON_NAMES |= {list: "a list", tuple: "a list", dict: "an object", type(None): "null"}
 
 
 class UserError(Exception):
@@ -18,7 +41,89 @@ class UserError(Exception):
 
 
 class OutputError(Exception):
-    """A stage gave what no model in order gives: the stage, what was seen, what is usual."""
+    """A stage produced invalid output: the stage, what was measured, what is usual."""
+
+
+# Data from outside
+
+
+def parse_json(text: Union[str, bytes], path: str) -> dict[str, Any]:
+    """The JSON object in `text`; UserError with its `path` if there is none."""
+    try:
+        return checked(dict, json.loads(text), path)
+    except (ValueError, RecursionError):
+        where = path.removesuffix(": ")
+        raise UserError(f"{where} is not valid JSON") from None
+
+
+def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> Any:
+    """`value`, as JSON gives it, as an annotation says: a dataclass (from an object),
+    list[int], Optional[str], Literal and the like. Numbers must be finite and, with a
+    `limit`, above 0 and at most that. UserError names the `path` of a wrong value."""
+    if kind is Any:
+        kind = type(value)
+    origin, args = get_origin(kind) or kind, get_args(kind)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        expect(math.isfinite(value), "a finite number", value, path)
+        fits = limit is None or 0 < value <= limit
+        expect(fits, f"above 0 and at most {limit}", value, path)
+        value = int(value) if isinstance(value, Integral) else float(value)
+    if origin in (Union, types.UnionType):
+        return _first_fit(args, value, path, limit)
+    if origin is Literal:
+        expect(value in args, f"one of {', '.join(map(str, args))}", value, path)
+    elif dataclasses.is_dataclass(kind) and not isinstance(value, kind):
+        return _from_object(kind, value, path, limit)
+    elif origin in (list, tuple, Sequence):
+        expect(isinstance(value, (list, tuple)), "a list", value, path)
+        fixed = origin is tuple and args and args[-1] is not ...
+        kinds = args if fixed else (args or (Any,))[:1] * len(value)
+        expect(len(value) == len(kinds), f"a list of {len(kinds)}", value, path)
+        items = enumerate(zip(kinds, value))
+        items = [checked(k, v, f"{path}[{i}]", limit) for i, (k, v) in items]
+        return items if origin is list else tuple(items)
+    elif origin in (dict, Mapping):
+        expect(isinstance(value, dict), "an object", value, path)
+        inner = args[1] if args else Any
+        return {k: checked(inner, v, join(path, k), limit) for k, v in value.items()}
+    else:
+        same = type(value) is kind or kind is float and type(value) is int
+        same = same or kind not in JSON_NAMES and isinstance(value, kind)
+        expect(same, JSON_NAMES.get(kind) or kind.__name__, value, path)
+    return value
+
+
+def expect(condition: bool, expected: str, value: Any, path: str) -> None:
+    """UserError unless `condition` holds: what the value at `path` must be, and is."""
+    if not condition:
+        where = path.removesuffix(": ")
+        raise UserError(f"{where} must be {expected}, got {repr(value)[:60]}")
+
+
+def join(path: str, key: str) -> str:
+    return f"{path}{key}" if path.endswith(": ") else f"{path}.{key}"
+
+
+def _first_fit(kinds: Iterable, value: Any, path: str, limit: Optional[float]) -> Any:
+    errors = []
+    for kind in kinds:
+        try:
+            return checked(kind, value, path, limit)
+        except UserError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _from_object(cls: type, value: Any, path: str, limit: Optional[float]) -> Any:
+    expect(isinstance(value, dict), "an object", value, path)
+    fields = [f for f in dataclasses.fields(cls) if f.init]
+    defaults = {f.name for f in fields if f.default is not f.default_factory}
+    for key in {f.name for f in fields} - defaults - value.keys():
+        raise UserError(f"{join(path, key)} is missing")
+    for key in value.keys() - {f.name for f in fields}:
+        raise UserError(f"{join(path, key)} is unknown")
+    kinds, items = get_type_hints(cls), value.items()
+    return cls(**{k: checked(kinds[k], v, join(path, k), limit) for k, v in items})
 
 
 @dataclasses.dataclass
@@ -31,32 +136,28 @@ class Config:
 
     FIXED: ClassVar[dict[str, tuple]] = {}
     UNUSED: ClassVar[frozenset[str]] = frozenset()
+    LIMIT: ClassVar[int] = 10**8  # of any number; all are sizes or scales
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]):
-        """Read a section; unknown keys are reported, unknown architectures refused."""
+        """Check a section; unknown keys are reported, unknown architectures refused."""
         name = cls.__name__
-        fields = {f.name: f for f in dataclasses.fields(cls)}
         for key, allowed in cls.FIXED.items():
-            if key in section and section[key] not in allowed:
+            if key in checked(dict, section, name) and section[key] not in allowed:
                 raise UserError(
                     f"{name}: {key} is {section[key]!r}, but only "
                     f"{' or '.join(map(repr, allowed))} is implemented"
                 )
-        missing = [
-            key
-            for key, f in fields.items()
-            if f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-            and key not in section
-        ]
-        if missing:
-            raise UserError(f"{name}: the checkpoint's config lacks {missing}")
-        unknown = section.keys() - fields.keys() - cls.FIXED.keys() - cls.UNUSED
+        fields = {f.name for f in dataclasses.fields(cls)}
+        unknown = section.keys() - fields - cls.FIXED.keys() - cls.UNUSED
         if unknown:
             report = {key: section[key] for key in sorted(unknown)}
-            warnings.warn(f"{name}: unknown configuration keys ignored: {report}")
-        return cls(**{key: section[key] for key in fields if key in section})
+            note(f"{name}: unknown configuration keys ignored: {report}")
+        used = {key: section[key] for key in fields & section.keys()}
+        return checked(cls, used, name, cls.LIMIT)
+
+
+# Diagnostics and scripts
 
 
 def traced(trace: Optional[Trace], name: str, x: mx.array) -> mx.array:
@@ -69,6 +170,40 @@ def traced(trace: Optional[Trace], name: str, x: mx.array) -> mx.array:
 def within(trace: Optional[Trace], scope: str) -> Optional[Trace]:
     """The trace callback for what happens inside of `scope`, if there is one."""
     return trace and (lambda name, x: trace(f"{scope}.{name}", x))
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """Aligned columns below their heads: text to the left, numbers to the right with
+    four digits."""
+    rows = [[*row] for row in rows]
+    right = [not isinstance(x, str) for x in (rows or [heads])[0]]
+    cells = [[x if isinstance(x, str) else f"{x:.4g}" for x in row] for row in rows]
+    cells = [[*heads], *cells]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = (
+        "  ".join(
+            x.rjust(w) if r else x.ljust(w) for x, w, r in zip(row, widths, right)
+        )
+        for row in cells
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+class Printer(logging.Handler):
+    """Prints what library code logs; a note that is repeated, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            if text in self.seen:
+                return
+            self.seen.add(text)
+            text = f"note: {text}"
+        print(text, flush=True)
 
 
 def hann_sinc(time: Any) -> Any:
@@ -91,10 +226,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main`: a mistake of the user's or a refusal of the system's (no
-    such file, no permission, disk full) is one line on stderr and exit code 2, a result
-    that is not fit to be written exit code 1; a warning is one line on stdout."""
-    warnings.showwarning = lambda message, *_: print(f"note: {message}")
+    """Call a script's `main` and print its notes. A user's mistake or the system's
+    refusal (no such file, no permission, disk full) is one line on stderr and exit code
+    2, a result that is not fit to be written exit code 1."""
+    LOG.setLevel(logging.INFO)
+    LOG.handlers[:] = [Printer()]
+    warnings.showwarning = lambda message, *_: note(str(message))
     try:
         main()
     except (UserError, OutputError, OSError) as error:

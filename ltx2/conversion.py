@@ -1,11 +1,15 @@
-"""From a source to a model folder for MLX: quantised, streamed, with its papers."""
+"""Convert a checkpoint to a model folder: quantize, stream to disk, write model card and
+license."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import shlex
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
@@ -15,18 +19,18 @@ from . import __version__
 from .base import UserError
 from .hub import DTYPES, File
 from .lora import Lora, fuse
-from .weights import FLOAT32, Checkpoint, Weights, shard_names
+from .weights import COMPONENTS, FLOAT32, GEMMA_4, Checkpoint, Weights, shard_names
 
 SHARD = 5 * 10**9  # bytes a file, at most
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
-LICENCE = "https://github.com/Lightricks/LTX-2/blob/main/LICENSE"
-OFFICIAL = {  # generation: repository, name and text of the licence
-    "2.0": ("Lightricks/LTX-2", "ltx-2-community-license-agreement", LICENCE),
-    "2.3": ("Lightricks/LTX-2.3", "ltx-2-community-license-agreement", LICENCE),
+LICENSE = "https://github.com/Lightricks/LTX-2/blob/main/LICENSE"
+OFFICIAL = {  # generation: repository, name and text of the license
+    "2.0": ("Lightricks/LTX-2", "ltx-2-community-license-agreement", LICENSE),
+    "2.3": ("Lightricks/LTX-2.3", "ltx-2-community-license-agreement", LICENSE),
     "2.5": (
         "Lightricks/LTX-2.5",
         "ltx-2.x-community-license-agreement",
-        f"{LICENCE}-2_x",
+        f"{LICENSE}-2_x",
     ),
 }
 
@@ -36,85 +40,103 @@ Progress = Callable[[int], Any]
 def quantization(
     mode: str = "affine", bits: Optional[int] = None, group_size: Optional[int] = None
 ) -> dict[str, Any]:
-    """The arguments of `mx.quantize`; only affine leaves a choice of bits and groups."""
+    """The arguments of `mx.quantize`; only affine has a choice of bits and groups."""
     groups, default = MODES[mode]
-    how = {"group_size": group_size or groups, "bits": bits or default, "mode": mode}
-    if mode != "affine" and (how["group_size"], how["bits"]) != MODES[mode]:
-        raise UserError(f"{mode} means {default} bits in groups of {groups}")
-    return how
+    options = {
+        "group_size": group_size or groups,
+        "bits": bits or default,
+        "mode": mode,
+    }
+    if mode != "affine" and (options["group_size"], options["bits"]) != MODES[mode]:
+        raise UserError(f"{mode} needs {default} bits in groups of {groups}")
+    return options
 
 
-def block_linears(path: str) -> bool:
+def quant_predicate(path: str) -> bool:
     """Attention and feed-forward of the blocks of the transformer and of Gemma, which
-    are quantised by default; gates, modulations and projections are small and sensitive.
+    hold nearly all weights; tables, norms, gates and projections are small and sensitive.
     """
     layer = r"transformer_blocks\.\d+\.\w+\.(to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"
     gemma = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
     return re.fullmatch(f"{layer}|{gemma}", path) is not None
 
 
-def quantize(weights: Weights, how: dict, predicate: Callable[[str], bool]) -> Weights:
-    """Quantise the linear layers that `predicate` picks by path, where the group size
+def quantize(
+    weights: Weights, options: dict, predicate: Callable[[str], bool]
+) -> Weights:
+    """Quantize the linear layers that `predicate` picks by path, where the group size
     divides their width."""
     done: Weights = {}
+    group = options["group_size"]
     for key, w in weights.items():
         path, _, leaf = key.rpartition(".")
-        fits = leaf == "weight" and w.ndim == 2 and w.shape[1] % how["group_size"] == 0
+        fits = leaf == "weight" and w.ndim == 2 and w.shape[1] % group == 0
         if fits and predicate(path):
             keys = (key, f"{path}.scales", f"{path}.biases")
-            done.update(zip(keys, mx.quantize(w, **how)))
+            done.update(zip(keys, mx.quantize(w, **options)))
         else:
             done[key] = w
     if len(done) == len(weights):
-        raise UserError(f"no layer can be quantised in groups of {how['group_size']}")
+        raise UserError(f"no layer can be quantized in groups of {group}")
     return done
 
 
-def dequantize(weights: Weights, how: dict, dtype: Optional[mx.Dtype]) -> Weights:
-    """The opposite of `quantize`, but for what was lost."""
+def dequantize(weights: Weights, options: dict, dtype: Optional[mx.Dtype]) -> Weights:
+    """The inverse of `quantize`, up to its rounding."""
     done = dict(weights)
     for path in [key[: -len(".scales")] for key in weights if key.endswith(".scales")]:
         rest = [done.pop(f"{path}.{leaf}", None) for leaf in ("scales", "biases")]
-        w = mx.dequantize(done[f"{path}.weight"], *rest, **how, dtype=dtype)
+        w = mx.dequantize(done[f"{path}.weight"], *rest, **options, dtype=dtype)
         done[f"{path}.weight"] = w
     return done
 
 
 @dataclass
 class Conversion:
-    """What shall become of a source. All is lazy until `write`, which reads, converts
-    and writes one tensor after the other."""
+    """The recipe for a model folder. All is lazy until `write`, which reads, converts and
+    writes one tensor at a time."""
 
     source: Checkpoint
     quantization: Optional[dict[str, Any]] = None
     dequantize: bool = False
     dtype: Optional[mx.Dtype] = None
     text_encoder: Optional[str] = None
-    predicate: Callable[[str], bool] = block_linears
+    predicate: Callable[[str], bool] = quant_predicate
     loras: Sequence[tuple[str, float]] = ()  # files and strengths
+    # Lazily, whether the tensors that are converted are finite.
+    finite: Weights = field(default_factory=dict, init=False)
 
     def __post_init__(self):
         if self.loras and self.source.quantization:
-            raise UserError(
-                "a LoRA is fused before quantising: take unquantised weights"
-            )
+            raise UserError("LoRAs need unquantized weights: they are fused first")
         if self.quantization and self.source.quantization:
-            raise UserError("the model is quantised already: --dequantize it first")
-        self.source.encoder(self.text_encoder)
+            raise UserError("the model is already quantized: use --dequantize first")
         if self.dequantize and not self.source.quantization:
-            raise UserError("the model is not quantised: nothing to dequantize")
+            raise UserError("the model is not quantized: remove --dequantize")
+        for path, strength in self.loras:
+            if not math.isfinite(strength) or strength == 0:
+                raise UserError(f"LoRA {path}: invalid strength {strength}")
+        self.text_encoder = self.source.encoder(self.text_encoder)
+        folder = Path(self.text_encoder).expanduser()
+        if self.source.version < GEMMA_4 and folder.is_dir():
+            self.text_encoder = str(folder.resolve())  # from any working directory
 
     def weights(self, name: str) -> Weights:
         """A component's tensors as they will be written."""
         dtype = None if name in FLOAT32 else self.dtype
         weights = self.source.weights(name, dtype)
-        module = self.source.module(name, weights)  # or a UserError: they do not fit
+        module = self.source.build(name, weights)  # UserError if they do not fit
         if self.loras and name == "transformer":
-            # Read anew each time, so that factors are held no longer than their layer.
+            # Read again each time: factors are held no longer than their layer.
             loras = [(Lora.read(path), strength) for path, strength in self.loras]
             for lora, _ in loras:
                 lora.check(module)
             weights = fuse(weights, loras)
+        floating = {
+            k for k, w in weights.items() if mx.issubdtype(w.dtype, mx.floating)
+        }
+        # 0 times NaN or infinity is NaN; mx.isfinite would need more memory.
+        self.finite = {k: (weights[k] * 0).sum() == 0 for k in floating}
         if self.dequantize:
             return dequantize(weights, self.source.quantization, dtype)
         if self.quantization and name in ("transformer", "gemma"):
@@ -133,10 +155,19 @@ class Conversion:
             shards[-1][key] = w
         return dict(zip(shard_names(name, len(shards)), shards))
 
+    @property
+    def own_encoder(self) -> Optional[Path]:
+        """The text encoder's folder, if it is inside the source's model folder."""
+        folders = (f.path.resolve().parent for f in self.source.files if f.path)
+        inside = (
+            self.source.provenance and next(folders) in Path(self.text_encoder).parents
+        )
+        return Path(self.text_encoder) if inside else None
+
     def config(self) -> dict[str, Any]:
         """The contents of config.json."""
-        source, dtype = self.source, self.dtype
-        how = self.quantization or (None if self.dequantize else source.quantization)
+        source, dtype, encoder = self.source, self.dtype, self.own_encoder
+        q = self.quantization or (None if self.dequantize else source.quantization)
         weights = [f for f in source.files if f.role]
         origin = source.provenance or {
             "source": weights[0].repo or "local files",
@@ -147,14 +178,14 @@ class Conversion:
             "model_version": source.model_version,
             "kind": source.kind,
             **source.config,
-            **({"quantization": how, "quantization_config": how} if how else {}),
-            "text_encoder": source.encoder(self.text_encoder),
+            **({"quantization": q, "quantization_config": q} if q else {}),
+            "text_encoder": encoder.name if encoder else self.text_encoder,
             **({"defaults": source.defaults} if source.defaults else {}),
             "provenance": {
                 **origin,
                 "tool": f"ltx2 {__version__}, mlx {mx.__version__}",
                 "recipe": {
-                    "quantization": how,
+                    "quantization": q,
                     "dtype": dtype and str(dtype)[9:],
                     "loras": {Path(path).name: s for path, s in self.loras},
                 },
@@ -168,50 +199,91 @@ class Conversion:
         name: Optional[str] = None,
         progress: Progress = lambda size: None,
     ) -> None:
-        """Write the model folder, whole or not at all: it grows beside its place and is
-        renamed at the end. `name` is for the model card; `progress` hears of bytes."""
+        """Write the model folder, complete or not at all: it is written under another
+        name and renamed at the end. `name` is for the model card; `progress` gets the
+        number of bytes."""
+        folder = folder.expanduser().resolve()
         check_target(folder, overwrite)
-        growing, old = (folder.with_name(f".{folder.name}.{s}") for s in ("new", "old"))
-        shutil.rmtree(growing, ignore_errors=True)
-        growing.mkdir(parents=True)
+        remove_leftovers(folder)
+        partial, old = (temporary(folder, str(os.getpid()), s) for s in ("new", "old"))
+        partial.mkdir(parents=True)
         try:
-            for part in self.source.components:
-                index, files = {}, self.files(part)
-                for file, weights in files.items():
-                    index.update(dict.fromkeys(weights, file))
-                    write_safetensors(growing / file, weights, progress)
-                if len(files) > 1:
-                    path = growing / f"{part}.safetensors.index.json"
-                    path.write_text(json.dumps({"weight_map": index}, indent=2))
-            config = self.config()
-            (growing / "config.json").write_text(json.dumps(config, indent=2))
-            card = model_card(config, self.source.generation, name or folder.name)
-            (growing / "README.md").write_text(card)
-            for f in self.source.files:
-                if f.name.startswith("LICENSE"):
-                    shutil.copyfile(f.fetch(), growing / "LICENSE.md")
+            self._write_files(partial, progress, name or folder.name)
             if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
-            growing.rename(folder)
+            partial.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
         finally:
-            shutil.rmtree(growing, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write_files(self, partial: Path, progress: Progress, name: str) -> None:
+        for part in self.source.components:
+            index, files = {}, self.files(part)
+            for file, weights in files.items():
+                index.update(dict.fromkeys(weights, file))
+                write_safetensors(partial / file, weights, progress, self.finite)
+            if len(files) > 1:
+                path = partial / f"{part}.safetensors.index.json"
+                path.write_text(json.dumps({"weight_map": index}, indent=2))
+        if self.own_encoder:
+            shutil.copytree(self.own_encoder, partial / self.own_encoder.name)
+        config = self.config()
+        (partial / "config.json").write_text(json.dumps(config, indent=2))
+        card = model_card(config, self.source.generation, name)
+        (partial / "README.md").write_text(card)
+        for f in self.source.files:
+            if f.name.startswith("LICENSE"):
+                shutil.copyfile(f.fetch(), partial / "LICENSE.md")
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that is in the way, and to replace what is no model."""
+    """Raise UserError for a target that is in the way. Only converted models are
+    replaced, and only if nothing else is in their folder."""
     if not folder.exists():
         return
     if not overwrite:
-        raise UserError(f"{folder} exists: --overwrite replaces it")
+        raise UserError(f"{folder} exists: pass --overwrite to replace it")
+    if not is_converted(folder):
+        raise UserError(f"{folder} is not a converted model; refusing to overwrite it")
     config = folder / "config.json"
-    if not config.is_file() or not File(config.name, 0, config).is_ours:
-        raise UserError(f"{folder} holds no converted model, so it is not replaced")
+    encoder = File(config.name, 0, config).json().get("text_encoder")
+    own = ("config.json", "README.md", "LICENSE.md", "LICENSE", encoder)
+    names = "|".join(map(re.escape, COMPONENTS))
+    part = re.compile(rf"({names})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    for path in sorted(folder.iterdir()):
+        if not part.fullmatch(path.name) and path.name not in (*own, ".DS_Store"):
+            raise UserError(f"{folder} also holds {path.name}: move it away first")
 
 
-def write_safetensors(path: Path, weights: Weights, progress: Progress) -> None:
-    """Write tensors and empty the dictionary: only one at a time is in memory."""
+def is_converted(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and File(config.name, 0, config).is_converted
+
+
+def temporary(folder: Path, process: str, suffix: str) -> Path:
+    """A name next to `folder` for one process."""
+    return folder.parent / f".{folder.name[:100]}.{process}.{suffix}"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed conversions to the same target left."""
+    for path in folder.parent.glob(".*.new") if folder.parent.is_dir() else ():
+        process = path.name.split(".")[-2]
+        if path == temporary(folder, process, "new") and process.isdecimal():
+            try:
+                os.kill(int(process), 0)
+            except ProcessLookupError:
+                shutil.rmtree(path)
+            except PermissionError:  # it runs, as another user
+                pass
+
+
+def write_safetensors(
+    path: Path, weights: Weights, progress: Progress, finite: Weights
+) -> None:
+    """Write tensors and empty the dictionary: only one at a time is in memory. `finite`
+    says by name, lazily, whether what a tensor is made from is finite; UserError if not.
+    """
     names = {dtype: name for name, dtype in DTYPES.items() if name != "F8_E4M3"}
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
@@ -223,6 +295,8 @@ def write_safetensors(path: Path, weights: Weights, progress: Progress) -> None:
     with open(path, "wb") as f:
         f.write(len(start).to_bytes(8, "little") + start)
         for key in list(weights):
+            if key in finite and not finite.pop(key).item():
+                raise UserError(f"{key} has NaN or infinite values: not converted")
             w = mx.contiguous(weights.pop(key))
             # Python has no bfloat16; as bytes there could be more than 2^31 elements.
             f.write(memoryview(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w))
@@ -235,22 +309,22 @@ def model_card(config: dict[str, Any], generation: str, name: str) -> str:
     """README.md of a model folder, with the metadata that the Hub reads."""
     from huggingface_hub import ModelCardData
 
-    repo, licence, link = OFFICIAL[generation]
-    origin, how = config["provenance"], config.get("quantization")
+    repo, license_name, link = OFFICIAL[generation]
+    origin, q = config["provenance"], config.get("quantization")
     base = origin["source"] if "/" in origin["source"] else repo
     data = ModelCardData(
         base_model=base,
         library_name="mlx",
         pipeline_tag="text-to-video",
         license="other",
-        license_name=licence,
+        license_name=license_name,
         license_link=link,
         tags=["ltx-2", "text-to-audio-video"],
     )
     gemma = " and the text encoder's" if generation == "2.5" else ""
     quantized = (
         f"The transformer's{gemma} blocks are "
-        "quantised: {bits} bits ({mode}) in groups of {group_size}."
+        "quantized: {bits} bits ({mode}) in groups of {group_size}."
     )
     return f"""---
 {data.to_yaml()}
@@ -258,14 +332,14 @@ def model_card(config: dict[str, Any], generation: str, name: str) -> str:
 
 # {name}
 
-LTX-2 {generation} ({config["kind"]}) for MLX, video with its sound from a prompt:
+LTX-2 {generation} ({config["kind"]}) for MLX: video with audio from a prompt.
 
-    python generate.py --model {name} --prompt "..."
+    python generate.py --model {shlex.quote(name)} --prompt "..."
 
-{quantized.format(**how) if how else "Nothing is quantised."}
+{quantized.format(**q) if q else "The weights are not quantized."}
 
 **Notice of change.** These files were made by {origin["tool"]} from
 {", ".join(origin["files"])} of [{base}](https://huggingface.co/{base}): tensors are
-renamed, laid out for MLX, split by component, and quantised as said above. They remain
-under the [{licence}]({link}).
+renamed, laid out for MLX, split by component, and quantized as described above. They
+remain under the [{license_name}]({link}).
 """

@@ -39,11 +39,11 @@ class DiffusionDecoderConfig(Config):
     """The decoder's section of a diffusion VAE's configuration."""
 
     in_channels: int
-    stage_channels: list
-    stage_depths: list
-    stage_kernels: list
-    upsamples: list  # of (stride, channel reduction)
-    stage5_kernel: list
+    stage_channels: list[int]
+    stage_depths: list[int]
+    stage_kernels: list[list[int]]
+    upsamples: list[tuple[list[int], int]]  # of (stride, channel reduction)
+    stage5_kernel: list[int]
     head_dim: int = 64
     patch_size: int = 4
     t_emb_dim: int = 384

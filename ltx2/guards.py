@@ -1,46 +1,60 @@
-"""What a healthy result looks like; a result that does not is not written."""
+"""Sanity checks on results; a result that fails them is not written."""
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
-import numpy as np
 
 from .base import OutputError
 
+if TYPE_CHECKING:
+    import numpy as np
+
+# Rejected here; `checks` flags what is outside the wider, usual range below each.
+LATENT_STD = (0.02, 50)
+USUAL_STD = (0.1, math.inf)  # of any stage, the latents' is 0.5 to 1.5
+SILENT = 1e-5  # root mean square of a waveform
+USUAL_LEVEL = 1e-3  # healthy sound has 0.01 to 0.3
+FLAT = 0.002  # standard deviation of the pixels
+USUAL_CONTRAST = 0.02  # healthy video has 0.1 to 0.3
+LARGEST = 10_000.0  # of any value; float16 ends at 65504
+
 
 def check_latents(stage: str, latents: mx.array) -> None:
-    """Refuse denoised latents that are not finite, hardly vary, or exploded."""
-    spread = mx.std(latents.astype(mx.float32)).item()
-    if not np.isfinite(spread):
-        raise OutputError(f"{stage}: latents are not finite (usual spread: 0.5 to 1.5)")
-    if not 0.02 < spread < 50:
-        raise OutputError(
-            f"{stage}: latents have a spread of {spread:.3g} (usual: 0.5 to 1.5)"
-        )
+    """Reject denoised latents that are not finite, hardly vary, or exploded."""
+    std = mx.std(latents.astype(mx.float32)).item()
+    if not math.isfinite(std):
+        raise OutputError(f"{stage}: latents are not finite (expected std: 0.5 to 1.5)")
+    if not LATENT_STD[0] < std < LATENT_STD[1]:
+        raise OutputError(f"{stage}: latents have std {std:.3g} (expected: 0.5 to 1.5)")
 
 
 def check_waveform(waveform: np.ndarray) -> None:
-    """Refuse sound (samples, channels) that is not finite, or silent to the last bit."""
-    level = float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64))))
-    if not np.isfinite(level):
-        raise OutputError("sound: not finite (usual level: -40 to -10 dB)")
-    if level < 1e-5:
+    """Reject audio (samples, channels) that is not finite, or digital silence."""
+    level = float((waveform.astype("float64") ** 2).mean()) ** 0.5
+    if not math.isfinite(level):
+        raise OutputError("output rejected: audio is not finite")
+    if level < SILENT:
         raise OutputError(
-            f"sound: silent, {20 * np.log10(level + 1e-12):.0f} dB "
-            "(usual: -40 to -10 dB)"
+            f"output rejected: silent audio ({20 * math.log10(level + 1e-12):.0f} dB, "
+            "expected -40 to -10 dB)"
         )
 
 
 class FrameGuard:
-    """Watches frames (F, H, W, 3) in [0, 1] as they are decoded, judges at the end."""
+    """Follows frames (F, H, W, 3) in [0, 1] as they are decoded, judges at the end."""
 
     def __init__(self) -> None:
         self.frames, self.count, self.total, self.square = 0, 0, 0.0, 0.0
         self.last, self.change = None, 0.0
 
-    def see(self, frames: mx.array) -> None:
+    def update(self, frames: mx.array) -> None:
         if not mx.isfinite(frames).all().item():
-            raise OutputError("picture: not finite (usual: 0 to 1)")
+            raise OutputError(
+                "output rejected: frames are not finite (expected 0 to 1)"
+            )
         self.frames += len(frames)
         self.count += frames.size
         self.total += frames.sum().item()
@@ -52,13 +66,13 @@ class FrameGuard:
         self.last = mx.contiguous(frames[-1:])
         mx.eval(self.last)
 
-    def judge(self) -> None:
+    def check(self) -> None:
         mean = self.total / self.count
-        spread = max(0.0, self.square / self.count - mean**2) ** 0.5
-        if spread < 0.002:
+        std = max(0.0, self.square / self.count - mean**2) ** 0.5
+        if std < FLAT:
             raise OutputError(
-                f"picture: one flat colour, brightness {mean:.2f}, spread {spread:.4f} "
-                "(usual spread: 0.1 to 0.3)"
+                f"output rejected: flat image (brightness {mean:.2f}, std {std:.4f}, "
+                "expected 0.1 to 0.3)"
             )
         if self.frames > 1 and self.change == 0:
-            raise OutputError("picture: all frames are the same (usual: they differ)")
+            raise OutputError("output rejected: all frames are the same")

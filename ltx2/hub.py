@@ -1,7 +1,6 @@
 """The files of a model, on this disk or on the Hugging Face Hub.
 
-The only file that knows huggingface_hub, which it imports late: what is on the disk is
-found without it.
+The only file that uses huggingface_hub, imported late: local files need no network.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import hashlib
 import json
 import re
 import shutil
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,16 +16,19 @@ from pathlib import Path
 from typing import Any, Iterable, Optional
 
 import mlx.core as mx
+from safetensors import SafetensorError, safe_open
 
-from .base import UserError
+from .base import LOG, UserError, note, parse_json
 
 DEFAULT_FILES = (  # where there are several checkpoints
     "ltx-2-19b-distilled.safetensors",
     "ltx-2.5-22b-distilled-transformer-bf16.safetensors",
 )
-# Of LTX-2.5, which comes with a file a component; the first holds the transformers.
+# Of LTX-2.5, which has one file per component, and of ComfyUI; the first holds the
+# transformers.
 FOLDERS = (
-    "diffusion_models text_encoders vae latent_upscale_models model_patches loras"
+    "diffusion_models text_encoders vae latent_upscale_models model_patches loras "
+    "checkpoints"
 ).split()
 DTYPES = {
     "BF16": mx.bfloat16,
@@ -36,13 +37,15 @@ DTYPES = {
     "I64": mx.int64,
     "U32": mx.uint32,
     "U8": mx.uint8,
-    "F8_E4M3": mx.uint8,  # as mx.load gives it
+    "F8_E4M3": mx.uint8,  # as mx.load returns it
 }
+# Keys of a transformer, with any prefix, and of other files.
+TRANSFORMER = re.compile(r"(^|\.)(transformer_blocks\.0\.attn1|patchify_proj)\.")
 
 
 @dataclass(eq=False)
 class File:
-    """A file of a model; while it is still on the Hub, `path` is None."""
+    """A file of a model; `path` is None until it is fetched from the Hub."""
 
     name: str
     size: int
@@ -72,60 +75,84 @@ class File:
     @property
     def config(self) -> dict[str, Any]:
         """The configuration in the metadata of an official file."""
-        return self.described("config")
-
-    def described(self, key: str) -> dict[str, Any]:
-        """A JSON object in the metadata."""
-        try:
-            return dict(json.loads(self.metadata[key]))
-        except (KeyError, ValueError, TypeError):
-            raise UserError(f"{self.name} is no LTX-2 file, it has no {key}") from None
+        return self.json_metadata("config")
 
     @property
+    def is_ltx2(self) -> bool:
+        """Whether it describes a transformer with audio; LTX-Video's has the same keys."""
+        config = self.config if "config" in self.metadata else {}
+        return "audio_attention_head_dim" in (config.get("transformer") or {})
+
+    def json_metadata(self, key: str) -> dict[str, Any]:
+        """A JSON object in the metadata."""
+        if key not in self.metadata:
+            raise UserError(
+                f"{self.name} is not an LTX-2 file (no {key} in its metadata)"
+            )
+        return parse_json(self.metadata[key], f"{self.name}, {key}: ")
+
+    @cached_property
+    def problem(self) -> str:
+        """Why the tensors cannot be read, or ""."""
+        try:
+            dtypes = {self.header[key][0] for key in self.keys}
+        except Unreachable:
+            raise
+        except UserError as error:
+            return str(error)
+        if any(key.endswith("weight_scale_2") for key in self.keys):
+            return f"{self.name}: nvfp4 weights are not supported"
+        unsupported = ", ".join(sorted(dtypes - DTYPES.keys()))
+        return unsupported and f"{self.name}: unsupported dtype {unsupported}"
+
+    @cached_property
     def role(self) -> str:
         """ "lora", "upsampler", "checkpoint" (it has a transformer), "part" of a split
-        checkpoint or, of other files, ""."""
+        checkpoint or, for other files, ""."""
         if not self.name.endswith(".safetensors"):
             return ""
-        signs = self.name if self.path is None else " ".join(self.keys)
-        if "lora" in signs:
+        if self.path is None:  # by its name: headers of remote files take time
+            folder, _, name = self.name.rpartition("/")
+            words = {"lora": "lora", "upscaler": "upsampler"}
+            role = "checkpoint" if folder in ("", FOLDERS[0]) else "part"
+            return next((words[w] for w in words if w in self.name), role)
+        try:
+            keys = " ".join(self.keys)
+        except UserError:  # reported if the file is needed
+            return ""
+        if "lora" in keys:
             return "lora"
-        if "upscaler" in signs or "initial_conv.weight" in signs:
+        if "upscaler" in keys or "initial_conv.weight" in keys:
             return "upsampler"
-        if "diffusion_model" in signs or self.path is None and "/" not in signs:
-            return "checkpoint"
-        return "part"
+        return "checkpoint" if any(map(TRANSFORMER.search, self.keys)) else "part"
 
     def arrays(self) -> dict[str, mx.array]:
         """The tensors, lazily: evaluating one reads it. Of a file still on the Hub,
-        zeros, whose shapes and dtypes are enough to tell what becomes of them."""
+        zeros, whose shapes and dtypes are enough for planning."""
         if self.path is None:
             tensors = {key: self.header[key] for key in self.keys}
             return {k: mx.zeros(shape, DTYPES[t]) for k, (t, shape) in tensors.items()}
         return mx.load(str(self.path), format="safetensors")
 
     def fetch(self) -> Path:
-        """Bring the file to this disk; an interrupted fetch goes on where it was."""
+        """Download the file if needed; an interrupted download is resumed."""
         if self.path is None:
             from huggingface_hub import hf_hub_download
 
-            with one_line(self.repo):
+            with hub_errors(self.repo):
                 self.path = Path(hf_hub_download(self.repo, self.name))
         return self.path
 
     def json(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads(self.fetch().read_text()))
-        except (ValueError, TypeError):
-            raise UserError(f"{self.path} is not a JSON object") from None
+        return parse_json(self.fetch().read_bytes(), f"{self.path}: ")
 
     @property
-    def is_ours(self) -> bool:
+    def is_converted(self) -> bool:
         """Whether it is the config.json of a converted folder."""
         return self.json().get("model_type") == "ltx2"
 
     def checksum(self) -> str:
-        """The sha256 of the whole file."""
+        """The sha256 of the complete file."""
         if not self.sha256:
             digest = hashlib.sha256()
             with open(self.path, "rb") as f:
@@ -136,8 +163,8 @@ class File:
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 where it is known, else one of the size and the file's ends: tens
-        of gigabytes are not read for a note."""
+        """The sha256 if it is known, else one of the size and the file's ends: hashing
+        tens of GB only for metadata would be too slow."""
         if self.sha256:
             return f"sha256:{self.sha256}"
         digest = hashlib.sha256(str(self.size).encode())
@@ -148,115 +175,176 @@ class File:
         return f"ends:{digest.hexdigest()}"
 
 
+# Headers
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """A safetensors file's header, checked against the file's size."""
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        start = f.read(length) if length < size else b""
     try:
-        header = json.loads(start)
-        metadata = header.pop("__metadata__", {})
-        end = 8 + length + max(t["data_offsets"][1] for t in header.values())
-        tensors = {k: (t["dtype"], tuple(t["shape"])) for k, t in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{path} is not a safetensors file") from None
-    if size != end:
-        raise UserError(f"{path} has {size} bytes instead of {end}: fetch it again")
-    strange = {dtype for dtype, _ in tensors.values()} - DTYPES.keys()
-    if strange:
-        raise UserError(
-            f"{path} has tensors of type {', '.join(strange)}, not read here"
-        )
+        with safe_open(path, framework="numpy") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            tensors = {
+                k: (s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()
+            }
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} {invalid(path, str(error))}") from None
+    with open(path, "rb") as f:  # safe_open takes the last of duplicate names
+        header = f.read(int.from_bytes(f.read(8), "little"))
+    names = [key for key, _ in json.loads(header, object_pairs_hook=list)]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} has duplicate tensor names")
     return {"__metadata__": metadata, **tensors}
+
+
+def invalid(path: Path, error: str) -> str:
+    """What is wrong with a file that safetensors refuses."""
+    with open(path, "rb") as f:
+        start = f.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file itself: run git lfs pull"
+    if start.startswith(b"GGUF"):
+        return "is a GGUF file, which is not supported: take the .safetensors file"
+    if re.search("not fully covered|header length", error) or len(start) < 8:
+        return "is truncated or damaged: download it again"
+    return f"is not a safetensors file ({error.rpartition(': ')[2]})"
 
 
 def read_remote_header(f: File) -> dict[str, Any]:
     from huggingface_hub import HfApi
 
-    with one_line(f.repo):
+    with hub_errors(f.repo):
         remote = HfApi().parse_safetensors_file_metadata(f.repo, f.name)
     tensors = {k: (t.dtype, tuple(t.shape)) for k, t in remote.tensors.items()}
     return {"__metadata__": remote.metadata, **tensors}
 
 
-def find(name: str, file: Optional[str] = None) -> list[File]:
-    """The files of a model: `name` is a safetensors file, a folder, a Hub repository, or
-    a file in one (owner/name/file); `file` picks one checkpoint where there are several.
+# From names to files
 
-    Of a converted folder: config.json first, then the rest. Of an official one: the
-    checkpoint, its parts if it is split, the newest of each upsampler and the licence.
-    """
+
+def resolve(name: str, file: Optional[str] = None) -> tuple[list[File], Optional[str]]:
+    """The files that a name stands for, and which of them is chosen, if one is: a
+    safetensors file, a folder, a Hub repository, or a file in one (owner/name/file)."""
     path = Path(name).expanduser()
-    if path.is_file() and path.parent.name == FOLDERS[0]:
-        path, file = path.parent.parent, f"{FOLDERS[0]}/{path.name}"
+    root = next((p.parent for p in path.parents if p.name == FOLDERS[0]), None)
+    if path.is_file() and path.suffix != ".safetensors":
+        kind = {".gguf": "GGUF files are"}.get(path.suffix, "such files are")
+        raise UserError(f"{name}: {kind} not supported, take the .safetensors file")
+    if path.is_file() and root:  # of a split model
+        return folder_files(root), path.relative_to(root).as_posix()
     if path.is_file():
         if file:
-            raise UserError(f"{name} is a file, so --file {file} is one too many")
-        return [File(path.name, path.stat().st_size, path)]
-    repository = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
+            raise UserError("--file cannot be used when the source is a single file")
+        return [File(path.name, path.stat().st_size, path)], path.name
     if path.is_dir():
-        files = folder_files(path)
-    elif repository and (repository[2] or not name.endswith(".safetensors")):
-        files, file = repository_files(repository[1]), repository[2] or file
-    else:
-        raise UserError(f"{name}: no such file or folder, nor a Hub repository's name")
+        return folder_files(path), file
+    repository = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
+    if repository and (repository[2] or not name.endswith(".safetensors")):
+        return repository_files(repository[1]), repository[2] or file
+    raise UserError(f"{name}: no such file or folder, nor a Hub repository's name")
+
+
+def single_file(name: str) -> File:
+    """A file on this disk or in a repository (owner/name/file)."""
+    files, file = resolve(name)
+    found = [f for f in files if f.name == file]
+    if not found:
+        raise UserError(f"{name} is not a file" + (f": {file} not found" * bool(file)))
+    return found[0]
+
+
+def choose(name: str, files: list[File], file: Optional[str] = None) -> list[File]:
+    """The files of one model among those of a folder or repository.
+
+    Of a converted folder: config.json first, then the rest. Of an official one: the
+    checkpoint `file` or the default one first, then all that may hold other parts, the
+    newest of each upsampler and the license.
+    """
     names = {f.name: f for f in files}
     weights = [f for f in files if f.name.endswith(".safetensors")]
-    licence = [f for f in files if f.name.startswith("LICENSE")]
-    if not file and "config.json" in names and names["config.json"].is_ours:
-        return [names["config.json"], *weights, *licence]
-    upsamplers = [f for f in weights if f.role == "upsampler"]
-    newest = {re.sub(r"-[\d.]+safetensors$", "", f.name): f for f in upsamplers}
-    checkpoints = [f for f in weights if f.role == "checkpoint"]
-    parts = [f for f in weights if f.role == "part"]
-    default = [f.name for f in checkpoints if f.name.split("/")[-1] in DEFAULT_FILES]
-    if len(checkpoints) > 1 and default:
-        file = file or default[0]
+    licenses = [f for f in files if f.name.startswith("LICENSE")]
+    if not file and "config.json" in names and names["config.json"].is_converted:
+        return [names["config.json"], *weights, *licenses]
     if file:
-        checkpoints = [f for f in weights if file in (f.name, f.name.split("/")[-1])]
-    if not checkpoints and (file or not parts):
-        there = ", ".join(f.name for f in weights) or "other files"
-        raise UserError(f"{name} has no {file or 'checkpoint'}, only {there}")
-    return [*checkpoints, *parts, *newest.values(), *licence]
+        chosen = [f for f in weights if file in (f.name, f.name.split("/")[-1])]
+    else:
+        chosen = choose_checkpoint([f for f in weights if f.role == "checkpoint"])
+    parts = [f for f in weights if f.role == "part" and f not in chosen]
+    if not chosen:
+        raise UserError(f"{name} has no {file or 'checkpoint'}{instead(files)}")
+    upsamplers = [f for f in weights if f.role == "upsampler" and f not in chosen]
+    newest = {re.sub(r"-[\d.]+safetensors$", "", f.name): f for f in upsamplers}
+    return [*chosen, *parts, *newest.values(), *licenses]
 
 
-def of_model(names: Iterable[str]) -> list[str]:
+def choose_checkpoint(checkpoints: list[File]) -> list[File]:
+    """The default one; else the only one, or the only one that can be used."""
+    for f in checkpoints if len(checkpoints) > 1 else ():
+        if f.name.split("/")[-1] in DEFAULT_FILES:
+            return [f]
+    usable = [f for f in checkpoints if not f.problem and f.is_ltx2]
+    if len(usable) > 1:
+        raise UserError(
+            f"{usable[0].name} and {usable[1].name} both hold the transformer: choose "
+            "one by its path, or with --file"
+        )
+    if usable and len(checkpoints) > 1:
+        note(f"transformer: using {usable[0].name}")
+    return usable or checkpoints[:1]
+
+
+def instead(files: list[File]) -> str:
+    """What a folder without a checkpoint holds."""
+    names = [f.name for f in files]
+    if "model_index.json" in names:
+        return ": diffusers folders are not supported, take the original .safetensors"
+    if any(name.endswith(".gguf") for name in names):
+        return ": GGUF files are not supported, take the .safetensors file"
+    damaged = [
+        f.problem for f in files if f.name.endswith(".safetensors") and f.problem
+    ]
+    if damaged:
+        return f": {damaged[0]}"
+    weights = [name for name in names if name.endswith(".safetensors")]
+    return f", only {', '.join(weights) or 'other files'}"
+
+
+def model_files(names: Iterable[str]) -> list[str]:
     """The names at the top, and those in the folders of a split model. Repositories of
     older models have folders for other tools."""
     names = sorted(names)
     split = any(name.startswith(f"{FOLDERS[0]}/") for name in names)
-    folders = {"", *FOLDERS} if split else {""}
-    return [name for name in names if name.rpartition("/")[0] in folders]
+    folders = ("", *FOLDERS) if split else ("",)
+    return [n for n in names if n.rpartition("/")[0].split("/")[0] in folders]
 
 
 def folder_files(folder: Path, repo: str = "") -> list[File]:
     paths = [
         *folder.iterdir(),
-        *(p for sub in FOLDERS for p in folder.glob(f"{sub}/*")),
+        *(p for sub in FOLDERS for p in folder.glob(f"{sub}/**/*")),
     ]
-    names = of_model(p.relative_to(folder).as_posix() for p in paths if p.is_file())
+    names = model_files(p.relative_to(folder).as_posix() for p in paths if p.is_file())
     return [File(n, (folder / n).stat().st_size, folder / n, repo) for n in names]
 
 
 def repository_files(repo: str) -> list[File]:
-    """The files of a repository; of its copy in the cache when offline."""
+    """The files of a repository, or of its copy in the cache when offline."""
     from huggingface_hub import HfApi, errors, snapshot_download, try_to_load_from_cache
 
     try:
-        with one_line(repo):
+        with hub_errors(repo):
             info = HfApi().model_info(repo, files_metadata=True)
     except Unreachable as error:
-        try:  # The pattern makes it content with a part of the repository.
+        try:  # allow_patterns lets it accept a partial snapshot
             folder = snapshot_download(
                 repo, local_files_only=True, allow_patterns="config.json"
             )
         except errors.LocalEntryNotFoundError:
             raise error from None
-        warnings.warn(f"{error}; its copy in the cache is used")
+        note(f"{error}; using its copy in the cache")
         return folder_files(Path(folder), repo)
     siblings, files = {s.rfilename: s for s in info.siblings}, []
-    for name in of_model(siblings):
+    for name in model_files(siblings):
         path = try_to_load_from_cache(repo, name, revision=info.sha)
         path = Path(path) if isinstance(path, str) else None
         s = siblings[name]
@@ -264,11 +352,14 @@ def repository_files(repo: str) -> list[File]:
     return files
 
 
+# Downloads and uploads
+
+
 def fetch_all(files: list[File]) -> None:
-    """Say what is to be fetched and fetch it, if there is room for all."""
+    """List the files to download and download them, if the disk has room for all."""
     missing = [f for f in files if f.path is None]
     if missing:
-        print(listing(missing))
+        LOG.info(listing(missing))
         check_space({cache_folder(): sum(f.size for f in missing)})
         for f in missing:
             f.fetch()
@@ -281,8 +372,8 @@ def cache_folder() -> Path:
 
 
 def listing(files: list[File]) -> str:
-    """One line a file: size, name, whether it is to be fetched."""
-    notes = {True: "", False: "  to be fetched"}
+    """One line a file: size, name, whether it is to be downloaded."""
+    notes = {True: "", False: "  to be downloaded"}
     return "\n".join(
         f"{gigabytes(f.size):>12}  {f.name}{notes[f.path is not None]}" for f in files
     )
@@ -292,31 +383,37 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
-def check_space(wanted: dict[Path, int]) -> None:
-    """Say what is needed and free, given bytes by folder; refuse what does not fit."""
+def check_space(needed: dict[Path, int]) -> None:
+    """Report the space needed (bytes by folder) and free; UserError if it is too little."""
     disks: dict[int, int] = {}
-    for folder, size in wanted.items():
+    for folder, size in needed.items():
         while not folder.exists():
             folder = folder.absolute().parent
         disk, free = folder.stat().st_dev, shutil.disk_usage(folder).free
         disks[disk] = disks.get(disk, 0) + size
         if size:
-            need = f"{gigabytes(disks[disk])} needed, {gigabytes(free)} free"
-            print(f"disk of {folder}: {need}", flush=True)
+            sizes = f"{gigabytes(disks[disk])} needed, {gigabytes(free)} free"
+            LOG.info(f"disk of {folder}: {sizes}")
             if disks[disk] > free:
-                raise UserError(f"the disk of {folder} is too small: {need}")
+                raise UserError(f"not enough space on the disk of {folder}: {sizes}")
 
 
 def upload(folder: Path, repo: str) -> None:
-    """Put a folder into a repository, which is created if need be."""
+    """Put a folder into a repository, which is created if needed."""
     from huggingface_hub import HfApi
 
-    with one_line(repo):
-        api = HfApi()
-        api.create_repo(repo_id=repo, exist_ok=True)
-        api.upload_folder(
+    with hub_errors(repo):
+        HfApi().upload_folder(
             repo_id=repo, folder_path=folder, commit_message="Add the converted model"
         )
+
+
+def create_repository(repo: str) -> None:
+    """Create a repository if needed: the Hub's answer shows whether it can be written."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(repo):
+        HfApi().create_repo(repo_id=repo, exist_ok=True)
 
 
 class Unreachable(UserError):
@@ -324,17 +421,19 @@ class Unreachable(UserError):
 
 
 @contextmanager
-def one_line(repo: str):
-    """The Hub's refusals as UserErrors."""
+def hub_errors(repo: str):
+    """The Hub's errors as UserErrors."""
     from huggingface_hub import errors
 
     try:
         yield
     except errors.GatedRepoError:
         page = f"https://huggingface.co/{repo}"
-        raise UserError(f"accept the licence at {page}, then `hf auth login`") from None
+        raise UserError(f"accept the license at {page}, then `hf auth login`") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise UserError(f"{repo}: no such folder, nor such a Hub repository") from None
+        raise UserError(f"{repo}: no such folder or Hub repository") from None
+    except errors.SafetensorsParsingError as error:
+        raise UserError(f"a file of {repo} is not valid: {error}") from None
     except errors.HfHubHTTPError as error:
         raise UserError(f"the Hub refuses {repo}: {error}") from None
     except (

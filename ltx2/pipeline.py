@@ -605,11 +605,11 @@ class Run:
             guard = FrameGuard()
             with self.meter.phase("video"):
                 for frames in self.decode_video(job, latents["video"]):
-                    guard.see(frames[0])
+                    guard.update(frames[0])
                     pixels = np.array(mx.round(frames[0] * 255).astype(mx.uint8))
                     count = {"step": guard.frames, "steps": size.num_frames}
                     yield Frames(phase="video", job=n, frames=pixels, **count)
-            guard.judge()
+            guard.check()
         result.metadata = self.provenance(job)
         yield result
 

@@ -1,4 +1,4 @@
-"""Quick pictures of unfinished latents, by a linear map to colours."""
+"""Fast previews of unfinished latents by a linear map to RGB."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .vae import VideoVAE
 
 
 class Preview:
-    """A least-squares map from a latent's channels to the mean colour of its pixels.
+    """A least-squares map from a latent's channels to the mean color of its pixels.
 
-    The matrix is fitted on the decoder itself: still latents of seeded normals, mixed
-    over space so that neighbours agree as in pictures, and their decoded patches.
+    The matrix is fitted on the decoder itself: static latents of seeded normals, mixed
+    over space so that neighbors are similar as in pictures, and their decoded patches.
     """
 
     def __init__(self, vae: VideoVAE, size: int = 16):
@@ -20,18 +20,18 @@ class Preview:
         noise = np.random.default_rng(0).standard_normal((size + 2, size + 2, channels))
         smooth = sum(np.roll(noise, shift, (0, 1)) for shift in np.ndindex(3, 3)) / 3
         latents = mx.array(smooth[2:, 2:].astype(np.float32))[None, None]
-        still = mx.zeros(latents.shape)
-        conditioned = vae.config.timestep_conditioning
-        frames = vae.decode(latents, noise=still if conditioned else None)
-        colours = frames[0, 0].reshape(size, 32, size, 32, 3).mean((1, 3))
-        known = np.array(latents).reshape(-1, channels)
-        known = np.pad(known, ((0, 0), (0, 1)), constant_values=1)
-        ridge = 1e-3 * len(known) * np.eye(channels + 1)
-        wanted = known.T @ np.array(colours).reshape(-1, 3)
-        self.matrix = np.linalg.solve(known.T @ known + ridge, wanted)
+        noise = mx.zeros(latents.shape) if vae.config.timestep_conditioning else None
+        frames = vae.decode(latents, noise=noise)
+        colors = frames[0, 0].reshape(size, 32, size, 32, 3).mean((1, 3))
+        x = np.array(latents).reshape(-1, channels)
+        x = np.pad(x, ((0, 0), (0, 1)), constant_values=1)
+        ridge = 1e-3 * len(x) * np.eye(channels + 1)
+        self.matrix = np.linalg.solve(
+            x.T @ x + ridge, x.T @ np.array(colors).reshape(-1, 3)
+        )
 
     def __call__(self, latents: mx.array, scale: int = 8) -> np.ndarray:
-        """Normalised latents (1, F, h, w, C) as a strip (F, scale h, scale w, 3) uint8."""
+        """Normalized latents (1, F, h, w, C) as a strip (F, scale h, scale w, 3) uint8."""
         x = np.array(latents[0].astype(mx.float32))
         rgb = np.clip(x @ self.matrix[:-1] + self.matrix[-1], 0, 1)
         return np.rint(rgb * 255).astype(np.uint8).repeat(scale, 1).repeat(scale, 2)

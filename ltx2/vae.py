@@ -51,8 +51,10 @@ UNUSED_KEYS = (  # present in some files
 class VideoVAEConfig(Config):
     """The `vae` section of a checkpoint's configuration: 2.0, 2.3, convolutional 2.5."""
 
-    encoder_blocks: list
-    decoder_blocks: list = field(default_factory=list)  # empty: only the encoder
+    encoder_blocks: list[tuple[str, dict]]
+    decoder_blocks: list[tuple[str, dict]] = field(
+        default_factory=list
+    )  # empty: only the encoder
     latent_channels: int = 128
     patch_size: int = 4
     encoder_base_channels: int = 128

@@ -29,10 +29,10 @@ class GeneratorConfig(Config):
 
     resblock: str
     upsample_initial_channel: int
-    upsample_rates: list
-    upsample_kernel_sizes: list
-    resblock_kernel_sizes: list
-    resblock_dilation_sizes: list
+    upsample_rates: list[int]
+    upsample_kernel_sizes: list[int]
+    resblock_kernel_sizes: list[int]
+    resblock_dilation_sizes: list[list[int]]
     use_tanh_at_final: bool = True
     use_bias_at_final: bool = True
     apply_final_activation: bool = True

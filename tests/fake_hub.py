@@ -11,7 +11,7 @@ from ltx2 import hub
 
 
 class FakeHub:
-    """A repository in a folder; what is fetched is noted."""
+    """A repository in a folder; records what is downloaded."""
 
     def __init__(self, repo: Path, cache: Path):
         self.repo, self.cache, self.fetched = repo, cache, []
@@ -62,7 +62,7 @@ def fake_hub(checkpoint, tmp_path, monkeypatch):
     shutil.copy(checkpoint("ltx-2-lora"), repo / "ltx-2-19b-lora.safetensors")
     up = repo / "ltx-2-temporal-upscaler-x2-1.0.safetensors"
     shutil.copy(checkpoint("temporal-x2"), up)
-    (repo / "LICENSE").write_text("the licence")
+    (repo / "LICENSE").write_text("the license")
     (repo / "vae").mkdir()
     (repo / "vae" / "model.safetensors").write_text("for another tool")
     fake = FakeHub(repo, tmp_path / "cache")

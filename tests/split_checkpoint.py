@@ -69,7 +69,7 @@ DIFFUSION_VAE = {
 
 def gemma4(c: dict) -> Shapes:
     """The text encoder, and its parts for images and sound, which nothing reads."""
-    text, vision = component("gemma", c | {"tokenizer_bytes": 0}), c["vision_config"]
+    text, vision = component("gemma", c | {"tokenizer_bytes": 1}), c["vision_config"]
     del text["tokenizer_json"]  # not random
     eye, dim = vision["mm_embed_dim"], c["text_config"]["hidden_size"]
     patch = 3 * (vision["patch_size"] * vision["pooling_kernel_size"]) ** 2

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ltx2 import weights
-from ltx2.conversion import block_linears
+from ltx2.conversion import quant_predicate
 from ltx2.dit import DiT, Tokens
 
 
@@ -20,7 +20,7 @@ def load(path: Path, dtype: mx.Dtype = mx.float32) -> DiT:
 
 def quantized(model: DiT, bits: int) -> DiT:
     """Quantize the layers that conversion quantizes, in groups that fit small sizes."""
-    picked = lambda path, _: block_linears(path)
+    picked = lambda path, _: quant_predicate(path)
     nn.quantize(model, group_size=32, bits=bits, class_predicate=picked)
     return model
 

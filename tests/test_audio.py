@@ -116,10 +116,10 @@ def test_another_audio_vae_is_refused(checkpoint, keys, value, message):
         AudioVAEConfig.from_dict(changed(section, *keys, value=value))
 
 
-def test_an_unknown_key_is_reported(checkpoint):
+def test_an_unknown_key_is_reported(checkpoint, caplog):
     section, _ = read(checkpoint("ltx-2"), "audio_vae")
-    with pytest.warns(UserWarning, match="tanh_out"):
-        AudioVAEConfig.from_dict(changed(section, "model", "tanh_out", value=True))
+    AudioVAEConfig.from_dict(changed(section, "model", "tanh_out", value=True))
+    assert "tanh_out" in caplog.text
 
 
 # Vocoders. The checkpoints' bfloat16 weights are not cast: matching the float32 reference

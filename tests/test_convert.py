@@ -1,6 +1,7 @@
-"""From a checkpoint to a model folder: exact, streamed, whole or not at all."""
+"""Conversion to a model folder: exact, streamed, complete or not at all."""
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -60,9 +61,9 @@ def small(checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quantised(checkpoint, tmp_path_factory) -> Path:
+def quantized(checkpoint, tmp_path_factory) -> Path:
     """A model folder with 4 bits in groups of 32."""
-    folder = tmp_path_factory.mktemp("quantised") / "model"
+    folder = tmp_path_factory.mktemp("quantized") / "model"
     write(checkpoint("ltx-2"), folder, quantization(group_size=32))
     return folder
 
@@ -70,7 +71,7 @@ def quantised(checkpoint, tmp_path_factory) -> Path:
 # What comes out
 
 
-def test_unquantised_weights_stay_as_they_are(checkpoint, tmp_path):
+def test_unquantized_weights_stay_as_they_are(checkpoint, tmp_path):
     official = weights.open_model(str(checkpoint("ltx-2.3")))
     converted = write(checkpoint("ltx-2.3"), tmp_path / "model")
     assert converted.components == official.components
@@ -87,7 +88,7 @@ def test_unquantised_weights_stay_as_they_are(checkpoint, tmp_path):
     [("affine", bits, 32) for bits in (2, 3, 4, 5, 6, 8)]
     + [("mxfp4", 4, 32), ("nvfp4", 4, 16), ("mxfp8", 8, 32)],
 )
-def test_quantised_weights_reload_bit_for_bit(small, tmp_path, mode, bits, group_size):
+def test_quantized_weights_reload_bit_for_bit(small, tmp_path, mode, bits, group_size):
     how = quantization(mode, bits, group_size)
     official = weights.open_model(str(small)).weights("transformer")
     converted = write(small, tmp_path / "model", how)
@@ -104,7 +105,7 @@ def test_quantised_weights_reload_bit_for_bit(small, tmp_path, mode, bits, group
             assert mx.array_equal(module[key], w)
 
 
-def test_only_the_linears_of_the_blocks_are_quantised(checkpoint, tmp_path):
+def test_only_the_linears_of_the_blocks_are_quantized(checkpoint, tmp_path):
     how = quantization(group_size=32)
     source = write(checkpoint("ltx-2.3"), tmp_path / "model", how)
     for name in source.components:
@@ -127,8 +128,8 @@ def test_a_predicate_picks_the_layers(small, tmp_path):
         quantization(group_size=32),
         predicate=lambda path: path.endswith("1.ff.net.2"),
     )
-    quantised = [k for k in source.parts["transformer"] if k.endswith(".scales")]
-    assert quantised == ["transformer_blocks.1.ff.net.2.scales"]
+    quantized = [k for k in source.parts["transformer"] if k.endswith(".scales")]
+    assert quantized == ["transformer_blocks.1.ff.net.2.scales"]
     source.load("transformer")
 
 
@@ -140,18 +141,18 @@ def test_layers_that_do_not_fit_a_group_stay(small, tmp_path):
         not in source.parts["transformer"]
     )
     source.load("transformer")
-    with pytest.raises(UserError, match="no layer can be quantised in groups of 64"):
+    with pytest.raises(UserError, match="no layer can be quantized in groups of 64"):
         write(small, tmp_path / "no", quantization(), predicate=lambda path: False)
     assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp8"])
-def test_dequantising_gives_an_ordinary_model(small, tmp_path, mode):
+def test_dequantizing_gives_an_ordinary_model(small, tmp_path, mode):
     how = quantization(mode, group_size=32)
-    quantised = write(small, tmp_path / "quantised", how)
-    plain = write(tmp_path / "quantised", tmp_path / "plain", dequantize=True)
+    quantized = write(small, tmp_path / "quantized", how)
+    plain = write(tmp_path / "quantized", tmp_path / "plain", dequantize=True)
     assert plain.quantization is None
-    assert plain.provenance["files"] == quantised.provenance["files"]
+    assert plain.provenance["files"] == quantized.provenance["files"]
     official = weights.open_model(str(small)).weights("transformer")
     tensors = plain.weights("transformer")
     assert tensors.keys() == official.keys()
@@ -162,7 +163,7 @@ def test_dequantising_gives_an_ordinary_model(small, tmp_path, mode):
     plain.load("transformer")
 
 
-def test_dtype_casts_what_is_not_quantised(checkpoint, tmp_path):
+def test_dtype_casts_what_is_not_quantized(checkpoint, tmp_path):
     how = quantization(group_size=32)
     source = write(checkpoint("ltx-2"), tmp_path / "model", how, dtype=mx.float16)
     transformer = source.weights("transformer")
@@ -206,7 +207,7 @@ def test_one_tensor_is_in_memory_at_a_time(checkpoint, tmp_path):
     assert peak < 2.1 * largest < source.files[0].size / 6
 
 
-def test_config_says_where_it_comes_from(checkpoint, tmp_path):
+def test_config_records_the_source(checkpoint, tmp_path):
     official = tmp_path / "ltx-2-19b-distilled.safetensors"
     shutil.copy(checkpoint("ltx-2"), official)
     shutil.copy(checkpoint("spatial-x2-rational"), tmp_path / "up.safetensors")
@@ -234,8 +235,8 @@ def test_config_says_where_it_comes_from(checkpoint, tmp_path):
     converted.load("spatial_upsampler")  # an official one beside converted weights
 
 
-def test_a_folder_may_hold_its_text_encoder_and_other_files(quantised, tmp_path):
-    model = shutil.copytree(quantised, tmp_path / "model")
+def test_a_folder_may_hold_its_text_encoder_and_other_files(quantized, tmp_path):
+    model = shutil.copytree(quantized, tmp_path / "model")
     (model / "gemma").mkdir()
     edit(model, "text_encoder", "gemma")
     (model / "style-lora.safetensors").write_bytes(b"not looked at")
@@ -248,36 +249,42 @@ def test_a_folder_may_hold_its_text_encoder_and_other_files(quantised, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "damage, says",
+    "damage, message",
     [
         (lambda m: (m / "vae.safetensors").unlink(), "lacks vae.safetensors"),
         (lambda m: (m / "transformer.safetensors").unlink(), "lacks transformer"),
-        (lambda m: (m / "config.json").unlink(), "no LTX-2 file"),
-        (lambda m: (m / "config.json").write_text("{"), "not a JSON object"),
+        (lambda m: (m / "config.json").unlink(), "not an LTX-2 file"),
+        (lambda m: (m / "config.json").write_text("{"), "not valid JSON"),
         (
             lambda m: (m / "vae.safetensors").write_bytes(b"12345678"),
             "not a safetensors",
         ),
-        (lambda m: edit(m, "provenance", None), "has no provenance"),
-        (lambda m: edit(m, "kind", "quick"), "not dev or distilled"),
+        (lambda m: edit(m, "provenance", None), "provenance is missing"),
+        (lambda m: edit(m, "kind", "quick"), "kind must be dev or distilled"),
         (lambda m: edit(m, "transformer", None), "no configuration of the transformer"),
-        (lambda m: edit(m, "quantization", None), "cannot be quantised as None"),
+        (
+            lambda m: edit(m, "quantization", None),
+            "cannot be quantized with None|quantization",
+        ),
         (
             lambda m: edit(m, "quantization", quantization(bits=8, group_size=32)),
-            "contradict",
+            "do not match",
         ),
         (
             lambda m: edit(m, "quantization", quantization(bits=4, group_size=64)),
-            "contradict|cannot",
+            "do not match|cannot",
         ),
-        (lambda m: edit(m, "quantization", quantization("mxfp4")), "contradict"),
-        (lambda m: edit(m, "quantization", {"bits": 7, "group_size": 32}), "as .*7"),
+        (lambda m: edit(m, "quantization", quantization("mxfp4")), "do not match"),
+        (
+            lambda m: edit(m, "quantization", {"bits": 7, "group_size": 32}),
+            "bits must be one of",
+        ),
     ],
 )
-def test_a_damaged_folder_is_one_line(quantised, tmp_path, damage, says):
-    model = shutil.copytree(quantised, tmp_path / "model")
+def test_a_damaged_folder_is_one_line(quantized, tmp_path, damage, message):
+    model = shutil.copytree(quantized, tmp_path / "model")
     damage(model)
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=message) as error:
         weights.open_model(str(model)).load("transformer")
     assert "\n" not in str(error.value)
 
@@ -290,7 +297,7 @@ def edit(model: Path, key: str, value) -> None:
     (model / "config.json").write_text(json.dumps(config))
 
 
-# Whole or not at all
+# Complete or not at all
 
 
 def test_an_interrupted_conversion_leaves_nothing(small, tmp_path):
@@ -301,8 +308,8 @@ def test_an_interrupted_conversion_leaves_nothing(small, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Conversion(source).write(tmp_path / "model", progress=interrupt)
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".model.new").mkdir()  # as a killed one leaves it
-    (tmp_path / ".model.new" / "transformer.safetensors").write_text("half")
+    (tmp_path / ".model.999999999.new").mkdir()  # of a process that was killed
+    (tmp_path / ".model.999999999.new" / "transformer.safetensors").write_text("half")
     Conversion(source).write(tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     before = (tmp_path / "model" / "config.json").stat().st_ino
@@ -314,8 +321,8 @@ def test_an_interrupted_conversion_leaves_nothing(small, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_model_can_be_replaced_by_what_is_made_from_it(quantised, tmp_path):
-    model = shutil.copytree(quantised, tmp_path / "model")
+def test_a_model_can_be_converted_in_place(quantized, tmp_path):
+    model = shutil.copytree(quantized, tmp_path / "model")
     assert convert("--hf-path", model, "-d", "--mlx-path", model, "--overwrite") == 0
     assert weights.open_model(str(model)).quantization is None
 
@@ -323,19 +330,19 @@ def test_a_model_can_be_replaced_by_what_is_made_from_it(quantised, tmp_path):
 def test_another_model_is_not_overwritten(small, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
     args = ("--hf-path", small, "--mlx-path", tmp_path, "--overwrite")
-    assert "no converted model" in refused(capsys, *args)
+    assert "not a converted model" in refused(capsys, *args)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_full_disk_leaves_nothing(small, tmp_path, monkeypatch, capsys):
-    def full(path, weights, progress):
+    def full(path, weights, progress, finite):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(conversion, "write_safetensors", full)
     path = small
-    said = refused(capsys, "--hf-path", path, "--mlx-path", tmp_path / "model")
-    assert "No space left on device" in said
+    message = refused(capsys, "--hf-path", path, "--mlx-path", tmp_path / "model")
+    assert "No space left on device" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -344,14 +351,127 @@ def test_no_permission(small, tmp_path, monkeypatch, capsys):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", forbidden)
-    said = refused(capsys, "--hf-path", small, "--mlx-path", tmp_path / "m")
-    assert "Permission denied" in said
+    message = refused(capsys, "--hf-path", small, "--mlx-path", tmp_path / "m")
+    assert "Permission denied" in message
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        'a folder\'s "name" #1: yes',
+        "名前",
+        "x" * 250,
+        "new/parents/model",
+        "new/../model",
+        "model/.",
+        "dangling",
+        "linked/model",
+    ],
+)
+def test_the_target_may_be_any_path(small, tmp_path, target):
+    (tmp_path / "dangling").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    path = f"{tmp_path}/{target}"
+    assert convert("--hf-path", small, "--mlx-path", path) == 0
+    assert convert("--hf-path", small, "--mlx-path", path, "--overwrite") == 0
+    model = weights.open_model(str(Path(path).resolve()))
+    model.check("transformer", "connectors")
+    assert not list(tmp_path.rglob(".*.new")) + list(tmp_path.rglob(".*.old"))
+
+
+def with_encoder(model: Path, encoder: Path) -> Path:
+    """A model folder that holds its text encoder, as a relative path."""
+    shutil.copytree(encoder, model / "text_encoder")
+    edit(model, "text_encoder", "text_encoder")
+    return model
+
+
+def test_a_text_encoder_in_the_model_folder_is_copied(
+    quantized, checkpoint, tmp_path, monkeypatch
+):
+    model = Path(shutil.copytree(quantized, tmp_path / "model"))
+    with_encoder(model, checkpoint("gemma3"))
+    target = tmp_path / "plain"
+    assert convert("--hf-path", model, "-d", "--mlx-path", target) == 0
+    monkeypatch.chdir("/")
+    found = weights.open_model(str(target)).text_encoder
+    assert found == str(target / "text_encoder")
+    weights.check_text_encoder(found)
+    assert convert("--hf-path", target, "--mlx-path", target, "--overwrite") == 0
+    weights.check_text_encoder(found)
+
+
+def test_a_text_encoder_elsewhere_is_found_from_any_folder(
+    small, checkpoint, tmp_path, monkeypatch
+):
+    gemma = checkpoint("gemma3")
+    monkeypatch.chdir(gemma.parent)
+    args = ("--hf-path", small, "--text-encoder", gemma.name)
+    assert convert(*args, "--mlx-path", tmp_path / "model") == 0
+    monkeypatch.chdir("/")
+    assert weights.open_model(str(tmp_path / "model")).text_encoder == str(gemma)
+
+
+@pytest.mark.parametrize("name", ["style-lora.safetensors", "notes", ".git", "loras"])
+def test_a_folder_with_other_files_is_not_replaced(quantized, tmp_path, capsys, name):
+    model = Path(shutil.copytree(quantized, tmp_path / "model"))
+    (model / name).mkdir()
+    args = ("--hf-path", model, "-d", "--mlx-path", model, "--overwrite")
+    assert f"also holds {name}: move it" in refused(capsys, *args)
+    assert (model / name).exists()
+
+
+def test_the_source_is_never_replaced_by_a_conversion_above_it(small, tmp_path, capsys):
+    source = tmp_path / "models" / "ltx-2.safetensors"
+    source.parent.mkdir()
+    shutil.copy(small, source)
+    args = ("--hf-path", source, "--mlx-path", source.parent, "--overwrite")
+    assert "refusing to overwrite" in refused(capsys, *args)
+    assert source.exists()
+
+
+def test_conversions_to_one_folder_do_not_share_temporary_files(small, tmp_path):
+    source = weights.open_model(str(small))
+    other = tmp_path / f".model.{os.getppid()}.new"  # a conversion that runs
+    other.mkdir()
+    Conversion(source).write(tmp_path / "model")
+    assert other.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", ["attn1.to_q.weight", "attn1.to_q.bias"])
+def test_weights_that_are_not_finite_are_refused(small, tmp_path, capsys, value, key):
+    tensors, metadata = mx.load(str(small), return_metadata=True)
+    key = f"transformer_blocks.1.{key}"
+    w = tensors[f"model.diffusion_model.{key}"]
+    w[..., 3] = value
+    mx.save_safetensors(str(tmp_path / "ltx-2.safetensors"), tensors, metadata)
+    args = ("--hf-path", tmp_path / "ltx-2.safetensors", "--mlx-path", tmp_path / "m")
+    for options in ((), ("-q", "--q-mode", "mxfp4")):
+        message = refused(capsys, *args, *options)
+        assert f"{key} has NaN or infinite values" in message
+        assert not (tmp_path / "m").exists()
+
+
+def test_a_lora_that_is_not_finite_is_refused(small, checkpoint, tmp_path, capsys):
+    tensors, metadata = mx.load(str(checkpoint("ltx-2-lora")), return_metadata=True)
+    key = sorted(tensors)[0]
+    tensors[key] = tensors[key] * mx.nan
+    mx.save_safetensors(str(tmp_path / "lora.safetensors"), tensors, metadata)
+    args = ("--hf-path", small, "--mlx-path", tmp_path / "m")
+    message = refused(capsys, *args, "--lora", tmp_path / "lora.safetensors")
+    assert "has NaN or infinite values" in message
+    lora = checkpoint("ltx-2-lora")
+    assert "invalid strength 0" in refused(capsys, *args, "--lora", f"{lora}:0")
+    with pytest.raises(UserError, match="invalid strength inf"):
+        Conversion(weights.open_model(str(small)), loras=[(str(lora), float("inf"))])
 
 
 # The command line
 
 
-def test_the_documented_spelling(checkpoint, tmp_path, capsys):
+def test_the_documented_flags(checkpoint, tmp_path, capsys):
     source, model = checkpoint("ltx-2"), tmp_path / "model"
     args = ("--quantize", "-q-bits", "4", "--q-group-size", "32")
     assert convert("--hf-path", source, "--mlx-path", model, *args) == 0
@@ -361,7 +481,7 @@ def test_the_documented_spelling(checkpoint, tmp_path, capsys):
     assert "transformer.safetensors  56 layers quantized" in out
     assert "vocoder.safetensors" in out and "needed" in out and "free" in out
     assert weights.open_model(str(model)).quantization["bits"] == 4
-    for file in model.glob("*.safetensors"):  # the sizes said are those written
+    for file in model.glob("*.safetensors"):  # the sizes listed are those written
         assert (
             f"{hub.gigabytes(sum(w.nbytes for w in mx.load(str(file)).values()))}  {file.name}"
             in out
@@ -380,47 +500,47 @@ def test_kind_and_dtype_from_the_command_line(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args, says",
+    "args, message",
     [
         (["--q-bits", "4"], "need --quantize"),
-        (["-q", "--q-mode", "mxfp4", "--q-bits", "8"], "mxfp4 means 4 bits"),
+        (["-q", "--q-mode", "mxfp4", "--q-bits", "8"], "mxfp4 needs 4 bits"),
         (["-q", "--q-mode", "nvfp4", "--q-group-size", "64"], "groups of 16"),
-        (["--file", "x"], "one too many"),
-        (["--upload-repo", "mine"], "not of the form owner/name"),
-        (["--dequantize"], "not quantised"),
-        (["--dequantize", "-q"], "nothing to dequantize"),
+        (["--file", "x"], "--file cannot be used"),
+        (["--upload-repo", "mine"], "must be owner/name"),
+        (["--dequantize"], "not quantized: remove"),
+        (["--dequantize", "-q"], "not quantized: remove"),
         (["--hf-path", "nowhere"], "no such file"),
         (["--upsampler", "nowhere"], "no such file"),
         (["--mlx-path", "."], "exists"),
-        (["--mlx-path", ".", "--overwrite"], "no converted model"),
+        (["--mlx-path", ".", "--overwrite"], "not a converted model"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_written(
-    small, tmp_path, monkeypatch, capsys, args, says
+    small, tmp_path, monkeypatch, capsys, args, message
 ):
     monkeypatch.chdir(tmp_path)
     error = refused(capsys, "--hf-path", small, *args)
-    assert re.search(says, error), error
+    assert re.search(message, error), error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lora_and_a_half_file_are_refused(checkpoint, tmp_path, capsys):
+def test_a_lora_and_a_truncated_file_are_refused(checkpoint, tmp_path, capsys):
     half = tmp_path / "ltx-2-dev.safetensors"
     half.write_bytes(checkpoint("ltx-2").read_bytes()[:-1])
     target = tmp_path / "model"
-    for path, says in (
-        (checkpoint("ltx-2-lora"), "as --lora"),
-        (half, "fetch it again"),
+    for path, message in (
+        (checkpoint("ltx-2-lora"), "with --lora"),
+        (half, "download it again"),
     ):
-        assert says in refused(capsys, "--hf-path", path, "--mlx-path", target)
+        assert message in refused(capsys, "--hf-path", path, "--mlx-path", target)
     assert not target.exists()
 
 
-def test_without_room_nothing_is_fetched_or_written(
+def test_without_disk_space_nothing_is_downloaded_or_written(
     fake_hub, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda p: SimpleNamespace(free=7e6))
-    assert "too small" in refused(capsys, "--mlx-path", tmp_path / "model")
+    assert "not enough space" in refused(capsys, "--mlx-path", tmp_path / "model")
     assert fake_hub.fetched == [] and not (tmp_path / "model").exists()
 
 
@@ -445,10 +565,10 @@ def test_the_default_model_from_the_hub_and_back(fake_hub, tmp_path, capsys):
     args = ("--quantize", "--q-group-size", "32", "--upload-repo", "mlx-community/it")
     assert convert("--mlx-path", model, *args) == 0
     out = capsys.readouterr().out
-    assert out.index("ltx-2-19b-distilled.safetensors  to be fetched") < out.index(
+    assert out.index("ltx-2-19b-distilled.safetensors  to be downloaded") < out.index(
         "wrote"
     )
-    assert (model / "LICENSE.md").read_text() == "the licence"
+    assert (model / "LICENSE.md").read_text() == "the license"
     config = json.loads((model / "config.json").read_text())
     assert config["provenance"]["source"] == "Lightricks/LTX-2"
     assert set(config["provenance"]["files"].values()) == {"ab" * 32}
@@ -486,15 +606,43 @@ def test_an_upload_that_fails_leaves_the_model(fake_hub, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(fake_hub, "upload_folder", refuse)
     model = tmp_path / "model"
-    said = refused(capsys, "--mlx-path", model, "--upload-repo", "mlx-community/it")
-    assert "cannot be reached" in said
+    message = refused(capsys, "--mlx-path", model, "--upload-repo", "mlx-community/it")
+    assert "cannot be reached" in message
     weights.open_model(str(model)).load("vae")
+
+
+def test_a_folder_that_exists_is_uploaded_without_converting(
+    fake_hub, quantized, capsys, monkeypatch
+):
+    before = (quantized / "config.json").stat().st_mtime_ns
+    assert convert("--mlx-path", quantized, "--upload-repo", "me/it") == 0
+    assert "exists and is uploaded" in capsys.readouterr().out
+    assert fake_hub.uploaded[0] == "me/it" and fake_hub.fetched == []
+    assert (quantized / "config.json").stat().st_mtime_ns == before
+
+
+def test_the_hub_identity_is_checked_first(fake_hub, tmp_path, monkeypatch, capsys):
+    def refuse(**kwargs):
+        response = SimpleNamespace(headers={}, request=None, status_code=401)
+        raise errors.HfHubHTTPError("401 Unauthorized", response=response)
+
+    monkeypatch.setattr(fake_hub, "create_repo", refuse)
+    args = ("--mlx-path", tmp_path / "model", "--upload-repo", "me/it")
+    assert "refuses me/it: 401" in refused(capsys, *args)
+    assert fake_hub.fetched == [] and not (tmp_path / "model").exists()
+
+
+def test_a_part_from_another_file(checkpoint, small, tmp_path):
+    args = ("--hf-path", small, "--mlx-path", tmp_path / "model")
+    assert convert(*args, "--part", f"vae={checkpoint('ltx-2')}") == 0
+    model = weights.open_model(str(tmp_path / "model"))
+    assert model.components == ["transformer", "connectors", "vae"]
 
 
 # LoRAs
 
 
-def test_a_lora_is_added_before_quantising(checkpoint, tmp_path):
+def test_a_lora_is_added_before_quantizing(checkpoint, tmp_path):
     source = weights.open_model(str(checkpoint("ltx-2")))
     file = Lora.read(checkpoint("ltx-2-lora"))
     fused = write(
@@ -522,9 +670,9 @@ def test_a_lora_that_does_not_fit_is_refused(checkpoint, tmp_path, capsys):
     assert "it was made for another generation" in error
 
 
-def test_a_lora_cannot_be_added_to_quantised_weights(quantised, checkpoint):
-    with pytest.raises(UserError, match="fused before quantising"):
+def test_a_lora_cannot_be_added_to_quantized_weights(quantized, checkpoint):
+    with pytest.raises(UserError, match="LoRAs need unquantized weights"):
         Conversion(
-            weights.open_model(str(quantised)),
+            weights.open_model(str(quantized)),
             loras=[(str(checkpoint("ltx-2-lora")), 1)],
         )

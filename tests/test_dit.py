@@ -338,9 +338,9 @@ def test_what_is_not_implemented_is_refused(section, key):
         DiTConfig.from_dict(section | {key: "interleaved"})
 
 
-def test_an_unknown_key_is_reported(section):
-    with pytest.warns(UserWarning, match="'zebra': 3"):
-        DiTConfig.from_dict(section | {"zebra": 3})
+def test_an_unknown_key_is_reported(section, caplog):
+    DiTConfig.from_dict(section | {"zebra": 3})
+    assert "'zebra': 3" in caplog.text
 
 
 def test_a_missing_key_is_named(section):
@@ -349,11 +349,11 @@ def test_a_missing_key_is_named(section):
         DiTConfig.from_dict(section)
 
 
-def test_released_configurations_raise_no_warning(recwarn):
+def test_released_configurations_raise_no_warning(caplog):
     for config in checkpoints.CONFIGS.values():
         if "transformer" in config:
             DiTConfig.from_dict(config["transformer"])
-    assert not recwarn.list
+    assert not caplog.text
 
 
 def test_building_a_model_does_not_change_the_random_state(section):
@@ -375,8 +375,9 @@ def test_2_5_has_no_bias_in_the_video_feed_forward(section):
 @pytest.mark.parametrize("name", ["ltx-2.3"], indirect=True)
 def test_2_5_adds_an_embedding_to_single_frame_tokens(section, golden):
     # Without blocks, tokens are independent.
-    changes = {"num_layers": 0, "use_keyframes_abs_pos_embedding": True}
+    changes = {"use_keyframes_abs_pos_embedding": True}
     model = DiT(DiTConfig.from_dict(section | changes))
+    model.transformer_blocks = []
     mark = mx.linspace(-1, 1, model.config.video_dim)
     model.keyframes_abs_pos_embedding = mark[None]
     video, _, texts = inputs(model, golden("ltx-2.3/transformer_video_only"))

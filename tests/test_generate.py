@@ -178,7 +178,7 @@ def test_a_truncated_model_is_one_line(cli, checkpoint, tmp_path):
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(whole.read_bytes()[:-1000])
     code, err = cli("--model", str(broken))
-    assert code == 2 and "fetch it again" in err and err.count("\n") == 1
+    assert code == 2 and "download it again" in err and err.count("\n") == 1
 
 
 def test_a_text_encoder_is_no_model(cli, checkpoint):

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from ltx2 import weights
+from ltx2 import vae, weights
 from ltx2.base import UserError
 from ltx2.hub import File
 
@@ -59,7 +59,7 @@ def released(layout: str, config: str, version: str = "") -> File:
 
 def model(config: str) -> weights.Checkpoint:
     version, _, layouts = MODELS[config]
-    return weights.official_source([released(f, config, version) for f in layouts])
+    return weights.official_checkpoint([released(f, config, version) for f in layouts])
 
 
 @pytest.mark.parametrize("config", MODELS)
@@ -68,7 +68,7 @@ def test_every_tensor_has_one_parameter(config):
     before = mx.get_active_memory()
     source = model(config)
     for name in source.components:
-        source.module(name, source.weights(name))
+        source.build(name, source.weights(name))
     assert sum(len(f.keys) for f in source.files) == MODELS[config][1]
     assert mx.get_peak_memory() - before < 1 << 20
 
@@ -76,9 +76,9 @@ def test_every_tensor_has_one_parameter(config):
 def test_a_diffusion_vae_without_the_other():
     version, _, layouts = MODELS["ltx-2.5-22b"]
     files = [released(f, "ltx-2.5-22b", version) for f in layouts if "conv" not in f]
-    source = weights.official_source(files)
+    source = weights.official_checkpoint(files)
     for name in ("vae", "diffusion_decoder"):
-        source.module(name, source.weights(name))
+        source.build(name, source.weights(name))
     assert len(source.parts["vae"]) == 84 + 2
     assert len(source.parts["diffusion_decoder"]) == 309 + 2
 
@@ -88,17 +88,17 @@ def test_every_upsampler_tensor_has_one_parameter(file):
     source = model("ltx-2.3-22b" if "2.3" in file else "ltx-2-19b-dev")
     weights.add_upsampler(source, released(file, file))
     name = UPSAMPLERS[file]
-    source.module(name, source.weights(name))
+    source.build(name, source.weights(name))
     assert source.components[-1] == name
 
 
 def test_statistics_that_nobody_reads_are_known():
     source = model("ltx-2-19b-dev")
     f = source.files[0]
-    for key in weights.vae.UNUSED_KEYS:
+    for key in vae.UNUSED_KEYS:
         f.header[f"vae.{key}"] = ("BF16", (128,))
-    source = weights.official_source([f])
-    source.module("vae", source.weights("vae"))
+    source = weights.official_checkpoint([f])
+    source.build("vae", source.weights("vae"))
 
 
 def test_contradictions_are_named():
@@ -107,9 +107,9 @@ def test_contradictions_are_named():
     f.header["vae.decoder.conv_out.conv.bias"] = ("BF16", (47,))
     for i in range(5):
         f.header[f"vae.zebra.{i}"] = ("BF16", (1,))
-    source = weights.official_source([f])
+    source = weights.official_checkpoint([f])
     with pytest.raises(UserError) as error:
-        source.module("vae", source.weights("vae"))
+        source.build("vae", source.weights("vae"))
     message = str(error.value)
     assert "decoder.conv_in.conv.bias is missing, not (1024,)" in message
     assert "decoder.conv_out.conv.bias is (47,), not (48,)" in message
@@ -120,6 +120,6 @@ def test_contradictions_are_named():
 def test_timestep_conditioning_must_be_what_the_tensors_say():
     f = released("ltx-2-19b", "ltx-2-19b-dev", "2.0.0")
     f.metadata["config"] = json.dumps(CONFIGS["ltx-2-19b-distilled"])
-    source = weights.official_source([f])
+    source = weights.official_checkpoint([f])
     with pytest.raises(UserError, match="last_scale_shift_table is missing"):
-        source.module("vae", source.weights("vae"))
+        source.build("vae", source.weights("vae"))
