@@ -148,7 +148,9 @@ def test_generations_do_not_mix(pack):
     rewrite(pack / VIDEO, model_version="2.3.0")
     (pack / DIFFUSION).unlink()
     source = weights.open_model(str(pack))
-    with pytest.raises(UserError, match=f"vae .*{VIDEO} is for LTX-2 2.3.0, not for 2.5"):
+    with pytest.raises(
+        UserError, match=f"vae .*{VIDEO} is for LTX-2 2.3.0, not for 2.5"
+    ):
         source.require("vae")
 
 

@@ -90,7 +90,9 @@ def test_the_first_commands_make_clips_and_their_picture(tmp_path):
     first, clips = GENERATE[:2]
     strip = next(c for c in COMMANDS if c.startswith("python demo/strip.py"))
     clips = clips.replace("demo/prompts.txt", "one.txt")
-    strip = strip.replace("demo/strip.png", "strip.png").split(" demo-1")[0] + " demo.mp4"
+    strip = (
+        strip.replace("demo/strip.png", "strip.png").split(" demo-1")[0] + " demo.mp4"
+    )
     for command in (first, clips, strip):
         argv = [sys.executable, *shlex.split(command)[1:]]
         subprocess.run(argv, check=True, cwd=tmp_path)

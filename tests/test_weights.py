@@ -486,7 +486,9 @@ def test_fp8_files_of_comfyui_are_read(checkpoint, tmp_path, scale, marks):
     model.check("transformer")
     ours = model.weights("transformer")["transformer_blocks.0.attn1.to_q.weight"]
     theirs = mx.load(str(checkpoint("ltx-2")))[Q_BIAS.replace("bias", "weight")]
-    assert mx.allclose(ours.astype(mx.float32), theirs.astype(mx.float32), rtol=0.07, atol=2e-3)
+    assert mx.allclose(
+        ours.astype(mx.float32), theirs.astype(mx.float32), rtol=0.07, atol=2e-3
+    )
 
 
 def split(path: Path, folder: Path) -> Path:
