@@ -154,7 +154,7 @@ class Pipeline:
         loras = [(Lora.read(f.path), f.strength) for f in self._attached]
         blocks = build_blocks(config, tensors, self.source.quantization)
         for i, block in enumerate(blocks):
-            attach(block, loras, f"transformer_blocks.{i}.")
+            attach(block, loras, prefix=f"transformer_blocks.{i}.")
             if self._shared == "shards":
                 block.shard(self.group)
             yield block
@@ -578,7 +578,10 @@ class Pipeline:
         if files != self._attached and self._rereads:
             self.free("transformer")
         elif files != self._attached:
-            attach(self.transformer, [(Lora.read(f.path), f.strength) for f in files])
+            tensors = self.source.weights("transformer", self.dtype)
+            read = lambda keys: {k: mx.contiguous(tensors[k]) for k in keys}
+            loras = [(Lora.read(f.path), f.strength) for f in files]
+            attach(self.transformer, loras, read)
         self._attached = files
         weights.evaluate(w for _, w in tree_flatten(self.transformer.parameters()))
 
