@@ -74,7 +74,9 @@ class Components:
         if loras != self._loras and rebuilt:
             self.free("transformer")
         elif loras != self._loras:
-            attach(self.transformer, _factors(loras))
+            tensors = self.checkpoint.weights("transformer", self.dtype)
+            read = lambda keys: {k: mx.contiguous(tensors[k]) for k in keys}
+            attach(self.transformer, _factors(loras), read)
         if rebuilt and "transformer" not in self._loaded:
             model = self.checkpoint.load("transformer", self.dtype, lazy=True)
             attach(model, _factors(loras))
@@ -91,9 +93,10 @@ class Components:
         """The transformer's blocks one by one, with LoRAs, of which nothing is read yet."""
         config = DiTConfig.from_dict(self.checkpoint.config["transformer"])
         tensors = self.checkpoint.weights("transformer", self.dtype)
+        factors = _factors(loras)
         blocks = build_blocks(config, tensors, self.checkpoint.quantization)
         for i, block in enumerate(blocks):
-            attach(block, _factors(loras), f"transformer_blocks.{i}.")
+            attach(block, factors, prefix=f"transformer_blocks.{i}.")
             self.machines.shard(block)
             yield block
 
