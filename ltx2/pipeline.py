@@ -19,7 +19,7 @@ from .guidance import Contexts, guidance_passes
 from .parallel import Group, Machines, Ranks
 from .preview import Preview
 from .request import Request
-from .run import Event, Frames, Phase, Result, Run, finished
+from .run import Event, Frames, Phase, Result, Run, Step, finished, seeded_noise
 from .sampling import Noise
 from .snapshot import Snapshot, as_json
 from .stages import Job, plan
