@@ -116,14 +116,16 @@ def _first_fit(kinds: Iterable, value: Any, path: str, limit: Optional[float]) -
 
 def _from_object(cls: type, value: Any, path: str, limit: Optional[float]) -> Any:
     expect(isinstance(value, dict), "an object", value, path)
-    fields = [f for f in dataclasses.fields(cls) if f.init]
-    defaults = {f.name for f in fields if f.default is not f.default_factory}
-    for key in {f.name for f in fields} - defaults - value.keys():
-        raise UserError(f"{join(path, key)} is missing")
-    for key in value.keys() - {f.name for f in fields}:
+    kinds, found = get_type_hints(cls), {}
+    for f in (f for f in dataclasses.fields(cls) if f.init):
+        if f.name in value:
+            where = join(path, f.name)
+            found[f.name] = checked(kinds[f.name], value[f.name], where, limit)
+        elif f.default is f.default_factory:  # there is neither
+            raise UserError(f"{join(path, f.name)} is missing")
+    for key in value.keys() - found.keys():
         raise UserError(f"{join(path, key)} is unknown")
-    kinds, items = get_type_hints(cls), value.items()
-    return cls(**{k: checked(kinds[k], v, join(path, k), limit) for k, v in items})
+    return cls(**found)
 
 
 @dataclasses.dataclass

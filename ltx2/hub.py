@@ -167,12 +167,11 @@ class File:
         tens of GB only for metadata would be too slow."""
         if self.sha256:
             return f"sha256:{self.sha256}"
-        digest = hashlib.sha256(str(self.size).encode())
         with open(self.path, "rb") as f:
-            digest.update(f.read(1 << 20))
+            start = f.read(1 << 20)
             f.seek(max(0, self.size - (1 << 20)))
-            digest.update(f.read())
-        return f"ends:{digest.hexdigest()}"
+            ends = str(self.size).encode() + start + f.read()
+        return f"ends:{hashlib.sha256(ends).hexdigest()}"
 
 
 # Headers

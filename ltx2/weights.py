@@ -8,12 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import (
     Any,
-    Container,
     Iterable,
     Iterator,
     Literal,
     Mapping,
-    NamedTuple,
     Optional,
     Sequence,
 )
@@ -28,26 +26,23 @@ from .hub import File
 from .linear import quantize
 from .parts import (
     COMPONENTS,
+    GEMMA_4,
     KINDS,
-    Part,
-    Parts,
-    best,
+    UPSAMPLERS,
+    Problem,
+    Tensors,
+    add_upsampler,
     check_config,
-    check_part,
-    check_version,
-    claims,
     config_errors,
     first_file,
     generation,
     limit_depth,
-    own_section,
+    official,
     parse_version,
-    read_parts,
+    replace_part,
 )
-from .upsampler import UpsamplerConfig
 
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
-GEMMA_4 = (2, 4)  # the first version that packs its own text encoder
 # Computed in float32 whatever the dtype: the vocoder as in the reference, the other
 # convolutions because Metal's fast ones lose up to 5 % a layer in 16 bits.
 FLOAT32 = ("vae", "audio_vae", "vocoder", "spatial_upsampler", "temporal_upsampler")
@@ -79,13 +74,6 @@ class FolderConfig:
     defaults: dict[str, float] = field(default_factory=dict)
 
 
-class Problem(NamedTuple):
-    """A file that is not used: the components it seems to hold, and why."""
-
-    components: set[str]
-    text: str
-
-
 # Models
 
 
@@ -97,7 +85,7 @@ class Checkpoint:
     kind: str  # "dev" or "distilled"
     kind_assumed: bool  # neither chosen nor in the file's name
     config: dict[str, dict[str, Any]]  # the checkpoint's sections
-    parts: Parts
+    parts: dict[str, Tensors]
     others: list[File] = field(default_factory=list)  # config.json and the license
     quantization: Optional[dict[str, Any]] = None
     text_encoder: str = TEXT_ENCODER
@@ -134,7 +122,7 @@ class Checkpoint:
         """Raise UserError for parts that this model does not have."""
         missing = [name for name in names if name not in self.parts]
         if missing:
-            problems = [p.text for p in self.problems if p.components & {*missing}]
+            problems = [text for held, text in self.problems if held & {*missing}]
             reasons = f" (not used: {'; '.join(problems[:3])})" if problems else ""
             raise UserError(
                 f"missing model parts: {', '.join(missing)}{reasons}; place their files "
@@ -252,23 +240,19 @@ def open_model(
     those next to it, `parts` are files by component. Files to download are listed first;
     without `fetch` only headers and config.json are. Raises UserError if no model is found.
     """
-    parts, (files, file) = parts or {}, hub.resolve(name, file)
-    files = hub.choose(name, files, file)
+    parts = parts or {}
+    files = hub.choose(name, *hub.resolve(name, file))
     if files[0].name == "config.json":
         model = converted_checkpoint(files)
     else:
-        model = official_checkpoint(files, parts)
-    found = [f for f in files if f.role == "upsampler"]
+        model = Checkpoint(**official(files, skip=parts))
     if upsamplers:  # instead of a converted folder's own, too
-        model.parts = {k: v for k, v in model.parts.items() if "upsampler" not in k}
-        found = []
-    for f in found:
+        model.parts = {k: v for k, v in model.parts.items() if k not in UPSAMPLERS}
+    for f in [f for f in files if f.role == "upsampler"] * (not upsamplers):
         try:
             add_upsampler(model, f)
         except UserError as error:
-            model.problems.append(
-                Problem({c for c in COMPONENTS if "upsampler" in c}, str(error))
-            )
+            model.problems.append(({*UPSAMPLERS}, str(error)))
     for other in upsamplers:
         add_upsampler(model, hub.single_file(other))
     for part, other in parts.items():
@@ -282,104 +266,13 @@ def open_model(
     return model
 
 
-# Official files
-
-
-def official_checkpoint(files: list[File], skip: Container[str] = ()) -> Checkpoint:
-    """A model from released files: the checkpoint first, then files that may hold other
-    parts. Those that do not fit are remembered, in case that a part is missing; of
-    several that do, the best is used and noted, except for the components to `skip`."""
-    first, *rest = files
-    if first.role in ("lora", "upsampler"):
-        option = {"lora": "a LoRA", "upsampler": "an upsampler"}[first.role]
-        raise UserError(f"{first.name} is {option}: pass it with --{first.role}")
-    found = read_parts(first)
-    if "transformer" not in {component for component, _ in found}:
-        held = ", ".join({c: 0 for c, _ in found}) or "no part of LTX-2"
-        raise UserError(f"{first.name} is not a model, it holds {held}")
-    config = found["transformer", ""].config
-    kind = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", first.name.lower())
-    model = Checkpoint(
-        check_version(first, config),
-        kind[0] if kind else "dev",
-        not kind,
-        config,
-        {"transformer": found["transformer", ""].tensors},
-        [f for f in rest if f.name.startswith("LICENSE")],
-    )
-    if model.version >= GEMMA_4:
-        model.text_encoder = "gemma"
-    candidates: dict[tuple[str, str], list[Part]] = {}
-    for f in (f for f in rest if f.role in ("part", "checkpoint")):
-        try:
-            for piece, part in read_parts(f).items():
-                check_part(part, piece[0], model.version, first)
-                candidates.setdefault(piece, []).append(part)
-        except hub.Unreachable:
-            raise
-        except UserError as error:
-            model.problems.append(Problem(claims(f), str(error)))
-    for piece, parts in candidates.items():
-        if piece not in found:
-            found[piece] = best(piece[0], parts, model.kind, piece[0] not in skip)
-    for (component, _), part in found.items():
-        add_part(model, component, part)
-    absent = {s for c, (s, _) in COMPONENTS.items()} - {
-        COMPONENTS[c][0] for c in model.parts
-    }
-    model.config = {k: v for k, v in model.config.items() if k not in absent}
-    model.__post_init__()
-    return model
-
-
-def add_part(model: Checkpoint, component: str, part: Part) -> None:
-    model.config.update(own_section(component, part))
-    model.parts.setdefault(component, {}).update(part.tensors)
-
-
-def replace_part(model: Checkpoint, name: str, f: File) -> None:
-    """Take a component from a file that the user named."""
-    names = [c for c in COMPONENTS if c != "transformer" and "upsampler" not in c]
-    if name not in names:
-        raise UserError(f"unknown part {name!r}: choose from {', '.join(names)}")
-    found = {piece: part for piece, part in read_parts(f).items() if piece[0] == name}
-    if not found:
-        raise UserError(f"{f.name} does not hold the {name}")
-    for (_, piece), part in found.items():
-        checkpoint = first_file(model.parts["transformer"])
-        check_part(part, name, model.version, checkpoint)
-        old = model.parts.pop(name, {}) if piece else {}  # other pieces stay
-        kept = {k: v for k, v in old.items() if not k.startswith(f"{piece}.")}
-        model.parts[name] = kept
-        add_part(model, name, part)
-    model.__post_init__()
-
-
-def add_upsampler(model: Checkpoint, f: File) -> None:
-    """Add an official upsampler's file; its name says which generation it is for."""
-    if f.role != "upsampler":
-        raise UserError(f.problem or f"{f.name} is not a latent upsampler")
-    version = re.match(r"ltx-(2[\d.]*)-", f.name.split("/")[-1])
-    if version and generation(parse_version(version[1])) != model.generation:
-        raise UserError(f"{f.name} does not go with LTX-2 {model.model_version}")
-    with config_errors(f.name):
-        c = UpsamplerConfig.from_dict(f.config)
-    axis = "temporal" if c.temporal_upsample else "spatial"
-    scale = "" if c.spatial_scale in (1, 2) else f"_x{c.spatial_scale:g}"
-    name = f"{axis}_upsampler{scale}"
-    if name not in COMPONENTS:
-        raise UserError(f"{f.name}: {name} is not implemented")
-    model.config[name] = f.config
-    model.parts[name] = {key: (f, key) for key in f.keys}
-
-
 # Converted folders
 
 
 def converted_checkpoint(files: list[File]) -> Checkpoint:
     """A folder that `Conversion.write` made, checked to be complete."""
     config, names = files[0].json(), {f.name for f in files}
-    parts: Parts = {}
+    parts: dict[str, Tensors] = {}
     expected: set[str] = set()
     for f in files:
         shard = re.fullmatch(r"(.+?)(?:-\d+-of-(\d+))?\.safetensors", f.name)

@@ -57,9 +57,13 @@ def released(layout: str, config: str, version: str = "") -> File:
     return f
 
 
+def opened(files: list[File]) -> weights.Checkpoint:
+    return weights.Checkpoint(**weights.official(files))
+
+
 def model(config: str) -> weights.Checkpoint:
     version, _, layouts = MODELS[config]
-    return weights.official_checkpoint([released(f, config, version) for f in layouts])
+    return opened([released(f, config, version) for f in layouts])
 
 
 @pytest.mark.parametrize("config", MODELS)
@@ -76,7 +80,7 @@ def test_every_tensor_has_one_parameter(config):
 def test_a_diffusion_vae_without_the_other():
     version, _, layouts = MODELS["ltx-2.5-22b"]
     files = [released(f, "ltx-2.5-22b", version) for f in layouts if "conv" not in f]
-    source = weights.official_checkpoint(files)
+    source = opened(files)
     for name in ("vae", "diffusion_decoder"):
         source.build(name, source.weights(name))
     assert len(source.parts["vae"]) == 84 + 2
@@ -97,7 +101,7 @@ def test_statistics_that_nobody_reads_are_known():
     f = source.files[0]
     for key in vae.UNUSED_KEYS:
         f.header[f"vae.{key}"] = ("BF16", (128,))
-    source = weights.official_checkpoint([f])
+    source = opened([f])
     source.build("vae", source.weights("vae"))
 
 
@@ -107,7 +111,7 @@ def test_contradictions_are_named():
     f.header["vae.decoder.conv_out.conv.bias"] = ("BF16", (47,))
     for i in range(5):
         f.header[f"vae.zebra.{i}"] = ("BF16", (1,))
-    source = weights.official_checkpoint([f])
+    source = opened([f])
     with pytest.raises(UserError) as error:
         source.build("vae", source.weights("vae"))
     message = str(error.value)
@@ -120,6 +124,6 @@ def test_contradictions_are_named():
 def test_timestep_conditioning_must_be_what_the_tensors_say():
     f = released("ltx-2-19b", "ltx-2-19b-dev", "2.0.0")
     f.metadata["config"] = json.dumps(CONFIGS["ltx-2-19b-distilled"])
-    source = weights.official_checkpoint([f])
+    source = opened([f])
     with pytest.raises(UserError, match="last_scale_shift_table is missing"):
         source.build("vae", source.weights("vae"))
