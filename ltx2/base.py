@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import sys
 import types
 import warnings
@@ -222,6 +223,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args: Optional[Sequence[str]] = None, namespace: Any = None):
+        args = sys.argv[1:] if args is None else [*args]
+        for flag, value in zip(["", *args], args):
+            if not value or re.fullmatch(r"--?[\w-]+=", value):
+                self.error(f"{value or flag or 'an argument'} is empty")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (--help lists all flags)")

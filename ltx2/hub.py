@@ -111,11 +111,12 @@ class File:
         checkpoint or, for other files, ""."""
         if not self.name.endswith(".safetensors"):
             return ""
+        folder = self.name.partition("/")[0] if "/" in self.name else ""
+        if folder == "loras" or self.path is None and "lora" in self.name:
+            return "lora"
         if self.path is None:  # by its name: headers of remote files take time
-            folder, _, name = self.name.rpartition("/")
-            words = {"lora": "lora", "upscaler": "upsampler"}
             role = "checkpoint" if folder in ("", FOLDERS[0]) else "part"
-            return next((words[w] for w in words if w in self.name), role)
+            return "upsampler" if "upscaler" in self.name else role
         try:
             keys = " ".join(self.keys)
         except UserError:  # reported if the file is needed
@@ -224,7 +225,7 @@ def read_remote_header(f: File) -> dict[str, Any]:
 def resolve(name: str, file: Optional[str] = None) -> tuple[list[File], Optional[str]]:
     """The files that a name stands for, and which of them is chosen, if one is: a
     safetensors file, a folder, a Hub repository, or a file in one (owner/name/file)."""
-    path = Path(name).expanduser()
+    path = Path(name or "/dev/null").expanduser()  # "" would be this folder
     root = next((p.parent for p in path.parents if p.name == FOLDERS[0]), None)
     if path.is_file() and path.suffix != ".safetensors":
         kind = {".gguf": "GGUF files are"}.get(path.suffix, "such files are")
@@ -248,7 +249,7 @@ def single_file(name: str) -> File:
     files, file = resolve(name)
     found = [f for f in files if f.name == file]
     if not found:
-        raise UserError(f"{name} is not a file" + (f": {file} not found" * bool(file)))
+        raise UserError(f"{name}: no such file")
     return found[0]
 
 

@@ -337,42 +337,45 @@ def text_encoder_files(name: str) -> list[File]:
 def check_text_encoder(name: str) -> None:
     """Raise UserError unless a Gemma 3 folder or repository is complete: configuration,
     tokenizer, all shards, all layers' tensors. Only headers are read."""
+    where = f"text encoder {name}"
     files = {f.name: f for f in text_encoder_files(name)}
-    if "config.json" not in files or not {"tokenizer.json", "tokenizer.model"} & {
-        *files
-    }:
-        lacks = "tokenizer" if "config.json" in files else "config.json"
-        raise UserError(f"text encoder {name} has no {lacks}")
+    if "config.json" not in files:
+        raise UserError(f"{where} has no config.json")
+    if not {"tokenizer.json", "tokenizer.model"} & files.keys():
+        raise UserError(f"{where} has no tokenizer")
     config = files["config.json"].json()
-    path = f"text encoder {name}, config.json: "
-    section = checked(dict, config.get("text_config", config), f"{path}text_config")
-    layers = section.get("num_hidden_layers", 26)
-    layers = checked(int, layers, f"{path}num_hidden_layers", 1000)
+    section = checked(dict, config.get("text_config", config), f"{where}: text_config")
+    sizes = {k: v for k, v in section.items() if re.search("size$|num_|_dim$", k)}
+    sizes = checked(dict[str, Optional[int]], sizes, f"{where}: text_config", 10**7)
     if "model.safetensors.index.json" in files:
         index = files["model.safetensors.index.json"].json().get("weight_map")
-        shards = {
-            *checked(dict[str, str], index, f"text encoder {name}: weight_map").values()
-        }
-        if shards - files.keys():
-            lacks = ", ".join(sorted(shards - files.keys())[:5])
-            raise UserError(f"text encoder {name} lacks {lacks}: download it again")
-    shards = [
-        f for f in files.values() if re.fullmatch(r"model.*\.safetensors", f.name)
-    ]
+        index = checked(dict[str, str], index, f"{where}: weight_map")
+        lacks = sorted({*index.values()} - files.keys())
+        if lacks:
+            raise UserError(f"{where} lacks {', '.join(lacks[:5])}: download it again")
+    shards = [f for n, f in files.items() if re.fullmatch(r"model.*\.safetensors", n)]
     for f in shards:
         if f.problem:
-            raise UserError(f"text encoder {name}: {f.problem}")
-    keys = {key for f in shards for key in f.keys}
+            raise UserError(f"{where}: {f.problem}")
+    shapes = {key: f.header[key][1] for f in shards for key in f.keys}
     prefix = "language_model.model." if "text_config" in config else "model."
-    leaves = {k.split(".0.", 1)[1] for k in keys if k.startswith(f"{prefix}layers.0.")}
-    expected = {f"{prefix}layers.{i}.{leaf}" for i in range(layers) for leaf in leaves}
-    expected |= {f"{prefix}{k}.weight" for k in ("embed_tokens", "norm")}
-    missing = sorted(expected - keys)
-    if missing or not leaves:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        example = f"it has {min(keys)}" if keys else "it has no weights"
-        name = f"text encoder {name} lacks {missing[0] if missing else 'layers'}{more}"
-        raise UserError(f"{name}; {example}")
+    first, count = f"{prefix}layers.0.", sizes.get("num_hidden_layers") or 0
+    leaves = [key.removeprefix(first) for key in shapes if key.startswith(first)]
+    expected = [
+        f"{prefix}layers.{i}.{k}" for i in range(min(count, 999)) for k in leaves
+    ]
+    expected += [
+        f"{prefix}{k}.weight" for k in ("embed_tokens", "layers.0.mlp.up_proj")
+    ]
+    lacks = [key for key in (f"{prefix}norm.weight", *expected) if key not in shapes]
+    if lacks:
+        example = f"it has {min(shapes)}" if shapes else "it has no weights"
+        raise UserError(
+            f"{where} lacks {lacks[0]} and {len(lacks) - 1} more; {example}"
+        )
+    width, found = sizes.get("hidden_size"), shapes[f"{prefix}norm.weight"]
+    if count == 0 or found != (width,):
+        raise UserError(f"{where}: hidden_size is {width}, but norm.weight is {found}")
 
 
 def fetch_text_encoder(name: str) -> Path:
