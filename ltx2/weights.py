@@ -370,9 +370,8 @@ def check_text_encoder(name: str) -> None:
     lacks = [key for key in (f"{prefix}norm.weight", *expected) if key not in shapes]
     if lacks:
         example = f"it has {min(shapes)}" if shapes else "it has no weights"
-        raise UserError(
-            f"{where} lacks {lacks[0]} and {len(lacks) - 1} more; {example}"
-        )
+        some = f"{len(lacks)} tensors: {lacks[0]}, ..."
+        raise UserError(f"{where} lacks {some}; {example}")
     width, found = sizes.get("hidden_size"), shapes[f"{prefix}norm.weight"]
     if count == 0 or found != (width,):
         raise UserError(f"{where}: hidden_size is {width}, but norm.weight is {found}")
