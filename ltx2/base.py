@@ -38,7 +38,7 @@ JSON_NAMES |= {list: "a list", tuple: "a list", dict: "an object", type(None): "
 
 
 class UserError(Exception):
-    """A user's mistake in one line: what was given, what is allowed, what to type."""
+    """A user's mistake in one line: what is wrong, what is allowed, what to type."""
 
 
 class OutputError(Exception):
@@ -58,7 +58,7 @@ def parse_json(text: Union[str, bytes], path: str) -> dict[str, Any]:
 
 
 def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> Any:
-    """`value`, as JSON gives it, as an annotation says: a dataclass (from an object),
+    """Check a JSON `value` against an annotation: a dataclass (made from an object),
     list[int], Optional[str], Literal and the like. Numbers must be finite and, with a
     `limit`, above 0 and at most that. UserError names the `path` of a wrong value."""
     if kind is Any:

@@ -327,8 +327,9 @@ def folder_files(folder: Path, repo: str = "") -> list[File]:
     return [File(n, (folder / n).stat().st_size, folder / n, repo) for n in names]
 
 
-def repository_files(repo: str) -> list[File]:
-    """The files of a repository, or of its copy in the cache when offline."""
+def repository_files(repo: str, folder: str = "") -> list[File]:
+    """The files of a model in a repository, or in its copy in the cache when offline;
+    or all files of one `folder`."""
     from huggingface_hub import HfApi, errors, snapshot_download, try_to_load_from_cache
 
     try:
@@ -336,15 +337,16 @@ def repository_files(repo: str) -> list[File]:
             info = HfApi().model_info(repo, files_metadata=True)
     except Unreachable as error:
         try:  # allow_patterns lets it accept a partial snapshot
-            folder = snapshot_download(
+            cached = snapshot_download(
                 repo, local_files_only=True, allow_patterns="config.json"
             )
         except errors.LocalEntryNotFoundError:
             raise error from None
         note(f"{error}; using its copy in the cache")
-        return folder_files(Path(folder), repo)
+        return folder_files(Path(cached) / folder, repo)
     siblings, files = {s.rfilename: s for s in info.siblings}, []
-    for name in model_files(siblings):
+    inside = [name for name in siblings if name.rpartition("/")[0] == folder]
+    for name in inside if folder else model_files(siblings):
         path = try_to_load_from_cache(repo, name, revision=info.sha)
         path = Path(path) if isinstance(path, str) else None
         s = siblings[name]

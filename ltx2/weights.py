@@ -62,7 +62,7 @@ class Quantization:
 
 @dataclass
 class FolderConfig:
-    """What config.json of a converted folder has beside the checkpoint's sections."""
+    """The keys of a converted folder's config.json, except the checkpoint's sections."""
 
     model_type: str
     model_version: str
@@ -205,12 +205,12 @@ class Checkpoint:
     def load(
         self, name: str, dtype: Optional[mx.Dtype] = None, lazy: bool = False
     ) -> nn.Module:
-        """A component with its weights; only its own files are opened.
+        """A component with its weights; only its files are opened.
 
         `dtype` casts floating weights (except FLOAT32). With `lazy` they are read when
         they are first used, else now, in groups, so that no command buffer waits long
         for the disk. Raises UserError if a tensor is missing, unknown or of another
-        shape than the configuration says.
+        shape than configured.
         """
         weights = self.weights(name, mx.float32 if name in FLOAT32 else dtype)
         if name in FLOAT32:  # a permuted kernel would be copied by each convolution
@@ -246,7 +246,7 @@ def open_model(
         model = converted_checkpoint(files)
     else:
         model = Checkpoint(**official(files, skip=parts))
-    if upsamplers:  # instead of a converted folder's own, too
+    if upsamplers:  # instead of a converted folder's, too
         model.parts = {k: v for k, v in model.parts.items() if k not in UPSAMPLERS}
     for f in [f for f in files if f.role == "upsampler"] * (not upsamplers):
         try:
@@ -294,7 +294,12 @@ def converted_checkpoint(files: list[File]) -> Checkpoint:
     found = checked(FolderConfig, {key: config.pop(key) for key in known}, path)
     for key, kind in {"source": str, "files": dict[str, str]}.items():
         checked(kind, found.provenance.get(key), f"{path}provenance.{key}")
-    inside = files[0].path.parent / found.text_encoder
+    repo, encoder = files[0].repo, found.text_encoder
+    inside = files[0].path.parent / encoder
+    if inside.is_dir():
+        encoder = str(inside)
+    elif repo and "/" not in encoder and parse_version(found.model_version) < GEMMA_4:
+        encoder = f"{repo}/{encoder}"
     return Checkpoint(
         found.model_version,
         found.kind,
@@ -303,7 +308,7 @@ def converted_checkpoint(files: list[File]) -> Checkpoint:
         parts,
         [f for f in files if not f.name.endswith(".safetensors")],
         asdict(found.quantization) if found.quantization else None,
-        str(inside) if inside.is_dir() else found.text_encoder,
+        encoder,
         found.provenance,
         found.defaults,
     )
@@ -327,9 +332,14 @@ def text_encoder_files(name: str) -> list[File]:
             f"text encoder {name} is a single file without tokenizer: pass a folder or "
             f"repository like {TEXT_ENCODER}"
         )
-    if not folder.is_dir() and "/" not in name:
+    owner, _, rest = name.partition("/")
+    if not folder.is_dir() and not rest:
         raise UserError(f"text encoder {name}: no such folder")
-    found = hub.folder_files(folder) if folder.is_dir() else hub.repository_files(name)
+    repo, _, inner = rest.partition("/")  # a folder of a converted model's repository
+    if folder.is_dir():
+        found = hub.folder_files(folder)
+    else:
+        found = hub.repository_files(f"{owner}/{repo}", inner)
     kinds = (".safetensors", ".json", ".model")
     return [f for f in found if f.name.endswith(kinds)]
 
@@ -338,7 +348,7 @@ def check_text_encoder(name: str) -> None:
     """Raise UserError unless a Gemma 3 folder or repository is complete: configuration,
     tokenizer, all shards, all layers' tensors. Only headers are read."""
     where = f"text encoder {name}"
-    files = {f.name: f for f in text_encoder_files(name)}
+    files = {f.name.split("/")[-1]: f for f in text_encoder_files(name)}
     if "config.json" not in files:
         raise UserError(f"{where} has no config.json")
     if not {"tokenizer.json", "tokenizer.model"} & files.keys():

@@ -402,6 +402,21 @@ def test_a_text_encoder_in_the_model_folder_is_copied(
     weights.check_text_encoder(found)
 
 
+def test_a_text_encoder_in_a_repository_is_found(
+    quantized, checkpoint, tmp_path, fake_hub
+):
+    model = Path(shutil.copytree(quantized, tmp_path / "model"))
+    with_encoder(model, checkpoint("gemma3"))
+    shutil.rmtree(fake_hub.repo)
+    shutil.copytree(model, fake_hub.repo)
+    found = weights.open_model("mlx-community/it").text_encoder
+    assert found == "mlx-community/it/text_encoder"
+    weights.check_text_encoder(found)
+    folder = weights.fetch_text_encoder(found)
+    assert folder == fake_hub.cache / "text_encoder"
+    assert "text_encoder/model.safetensors" in fake_hub.fetched
+
+
 def test_a_text_encoder_elsewhere_is_found_from_any_folder(
     small, checkpoint, tmp_path, monkeypatch
 ):

@@ -30,7 +30,7 @@ MODELS = {  # configuration: version, tensors, and the files they are in
         ],
     ),
 }
-DIFFUSION = "ltx-2.5-video-vae-diffusion"  # has a configuration of its own
+DIFFUSION = "ltx-2.5-video-vae-diffusion"  # has another configuration
 UPSAMPLERS = {
     "ltx-2-spatial-upscaler-x2-1.0": "spatial_upsampler",
     "ltx-2-temporal-upscaler-x2-1.0": "temporal_upsampler",
@@ -40,7 +40,7 @@ UPSAMPLERS = {
 
 
 def released(layout: str, config: str, version: str = "") -> File:
-    """A released file as its header tells it; the tensors are zeros nobody computes."""
+    """A released file by its header; the tensors are zeros that are never computed."""
     with gzip.open(HERE / "layouts" / f"{layout}.tsv.gz", "rt") as rows:
         table = list(csv.DictReader(rows, delimiter="\t"))
     config = "ltx-2.5-diffusion-vae" if layout == DIFFUSION else config
@@ -77,7 +77,7 @@ def test_every_tensor_has_one_parameter(config):
     assert mx.get_peak_memory() - before < 1 << 20
 
 
-def test_a_diffusion_vae_without_the_other():
+def test_a_diffusion_vae_without_the_convolutional_one():
     version, _, layouts = MODELS["ltx-2.5-22b"]
     files = [released(f, "ltx-2.5-22b", version) for f in layouts if "conv" not in f]
     source = opened(files)
@@ -96,7 +96,7 @@ def test_every_upsampler_tensor_has_one_parameter(file):
     assert source.components[-1] == name
 
 
-def test_statistics_that_nobody_reads_are_known():
+def test_unused_statistics_are_accepted():
     source = model("ltx-2-19b-dev")
     f = source.files[0]
     for key in vae.UNUSED_KEYS:
@@ -105,7 +105,7 @@ def test_statistics_that_nobody_reads_are_known():
     source.build("vae", source.weights("vae"))
 
 
-def test_contradictions_are_named():
+def test_tensors_that_do_not_match_are_named():
     f = released("ltx-2-19b", "ltx-2-19b-dev", "2.0.0")
     del f.header["vae.decoder.conv_in.conv.bias"]
     f.header["vae.decoder.conv_out.conv.bias"] = ("BF16", (47,))

@@ -428,7 +428,7 @@ DIT = "model.diffusion_model."
 
 
 def rename(**replaced):
-    """Change keys: every beginning or part that is given."""
+    """Replace parts of keys."""
 
     def change(tensors, metadata):
         renamed = {k: w for k, w in tensors.items()}
@@ -613,6 +613,34 @@ def test_formats_that_are_not_supported_are_named(checkpoint, parts, tmp_path):
     }.items():
         with pytest.raises(UserError, match=message):
             weights.open_model(str(name))
+
+
+def int8_copy(path: Path, name: str) -> None:
+    """The same file with linear weights in int8, as ComfyUI has it."""
+    tensors, metadata = mx.load(str(path), return_metadata=True)
+    for key, w in tensors.items():
+        if "layers." in key or "blocks." in key:
+            tensors[key] = mx.zeros(w.shape, mx.int8)
+    mx.save_safetensors(str(path.parent / name), tensors, metadata)
+
+
+def test_files_of_ltx_2_5_in_int8_are_passed_over(checkpoint, tmp_path, fake_hub):
+    shutil.rmtree(fake_hub.repo)
+    pack = Path(shutil.copytree(checkpoint("ltx-2.5"), fake_hub.repo))
+    path = pack / "diffusion_models" / "ltx-2.5-transformer.safetensors"
+    chosen = path.rename(path.with_name(hub.DEFAULT_FILES[1]))
+    shutil.copy(chosen, path.with_name("ltx-2.5-22b-dev-transformer-bf16.safetensors"))
+    int8_copy(chosen, "ltx-2.5-22b-distilled-transformer-comfy-int8.safetensors")
+    encoder = pack / "text_encoders" / "ltx-2.5-text-encoder.safetensors"
+    int8_copy(encoder, "ltx-2.5-a-text-encoder-int8.safetensors")
+    expected = weights.open_model(str(checkpoint("ltx-2.5")))
+    model = weights.open_model("Lightricks/LTX-2.5", fetch=False)
+    assert model.kind == "distilled" and model.components == expected.components
+    model.check(*model.components)
+    assert not any("int8" in f.name for f in model.files) and not fake_hub.fetched
+    name = "Lightricks/LTX-2.5/diffusion_models/ltx-2.5-22b-dev-transformer-bf16"
+    model = weights.open_model(f"{name}.safetensors", fetch=False)
+    assert model.kind == "dev" and model.components == expected.components
 
 
 # Hostile headers and configurations
