@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .base import Config, UserError
-from .layers import Component, Statistics, rms_norm
+from .layers import Component, Statistics, channels_last, rms_norm
 
 SAMPLE_RATE = 16000
 N_FFT = 1024
@@ -239,4 +239,4 @@ class AudioVAE(Component):
     @classmethod
     def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Official tensors to MLX layouts, (O, I, H, W) to (O, H, W, I)."""
-        return {k: w.moveaxis(1, -1) if w.ndim == 4 else w for k, w in weights.items()}
+        return {k: channels_last(w) if w.ndim == 4 else w for k, w in weights.items()}

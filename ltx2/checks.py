@@ -140,12 +140,7 @@ def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
     video, audio = pipe.vae.config, pipe.audio_vae.config
     shapes = {
         "video": (1, *job.stages[0].size.latent, video.latent_channels),
-        "audio": (
-            1,
-            job.stages[0].size.audio_tokens,
-            audio.latent_bins,
-            audio.z_channels,
-        ),
+        "audio": (1, job.size.audio_tokens, audio.latent_bins, audio.z_channels),
     }
     latents = {name: scale * draw(name, shape) for name, shape in shapes.items()}
     return replace(pipe.initial_snapshot(job), stage=len(job.stages), latents=latents)

@@ -18,10 +18,12 @@ from .layers import (
     FeedForward,
     Rope,
     TimestepMLP,
+    no_random_weights,
     prefetch,
     rms_norm,
     rope_cos_sin,
 )
+from .linear import Group, quantize
 
 NO_BLOCKS: Container[int] = range(0)
 ALL_BLOCKS: Container[int] = range(sys.maxsize)
@@ -217,6 +219,12 @@ class Block(nn.Module):
         self.scale_shift_table_a2v_ca_video = mx.zeros((5, video))
         self.scale_shift_table_a2v_ca_audio = mx.zeros((5, audio))
 
+    def shard(self, group: Group) -> None:
+        """Keep this rank's heads and part of each feed-forward."""
+        for layer in self.children().values():
+            if isinstance(layer, (Attention, FeedForward)):
+                layer.shard(group)
+
     def text_keys_values(self, streams: Streams, text: Both) -> BothTexts:
         """Each stream's keys and values of its text (B, N, D), from 2.3 on modulated by
         table and sigma; None for a stream that is absent or not updated."""
@@ -311,7 +319,7 @@ class DiT(Component):
 
     config_class = DiTConfig
 
-    group: Optional[mx.distributed.Group] = None  # the ranks that share the blocks
+    group: Optional[Group] = None  # the ranks that share the blocks
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -338,13 +346,11 @@ class DiT(Component):
             self.keyframes_abs_pos_embedding = mx.zeros((1, c.video_dim))
         self.transformer_blocks = [Block(c) for _ in range(c.num_layers)]
 
-    def shard(self, group: mx.distributed.Group) -> None:
-        """Keep this rank's heads and part of each feed-forward, 1/N of the blocks."""
+    def shard(self, group: Group) -> None:
+        """Keep this rank's part of each block, 1/N of it."""
         self.group = group
         for block in self.transformer_blocks:
-            for layer in block.children().values():
-                if isinstance(layer, (Attention, FeedForward)):
-                    layer.shard(group)
+            block.shard(group)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -490,11 +496,30 @@ class DiT(Component):
 
 
 class StreamedBlocks:
-    """Blocks that stay on disk: each iteration builds them again with `read`, which
-    returns a transformer whose weights are not read yet, and holds two at a time."""
+    """Blocks that stay on disk. Each iteration takes them from a new iterator that `read`
+    returns, with weights that are not loaded yet, and holds two at a time."""
 
-    def __init__(self, read: Callable[[], DiT]):
+    def __init__(self, read: Callable[[], Iterator[Block]]):
         self.read = read
 
     def __iter__(self) -> Iterator[Block]:
-        return prefetch(self.read().transformer_blocks)
+        return prefetch(self.read())
+
+
+def build_blocks(
+    config: DiTConfig, weights: dict[str, mx.array], quantization: Optional[dict] = None
+) -> Iterator[Block]:
+    """The transformer's blocks, each built when it is needed, with its weights, which
+    are taken out of `weights`."""
+    groups: dict[str, dict[str, mx.array]] = {}
+    for key in [k for k in weights if k.startswith("transformer_blocks.")]:
+        _, number, inner = key.split(".", 2)
+        groups.setdefault(number, {})[inner] = weights.pop(key)
+    for i in range(config.num_layers):
+        tensors = groups.pop(str(i), {})
+        with no_random_weights():
+            block = Block(config)
+        if quantization:
+            picked = lambda path, _: f"{path}.scales" in tensors
+            quantize(block, **quantization, class_predicate=picked)
+        yield block.load_weights(list(tensors.items()))

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from typing import Any, ClassVar, Iterator, Optional, Sequence
+from typing import Any, Callable, ClassVar, Iterator, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .base import Config
-from .linear import Group, ShardedRMSNorm, all_sum, shard_columns, shard_rows
+from .linear import (
+    Group,
+    QuantizedLinear,
+    ShardedRMSNorm,
+    all_sum,
+    shard_columns,
+    shard_rows,
+)
 
 Stride = tuple[int, int, int]  # in time, height and width
 Rope = tuple[mx.array, mx.array]  # cos and sin, each (heads, T, head_dim / 2)
@@ -59,6 +66,12 @@ class Component(nn.Module):
         return weights
 
 
+def channels_last(w: mx.array) -> mx.array:
+    """A convolution's weight (O, I, ...) as (O, ..., I), in memory too: each convolution
+    would copy a view."""
+    return mx.contiguous(w.moveaxis(1, -1))
+
+
 def rms_norm(x: mx.array, eps: float = 1e-6) -> mx.array:
     """RMS-normalize the last axis, without weight."""
     return mx.fast.rms_norm(x, None, eps)
@@ -96,15 +109,27 @@ def apply_rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def prefetch(modules: list[nn.Module]) -> Iterator[nn.Module]:
-    """Modules, removed from the list: loads the next one while the current one computes
-    (what the caller has given to `mx.async_eval`), then frees the current one."""
-    mx.eval(modules[0].parameters())
-    while modules:
-        yield modules.pop(0)
-        if modules:
-            mx.eval(modules[0].parameters())
-        mx.synchronize()
+def prefetch(modules: Iterator[nn.Module]) -> Iterator[nn.Module]:
+    """Modules with their weights loaded: takes and loads the next one while the current
+    one computes (what the caller has given to `mx.async_eval`), then frees that."""
+    current = next(modules, None)
+    while current is not None:
+        mx.eval(current.parameters())
+        mx.synchronize()  # of the one before
+        yield current
+        current = next(modules, None)
+
+
+# macOS ends a process whose GPU command takes more than about 5 s: 1 s on an M1.
+MAX_FLOPS = 2 * 10**12
+MAX_TOKENS = 8192  # at a time; also keeps the feed-forward's hidden state small
+
+
+def pieces(x: mx.array, limit: float = math.inf) -> list[slice]:
+    """Equal slices of axis 1 of `x` (B, T, D), of at most `limit` and MAX_TOKENS."""
+    length = x.shape[1]
+    size = math.ceil(length / math.ceil(length / min(limit, MAX_TOKENS)))
+    return [slice(i, i + size) for i in range(0, length, size)]
 
 
 class Attention(nn.Module):
@@ -145,14 +170,17 @@ class Attention(nn.Module):
         shard_rows(self.to_out[0], group)
 
     def _split(self, x: mx.array) -> mx.array:
-        return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
+        """(B, T, heads d) to (B, T, heads, d)."""
+        return x.reshape(*x.shape[:2], self.heads, -1)
 
     def keys_values(
         self, context: mx.array, rope: Optional[Rope] = None
     ) -> tuple[mx.array, mx.array]:
         """Keys and values of `context` (B, S, context_dim), each (B, heads, S, d)."""
-        k = self._split(self.k_norm(self.to_k(context)))
-        v = self._split(self.to_v(context))
+        parts = [context[:, rows] for rows in pieces(context)]
+        k = mx.concatenate([self.k_norm(self.to_k(x)) for x in parts], axis=1)
+        v = mx.concatenate([self.to_v(x) for x in parts], axis=1)
+        k, v = self._split(k).swapaxes(1, 2), self._split(v).swapaxes(1, 2)
         return (apply_rope(k, *rope) if rope else k), v
 
     def __call__(
@@ -165,21 +193,37 @@ class Attention(nn.Module):
     ) -> mx.array:
         """Attend from `x` (B, T, query_dim) to `keys_values`, or to itself if None.
 
-        `values_only` is the STG perturbation: each head returns its values; gate and
-        output projection still apply.
+        `mask` is additive, (1, 1, T, S). `values_only` is the STG perturbation: each head
+        returns its values; gate and output projection still apply.
         """
-        if values_only:
-            out = self._split(self.to_v(x))
-        else:
-            q = self._split(self.q_norm(self.to_q(x)))
-            q = apply_rope(q, *rope) if rope else q
+
+        limit = math.inf
+        if not values_only:
             k, v = keys_values or self.keys_values(x, rope)
-            scale = 1 / math.sqrt(q.shape[-1])
-            out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-        if "to_gate_logits" in self:
-            gate = 2 * mx.sigmoid(self.to_gate_logits(x))
-            out = out * gate.swapaxes(1, 2)[..., None]
-        return all_sum(self.to_out[0](out.swapaxes(1, 2).flatten(2)), self.group)
+            limit = MAX_FLOPS // (4 * k.size)
+
+        def attend(rows: slice) -> mx.array:
+            if values_only:
+                out = self._split(self.to_v(x[:, rows]))
+            else:
+                q = self._split(self.q_norm(self.to_q(x[:, rows]))).swapaxes(1, 2)
+                q = apply_rope(q, *(table[:, rows] for table in rope)) if rope else q
+                options = {"scale": 1 / math.sqrt(q.shape[-1])}
+                if mask is not None:
+                    options["mask"] = mask[:, :, rows]
+                out = mx.fast.scaled_dot_product_attention(q, k, v, **options)
+                out = out.swapaxes(1, 2)  # (B, heads, T, d) to (B, T, heads, d)
+            if "to_gate_logits" in self:
+                out = out * (2 * mx.sigmoid(self.to_gate_logits(x[:, rows])))[..., None]
+            return self.to_out[0](out.flatten(2))
+
+        out = mx.concatenate([attend(rows) for rows in pieces(x, limit)], axis=1)
+        return all_sum(out, self.group)
+
+
+@mx.compile
+def add_gelu(x: mx.array, bias: mx.array) -> mx.array:
+    return nn.gelu_approx(x + bias)
 
 
 class GELU(nn.Module):
@@ -190,6 +234,8 @@ class GELU(nn.Module):
         self.proj = nn.Linear(dim, hidden, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
+        if isinstance(self.proj, QuantizedLinear) and "bias" in self.proj:
+            return add_gelu(self.proj.product(x), self.proj.bias)
         return nn.gelu_approx(self.proj(x))
 
 
@@ -205,9 +251,9 @@ class FeedForward(nn.Module):
         self.net = [GELU(dim, 4 * dim, bias), nn.Identity(), down]
 
     def __call__(self, x: mx.array) -> mx.array:
-        for layer in self.net:
-            x = layer(x)
-        return all_sum(x, self.group)
+        up, _, down = self.net
+        out = [down(up(x[:, rows])) for rows in pieces(x)]
+        return all_sum(mx.concatenate(out, axis=1), self.group)
 
     def shard(self, group: Group) -> None:
         """Keep this rank's part of the hidden width."""

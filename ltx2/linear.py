@@ -29,12 +29,16 @@ def dequantize_from() -> float:
 class QuantizedLinear(nn.QuantizedLinear):
     """Multiplies by the quantized weight, or dequantizes it first where that is faster."""
 
-    def __call__(self, x: mx.array) -> mx.array:
-        if x.size // x.shape[-1] < dequantize_from():
-            return super().__call__(x)
+    def product(self, x: mx.array) -> mx.array:
+        """Without the bias."""
         parts = self.weight, self.scales, self.get("biases")
         format = self.group_size, self.bits, self.mode
-        y = x @ mx.dequantize(*parts, *format, dtype=x.dtype).T
+        if x.size // x.shape[-1] < dequantize_from():
+            return mx.quantized_matmul(x, *parts, True, *format)
+        return x @ mx.dequantize(*parts, *format, dtype=x.dtype).T
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.product(x)
         return y + self.bias if "bias" in self else y
 
 

@@ -124,23 +124,29 @@ class LoRALinear(nn.Module):
         return self.linear(x) + (x @ a.T * s) @ b.T
 
 
-def attach(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
+def attach(
+    model: nn.Module, loras: Sequence[tuple[Lora, float]], prefix: str = ""
+) -> None:
     """Wrap the linear layers in LoRALinear for these LoRAs, each with a strength, in
     place of those attached before. The layers themselves do not change."""
-    layers = dict(model.named_modules())
+    layers = {prefix + k: m for k, m in model.named_modules()}
     changed = {k: m.linear for k, m in layers.items() if isinstance(m, LoRALinear)}
     paths: dict[str, list[tuple[mx.array, ...]]] = {}
     for lora, strength in loras:
-        lora.check(model)
+        if not prefix:
+            lora.check(model)
         if strength != 0:
             for path, (a, b) in lora.factors.items():
+                if not path.startswith(prefix):
+                    continue
                 s = mx.full(len(a), strength, mx.float32)
                 paths.setdefault(path, []).append((a, b, s))
     for path, factors in paths.items():
         a, b, s = zip(*factors)
         parts = mx.concatenate(a), mx.concatenate(b, axis=1), mx.concatenate(s)
         changed[path] = LoRALinear(changed.get(path, layers[path]), *parts)
-    model.update_modules(tree_unflatten(list(changed.items())))
+    changed = [(k.removeprefix(prefix), layer) for k, layer in changed.items()]
+    model.update_modules(tree_unflatten(changed))
 
 
 def fuse(

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from .base import Trace, UserError
-from .dit import DiT, DiTConfig, Pass, Tokens
+from .dit import Block, DiT, DiTConfig, Pass, Tokens
 
 Group = mx.distributed.Group
 T = TypeVar("T")
@@ -57,8 +57,8 @@ class Machines:
         """The transformer as the denoiser calls it."""
         return model
 
-    def shard(self, model: DiT) -> None:
-        """Keep this machine's part of the transformer."""
+    def shard(self, model: Union[DiT, Block]) -> None:
+        """Keep this machine's part of the transformer or of a block."""
 
 
 class Ranks(Machines):
@@ -111,7 +111,7 @@ class Ranks(Machines):
     def transformer(self, model: DiT) -> Union[DiT, PassParallel]:
         return PassParallel(model, self.group) if self.mode == "passes" else model
 
-    def shard(self, model: DiT) -> None:
+    def shard(self, model: Union[DiT, Block]) -> None:
         if self.mode == "tensor":
             model.shard(self.group)
 

@@ -22,7 +22,7 @@ from .audio_vae import AudioVAEConfig
 from .base import Trace, UserError, traced, within
 from .cache import ContextCache
 from .conditions import Condition, Encoders, InputFiles, Stage
-from .dit import DiT, DiTConfig, StreamedBlocks
+from .dit import Block, DiT, DiTConfig, StreamedBlocks, build_blocks
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .guidance import Contexts, GuidedDenoiser, guidance_passes
@@ -176,26 +176,32 @@ class Pipeline:
         """The transformer with a stage's LoRAs: in memory, or with blocks that are read
         in each step, or this machine's part of it."""
         rebuilt = streamed or self.machines.mode == "tensor"
-        if loras != self._loras:
-            if rebuilt:
-                self.free("transformer")
-            else:
-                attach(self.transformer, [self._lora(file) for file in loras])
+        if loras != self._loras and rebuilt:
+            self.free("transformer")
+        elif loras != self._loras:
+            attach(self.transformer, [self._lora(file) for file in loras])
         if rebuilt and "transformer" not in self._loaded:
-            lazy = lambda: self._lazy_transformer(loras)
-            model = self._loaded["transformer"] = lazy()
+            model = self.checkpoint.load("transformer", self.dtype, lazy=True)
+            attach(model, [(Lora.read(f.path), f.strength) for f in loras])
+            self.machines.shard(model)
             if streamed:
-                model.transformer_blocks = StreamedBlocks(lazy)
+                blocks = lambda: self._blocks(loras)
+                model.transformer_blocks = StreamedBlocks(blocks)
+            self._loaded["transformer"] = model
         self._loras = loras
         weights.evaluate(w for _, w in tree_flatten(self.transformer.parameters()))
         return self.transformer
 
-    def _lazy_transformer(self, loras: tuple[LoraFile, ...]) -> DiT:
-        """A transformer of which nothing is read yet."""
-        model = self.checkpoint.load("transformer", self.dtype, lazy=True)
-        attach(model, [(Lora.read(file.path), file.strength) for file in loras])
-        self.machines.shard(model)
-        return model
+    def _blocks(self, loras: tuple[LoraFile, ...]) -> Iterator[Block]:
+        """The transformer's blocks one by one, with LoRAs, of which nothing is read yet."""
+        config = DiTConfig.from_dict(self.checkpoint.config["transformer"])
+        tensors = self.checkpoint.weights("transformer", self.dtype)
+        factors = [(Lora.read(file.path), file.strength) for file in loras]
+        blocks = build_blocks(config, tensors, self.checkpoint.quantization)
+        for i, block in enumerate(blocks):
+            attach(block, factors, f"transformer_blocks.{i}.")
+            self.machines.shard(block)
+            yield block
 
     def _lora(self, file: LoraFile) -> tuple[Lora, float]:
         return self.inputs.lora(file.path), file.strength

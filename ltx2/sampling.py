@@ -1,9 +1,9 @@
-"""Sigma schedules, guidance and samplers.
+"""Sigma schedules and samplers.
 
-A sampler is a generator over (latents, denoised) by stream name; `denoise(x, sigma,
-step)` returns x0 already blended with what is held clean, `blend(name, x)` does that
-for the sampler's own results, `noise(name, shape)` is the only source of randomness, and
-`first` is the step to go on from after an interruption.
+A sampler is a generator over (latents, denoised) by stream name. `denoise(x, sigma,
+step)` returns x0 with the clean tokens held, `blend(name, x)` holds them in the
+sampler's own results, `noise(name, shape)` is the only source of randomness, `first` is
+the step to resume at.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def shifted_sigmas(steps: int, tokens: int = 4096) -> tuple[float, ...]:
     """The dev models' schedule: shifted by the token count, stretched to end at 0.1.
 
     The shift's exponent is linear in the tokens, 0.95 at 1024 and 2.05 at 4096, which
-    is also what the reference uses for every size.
+    the reference uses for every size.
     """
     shift = math.exp(0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024))
     one, shift = np.float32(1), np.float32(shift)
@@ -48,114 +48,122 @@ def shifted_sigmas(steps: int, tokens: int = 4096) -> tuple[float, ...]:
 # Samplers
 
 
-def pairs(sigmas: Sequence[float], first: int) -> list[tuple[int, float, float]]:
+def steps_from(sigmas: Sequence[float], first: int) -> list[tuple[int, float, float]]:
     """Index, sigma and next sigma of the steps from `first` on."""
     return [(i, *sigmas[i : i + 2]) for i in range(first, len(sigmas) - 1)]
 
 
 def euler(denoise, x, sigmas, blend, noise, first=0):
     """First-order steps along the velocity."""
-    for i, s, to in pairs(sigmas, first):
+    for i, s, sigma_next in steps_from(sigmas, first):
         x0 = denoise(x, s, i)
-        x = {k: x[k] + (x[k] - x0[k]) / s * (to - s) for k in x}
+        x = {k: x[k] + (x[k] - x0[k]) / s * (sigma_next - s) for k in x}
         yield x, x0
 
 
 def gradient_estimation(denoise, x, sigmas, blend, noise, first=0, gamma=2.0):
-    """Euler with the velocity extrapolated from the last one's."""
-    last: Streams = {}
-    for i, s, to in pairs(sigmas, first):
+    """Euler with a velocity that is extrapolated from the previous one."""
+    previous: Streams = {}
+    for i, s, sigma_next in steps_from(sigmas, first):
         x0 = denoise(x, s, i)
         v = {k: (x[k] - x0[k]) / s for k in x}
-        if to == 0:
+        if sigma_next == 0:
             x = x0
         else:
-            drift = {k: last[k] + gamma * (v[k] - last[k]) if last else v[k] for k in v}
-            x = {k: x[k] + drift[k] * (to - s) for k in x}
-        last = v
+            old = previous or v
+            drift = {k: old[k] + gamma * (v[k] - old[k]) for k in v}
+            x = {k: x[k] + drift[k] * (sigma_next - s) for k in x}
+        previous = v
         yield x, x0
 
 
 def euler_ancestral(denoise, x, sigmas, blend, noise, first=0, eta=1.0, s_noise=1.0):
-    """Euler to below the next sigma, then fresh noise up to it (rectified flow)."""
-    for i, s, to in pairs(sigmas, first):
+    """Euler to below the next sigma, then new noise up to it (rectified flow)."""
+    for i, s, sigma_next in steps_from(sigmas, first):
         x0 = denoise(x, s, i)
-        if to == 0:
-            x = x0
-        else:
-            down = to * (1 + (to / s - 1) * eta)
-            x = {k: down / s * x[k] + (1 - down / s) * x0[k] for k in x}
-            if eta > 0:
-                keep = (1 - to) / (1 - down)
-                fresh = s_noise * math.sqrt(max(0.0, to**2 - (down * keep) ** 2))
-                x = {
-                    k: blend(k, keep * v + fresh * noise(f"{k}.step{i}", v.shape))
-                    for k, v in x.items()
-                }
+        if sigma_next == 0:
+            yield x0, x0
+            continue
+        down = sigma_next * (1 + (sigma_next / s - 1) * eta)
+        x = {k: down / s * x[k] + (1 - down / s) * x0[k] for k in x}
+        if eta > 0:
+            keep = (1 - sigma_next) / (1 - down)
+            new = s_noise * math.sqrt(max(0.0, sigma_next**2 - (down * keep) ** 2))
+            for k, v in x.items():
+                x[k] = blend(k, keep * v + new * noise(f"{k}.step{i}", v.shape))
         yield x, x0
 
 
 def res_2s(denoise, x, sigmas, blend, noise, first=0, eta=0.5, anchored=True):
-    """Second-order exponential steps with fresh noise, for the HQ stages.
+    """Second-order exponential steps with new noise, for the hq stages.
 
-    The state is kept in float64 by numpy (no GPU has it in MLX). A schedule that ends
-    in 0 is walked to 0.0011, where one more call gives the result. `anchored` moves
-    the step's start to where the noised midpoint says it was, which the reference finds
-    by 100 rounds of a contraction; here its fixed point is solved for.
+    A schedule that ends in 0 runs to 0.0011; one final model call gives x0. The state is
+    float64 in numpy (no GPU has it in MLX) between the blends.
     """
-    ends_at_zero = sigmas[-1] == 0
-    if ends_at_zero:
-        sigmas = (*sigmas[:-1], 0.0011, 0.0)
-    steps = len(sigmas) - 1 - ends_at_zero
-    f64 = lambda streams: {k: np.array(v, np.float64) for k, v in streams.items()}
-    f32 = lambda streams: {
-        k: mx.array(v.astype(np.float32)) for k, v in streams.items()
-    }
-    blend64 = lambda k, v: np.array(
-        blend(k, mx.array(v.astype(np.float32))), np.float64
-    )
-
-    def renoise(kind, step, start, denoised, s, to, eta):
-        return {
-            k: blend64(
-                k,
-                _variance_preserving(
-                    start[k],
-                    denoised[k],
-                    s,
-                    to,
-                    eta,
-                    _standardised(noise(f"{k}.{kind}{step}", start[k].shape)),
-                ),
-            )
-            for k in start
-        }
-
-    for i in range(first, steps):
-        s, to = sigmas[i], sigmas[i + 1]
-        h = -math.log(to / s)
-        a21 = 0.5 * _phi1(h / 2)
-        b2 = 2 * _phi2(h)
-        b1 = _phi1(h) - b2
-        start = f64(x)
+    to_zero = sigmas[-1] == 0
+    sigmas = (*sigmas[:-1], 0.0011) if to_zero else sigmas
+    for i, s, sigma_next in steps_from(sigmas, first):
         x0 = denoise(x, s, i)
-        near = f64(x0)
-        middle = {k: start[k] + h * a21 * (near[k] - start[k]) for k in start}
-        sigma_middle = math.sqrt(s * to)
-        middle = renoise("substep", i, start, middle, s, sigma_middle, 0.5)
-        slope = {k: near[k] - start[k] for k in start}
-        if anchored and h < 0.5 and s > 0.03:
-            slope = {k: (near[k] - middle[k]) / (1 - h * a21) for k in start}
-            start = {k: middle[k] - h * a21 * slope[k] for k in start}
-        far = f64(denoise(f32(middle), sigma_middle, 0))  # never skipped
-        end = {
-            k: start[k] + h * (b1 * slope[k] + b2 * (far[k] - start[k])) for k in start
+        sigma_mid = math.sqrt(s * sigma_next)
+        steps = {k: Res2sStep(x[k], x0[k], s, sigma_next) for k in x}
+        draw = lambda k, kind, i=i, x=x: noise(f"{k}.{kind}{i}", x[k].shape)
+        mid = {
+            k: blend(k, step.midpoint(sigma_mid, draw(k, "substep")))
+            for k, step in steps.items()
         }
-        x = f32(renoise("step", i, start, end, s, to, eta))
+        if anchored:
+            for k, step in steps.items():
+                step.anchor(mid[k])
+        x0_mid = denoise(mid, sigma_mid, 0)  # never skipped
+        x = {
+            k: blend(k, step.end(x0_mid[k], eta, draw(k, "step")))
+            for k, step in steps.items()
+        }
         yield x, x0
-    if ends_at_zero and first <= steps:
-        x = denoise(x, sigmas[-2], steps)
+    if to_zero and first < len(sigmas):
+        x = denoise(x, sigmas[-1], len(sigmas) - 1)
         yield x, x
+
+
+class Res2sStep:
+    """One stream's step of res_2s from `x` at sigma `s`; arrays in and out are MLX's."""
+
+    def __init__(self, x: mx.array, x0: mx.array, s: float, sigma_next: float):
+        self.start, self.x0 = np.array(x, np.float64), np.array(x0, np.float64)
+        self.slope = self.x0 - self.start
+        self.s, self.sigma_next, self.h = s, sigma_next, -math.log(sigma_next / s)
+        self.a21 = self.h * 0.5 * _phi1(self.h / 2)
+
+    def midpoint(self, sigma: float, noise: mx.array) -> mx.array:
+        """The state at half of the step, with new noise."""
+        return self._renoised(self.start + self.a21 * self.slope, sigma, 0.5, noise)
+
+    def anchor(self, midpoint: mx.array) -> None:
+        """Move the start of the step to where the noised midpoint implies that it was,
+        the fixed point of 100 iterations in the reference."""
+        if self.h < 0.5 and self.s > 0.03:
+            midpoint = np.array(midpoint, np.float64)
+            self.slope = (self.x0 - midpoint) / (1 - self.a21)
+            self.start = midpoint - self.a21 * self.slope
+
+    def end(self, x0_mid: mx.array, eta: float, noise: mx.array) -> mx.array:
+        """The state after the step, with new noise."""
+        b2 = 2 * _phi2(self.h)
+        b1 = _phi1(self.h) - b2
+        second = np.array(x0_mid, np.float64) - self.start
+        end = self.start + self.h * (b1 * self.slope + b2 * second)
+        return self._renoised(end, self.sigma_next, eta, noise)
+
+    def _renoised(self, x0, sigma: float, eta: float, noise: mx.array) -> mx.array:
+        """From the start at `s` along `x0` to `sigma`, a part `eta` of it new noise."""
+        up = min(sigma * eta, 0.9999 * sigma)
+        if up > 0:
+            rest = math.sqrt(sigma**2 - up**2)
+            alpha = 1 - sigma + rest
+            eps = (self.start - x0) / (self.s - sigma)
+            x0 = alpha * (self.start - self.s * eps + rest / alpha * eps)
+            x0 = x0 + up * _standardized(noise)
+        return mx.array(x0.astype(np.float32))
 
 
 def _phi1(h: float) -> float:
@@ -166,23 +174,12 @@ def _phi2(h: float) -> float:
     return (math.exp(-h) - 1 + h) / h**2
 
 
-def _standardised(n: mx.array) -> np.ndarray:
-    """Noise of zero mean and unit (unbiased) spread, over all and by the last axes."""
-    n = np.array(n, np.float64)
+def _standardized(noise: mx.array) -> np.ndarray:
+    """Noise of zero mean and unit (unbiased) deviation, over all and by the last axes."""
+    n = np.array(noise, np.float64)
     n = (n - n.mean()) / n.std(ddof=1)
     axes = (-2, -1)
     return (n - n.mean(axes, keepdims=True)) / n.std(axes, ddof=1, keepdims=True)
-
-
-def _variance_preserving(y, denoised, s, to, eta, n):
-    """From `y` at s over `denoised` to sigma `to`, a part `eta` of it fresh noise."""
-    up = min(to * eta, 0.9999 * to)
-    if up == 0 or to == 0:
-        return denoised
-    rest = math.sqrt(to**2 - up**2)
-    alpha = 1 - to + rest
-    eps = (y - denoised) / (s - to)
-    return alpha * (y - s * eps + rest / alpha * eps) + up * n
 
 
 SAMPLERS: dict[str, Sampler] = {

@@ -138,7 +138,7 @@ class Planner:
         self.r, self.checkpoint, self.files = r, checkpoint, files
         self.notes: list[str] = []
         self.clip_frames, self.clip_streams = 0, ()  # of the input video
-        self.streams = BOTH[r.audio_only : 2 - r.no_audio]
+        self.streams = BOTH[bool(r.audio_only) : 2 - bool(r.no_audio)]
         self.distilled = checkpoint.kind == "distilled"
         parts = checkpoint.components
         upsamplers = [name for name in parts if name.startswith("spatial_upsampler")]

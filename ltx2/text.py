@@ -108,7 +108,7 @@ class TextEncoder:
         layers = list(gemma.layers)
         if self.low_memory:
             gemma.layers = []
-        for layer in prefetch(layers):
+        for layer in prefetch(layers.pop(0) for _ in range(len(layers))):
             for s in states:
                 s.append(self.apply_layer(layer, s[-1]))
             mx.async_eval([s[-1] for s in states])
@@ -374,24 +374,24 @@ class FeatureExtractor(nn.Module):
             self.aggregate_embed = nn.Linear(width, video_dim, bias=False)
 
     def __call__(self, states: list[mx.array]) -> tuple[mx.array, mx.array]:
-        dtype = self.dtype
-        x = mx.stack([s.astype(mx.float32) for s in states], axis=-1)
+        # (1, tokens, states, D): stacked on the last axis, each state would be copied
+        # with a stride, which is slow on Metal.
+        x = mx.stack(states, axis=2).astype(mx.float32)
+
+        def project(x: mx.array, embed: nn.Linear) -> mx.array:
+            x = x.astype(embed.weight.dtype).swapaxes(2, 3)
+            return embed(x.flatten(2))  # the state's index runs fastest
+
         if "aggregate_embed" in self:
-            low, high = x.min(axis=(1, 2), keepdims=True), x.max((1, 2), keepdims=True)
-            x = 8 * (x - x.mean((1, 2), keepdims=True)) / (high - low + 1e-6)
-            features = self.aggregate_embed(x.flatten(2).astype(dtype))
+            low, high = (f(x, axis=(1, 3), keepdims=True) for f in (mx.min, mx.max))
+            x = 8 * (x - x.mean((1, 3), keepdims=True)) / (high - low + 1e-6)
+            features = project(x, self.aggregate_embed)
             return features, features
-        x = x * mx.rsqrt(mx.mean(x * x, axis=2, keepdims=True) + 1e-6)
-        x = x.flatten(2)  # (1, tokens, D states), the state's index runs fastest
+        x = rms_norm(x)
         return tuple(
-            embed((x * math.sqrt(embed.bias.size / self.hidden)).astype(dtype))
+            project(x * math.sqrt(embed.bias.size / self.hidden), embed)
             for embed in (self.video_aggregate_embed, self.audio_aggregate_embed)
         )
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        one = self.get("aggregate_embed") or self.video_aggregate_embed
-        return one.weight.dtype
 
 
 class ConnectorBlock(nn.Module):

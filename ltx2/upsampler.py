@@ -8,7 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .base import Config, UserError
-from .layers import Component, depth_to_space
+from .conv import conv3d
+from .layers import Component, channels_last, depth_to_space
 
 
 @dataclass
@@ -38,14 +39,14 @@ class UpsamplerConfig(Config):
 
 
 class Conv3d(nn.Conv3d):
-    """3x3x3, zero-padded; time is padded separately because Metal's fast 3-D
-    convolution does not pad it."""
+    """3x3x3, zero-padded."""
 
     def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out, 3, padding=(0, 1, 1))
+        super().__init__(n_in, n_out, 3)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(mx.pad(x, [(0, 0), (1, 1), (0, 0), (0, 0), (0, 0)]))
+        x = mx.pad(x, [(0, 0), (1, 1), (0, 0), (0, 0), (0, 0)])
+        return conv3d(x, self.weight, padding=1) + self.bias
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -104,22 +105,23 @@ class LatentUpsampler(Component):
             return depth_to_space(self.upsampler[0](x), (2, 1, 1))[:, 1:]
         rational = self.config.rational_resampler
         conv = self.upsampler["conv"] if rational else self.upsampler[0]
-        y = conv(x.flatten(0, 1))[None]  # (1, B F, H, W, up^2 C)
-        frames = depth_to_space(y, (1, self.up, self.up))[0]
-        if self.down > 1:  # the rational x2 file also stores an unused kernel
-            frames = blur_down(frames, self.upsampler["blur_down"]["kernel"], self.down)
+        # (O, 3, 3, C) to (O, 1, 3, 3, C): each frame is convolved separately.
+        x = conv3d(x, conv.weight[:, None], padding=1) + conv.bias
+        x = depth_to_space(x, (1, self.up, self.up))
+        if self.down == 1:  # the rational x2 file also stores an unused kernel
+            return x
+        kernel = self.upsampler["blur_down"]["kernel"]
+        frames = blur_down(x.flatten(0, 1), kernel, self.down)
         return mx.unflatten(frames, 0, x.shape[:2])
 
     def __call__(self, latents: mx.array) -> mx.array:
         x = nn.silu(self.initial_norm(self.initial_conv(latents)))
-        for block in self.res_blocks:
-            x = block(x)
-        x = self.resample(x)
-        for block in self.post_upsample_res_blocks:
-            x = block(x)
+        for layer in (*self.res_blocks, self.resample, *self.post_upsample_res_blocks):
+            x = layer(x)
+            mx.eval(x)  # else the workspaces of several blocks are held
         return self.final_conv(x)
 
     @classmethod
     def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Official tensors to MLX layouts; the names are the same."""
-        return {k: w.moveaxis(1, -1) if w.ndim > 1 else w for k, w in weights.items()}
+        """Official tensors to MLX layouts, (O, I, ...) to (O, ..., I)."""
+        return {k: channels_last(w) if w.ndim > 2 else w for k, w in weights.items()}

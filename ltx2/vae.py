@@ -19,11 +19,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .base import Config, Trace, UserError, traced
+from .conv import conv3d
 from .layers import (
     Component,
     Statistics,
     Stride,
     TimestepEmbedding,
+    channels_last,
     depth_to_space,
     patchify,
     rms_norm,
@@ -81,9 +83,10 @@ class VideoVAEConfig(Config):
 
 
 def materialize(x: mx.array) -> mx.array:
-    """A copy that is evaluated: a slice keeps its parent's buffer, a lazy array its graph."""
+    """A copy whose evaluation has begun: a slice keeps its parent's buffer, a lazy array
+    its graph."""
     x = mx.contiguous(x)
-    mx.eval(x)
+    mx.async_eval(x)
     return x
 
 
@@ -116,7 +119,7 @@ def residual_pairs(chunks: Chunks, branch: Layer) -> Pairs:
 class Conv3d(nn.Module):
     """A 3x3x3 convolution. In front of the clip the causal one repeats the first frame
     twice; the other one repeats the first and the last frame once, and lags one frame
-    behind its input."""
+    behind its input. Of a `single` chunk nothing is kept for the next one."""
 
     def __init__(self, dim_in: int, dim: int, causal: bool, reflect: bool = False):
         super().__init__()
@@ -124,7 +127,7 @@ class Conv3d(nn.Module):
         self.reflect = reflect
         self.conv = nn.Conv3d(dim_in, dim, 3)
 
-    def __call__(self, chunks: Chunks) -> Chunks:
+    def __call__(self, chunks: Chunks, single: bool = False) -> Chunks:
         tail = None  # the last two frames
 
         def window(x: mx.array) -> mx.array:
@@ -132,7 +135,7 @@ class Conv3d(nn.Module):
             if tail is None:
                 tail = mx.repeat(x[:, :1], 2 if self.causal else 1, axis=1)
             x = mx.concatenate([tail, x], axis=1)
-            tail = materialize(x[:, -2:])
+            tail = None if single else materialize(x[:, -2:])
             return x
 
         def last_window() -> Chunks:
@@ -147,11 +150,8 @@ class Conv3d(nn.Module):
         if self.reflect:
             x = mx.concatenate([x[:, :, 1:2], x, x[:, :, -2:-1]], axis=2)
             x = mx.concatenate([x[..., 1:2, :], x, x[..., -2:-1, :]], axis=3)
-        pad = (0, 0, 0) if self.reflect else (0, 1, 1)
         weight, bias = (self.conv[k].astype(x.dtype) for k in ("weight", "bias"))
-        # Metal's fast 3-D convolution takes one clip at a time and does not pad time.
-        clips = [mx.conv3d(clip, weight, padding=pad) for clip in mx.split(x, len(x))]
-        return mx.concatenate(clips) + bias
+        return conv3d(x, weight, padding=0 if self.reflect else 1) + bias
 
 
 Conv = Callable[[int, int], Conv3d]
@@ -174,14 +174,19 @@ class ResBlock(nn.Module):
         if conditioned:
             self.scale_shift_table = mx.zeros((4, dim))
 
-    def __call__(self, chunks: Chunks, embedding: Optional[mx.array]) -> Chunks:
+    def __call__(
+        self, chunks: Chunks, embedding: Optional[mx.array], single: bool = False
+    ) -> Chunks:
         first = second = None
         if embedding is not None:
             first, second = mx.split(self.scale_shift_table + embedding, 2)
 
         def branch(chunks: Chunks) -> Chunks:
-            chunks = self.conv1(map(partial(norm_act, shift_scale=first), chunks))
-            return self.conv2(map(partial(norm_act, shift_scale=second), chunks))
+            chunks = map(partial(norm_act, shift_scale=first), chunks)
+            chunks = map(
+                partial(norm_act, shift_scale=second), self.conv1(chunks, single)
+            )
+            return self.conv2(chunks, single)
 
         return starmap(mx.add, residual_pairs(chunks, branch))
 
@@ -195,11 +200,13 @@ class ResBlocks(nn.Module):
         if conditioned:
             self.time_embedder = TimestepEmbedding(4 * dim)
 
-    def __call__(self, chunks: Chunks, time: Optional[mx.array] = None) -> Chunks:
+    def __call__(
+        self, chunks: Chunks, time: Optional[mx.array] = None, single: bool = False
+    ) -> Chunks:
         if time is not None:
             time = self.time_embedder.timestep_embedder(time).reshape(4, -1)
         for block in self.res_blocks:
-            chunks = block(chunks, time)
+            chunks = block(chunks, time, single)
         return chunks
 
 
@@ -212,11 +219,12 @@ class Downsample(nn.Module):
         self.dim = dim * multiplier
         self.conv = conv(dim, self.dim // math.prod(stride))
 
-    def __call__(self, chunks: Chunks) -> Chunks:
+    def __call__(self, chunks: Chunks, single: bool = False) -> Chunks:
         # The first of 8k + 1 frames is doubled; only its chunk has an odd length.
         odd = lambda x: x[:, : x.shape[1] % self.stride[0]]
         chunks = map(lambda x: mx.concatenate([odd(x), x], axis=1), chunks)
-        return starmap(self.downsample, residual_pairs(chunks, self.conv))
+        conv = partial(self.conv, single=single)
+        return starmap(self.downsample, residual_pairs(chunks, conv))
 
     def downsample(self, x: mx.array, y: mx.array) -> mx.array:
         # (B, F, H, W, C p q r) to (B, F, H, W, dim, C p q r / dim)
@@ -297,10 +305,14 @@ class Encoder(nn.Module):
         # The last channel is the log-variance of all others.
         self.conv_out = conv(dim, config.latent_channels + 1)
 
-    def __call__(self, chunks: Chunks, trace: Optional[Trace]) -> Chunks:
+    def __call__(
+        self, chunks: Chunks, trace: Optional[Trace], single: bool = False
+    ) -> Chunks:
         layers = {"conv_in": self.conv_in}
         layers |= {f"down{i}": block for i, block in enumerate(self.down_blocks)}
-        layers |= {"act": partial(map, norm_act), "conv_out": self.conv_out}
+        layers = {k: partial(layer, single=single) for k, layer in layers.items()}
+        layers["act"] = partial(map, norm_act)
+        layers["conv_out"] = partial(self.conv_out, single=single)
         return map(lambda x: x[..., :-1], run(layers, chunks, trace))
 
 
@@ -368,13 +380,19 @@ class VideoVAE(Component):
         Frames beyond 8k + 1 are left out with a warning. Raises UserError if a side is
         not divisible by 32.
         """
-        return mx.concatenate([*self.encode_stream(iter([frames]), trace)], axis=1)
+        single = frames.shape[1] < 9
+        return mx.concatenate(
+            [*self.encode_stream(iter([frames]), trace, single)], axis=1
+        )
 
-    def encode_stream(self, chunks: Chunks, trace: Optional[Trace] = None) -> Chunks:
+    def encode_stream(
+        self, chunks: Chunks, trace: Optional[Trace] = None, single: bool = False
+    ) -> Chunks:
         """`encode` for a clip in chunks of any length: yields one latent frame
-        (B, 1, h, w, C) at a time. `trace` is called with the chunks of each layer."""
+        (B, 1, h, w, C) at a time. A `single` one is all there is, which takes less
+        memory. `trace` is called with the chunks of each layer."""
         patches = partial(patchify, size=self.config.patch_size)
-        latents = self.encoder(map(patches, latent_groups(chunks)), trace)
+        latents = self.encoder(map(patches, latent_groups(chunks)), trace, single)
         return map(materialize, map(self.normalize, latents))
 
     def decode(self, latents: mx.array, *args, **kwargs) -> mx.array:
@@ -446,7 +464,7 @@ class VideoVAE(Component):
     def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Official tensors to MLX layouts, (O, I, D, H, W) to (O, D, H, W, I)."""
         return {
-            key: w.moveaxis(1, -1) if w.ndim == 5 else w
+            key: channels_last(w) if w.ndim == 5 else w
             for key, w in weights.items()
             if key not in UNUSED_KEYS
         }

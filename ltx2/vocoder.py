@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .base import Config, UserError
-from .layers import Component
+from .layers import Component, channels_last
 
 MEL_RATE = 100  # frames per second of the audio VAE's mel
 MEL_BINS = 64
@@ -147,8 +147,8 @@ class Vocoder(Component):
         def layout(key: str, w: mx.array) -> mx.array:
             if w.ndim < 3:
                 return w
-            # Convolutions (O, I, K), transposed ones (I, O, K), both to (O, K, I)
-            return w.transpose(1, 2, 0) if "ups." in key else w.swapaxes(1, 2)
+            # Convolutions are (O, I, K), transposed ones (I, O, K)
+            return channels_last(w.swapaxes(0, 1) if "ups." in key else w)
 
         return {k: layout(k, w) for k, w in weights.items() if k not in UNUSED_KEYS}
 

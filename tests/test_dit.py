@@ -13,7 +13,7 @@ from streams import inputs, load, quantized
 
 from ltx2 import layers
 from ltx2.base import UserError
-from ltx2.dit import ALL_BLOCKS, Block, DiT, DiTConfig, Pass
+from ltx2.dit import ALL_BLOCKS, Block, DiT, DiTConfig, Pass, Tokens
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +176,58 @@ def test_common_work_of_passes_is_done_once(model, name, golden, spy):
     calls.clear()
     model(video, audio, texts, [Pass(), Pass(), Pass(skip_v2a={blocks - 1})])
     assert len(calls) == blocks + 0 + 1
+
+
+@pytest.mark.parametrize("heads, dim", [(32, 64), (4, 16)])
+def test_attention_and_feed_forward_in_pieces_equal_one_piece(monkeypatch, heads, dim):
+    attention = layers.Attention(64, heads, dim, gated=True)
+    feed_forward = layers.FeedForward(64)
+    x, key = mx.random.normal((1, 50, 64)), mx.random.key(1)
+    rope = layers.rope_cos_sin(np.arange(50.0)[None], heads * dim, heads, [20])
+    mask = mx.random.normal((1, 1, 50, 50), key=key)
+
+    def results():
+        yield attention(x, None, rope, mask)
+        yield attention(x, attention.keys_values(x[:, :9]))
+        yield attention(x, values_only=True)
+        yield feed_forward(x)
+
+    expected = list(results())
+    monkeypatch.setattr(layers, "MAX_FLOPS", 4 * heads * dim * 50 * 7)  # 7 queries
+    monkeypatch.setattr(layers, "MAX_TOKENS", 11)
+    for ours, theirs in zip(results(), expected):
+        assert relative_error(ours, theirs) < 1e-6
+
+
+def test_no_operation_takes_seconds_at_67000_tokens(monkeypatch):
+    """Operations are counted, not computed, in a block of the released size."""
+    config = checkpoints.CONFIGS["ltx-2.3-22b"]["transformer"] | {"num_layers": 1}
+    flops, attend = [], mx.fast.scaled_dot_product_attention
+
+    def attention(q, k, v, **options):
+        flops.append(4 * q.shape[2] * k.size)
+        return attend(q, k, v, **options)
+
+    def linear(self, x):
+        flops.append(2 * x.size * len(self.weight))
+        return x @ self.weight.T
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(nn.Linear, "__call__", linear)
+    monkeypatch.setattr(mx, "async_eval", lambda *_: None)
+    model = DiT.from_config(config)
+    tokens = []
+    for length, width, channels in ((67320, 128, 128), (268, 64, 128)):
+        rope = (mx.zeros((32, length, width // 2)),) * 2
+        cross = (mx.zeros((32, length, 32)),) * 2
+        latent, one = mx.zeros((1, length, channels)), mx.zeros((1,))
+        tokens.append(Tokens(latent, one, one, rope, cross))
+    texts = model.project_text([(mx.zeros((1, 1024, 4096)), mx.zeros((1, 1024, 2048)))])
+    passes = [Pass(), Pass(skip_video_self_attn=ALL_BLOCKS)]
+    model(*tokens, texts, passes)
+    assert max(flops) <= layers.MAX_FLOPS
+    # 4 T^2 D of one self-attention and 16 T D^2 of each pass's feed-forward are there.
+    assert sum(flops) > 4 * 67320**2 * 4096 + 2 * 16 * 67320 * 4096**2
 
 
 # Precision

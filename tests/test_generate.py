@@ -68,7 +68,7 @@ REFUSED = {
     "--num-videos 0": "--num-videos must be between 1 and 1000, got 0",
     "--height tall": "invalid int value: 'tall'",
     # sampling
-    "--steps 20": "steps is 20, but a distilled model has its own 8 steps",
+    "--steps 20": "steps is 20, but a distilled model has 8 steps of its own",
     "--sigmas 0.5,0.9,0": "sigmas must fall from at most 1 to at least 0",
     "--sigmas 2,1,0": "got 2,1,0",
     "--sigmas 1": "got 1",

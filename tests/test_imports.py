@@ -28,11 +28,11 @@ LAYER = {name: n for n, files in enumerate(LAYERS.values()) for name in files.sp
 # The only files that import a package; those of LATE import it inside of a function,
 # because the import takes long or the package may not be needed.
 KNOWN_BY = {
-    "PIL": {"media"},
+    "PIL": {"images"},
     "huggingface_hub": {"hub", "conversion"},
     "imageio_ffmpeg": {"media"},
     "mlx_lm": {"text"},
-    "pillow_heif": {"media"},
+    "pillow_heif": {"images"},
     "sentencepiece": {"text"},
     "soundfile": {"media"},
     "subprocess": {"media"},

@@ -1,5 +1,6 @@
 """Streamed blocks: the same bits in less memory."""
 
+import gc
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ from streams import inputs
 from test_dit import four_passes
 
 from ltx2 import conversion, pipeline, weights
-from ltx2.dit import DiT, Pass, StreamedBlocks
+from ltx2.dit import Block, DiT, Pass, StreamedBlocks, build_blocks
 from ltx2.request import LoraFile, Request
 
 
@@ -76,16 +77,32 @@ def test_each_stage_has_its_own_loras(checkpoint, latents):
     assert not mx.allclose(without["video"], with_lora[1]["video"], atol=1e-3)
 
 
+def test_streamed_blocks_are_built_one_at_a_time(checkpoint, monkeypatch):
+    source = weights.open_model(str(checkpoint("ltx-2.3")))
+    config = source.load("transformer", lazy=True).config
+    events, build = [], Block.__init__
+    note = lambda self, c: events.append("built") or build(self, c)
+    monkeypatch.setattr(Block, "__init__", note)
+    read = lambda: build_blocks(config, source.weights("transformer"))
+    for _ in range(2):
+        events.clear()
+        for _ in StreamedBlocks(read):
+            events.append("used")
+        assert events == ["built", "used"] * config.num_layers
+
+
 @pytest.mark.parametrize("depth", [6, 24])
 def test_memory_does_not_grow_with_depth(checkpoint, golden, depth):
     path = checkpoint("ltx-2.3", transformer={"num_layers": depth})
     source = weights.open_model(str(path))
-    read = lambda: source.load("transformer", mx.float32, lazy=True)
-    model: DiT = read()
+    model: DiT = source.load("transformer", mx.float32, lazy=True)
     block = sum(w.nbytes for w in tree_leaves(model.transformer_blocks[0]))
-    model.transformer_blocks = StreamedBlocks(read)
+    read = lambda: source.weights("transformer", mx.float32)
+    built = lambda: build_blocks(model.config, read())
+    model.transformer_blocks = StreamedBlocks(built)
     video, audio, texts = inputs(model, golden("ltx-2.3/transformer_basic"))
     mx.eval(model.parameters(), video.latent, texts)
+    gc.collect()  # of the tests before
     before = mx.get_active_memory()
     for passes in ([Pass()], four_passes()):
         mx.reset_peak_memory()

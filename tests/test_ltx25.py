@@ -148,7 +148,9 @@ def test_generations_do_not_mix(pack):
     rewrite(pack / VIDEO, model_version="2.3.0")
     (pack / DIFFUSION).unlink()
     source = weights.open_model(str(pack))
-    with pytest.raises(UserError, match=f"vae .*{VIDEO} is for LTX-2 2.3.0, not for 2.5"):
+    with pytest.raises(
+        UserError, match=f"vae .*{VIDEO} is for LTX-2 2.3.0, not for 2.5"
+    ):
         source.require("vae")
 
 
@@ -168,7 +170,7 @@ def test_another_gemma_4_is_refused(pack, version):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"sliding_window": 512}, "window is shorter"),
+        ({"sliding_window": 512}, "a window of 512 tokens"),
         ({"rope_parameters": {}}, "lacks rope_parameters"),
         ({"hidden_activation": "silu"}, "only 'gelu_pytorch_tanh' is implemented"),
         ({"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2"),

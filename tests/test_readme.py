@@ -86,20 +86,20 @@ def test_the_first_commands_make_clips_and_their_picture(tmp_path):
     """As a newcomer types them, but for the installation."""
     for name in ("ltx2", "demo", "generate.py"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "two.txt").write_text(
-        "a red ball, still\nA high tone: a blue box falls"
-    )
+    (tmp_path / "one.txt").write_text("A high tone: a blue box falls")
     first, clips = GENERATE[:2]
     strip = next(c for c in COMMANDS if c.startswith("python demo/strip.py"))
-    clips = clips.replace("demo/prompts.txt", "two.txt")
-    strip = strip.replace("demo/strip.png", "strip.png").split(" demo-3")[0]
+    clips = clips.replace("demo/prompts.txt", "one.txt")
+    strip = (
+        strip.replace("demo/strip.png", "strip.png").split(" demo-1")[0] + " demo.mp4"
+    )
     for command in (first, clips, strip):
         argv = [sys.executable, *shlex.split(command)[1:]]
         subprocess.run(argv, check=True, cwd=tmp_path)
     made = media.probe(tmp_path / "output.mp4")
     assert (made.width, made.height, made.num_frames) == (96, 96, 25)
     assert made.sample_rate == 24000
-    assert media.load_image(tmp_path / "strip.png").shape == (2 * 96, 8 * 96, 3)
+    assert media.load_image(tmp_path / "strip.png").shape == (96, 8 * 96, 3)
 
 
 @pytest.mark.parametrize("command", GENERATE[2:], ids=lambda c: c[19:60])
@@ -117,12 +117,13 @@ def test_generate(command, monkeypatch, folder, checkpoint, capsys):
         extra += ["--text-encoder", str(checkpoint("gemma3"))]
     if "--dtype" not in command:
         extra += ["--dtype", "float32"]
-    if "--video" not in command:
+    if "--video " not in command:
         two = re.search("--stages (two|hq|dfr)", command)
         size = ["128", "192"] if two else ["64", "96"]
         extra += ["--height", size[0], "--width", size[1]]
         auto = "--auto-duration" in command
-        extra += ["--auto-duration", "0.3", "0.4"] if auto else ["--num-frames", "41"]
+        frames = "41" if "1.5s" in command else "17"
+        extra += ["--auto-duration", "0.3", "0.4"] if auto else ["--num-frames", frames]
         extra += ["--num-frames", "9"] if "dfr" in command else []  # and then 17
     if "--from" in command or "--resume" in command:
         # What was made knows its size, and an mp4 its model as well.

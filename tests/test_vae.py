@@ -2,9 +2,10 @@
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from parity import channels_last, read, relative_error
 
-from ltx2 import vae
+from ltx2 import vae, weights
 from ltx2.base import UserError
 from ltx2.vae import VideoVAE, VideoVAEConfig, unpatchify
 
@@ -12,9 +13,9 @@ MODELS = ["ltx-2", "ltx-2-notc", "ltx-2.3"]
 
 
 def load(path, **changes) -> VideoVAE:
-    section, weights = read(path, "vae")
+    section, tensors = read(path, "vae")
     model = VideoVAE(VideoVAEConfig.from_dict(section | changes))
-    return model.load_weights(list(VideoVAE.sanitize(weights).items()))
+    return model.load_weights(list(VideoVAE.sanitize(tensors).items()))
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,7 @@ def test_a_materialized_slice_frees_its_parent():
     before = mx.get_active_memory()
     x = mx.ones((1, 50, 8, 8, 128))
     x = vae.materialize(x[:, -2:])
+    mx.synchronize()
     assert mx.get_active_memory() - before < 2 * x.nbytes
 
 
@@ -191,6 +193,36 @@ def test_encoding_memory_does_not_grow_with_the_clip(model):
         return mx.get_peak_memory() - before
 
     assert peak(6) < 1.15 * peak(2)
+
+
+def test_a_single_image_keeps_no_frames_for_the_next_chunk(model):
+    image = video(1, height=128, width=128)
+    mx.eval(image)
+    for single in (True, False):
+        before = mx.get_active_memory()
+        stream = model.encode_stream(iter([image]), single=single)
+        mx.eval(next(stream))
+        mx.synchronize()
+        assert (mx.get_active_memory() - before < image.nbytes) == single
+    assert mx.array_equal(model.encode(image), next(model.encode_stream(iter([image]))))
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_only_the_half_of_a_lazily_loaded_vae_that_is_used_is_read(checkpoint, half):
+    source = weights.open_model(str(checkpoint("ltx-2.3")))
+    model = source.load("vae", mx.float32, lazy=True)
+    before = mx.get_active_memory()
+    if half == "encoder":
+        mx.eval(model.encode(video(1)))
+    else:
+        mx.eval(model.decode(draw(model, 1)[0]))
+    mx.synchronize()
+    read = mx.get_active_memory() - before
+    sizes = {
+        k: sum(w.nbytes for _, w in tree_flatten(model[k].parameters()))
+        for k in ("encoder", "decoder")
+    }
+    assert sizes[half] <= read < sizes[half] + 0.2 * min(sizes.values())
 
 
 def test_frames_beyond_8k_plus_1_are_left_out_with_a_warning(model):
@@ -350,6 +382,18 @@ def test_sides_must_be_divisible_by_32(model, height, width):
 def test_another_architecture_is_refused(checkpoint, change):
     with pytest.raises(UserError, match="implemented"):
         load(checkpoint("ltx-2.3"), **change)
+
+
+@pytest.mark.parametrize("component", weights.COMPONENTS)
+def test_only_moved_weights_are_copied(component):
+    """A convolution would copy a view each time; other weights are read from the file
+    into place, without work for a GPU that would wait for the disk."""
+    shapes = {"a.weight": (4, 3), "ups.0.weight": (3, 4, 5), "b.weight": (4, 2, 5)}
+    shapes |= {"c.weight": (4, 2, 3, 3), "d.weight": (4, 2, 3, 3, 3), "e.bias": (4,)}
+    given = {key: mx.random.normal(shape) for key, shape in shapes.items()}
+    for key, w in weights.COMPONENTS[component][1].sanitize(given).items():
+        assert w is given[key] or memoryview(w).c_contiguous
+        assert w is given[key] or w.shape != given[key].shape
 
 
 def test_only_unused_statistics_are_dropped():
