@@ -194,8 +194,10 @@ def differences(
     for key in sorted(theirs):
         path = key.removesuffix("weight")
         stored = [k for k in (key, f"{path}scales", f"{path}biases") if k in ours]
-        stored = [ours.pop(k) for k in stored]
-        yield key, *check_tensor(stored, theirs.pop(key), quantization)
+        w, stored = theirs.pop(key), [ours.pop(k) for k in stored]
+        mx.eval(w)  # before the others are read: laid out for MLX, it is there twice
+        yield key, *check_tensor(stored, w, quantization)
+        del w, stored
         mx.clear_cache()
     yield from ((key, None, "is not in the source") for key in ours)
 

@@ -213,8 +213,6 @@ class Checkpoint:
         shape than configured.
         """
         weights = self.weights(name, mx.float32 if name in FLOAT32 else dtype)
-        if name in FLOAT32:  # a permuted kernel would be copied by each convolution
-            weights = {key: mx.contiguous(w) for key, w in weights.items()}
         module = self.build(name, weights)
         module.load_weights(list(weights.items()))
         if not lazy:
