@@ -291,9 +291,10 @@ def write_safetensors(
     with open(path, "wb") as f:
         f.write(len(start).to_bytes(8, "little") + start)
         for key in list(weights):
+            w = mx.contiguous(weights.pop(key))
+            mx.eval(w)
             if key in finite and not finite.pop(key).item():
                 raise UserError(f"{key} has NaN or infinite values: not converted")
-            w = mx.contiguous(weights.pop(key))
             # Python has no bfloat16; as bytes there could be more than 2^31 elements.
             f.write(memoryview(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w))
             progress(w.nbytes)

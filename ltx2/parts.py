@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Container, Iterator, NamedTuple, Optional
+from typing import Any, Container, Iterator, NamedTuple, Optional
 
 from . import audio_vae, diffusion_decoder, dit, duration, text, vae, vocoder
 from .base import UserError, checked, note
 from .hub import File, Unreachable
 from .layers import Component
-from .upsampler import LatentUpsampler, UpsamplerConfig
-
-if TYPE_CHECKING:
-    from .weights import Checkpoint
+from .upsampler import LatentUpsampler
 
 GENERATIONS = {(2, 0): "2.0", (2, 3): "2.3", (2, 5): "2.5"}  # since model_version
 GEMMA_4 = (2, 4)  # the first version that packs its own text encoder
@@ -110,42 +107,6 @@ def official(files: list[File], skip: Container[str] = ()) -> dict[str, Any]:
         "problems": problems,
         **({"text_encoder": "gemma"} if parse_version(version) >= GEMMA_4 else {}),
     }
-
-
-def replace_part(model: Checkpoint, name: str, f: File) -> None:
-    """Take a component from a file that the user named."""
-    names = [c for c in COMPONENTS if c not in ("transformer", *UPSAMPLERS)]
-    if name not in names:
-        raise UserError(f"unknown part {name!r}: choose from {', '.join(names)}")
-    found = {piece: part for piece, part in read_parts(f).items() if piece[0] == name}
-    if not found:
-        raise UserError(f"{f.name} does not hold the {name}")
-    checkpoint = first_file(model.parts["transformer"])
-    for (_, piece), part in found.items():
-        check_part(name, part, model.version, checkpoint)
-        old = model.parts.get(name, {}) if piece else {}  # its other pieces stay
-        kept = {k: v for k, v in old.items() if not k.startswith(f"{piece}.")}
-        model.parts[name] = kept | part.tensors
-        model.config.update(own_section(name, part))
-    model.__post_init__()
-
-
-def add_upsampler(model: Checkpoint, f: File) -> None:
-    """Add an official upsampler's file; its name says which generation it is for."""
-    if f.role != "upsampler":
-        raise UserError(f.problem or f"{f.name} is not a latent upsampler")
-    version = re.match(r"ltx-(2[\d.]*)-", f.name.split("/")[-1])
-    if version and generation(parse_version(version[1])) != model.generation:
-        raise UserError(f"{f.name} does not go with LTX-2 {model.model_version}")
-    with config_errors(f.name):
-        c = UpsamplerConfig.from_dict(f.config)
-    axis = "temporal" if c.temporal_upsample else "spatial"
-    scale = "" if c.spatial_scale in (1, 2) else f"_x{c.spatial_scale:g}"
-    name = f"{axis}_upsampler{scale}"
-    if name not in COMPONENTS:
-        raise UserError(f"{f.name}: {name} is not implemented")
-    model.config[name] = f.config
-    model.parts[name] = {key: (f, key) for key in f.keys}
 
 
 # Parts of files

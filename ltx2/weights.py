@@ -31,16 +31,18 @@ from .parts import (
     UPSAMPLERS,
     Problem,
     Tensors,
-    add_upsampler,
     check_config,
+    check_part,
     config_errors,
     first_file,
     generation,
     limit_depth,
     official,
+    own_section,
     parse_version,
-    replace_part,
+    read_parts,
 )
+from .upsampler import UpsamplerConfig
 
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 # Computed in float32 whatever the dtype: the vocoder as in the reference, the other
@@ -145,6 +147,42 @@ class Checkpoint:
             sizes = ", ".join(f"{name} {n}" for name, n in latent.items())
             raise UserError(f"parts of different models: latent channels are {sizes}")
 
+    def replace_part(self, name: str, f: File) -> None:
+        """Take a component from a file that the user named."""
+        names = [c for c in COMPONENTS if c not in ("transformer", *UPSAMPLERS)]
+        if name not in names:
+            raise UserError(f"unknown part {name!r}: choose from {', '.join(names)}")
+        found = {
+            piece: part for piece, part in read_parts(f).items() if piece[0] == name
+        }
+        if not found:
+            raise UserError(f"{f.name} does not hold the {name}")
+        checkpoint = first_file(self.parts["transformer"])
+        for (_, piece), part in found.items():
+            check_part(name, part, self.version, checkpoint)
+            old = self.parts.get(name, {}) if piece else {}  # its other pieces stay
+            kept = {k: v for k, v in old.items() if not k.startswith(f"{piece}.")}
+            self.parts[name] = kept | part.tensors
+            self.config.update(own_section(name, part))
+        self.__post_init__()
+
+    def add_upsampler(self, f: File) -> None:
+        """Add an official upsampler's file; its name says which generation it is for."""
+        if f.role != "upsampler":
+            raise UserError(f.problem or f"{f.name} is not a latent upsampler")
+        version = re.match(r"ltx-(2[\d.]*)-", f.name.split("/")[-1])
+        if version and generation(parse_version(version[1])) != self.generation:
+            raise UserError(f"{f.name} does not go with LTX-2 {self.model_version}")
+        with config_errors(f.name):
+            c = UpsamplerConfig.from_dict(f.config)
+        axis = "temporal" if c.temporal_upsample else "spatial"
+        scale = "" if c.spatial_scale in (1, 2) else f"_x{c.spatial_scale:g}"
+        name = f"{axis}_upsampler{scale}"
+        if name not in COMPONENTS:
+            raise UserError(f"{f.name}: {name} is not implemented")
+        self.config[name] = f.config
+        self.parts[name] = {key: (f, key) for key in f.keys}
+
     def encoder(self, name: Optional[str] = None) -> str:
         """The text encoder to use: the model's, or `name` if that is possible."""
         if self.version >= GEMMA_4 and name not in (None, self.text_encoder):
@@ -248,13 +286,13 @@ def open_model(
         model.parts = {k: v for k, v in model.parts.items() if k not in UPSAMPLERS}
     for f in [f for f in files if f.role == "upsampler"] * (not upsamplers):
         try:
-            add_upsampler(model, f)
+            model.add_upsampler(f)
         except UserError as error:
             model.problems.append(({*UPSAMPLERS}, str(error)))
     for other in upsamplers:
-        add_upsampler(model, hub.single_file(other))
+        model.add_upsampler(hub.single_file(other))
     for part, other in parts.items():
-        replace_part(model, part, hub.single_file(other))
+        model.replace_part(part, hub.single_file(other))
     if kind is not None:
         model.kind, model.kind_assumed = kind, False
     if model.kind not in KINDS:
@@ -342,9 +380,10 @@ def text_encoder_files(name: str) -> list[File]:
     return [f for f in found if f.name.endswith(kinds)]
 
 
-def check_text_encoder(name: str) -> None:
-    """Raise UserError unless a Gemma 3 folder or repository is complete: configuration,
-    tokenizer, all shards, all layers' tensors. Only headers are read."""
+def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
+    """Raise UserError unless a Gemma 3 folder or repository is complete (configuration,
+    tokenizer, all shards, all layers' tensors) and of the size that `model` was trained
+    with. Only headers are read."""
     where = f"text encoder {name}"
     files = {f.name.split("/")[-1]: f for f in text_encoder_files(name)}
     if "config.json" not in files:
@@ -352,6 +391,9 @@ def check_text_encoder(name: str) -> None:
     if not {"tokenizer.json", "tokenizer.model"} & files.keys():
         raise UserError(f"{where} has no tokenizer")
     config = files["config.json"].json()
+    if config.get("model_type") not in ("gemma3", "gemma3_text"):
+        kind = config.get("model_type")
+        raise UserError(f"{where} is {kind!r}, not Gemma 3: use {TEXT_ENCODER}")
     section = checked(dict, config.get("text_config", config), f"{where}: text_config")
     sizes = {k: v for k, v in section.items() if re.search("size$|num_|_dim$", k)}
     sizes = checked(dict[str, Optional[int]], sizes, f"{where}: text_config", 10**7)
@@ -381,8 +423,15 @@ def check_text_encoder(name: str) -> None:
         some = f"{len(lacks)} tensors: {lacks[0]}, ..."
         raise UserError(f"{where} lacks {some}; {example}")
     width, found = sizes.get("hidden_size"), shapes[f"{prefix}norm.weight"]
-    if count == 0 or found != (width,):
+    if found != (width,):
         raise UserError(f"{where}: hidden_size is {width}, but norm.weight is {found}")
+    for inner, (f, key) in model.parts["connectors"].items() if model else ():
+        states = f.header[key][1][-1]
+        if inner.endswith("aggregate_embed.weight") and states != width * (count + 1):
+            raise UserError(
+                f"{where} has {count} layers of {width}, this model was trained with "
+                f"another size: use {TEXT_ENCODER}"
+            )
 
 
 def fetch_text_encoder(name: str) -> Path:

@@ -15,6 +15,7 @@ LAYERS = {  # a file imports files of lower layers only, not of its own
     "tools": "linear latents images options hub guards",
     "layers and files": "layers media sampling windows lora",
     "models": "dit text vae diffusion_decoder audio_vae vocoder upsampler duration",
+    "official files": "parts",
     "weights and machines": "weights parallel preview guidance",
     "requests": "request conversion cache",
     "conditions": "conditions",

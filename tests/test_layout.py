@@ -90,7 +90,7 @@ def test_a_diffusion_vae_without_the_convolutional_one():
 @pytest.mark.parametrize("file", UPSAMPLERS)
 def test_every_upsampler_tensor_has_one_parameter(file):
     source = model("ltx-2.3-22b" if "2.3" in file else "ltx-2-19b-dev")
-    weights.add_upsampler(source, released(file, file))
+    source.add_upsampler(released(file, file))
     name = UPSAMPLERS[file]
     source.build(name, source.weights(name))
     assert source.components[-1] == name

@@ -763,6 +763,7 @@ MODEL = "model.safetensors"
     "damage, message",
     [
         (lambda f: (f / MODEL).unlink(), "it has no weights"),
+        (lambda f: (f / "config.json").write_text("{}"), "is None, not Gemma 3"),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "config.json").write_text("[]"), "must be an object"),
@@ -790,6 +791,17 @@ def test_an_unfit_text_encoder_is_one_line(gemma, damage, message):
     with pytest.raises(UserError, match=message) as error:
         weights.check_text_encoder(str(gemma))
     assert "\n" not in str(error.value)
+
+
+def test_a_text_encoder_of_another_size_is_refused(gemma, checkpoint):
+    weights.check_text_encoder(str(gemma), weights.open_model(str(checkpoint("ltx-2"))))
+    model = weights.open_model(str(checkpoint("ltx-2")))
+    f, key = model.parts["connectors"][
+        "text_embedding_projection.aggregate_embed.weight"
+    ]
+    f.header[key] = ("BF16", (96, 12))
+    with pytest.raises(UserError, match="7 layers of 48, this model was trained with"):
+        weights.check_text_encoder(str(gemma), model)
 
 
 def test_a_text_encoder_in_a_single_file_is_refused(gemma):
