@@ -4,7 +4,6 @@ license."""
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shlex
@@ -113,9 +112,6 @@ class Conversion:
             raise UserError("the model is already quantized: use --dequantize first")
         if self.dequantize and not self.source.quantization:
             raise UserError("the model is not quantized: remove --dequantize")
-        for path, strength in self.loras:
-            if not math.isfinite(strength) or strength == 0:
-                raise UserError(f"LoRA {path}: invalid strength {strength}")
         self.text_encoder = self.source.encoder(self.text_encoder)
         folder = Path(self.text_encoder).expanduser()
         if self.source.version < GEMMA_4 and folder.is_dir():

@@ -70,23 +70,30 @@ class VideoVAEConfig(Config):
         "scaling_factor": (1.0,),
         "norm_layer": ("pixel_norm",),
         "latent_log_var": ("uniform",),
-        "use_quant_conv": (False,),
-        "causal_decoder": (False,),
-        "normalize_latent_channels": (False,),
         "spatial_padding_mode": ("reflect", "zeros"),
         "encoder_spatial_padding_mode": ("zeros",),
     }
+    FIXED |= dict.fromkeys(
+        ("use_quant_conv", "causal_decoder", "normalize_latent_channels"), (False,)
+    )
 
 
 # Stream helpers. `map` is used because, unlike a loop, it has no variable that would
 # keep a frame while the next one is computed.
 
 
+computing: deque[mx.array] = deque()
+
+
 def materialize(x: mx.array) -> mx.array:
-    """A copy whose evaluation has begun: a slice keeps its parent's buffer, a lazy array
-    its graph."""
+    """A copy that is being evaluated: a slice keeps its parent's buffer, a lazy array its
+    graph. A GPU computes one while the next is prepared, not more: each convolution
+    needs workspace."""
     x = mx.contiguous(x)
     mx.async_eval(x)
+    computing.append(x)
+    while len(computing) > (mx.default_device().type != mx.cpu):
+        mx.eval(computing.popleft())
     return x
 
 
@@ -123,8 +130,7 @@ class Conv3d(nn.Module):
 
     def __init__(self, dim_in: int, dim: int, causal: bool, reflect: bool = False):
         super().__init__()
-        self.causal = causal
-        self.reflect = reflect
+        self.causal, self.reflect = causal, reflect
         self.conv = nn.Conv3d(dim_in, dim, 3)
 
     def __call__(self, chunks: Chunks, single: bool = False) -> Chunks:
@@ -135,7 +141,8 @@ class Conv3d(nn.Module):
             if tail is None:
                 tail = mx.repeat(x[:, :1], 2 if self.causal else 1, axis=1)
             x = mx.concatenate([tail, x], axis=1)
-            tail = None if single else materialize(x[:, -2:])
+            last = materialize(x if single else x[:, -2:])
+            tail = None if single else last
             return x
 
         def last_window() -> Chunks:
@@ -181,12 +188,11 @@ class ResBlock(nn.Module):
         if embedding is not None:
             first, second = mx.split(self.scale_shift_table + embedding, 2)
 
+        act1, act2 = (partial(norm_act, shift_scale=s) for s in (first, second))
+
         def branch(chunks: Chunks) -> Chunks:
-            chunks = map(partial(norm_act, shift_scale=first), chunks)
-            chunks = map(
-                partial(norm_act, shift_scale=second), self.conv1(chunks, single)
-            )
-            return self.conv2(chunks, single)
+            chunks = self.conv1(map(act1, chunks), single)
+            return self.conv2(map(act2, chunks), single)
 
         return starmap(mx.add, residual_pairs(chunks, branch))
 
@@ -240,8 +246,7 @@ class Upsample(nn.Module):
         self, dim: int, conv: Conv, stride: Stride, multiplier=1, residual=False
     ):
         super().__init__()
-        self.stride = stride
-        self.residual = residual
+        self.stride, self.residual = stride, residual
         self.dim = dim // multiplier
         self.conv = conv(dim, self.dim * math.prod(stride))
 
@@ -299,9 +304,8 @@ class Encoder(nn.Module):
         conv = partial(Conv3d, causal=True)
         dim = config.encoder_base_channels
         self.conv_in = conv(3 * config.patch_size**2, dim)
-        self.down_blocks, dim = build(
-            config.encoder_blocks, dim, DOWN, Downsample, conv
-        )
+        blocks = config.encoder_blocks
+        self.down_blocks, dim = build(blocks, dim, DOWN, Downsample, conv)
         # The last channel is the log-variance of all others.
         self.conv_out = conv(dim, config.latent_channels + 1)
 
@@ -380,10 +384,8 @@ class VideoVAE(Component):
         Frames beyond 8k + 1 are left out with a warning. Raises UserError if a side is
         not divisible by 32.
         """
-        single = frames.shape[1] < 9
-        return mx.concatenate(
-            [*self.encode_stream(iter([frames]), trace, single)], axis=1
-        )
+        stream = self.encode_stream(iter([frames]), trace, frames.shape[1] < 9)
+        return mx.concatenate([*stream], axis=1)
 
     def encode_stream(
         self, chunks: Chunks, trace: Optional[Trace] = None, single: bool = False

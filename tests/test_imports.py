@@ -12,17 +12,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = {  # a file imports files of lower layers only, not of its own
     "errors and configurations": "base",
-    "tools": "linear latents images options hub guards",
+    "tools": "linear latents images options hub guards conv",
     "layers and files": "layers media sampling windows lora",
     "models": "dit text vae diffusion_decoder audio_vae vocoder upsampler duration",
-    "official files": "parts",
+    "the files of a model": "parts",
     "weights and machines": "weights parallel preview guidance",
     "requests": "request conversion cache",
-    "conditions": "conditions",
+    "inputs and components": "conditions components",
     "memory": "memory",
     "stages": "stages",
     "snapshots": "snapshot",
-    "the run": "pipeline",
+    "a run": "run",
+    "the pipeline": "pipeline",
     "diagnostics": "checks",
 }
 LAYER = {name: n for n, files in enumerate(LAYERS.values()) for name in files.split()}

@@ -9,8 +9,8 @@ import pytest
 from parity import channels_last, relative_error
 
 from ltx2 import media, pipeline
-from ltx2.request import Image, LoraFile, Request
 from ltx2.guidance import Guidance
+from ltx2.request import Image, LoraFile, Request
 
 GENERATIONS = {"ltx-2": "spatial-x2-rational", "ltx-2.3": "spatial-x2"}
 CASES = (
