@@ -119,7 +119,7 @@ def trace(pipe: Pipeline, tracer: Tracer, start: Snapshot) -> None:
 
 def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
     """The first step of a run, saved latents, or synthetic latents before decoding."""
-    from .pipeline import seeded_noise
+    from .run import seeded_noise
     from .request import Request
     from .snapshot import Snapshot
 
@@ -242,7 +242,7 @@ def difference(ours: mx.array, theirs: mx.array) -> tuple[float, str]:
 def probe_decoder(vae: VideoVAE, seed: int = 10) -> Report:
     """Decode synthetic latents, 9 frames of 192x128, and report anomalies; each result
     is compared with the first."""
-    from .pipeline import seeded_noise
+    from .run import seeded_noise
 
     shape, draw = (1, 2, 4, 6, vae.config.latent_channels), seeded_noise(seed)
     latents, other = draw("latents", shape), draw("other", shape)
