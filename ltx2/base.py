@@ -10,21 +10,11 @@ import math
 import re
 import sys
 import types
+import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import (
-    Any,
-    Callable,
-    ClassVar,
-    Iterable,
-    Literal,
-    Optional,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Callable, ClassVar, Iterable, Literal, Optional, Union
 
 import mlx.core as mx
 
@@ -63,7 +53,7 @@ def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> 
     `limit`, above 0 and at most that. UserError names the `path` of a wrong value."""
     if kind is Any:
         kind = type(value)
-    origin, args = get_origin(kind) or kind, get_args(kind)
+    origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
     if isinstance(value, Real) and not isinstance(value, bool):
         expect(math.isfinite(value), "a finite number", value, path)
         fits = limit is None or 0 < value <= limit
@@ -117,7 +107,7 @@ def _first_fit(kinds: Iterable, value: Any, path: str, limit: Optional[float]) -
 
 def _from_object(cls: type, value: Any, path: str, limit: Optional[float]) -> Any:
     expect(isinstance(value, dict), "an object", value, path)
-    kinds, found = get_type_hints(cls), {}
+    kinds, found = typing.get_type_hints(cls), {}
     for f in (f for f in dataclasses.fields(cls) if f.init):
         if f.name in value:
             where = join(path, f.name)

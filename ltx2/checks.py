@@ -119,8 +119,8 @@ def trace(pipe: Pipeline, tracer: Tracer, start: Snapshot) -> None:
 
 def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
     """The first step of a run, saved latents, or synthetic latents before decoding."""
-    from .run import seeded_noise
     from .request import Request
+    from .run import seeded_noise
     from .snapshot import Snapshot
 
     options = {k: getattr(args, k) for k in (*SIZE, "seed", "steps")}

@@ -77,12 +77,6 @@ class File:
         """The configuration in the metadata of an official file."""
         return self.json_metadata("config")
 
-    @property
-    def is_ltx2(self) -> bool:
-        """Whether it describes a transformer with audio; LTX-Video's has the same keys."""
-        config = self.config if "config" in self.metadata else {}
-        return "audio_attention_head_dim" in (config.get("transformer") or {})
-
     def json_metadata(self, key: str) -> dict[str, Any]:
         """A JSON object in the metadata."""
         if key not in self.metadata:
@@ -226,15 +220,16 @@ def resolve(name: str, file: Optional[str] = None) -> tuple[list[File], Optional
     """The files that a name stands for, and which of them is chosen, if one is: a
     safetensors file, a folder, a Hub repository, or a file in one (owner/name/file)."""
     path = Path(name or "/dev/null").expanduser()  # "" would be this folder
-    root = next((p.parent for p in path.parents if p.name == FOLDERS[0]), None)
+    near = path.parents[0], *path.parents[1:2]
+    root = next((p.parent for p in near if p.name == FOLDERS[0]), None)
     if path.is_file() and path.suffix != ".safetensors":
         kind = {".gguf": "GGUF files are"}.get(path.suffix, "such files are")
         raise UserError(f"{name}: {kind} not supported, take the .safetensors file")
+    if path.is_file() and file:
+        raise UserError("--file cannot be used when the source is a single file")
     if path.is_file() and root:  # of a split model
         return folder_files(root), path.relative_to(root).as_posix()
     if path.is_file():
-        if file:
-            raise UserError("--file cannot be used when the source is a single file")
         return [File(path.name, path.stat().st_size, path)], path.name
     if path.is_dir():
         return folder_files(path), file
@@ -282,7 +277,8 @@ def choose_checkpoint(checkpoints: list[File]) -> list[File]:
     for f in checkpoints if len(checkpoints) > 1 else ():
         if f.name.split("/")[-1] in DEFAULT_FILES:
             return [f]
-    usable = [f for f in checkpoints if not f.problem and f.is_ltx2]
+    # The config tells it from LTX-Video, whose transformer has the same keys.
+    usable = [f for f in checkpoints if not f.problem and "audio" in str(f.metadata)]
     if len(usable) > 1:
         raise UserError(
             f"{usable[0].name} and {usable[1].name} both hold the transformer: choose "
@@ -300,13 +296,11 @@ def instead(files: list[File]) -> str:
         return ": diffusers folders are not supported, take the original .safetensors"
     if any(name.endswith(".gguf") for name in names):
         return ": GGUF files are not supported, take the .safetensors file"
-    damaged = [
-        f.problem for f in files if f.name.endswith(".safetensors") and f.problem
-    ]
-    if damaged:
-        return f": {damaged[0]}"
-    weights = [name for name in names if name.endswith(".safetensors")]
-    return f", only {', '.join(weights) or 'other files'}"
+    weights = [f for f in files if f.name.endswith(".safetensors")]
+    for f in weights:
+        if f.problem:
+            return f": {f.problem}"
+    return f", only {', '.join(f.name for f in weights) or 'other files'}"
 
 
 def model_files(names: Iterable[str]) -> list[str]:
@@ -319,10 +313,8 @@ def model_files(names: Iterable[str]) -> list[str]:
 
 
 def folder_files(folder: Path, repo: str = "") -> list[File]:
-    paths = [
-        *folder.iterdir(),
-        *(p for sub in FOLDERS for p in folder.glob(f"{sub}/**/*")),
-    ]
+    patterns = ["*", *(f"{sub}/{inner}" for sub in FOLDERS for inner in ("*", "*/*"))]
+    paths = (path for pattern in patterns for path in folder.glob(pattern))
     names = model_files(p.relative_to(folder).as_posix() for p in paths if p.is_file())
     return [File(n, (folder / n).stat().st_size, folder / n, repo) for n in names]
 

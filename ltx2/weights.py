@@ -6,15 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import (
-    Any,
-    Iterable,
-    Iterator,
-    Literal,
-    Mapping,
-    Optional,
-    Sequence,
-)
+from typing import Any, Iterable, Iterator, Literal, Mapping, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -152,9 +144,7 @@ class Checkpoint:
         names = [c for c in COMPONENTS if c not in ("transformer", *UPSAMPLERS)]
         if name not in names:
             raise UserError(f"unknown part {name!r}: choose from {', '.join(names)}")
-        found = {
-            piece: part for piece, part in read_parts(f).items() if piece[0] == name
-        }
+        found = {k: part for k, part in read_parts(f).items() if k[0] == name}
         if not found:
             raise UserError(f"{f.name} does not hold the {name}")
         checkpoint = first_file(self.parts["transformer"])
@@ -217,9 +207,6 @@ class Checkpoint:
             limit_depth(self.config[section], sum(map(len, self.parts.values())))
             sized = component.infer_sizes(self.config[section], shapes)
             module = component.from_config(sized)
-        mx.eval(
-            mx.random.state
-        )  # initial values, never computed, make its graph longer
         if any(key.endswith(".scales") for key in weights):
             options, picked = self.quantization, lambda k, _: f"{k}.scales" in weights
             try:
@@ -315,10 +302,8 @@ def converted_checkpoint(files: list[File]) -> Checkpoint:
         if shard and shard[1] in COMPONENTS:
             if f.problem:
                 raise UserError(f.problem)
-            # Of more shards than files, one of the first is missing.
-            expected.update(
-                islice(shard_names(shard[1], int(shard[2] or 1)), len(files))
-            )
+            shards = shard_names(shard[1], int(shard[2] or 1))
+            expected.update(islice(shards, len(files)))  # of more, one is missing
             parts.setdefault(shard[1], {}).update({key: (f, key) for key in f.keys})
     for name, (section, _) in COMPONENTS.items():
         if section in config and name not in parts:
@@ -368,14 +353,13 @@ def text_encoder_files(name: str) -> list[File]:
             f"text encoder {name} is a single file without tokenizer: pass a folder or "
             f"repository like {TEXT_ENCODER}"
         )
-    owner, _, rest = name.partition("/")
-    if not folder.is_dir() and not rest:
-        raise UserError(f"text encoder {name}: no such folder")
-    repo, _, inner = rest.partition("/")  # a folder of a converted model's repository
+    repository = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
     if folder.is_dir():
         found = hub.folder_files(folder)
+    elif repository:  # or a folder in a converted model's repository
+        found = hub.repository_files(repository[1], repository[2] or "")
     else:
-        found = hub.repository_files(f"{owner}/{repo}", inner)
+        raise UserError(f"text encoder {name}: no such folder")
     kinds = (".safetensors", ".json", ".model")
     return [f for f in found if f.name.endswith(kinds)]
 
@@ -411,13 +395,9 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
     prefix = "language_model.model." if "text_config" in config else "model."
     first, count = f"{prefix}layers.0.", sizes.get("num_hidden_layers") or 0
     leaves = [key.removeprefix(first) for key in shapes if key.startswith(first)]
-    expected = [
-        f"{prefix}layers.{i}.{k}" for i in range(min(count, 999)) for k in leaves
-    ]
-    expected += [
-        f"{prefix}{k}.weight" for k in ("embed_tokens", "layers.0.mlp.up_proj")
-    ]
-    lacks = [key for key in (f"{prefix}norm.weight", *expected) if key not in shapes]
+    layers = [f"layers.{i}.{k}" for i in range(min(count, 999)) for k in leaves]
+    layers += ["norm.weight", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"]
+    lacks = [f"{prefix}{k}" for k in layers if f"{prefix}{k}" not in shapes]
     if lacks:
         example = f"it has {min(shapes)}" if shapes else "it has no weights"
         some = f"{len(lacks)} tensors: {lacks[0]}, ..."
