@@ -1,4 +1,4 @@
-"""Convert official LTX-2 weights to a model folder for MLX: parse, call, report."""
+"""Convert official LTX-2 weights to a model folder for MLX."""
 
 from __future__ import annotations
 

@@ -7,23 +7,14 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import sys
 import types
+import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import (
-    Any,
-    Callable,
-    ClassVar,
-    Iterable,
-    Literal,
-    Optional,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Callable, ClassVar, Iterable, Literal, Optional, Union
 
 import mlx.core as mx
 
@@ -37,7 +28,7 @@ JSON_NAMES |= {list: "a list", tuple: "a list", dict: "an object", type(None): "
 
 
 class UserError(Exception):
-    """A user's mistake in one line: what was given, what is allowed, what to type."""
+    """A user's mistake in one line: what is wrong, what is allowed, what to type."""
 
 
 class OutputError(Exception):
@@ -57,12 +48,12 @@ def parse_json(text: Union[str, bytes], path: str) -> dict[str, Any]:
 
 
 def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> Any:
-    """`value`, as JSON gives it, as an annotation says: a dataclass (from an object),
+    """Check a JSON `value` against an annotation: a dataclass (made from an object),
     list[int], Optional[str], Literal and the like. Numbers must be finite and, with a
     `limit`, above 0 and at most that. UserError names the `path` of a wrong value."""
     if kind is Any:
         kind = type(value)
-    origin, args = get_origin(kind) or kind, get_args(kind)
+    origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
     if isinstance(value, Real) and not isinstance(value, bool):
         expect(math.isfinite(value), "a finite number", value, path)
         fits = limit is None or 0 < value <= limit
@@ -116,14 +107,16 @@ def _first_fit(kinds: Iterable, value: Any, path: str, limit: Optional[float]) -
 
 def _from_object(cls: type, value: Any, path: str, limit: Optional[float]) -> Any:
     expect(isinstance(value, dict), "an object", value, path)
-    fields = [f for f in dataclasses.fields(cls) if f.init]
-    defaults = {f.name for f in fields if f.default is not f.default_factory}
-    for key in {f.name for f in fields} - defaults - value.keys():
-        raise UserError(f"{join(path, key)} is missing")
-    for key in value.keys() - {f.name for f in fields}:
+    kinds, found = typing.get_type_hints(cls), {}
+    for f in (f for f in dataclasses.fields(cls) if f.init):
+        if f.name in value:
+            where = join(path, f.name)
+            found[f.name] = checked(kinds[f.name], value[f.name], where, limit)
+        elif f.default is f.default_factory:  # there is neither
+            raise UserError(f"{join(path, f.name)} is missing")
+    for key in value.keys() - found.keys():
         raise UserError(f"{join(path, key)} is unknown")
-    kinds, items = get_type_hints(cls), value.items()
-    return cls(**{k: checked(kinds[k], v, join(path, k), limit) for k, v in items})
+    return cls(**found)
 
 
 @dataclasses.dataclass
@@ -220,6 +213,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args: Optional[Sequence[str]] = None, namespace: Any = None):
+        args = sys.argv[1:] if args is None else [*args]
+        for flag, value in zip(["", *args], args):
+            if not value or re.fullmatch(r"--?[\w-]+=", value):
+                self.error(f"{value or flag or 'an argument'} is empty")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (--help lists all flags)")

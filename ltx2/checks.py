@@ -119,8 +119,8 @@ def trace(pipe: Pipeline, tracer: Tracer, start: Snapshot) -> None:
 
 def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
     """The first step of a run, saved latents, or synthetic latents before decoding."""
-    from .pipeline import seeded_noise
     from .request import Request
+    from .run import seeded_noise
     from .snapshot import Snapshot
 
     options = {k: getattr(args, k) for k in (*SIZE, "seed", "steps")}
@@ -194,8 +194,10 @@ def differences(
     for key in sorted(theirs):
         path = key.removesuffix("weight")
         stored = [k for k in (key, f"{path}scales", f"{path}biases") if k in ours]
-        stored = [ours.pop(k) for k in stored]
-        yield key, *check_tensor(stored, theirs.pop(key), quantization)
+        w, stored = theirs.pop(key), [ours.pop(k) for k in stored]
+        mx.eval(w)  # before the others are read: laid out for MLX, it is there twice
+        yield key, *check_tensor(stored, w, quantization)
+        del w, stored
         mx.clear_cache()
     yield from ((key, None, "is not in the source") for key in ours)
 
@@ -240,7 +242,7 @@ def difference(ours: mx.array, theirs: mx.array) -> tuple[float, str]:
 def probe_decoder(vae: VideoVAE, seed: int = 10) -> Report:
     """Decode synthetic latents, 9 frames of 192x128, and report anomalies; each result
     is compared with the first."""
-    from .pipeline import seeded_noise
+    from .run import seeded_noise
 
     shape, draw = (1, 2, 4, 6, vae.config.latent_channels), seeded_noise(seed)
     latents, other = draw("latents", shape), draw("other", shape)

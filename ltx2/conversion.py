@@ -4,7 +4,6 @@ license."""
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shlex
@@ -113,9 +112,6 @@ class Conversion:
             raise UserError("the model is already quantized: use --dequantize first")
         if self.dequantize and not self.source.quantization:
             raise UserError("the model is not quantized: remove --dequantize")
-        for path, strength in self.loras:
-            if not math.isfinite(strength) or strength == 0:
-                raise UserError(f"LoRA {path}: invalid strength {strength}")
         self.text_encoder = self.source.encoder(self.text_encoder)
         folder = Path(self.text_encoder).expanduser()
         if self.source.version < GEMMA_4 and folder.is_dir():
@@ -132,13 +128,11 @@ class Conversion:
             for lora, _ in loras:
                 lora.check(module)
             weights = fuse(weights, loras)
-        floating = {
-            k for k, w in weights.items() if mx.issubdtype(w.dtype, mx.floating)
-        }
-        # 0 times NaN or infinity is NaN; mx.isfinite would need more memory.
-        self.finite = {k: (weights[k] * 0).sum() == 0 for k in floating}
         if self.dequantize:
-            return dequantize(weights, self.source.quantization, dtype)
+            weights = dequantize(weights, self.source.quantization, dtype)
+        # 0 times NaN or infinity is NaN; mx.isfinite would need more memory.
+        floats = [k for k, w in weights.items() if mx.issubdtype(w.dtype, mx.floating)]
+        self.finite = {k: (weights[k] * 0).sum() == 0 for k in floats}
         if self.quantization and name in ("transformer", "gemma"):
             return quantize(weights, self.quantization, self.predicate)
         return weights
@@ -158,11 +152,9 @@ class Conversion:
     @property
     def own_encoder(self) -> Optional[Path]:
         """The text encoder's folder, if it is inside the source's model folder."""
-        folders = (f.path.resolve().parent for f in self.source.files if f.path)
-        inside = (
-            self.source.provenance and next(folders) in Path(self.text_encoder).parents
-        )
-        return Path(self.text_encoder) if inside else None
+        path, model = Path(self.text_encoder), self.source.files[0].path
+        inside = self.source.provenance and model.parent.resolve() in path.parents
+        return path if inside else None
 
     def config(self) -> dict[str, Any]:
         """The contents of config.json."""
@@ -247,11 +239,12 @@ def check_target(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} is not a converted model; refusing to overwrite it")
     config = folder / "config.json"
     encoder = File(config.name, 0, config).json().get("text_encoder")
-    own = ("config.json", "README.md", "LICENSE.md", "LICENSE", encoder)
+    own = ["config.json", "README.md", "LICENSE.md", "LICENSE", encoder]
+    own += [".DS_Store", ".cache", ".gitattributes"]  # of the Finder and the Hub
     names = "|".join(map(re.escape, COMPONENTS))
     part = re.compile(rf"({names})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
     for path in sorted(folder.iterdir()):
-        if not part.fullmatch(path.name) and path.name not in (*own, ".DS_Store"):
+        if not part.fullmatch(path.name) and path.name not in own:
             raise UserError(f"{folder} also holds {path.name}: move it away first")
 
 
@@ -281,9 +274,8 @@ def remove_leftovers(folder: Path) -> None:
 def write_safetensors(
     path: Path, weights: Weights, progress: Progress, finite: Weights
 ) -> None:
-    """Write tensors and empty the dictionary: only one at a time is in memory. `finite`
-    says by name, lazily, whether what a tensor is made from is finite; UserError if not.
-    """
+    """Write tensors and empty the dictionary: only one at a time is in memory. UserError
+    for a tensor whose entry in `finite`, computed with it, is false."""
     names = {dtype: name for name, dtype in DTYPES.items() if name != "F8_E4M3"}
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
@@ -295,9 +287,10 @@ def write_safetensors(
     with open(path, "wb") as f:
         f.write(len(start).to_bytes(8, "little") + start)
         for key in list(weights):
+            w = mx.contiguous(weights.pop(key))
+            mx.eval(w)
             if key in finite and not finite.pop(key).item():
                 raise UserError(f"{key} has NaN or infinite values: not converted")
-            w = mx.contiguous(weights.pop(key))
             # Python has no bfloat16; as bytes there could be more than 2^31 elements.
             f.write(memoryview(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w))
             progress(w.nbytes)

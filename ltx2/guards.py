@@ -44,7 +44,7 @@ def check_waveform(waveform: np.ndarray) -> None:
 
 
 class FrameGuard:
-    """Follows frames (F, H, W, 3) in [0, 1] as they are decoded, judges at the end."""
+    """Follows frames (F, H, W, 3) in [0, 1] as they are decoded, and checks them at the end."""
 
     def __init__(self) -> None:
         self.frames, self.count, self.total, self.square = 0, 0, 0.0, 0.0
@@ -59,9 +59,9 @@ class FrameGuard:
         self.count += frames.size
         self.total += frames.sum().item()
         self.square += mx.square(frames).sum().item()
-        seen = frames if self.last is None else mx.concatenate([self.last, frames])
-        if len(seen) > 1:
-            change = mx.abs(seen[1:] - seen[:-1]).max().item()
+        pair = frames if self.last is None else mx.concatenate([self.last, frames])
+        if len(pair) > 1:
+            change = mx.abs(pair[1:] - pair[:-1]).max().item()
             self.change = max(self.change, change)
         self.last = mx.contiguous(frames[-1:])
         mx.eval(self.last)

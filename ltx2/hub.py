@@ -77,12 +77,6 @@ class File:
         """The configuration in the metadata of an official file."""
         return self.json_metadata("config")
 
-    @property
-    def is_ltx2(self) -> bool:
-        """Whether it describes a transformer with audio; LTX-Video's has the same keys."""
-        config = self.config if "config" in self.metadata else {}
-        return "audio_attention_head_dim" in (config.get("transformer") or {})
-
     def json_metadata(self, key: str) -> dict[str, Any]:
         """A JSON object in the metadata."""
         if key not in self.metadata:
@@ -111,11 +105,12 @@ class File:
         checkpoint or, for other files, ""."""
         if not self.name.endswith(".safetensors"):
             return ""
+        folder = self.name.partition("/")[0] if "/" in self.name else ""
+        if folder == "loras" or self.path is None and "lora" in self.name:
+            return "lora"
         if self.path is None:  # by its name: headers of remote files take time
-            folder, _, name = self.name.rpartition("/")
-            words = {"lora": "lora", "upscaler": "upsampler"}
             role = "checkpoint" if folder in ("", FOLDERS[0]) else "part"
-            return next((words[w] for w in words if w in self.name), role)
+            return "upsampler" if "upscaler" in self.name else role
         try:
             keys = " ".join(self.keys)
         except UserError:  # reported if the file is needed
@@ -167,12 +162,11 @@ class File:
         tens of GB only for metadata would be too slow."""
         if self.sha256:
             return f"sha256:{self.sha256}"
-        digest = hashlib.sha256(str(self.size).encode())
         with open(self.path, "rb") as f:
-            digest.update(f.read(1 << 20))
+            start = f.read(1 << 20)
             f.seek(max(0, self.size - (1 << 20)))
-            digest.update(f.read())
-        return f"ends:{digest.hexdigest()}"
+            ends = str(self.size).encode() + start + f.read()
+        return f"ends:{hashlib.sha256(ends).hexdigest()}"
 
 
 # Headers
@@ -225,16 +219,17 @@ def read_remote_header(f: File) -> dict[str, Any]:
 def resolve(name: str, file: Optional[str] = None) -> tuple[list[File], Optional[str]]:
     """The files that a name stands for, and which of them is chosen, if one is: a
     safetensors file, a folder, a Hub repository, or a file in one (owner/name/file)."""
-    path = Path(name).expanduser()
-    root = next((p.parent for p in path.parents if p.name == FOLDERS[0]), None)
+    path = Path(name or "/dev/null").expanduser()  # "" would be this folder
+    near = path.parents[0], *path.parents[1:2]
+    root = next((p.parent for p in near if p.name == FOLDERS[0]), None)
     if path.is_file() and path.suffix != ".safetensors":
         kind = {".gguf": "GGUF files are"}.get(path.suffix, "such files are")
         raise UserError(f"{name}: {kind} not supported, take the .safetensors file")
+    if path.is_file() and file:
+        raise UserError("--file cannot be used when the source is a single file")
     if path.is_file() and root:  # of a split model
         return folder_files(root), path.relative_to(root).as_posix()
     if path.is_file():
-        if file:
-            raise UserError("--file cannot be used when the source is a single file")
         return [File(path.name, path.stat().st_size, path)], path.name
     if path.is_dir():
         return folder_files(path), file
@@ -249,7 +244,7 @@ def single_file(name: str) -> File:
     files, file = resolve(name)
     found = [f for f in files if f.name == file]
     if not found:
-        raise UserError(f"{name} is not a file" + (f": {file} not found" * bool(file)))
+        raise UserError(f"{name}: no such file")
     return found[0]
 
 
@@ -282,7 +277,8 @@ def choose_checkpoint(checkpoints: list[File]) -> list[File]:
     for f in checkpoints if len(checkpoints) > 1 else ():
         if f.name.split("/")[-1] in DEFAULT_FILES:
             return [f]
-    usable = [f for f in checkpoints if not f.problem and f.is_ltx2]
+    # The config tells it from LTX-Video, whose transformer has the same keys.
+    usable = [f for f in checkpoints if not f.problem and "audio" in str(f.metadata)]
     if len(usable) > 1:
         raise UserError(
             f"{usable[0].name} and {usable[1].name} both hold the transformer: choose "
@@ -300,13 +296,11 @@ def instead(files: list[File]) -> str:
         return ": diffusers folders are not supported, take the original .safetensors"
     if any(name.endswith(".gguf") for name in names):
         return ": GGUF files are not supported, take the .safetensors file"
-    damaged = [
-        f.problem for f in files if f.name.endswith(".safetensors") and f.problem
-    ]
-    if damaged:
-        return f": {damaged[0]}"
-    weights = [name for name in names if name.endswith(".safetensors")]
-    return f", only {', '.join(weights) or 'other files'}"
+    weights = [f for f in files if f.name.endswith(".safetensors")]
+    for f in weights:
+        if f.problem:
+            return f": {f.problem}"
+    return f", only {', '.join(f.name for f in weights) or 'other files'}"
 
 
 def model_files(names: Iterable[str]) -> list[str]:
@@ -319,16 +313,15 @@ def model_files(names: Iterable[str]) -> list[str]:
 
 
 def folder_files(folder: Path, repo: str = "") -> list[File]:
-    paths = [
-        *folder.iterdir(),
-        *(p for sub in FOLDERS for p in folder.glob(f"{sub}/**/*")),
-    ]
+    patterns = ["*", *(f"{sub}/{inner}" for sub in FOLDERS for inner in ("*", "*/*"))]
+    paths = (path for pattern in patterns for path in folder.glob(pattern))
     names = model_files(p.relative_to(folder).as_posix() for p in paths if p.is_file())
     return [File(n, (folder / n).stat().st_size, folder / n, repo) for n in names]
 
 
-def repository_files(repo: str) -> list[File]:
-    """The files of a repository, or of its copy in the cache when offline."""
+def repository_files(repo: str, folder: str = "") -> list[File]:
+    """The files of a model in a repository, or in its copy in the cache when offline;
+    or all files of one `folder`."""
     from huggingface_hub import HfApi, errors, snapshot_download, try_to_load_from_cache
 
     try:
@@ -336,15 +329,16 @@ def repository_files(repo: str) -> list[File]:
             info = HfApi().model_info(repo, files_metadata=True)
     except Unreachable as error:
         try:  # allow_patterns lets it accept a partial snapshot
-            folder = snapshot_download(
+            cached = snapshot_download(
                 repo, local_files_only=True, allow_patterns="config.json"
             )
         except errors.LocalEntryNotFoundError:
             raise error from None
         note(f"{error}; using its copy in the cache")
-        return folder_files(Path(folder), repo)
+        return folder_files(Path(cached) / folder, repo)
     siblings, files = {s.rfilename: s for s in info.siblings}, []
-    for name in model_files(siblings):
+    inside = [name for name in siblings if name.rpartition("/")[0] == folder]
+    for name in inside if folder else model_files(siblings):
         path = try_to_load_from_cache(repo, name, revision=info.sha)
         path = Path(path) if isinstance(path, str) else None
         s = siblings[name]

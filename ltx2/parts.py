@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
-from typing import Any, Iterator, NamedTuple, Optional
+from typing import Any, Container, Iterator, NamedTuple, Optional
 
-from . import audio_vae, diffusion_decoder, dit, duration, text, upsampler, vae, vocoder
+from . import audio_vae, diffusion_decoder, dit, duration, text, vae, vocoder
 from .base import UserError, checked, note
-from .hub import File
+from .hub import File, Unreachable
 from .layers import Component
+from .upsampler import LatentUpsampler
 
 GENERATIONS = {(2, 0): "2.0", (2, 3): "2.3", (2, 5): "2.5"}  # since model_version
+GEMMA_4 = (2, 4)  # the first version that packs its own text encoder
 KINDS = ("dev", "distilled")
-Tensors = dict[str, tuple[File, str]]  # file and key by the component's own name
 
-Parts = dict[str, Tensors]  # by component
+Tensors = dict[str, tuple[File, str]]  # file and key by the component's own name
+Problem = tuple[set[str], str]  # components that an unused file holds, and why it is
 
 COMPONENTS: dict[str, tuple[str, type[Component]]] = {  # section and class by name
     "transformer": ("transformer", dit.DiT),
@@ -27,40 +29,87 @@ COMPONENTS: dict[str, tuple[str, type[Component]]] = {  # section and class by n
     "gemma": ("gemma", text.Gemma4),
     "diffusion_decoder": ("diffusion_decoder", diffusion_decoder.DiffusionDecoder),
     "duration_head": ("duration_head", duration.DurationHead),
-} | {
-    name: (name, upsampler.LatentUpsampler)
-    for name in ("spatial_upsampler", "spatial_upsampler_x1.5", "temporal_upsampler")
 }
-CONNECTORS = (
-    "video_embeddings_connector.",
-    "audio_embeddings_connector.",
-    "text_embedding_projection.",
-)
-# Component and the prefix that official files and other tools' have, then beginnings of
-# keys in files of one component, which have none.
+UPSAMPLERS = ("spatial_upsampler", "spatial_upsampler_x1.5", "temporal_upsampler")
+COMPONENTS |= {name: (name, LatentUpsampler) for name in UPSAMPLERS}
 PREFIXES = (
     ("transformer", "model.diffusion_model."),
-    ("transformer", "diffusion_model."),
+    ("transformer", "diffusion_model."),  # as other tools write it
     ("vae", "vae."),
     ("audio_vae", "audio_vae."),
     ("vocoder", "vocoder."),
     ("duration_head", "duration_head."),
 )
-STARTS = {
-    "vae": ("encoder.", "decoder.", "per_channel_statistics."),
-    "gemma": ("model.layers.", "model.embed_tokens.", "model.norm.", "tokenizer_json"),
-    "transformer": (*CONNECTORS, "transformer_blocks.", "av_ca_", "keyframes_abs_pos"),
+CONNECTORS = re.compile("(video|audio)_embeddings_connector|text_embedding_projection")
+BARE = {  # beginnings of the keys in files of one component that have no prefix
+    "vae": r"(encoder|decoder|per_channel_statistics)\.",
+    "gemma": r"model\.(layers|embed_tokens|norm)\.|tokenizer_json|"
+    + "|".join(map(re.escape, text.UNUSED_KEYS)),
+    "transformer": CONNECTORS.pattern
+    + r"|transformer_blocks\.|av_ca_|keyframes_abs_pos|(audio_)?(patchify_proj|proj_out|"
+    "scale_shift_table|caption_projection|(prompt_)?adaln_single)",
 }
-STARTS["gemma"] += text.UNUSED_KEYS
-STARTS["transformer"] += tuple(
-    f"{stream}{name}"
-    for stream in ("", "audio_")
-    for name in ("patchify_proj.", "adaln_single.", "prompt_adaln_single.", "proj_out.")
-    + ("caption_projection.", "scale_shift_table")
-)
 # ComfyUI's names of fp8 scales, and its marks, which add nothing to the dtypes.
 RENAMED = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 MARKS = ("comfy_quant", "scaled_fp8")
+
+
+# Models
+
+
+def official(files: list[File], skip: Container[str] = ()) -> dict[str, Any]:
+    """A model from released files, as arguments of `Checkpoint`: the first is the
+    checkpoint, the others may hold other parts. Files that do not fit are remembered, in
+    case that a part is missing. Of several that do, the best is used and noted, except
+    for components to `skip`."""
+    first, *rest = files
+    if first.role in ("lora", "upsampler"):
+        kind = {"lora": "a LoRA", "upsampler": "an upsampler"}[first.role]
+        raise UserError(f"{first.name} is {kind}: pass it with --{first.role}")
+    found = read_parts(first)
+    if ("transformer", "") not in found:
+        held = ", ".join({component: 0 for component, _ in found}) or "no part of LTX-2"
+        raise UserError(f"{first.name} is not a model, it holds {held}")
+    config = found["transformer", ""].config
+    version = check_version(first, config)
+    named = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", first.name.lower())
+    kind = named[0] if named else "dev"
+    candidates: dict[tuple[str, str], list[Part]] = {}
+    problems: list[Problem] = []
+    for f in (f for f in rest if f.role in ("part", "checkpoint")):
+        try:
+            held = read_parts(f)
+            for (component, _), part in held.items():
+                check_part(component, part, parse_version(version), first)
+        except Unreachable:
+            raise
+        except UserError as error:
+            problems.append((claims(f), str(error)))
+            continue
+        for piece, part in held.items():
+            candidates.setdefault(piece, []).append(part)
+    for piece in candidates.keys() - found.keys():
+        noted = piece[0] not in skip
+        found[piece] = best(piece[0], candidates[piece], kind, noted)
+    parts: dict[str, Tensors] = {}
+    for (component, _), part in found.items():
+        parts.setdefault(component, {}).update(part.tensors)
+        config.update(own_section(component, part))
+    used = {COMPONENTS[component][0] for component in parts}
+    absent = {section for section, _ in COMPONENTS.values()} - used
+    return {
+        "model_version": version,
+        "kind": kind,
+        "kind_assumed": not named,
+        "config": {k: v for k, v in config.items() if k not in absent},
+        "parts": parts,
+        "others": [f for f in rest if f.name.startswith("LICENSE")],
+        "problems": problems,
+        **({"text_encoder": "gemma"} if parse_version(version) >= GEMMA_4 else {}),
+    }
+
+
+# Parts of files
 
 
 class Part(NamedTuple):
@@ -111,9 +160,9 @@ def map_key(key: str, diffusion: bool = False) -> Optional[list[tuple[str, str]]
         return []
     key = f"{stem}.{RENAMED[leaf]}" if leaf in RENAMED else key
     named = [(c, key[len(start) :]) for c, start in PREFIXES if key.startswith(start)]
-    bare = [(c, key) for c, starts in STARTS.items() if key.startswith(starts)]
+    bare = [(c, key) for c, pattern in BARE.items() if re.match(pattern, key)]
     component, inner = (named or bare or [("", "")])[0]
-    if component == "transformer" and inner.startswith(CONNECTORS):
+    if component == "transformer" and CONNECTORS.match(inner):
         component = "connectors"
     if component == "vae" and diffusion:
         side = inner.split(".")[0]
@@ -149,7 +198,7 @@ def best(component: str, parts: list[Part], kind: str, noted: bool) -> Part:
 
 
 def check_part(
-    part: Part, component: str, model_version: tuple[int, ...], checkpoint: File
+    component: str, part: Part, model_version: tuple[int, ...], checkpoint: File
 ) -> None:
     """A part must be of the checkpoint's generation, and its Gemma 4 the version that
     the checkpoint was trained with, which is not Google's."""

@@ -6,17 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import (
-    Any,
-    Container,
-    Iterable,
-    Iterator,
-    Literal,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-)
+from typing import Any, Iterable, Iterator, Literal, Mapping, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,18 +18,18 @@ from .hub import File
 from .linear import quantize
 from .parts import (
     COMPONENTS,
+    GEMMA_4,
     KINDS,
-    Part,
-    Parts,
-    best,
+    UPSAMPLERS,
+    Problem,
+    Tensors,
     check_config,
     check_part,
-    check_version,
-    claims,
     config_errors,
     first_file,
     generation,
     limit_depth,
+    official,
     own_section,
     parse_version,
     read_parts,
@@ -47,7 +37,6 @@ from .parts import (
 from .upsampler import UpsamplerConfig
 
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
-GEMMA_4 = (2, 4)  # the first version that packs its own text encoder
 # Computed in float32 whatever the dtype: the vocoder as in the reference, the other
 # convolutions because Metal's fast ones lose up to 5 % a layer in 16 bits.
 FLOAT32 = ("vae", "audio_vae", "vocoder", "spatial_upsampler", "temporal_upsampler")
@@ -67,7 +56,7 @@ class Quantization:
 
 @dataclass
 class FolderConfig:
-    """What config.json of a converted folder has beside the checkpoint's sections."""
+    """The keys of a converted folder's config.json, except the checkpoint's sections."""
 
     model_type: str
     model_version: str
@@ -77,13 +66,6 @@ class FolderConfig:
     quantization: Optional[Quantization] = None
     quantization_config: Optional[Quantization] = None  # the same, as the Hub reads it
     defaults: dict[str, float] = field(default_factory=dict)
-
-
-class Problem(NamedTuple):
-    """A file that is not used: the components it seems to hold, and why."""
-
-    components: set[str]
-    text: str
 
 
 # Models
@@ -97,7 +79,7 @@ class Checkpoint:
     kind: str  # "dev" or "distilled"
     kind_assumed: bool  # neither chosen nor in the file's name
     config: dict[str, dict[str, Any]]  # the checkpoint's sections
-    parts: Parts
+    parts: dict[str, Tensors]
     others: list[File] = field(default_factory=list)  # config.json and the license
     quantization: Optional[dict[str, Any]] = None
     text_encoder: str = TEXT_ENCODER
@@ -134,7 +116,7 @@ class Checkpoint:
         """Raise UserError for parts that this model does not have."""
         missing = [name for name in names if name not in self.parts]
         if missing:
-            problems = [p.text for p in self.problems if p.components & {*missing}]
+            problems = [text for held, text in self.problems if held & {*missing}]
             reasons = f" (not used: {'; '.join(problems[:3])})" if problems else ""
             raise UserError(
                 f"missing model parts: {', '.join(missing)}{reasons}; place their files "
@@ -156,6 +138,40 @@ class Checkpoint:
         if len(set(latent.values())) > 1:
             sizes = ", ".join(f"{name} {n}" for name, n in latent.items())
             raise UserError(f"parts of different models: latent channels are {sizes}")
+
+    def replace_part(self, name: str, f: File) -> None:
+        """Take a component from a file that the user named."""
+        names = [c for c in COMPONENTS if c not in ("transformer", *UPSAMPLERS)]
+        if name not in names:
+            raise UserError(f"unknown part {name!r}: choose from {', '.join(names)}")
+        found = {k: part for k, part in read_parts(f).items() if k[0] == name}
+        if not found:
+            raise UserError(f"{f.name} does not hold the {name}")
+        checkpoint = first_file(self.parts["transformer"])
+        for (_, piece), part in found.items():
+            check_part(name, part, self.version, checkpoint)
+            old = self.parts.get(name, {}) if piece else {}  # its other pieces stay
+            kept = {k: v for k, v in old.items() if not k.startswith(f"{piece}.")}
+            self.parts[name] = kept | part.tensors
+            self.config.update(own_section(name, part))
+        self.__post_init__()
+
+    def add_upsampler(self, f: File) -> None:
+        """Add an official upsampler's file; its name says which generation it is for."""
+        if f.role != "upsampler":
+            raise UserError(f.problem or f"{f.name} is not a latent upsampler")
+        version = re.match(r"ltx-(2[\d.]*)-", f.name.split("/")[-1])
+        if version and generation(parse_version(version[1])) != self.generation:
+            raise UserError(f"{f.name} does not go with LTX-2 {self.model_version}")
+        with config_errors(f.name):
+            c = UpsamplerConfig.from_dict(f.config)
+        axis = "temporal" if c.temporal_upsample else "spatial"
+        scale = "" if c.spatial_scale in (1, 2) else f"_x{c.spatial_scale:g}"
+        name = f"{axis}_upsampler{scale}"
+        if name not in COMPONENTS:
+            raise UserError(f"{f.name}: {name} is not implemented")
+        self.config[name] = f.config
+        self.parts[name] = {key: (f, key) for key in f.keys}
 
     def encoder(self, name: Optional[str] = None) -> str:
         """The text encoder to use: the model's, or `name` if that is possible."""
@@ -191,9 +207,6 @@ class Checkpoint:
             limit_depth(self.config[section], sum(map(len, self.parts.values())))
             sized = component.infer_sizes(self.config[section], shapes)
             module = component.from_config(sized)
-        mx.eval(
-            mx.random.state
-        )  # initial values, never computed, make its graph longer
         if any(key.endswith(".scales") for key in weights):
             options, picked = self.quantization, lambda k, _: f"{k}.scales" in weights
             try:
@@ -217,16 +230,14 @@ class Checkpoint:
     def load(
         self, name: str, dtype: Optional[mx.Dtype] = None, lazy: bool = False
     ) -> nn.Module:
-        """A component with its weights; only its own files are opened.
+        """A component with its weights; only its files are opened.
 
         `dtype` casts floating weights (except FLOAT32). With `lazy` they are read when
         they are first used, else now, in groups, so that no command buffer waits long
         for the disk. Raises UserError if a tensor is missing, unknown or of another
-        shape than the configuration says.
+        shape than configured.
         """
         weights = self.weights(name, mx.float32 if name in FLOAT32 else dtype)
-        if name in FLOAT32:  # a permuted kernel would be copied by each convolution
-            weights = {key: mx.contiguous(w) for key, w in weights.items()}
         module = self.build(name, weights)
         module.load_weights(list(weights.items()))
         if not lazy:
@@ -252,27 +263,23 @@ def open_model(
     those next to it, `parts` are files by component. Files to download are listed first;
     without `fetch` only headers and config.json are. Raises UserError if no model is found.
     """
-    parts, (files, file) = parts or {}, hub.resolve(name, file)
-    files = hub.choose(name, files, file)
+    parts = parts or {}
+    files = hub.choose(name, *hub.resolve(name, file))
     if files[0].name == "config.json":
         model = converted_checkpoint(files)
     else:
-        model = official_checkpoint(files, parts)
-    found = [f for f in files if f.role == "upsampler"]
-    if upsamplers:  # instead of a converted folder's own, too
-        model.parts = {k: v for k, v in model.parts.items() if "upsampler" not in k}
-        found = []
-    for f in found:
+        model = Checkpoint(**official(files, skip=parts))
+    if upsamplers:  # instead of a converted folder's, too
+        model.parts = {k: v for k, v in model.parts.items() if k not in UPSAMPLERS}
+    for f in [f for f in files if f.role == "upsampler"] * (not upsamplers):
         try:
-            add_upsampler(model, f)
+            model.add_upsampler(f)
         except UserError as error:
-            model.problems.append(
-                Problem({c for c in COMPONENTS if "upsampler" in c}, str(error))
-            )
+            model.problems.append(({*UPSAMPLERS}, str(error)))
     for other in upsamplers:
-        add_upsampler(model, hub.single_file(other))
+        model.add_upsampler(hub.single_file(other))
     for part, other in parts.items():
-        replace_part(model, part, hub.single_file(other))
+        model.replace_part(part, hub.single_file(other))
     if kind is not None:
         model.kind, model.kind_assumed = kind, False
     if model.kind not in KINDS:
@@ -282,114 +289,21 @@ def open_model(
     return model
 
 
-# Official files
-
-
-def official_checkpoint(files: list[File], skip: Container[str] = ()) -> Checkpoint:
-    """A model from released files: the checkpoint first, then files that may hold other
-    parts. Those that do not fit are remembered, in case that a part is missing; of
-    several that do, the best is used and noted, except for the components to `skip`."""
-    first, *rest = files
-    if first.role in ("lora", "upsampler"):
-        option = {"lora": "a LoRA", "upsampler": "an upsampler"}[first.role]
-        raise UserError(f"{first.name} is {option}: pass it with --{first.role}")
-    found = read_parts(first)
-    if "transformer" not in {component for component, _ in found}:
-        held = ", ".join({c: 0 for c, _ in found}) or "no part of LTX-2"
-        raise UserError(f"{first.name} is not a model, it holds {held}")
-    config = found["transformer", ""].config
-    kind = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", first.name.lower())
-    model = Checkpoint(
-        check_version(first, config),
-        kind[0] if kind else "dev",
-        not kind,
-        config,
-        {"transformer": found["transformer", ""].tensors},
-        [f for f in rest if f.name.startswith("LICENSE")],
-    )
-    if model.version >= GEMMA_4:
-        model.text_encoder = "gemma"
-    candidates: dict[tuple[str, str], list[Part]] = {}
-    for f in (f for f in rest if f.role in ("part", "checkpoint")):
-        try:
-            for piece, part in read_parts(f).items():
-                check_part(part, piece[0], model.version, first)
-                candidates.setdefault(piece, []).append(part)
-        except hub.Unreachable:
-            raise
-        except UserError as error:
-            model.problems.append(Problem(claims(f), str(error)))
-    for piece, parts in candidates.items():
-        if piece not in found:
-            found[piece] = best(piece[0], parts, model.kind, piece[0] not in skip)
-    for (component, _), part in found.items():
-        add_part(model, component, part)
-    absent = {s for c, (s, _) in COMPONENTS.items()} - {
-        COMPONENTS[c][0] for c in model.parts
-    }
-    model.config = {k: v for k, v in model.config.items() if k not in absent}
-    model.__post_init__()
-    return model
-
-
-def add_part(model: Checkpoint, component: str, part: Part) -> None:
-    model.config.update(own_section(component, part))
-    model.parts.setdefault(component, {}).update(part.tensors)
-
-
-def replace_part(model: Checkpoint, name: str, f: File) -> None:
-    """Take a component from a file that the user named."""
-    names = [c for c in COMPONENTS if c != "transformer" and "upsampler" not in c]
-    if name not in names:
-        raise UserError(f"unknown part {name!r}: choose from {', '.join(names)}")
-    found = {piece: part for piece, part in read_parts(f).items() if piece[0] == name}
-    if not found:
-        raise UserError(f"{f.name} does not hold the {name}")
-    for (_, piece), part in found.items():
-        checkpoint = first_file(model.parts["transformer"])
-        check_part(part, name, model.version, checkpoint)
-        old = model.parts.pop(name, {}) if piece else {}  # other pieces stay
-        kept = {k: v for k, v in old.items() if not k.startswith(f"{piece}.")}
-        model.parts[name] = kept
-        add_part(model, name, part)
-    model.__post_init__()
-
-
-def add_upsampler(model: Checkpoint, f: File) -> None:
-    """Add an official upsampler's file; its name says which generation it is for."""
-    if f.role != "upsampler":
-        raise UserError(f.problem or f"{f.name} is not a latent upsampler")
-    version = re.match(r"ltx-(2[\d.]*)-", f.name.split("/")[-1])
-    if version and generation(parse_version(version[1])) != model.generation:
-        raise UserError(f"{f.name} does not go with LTX-2 {model.model_version}")
-    with config_errors(f.name):
-        c = UpsamplerConfig.from_dict(f.config)
-    axis = "temporal" if c.temporal_upsample else "spatial"
-    scale = "" if c.spatial_scale in (1, 2) else f"_x{c.spatial_scale:g}"
-    name = f"{axis}_upsampler{scale}"
-    if name not in COMPONENTS:
-        raise UserError(f"{f.name}: {name} is not implemented")
-    model.config[name] = f.config
-    model.parts[name] = {key: (f, key) for key in f.keys}
-
-
 # Converted folders
 
 
 def converted_checkpoint(files: list[File]) -> Checkpoint:
     """A folder that `Conversion.write` made, checked to be complete."""
     config, names = files[0].json(), {f.name for f in files}
-    parts: Parts = {}
+    parts: dict[str, Tensors] = {}
     expected: set[str] = set()
     for f in files:
         shard = re.fullmatch(r"(.+?)(?:-\d+-of-(\d+))?\.safetensors", f.name)
         if shard and shard[1] in COMPONENTS:
             if f.problem:
                 raise UserError(f.problem)
-            # Of more shards than files, one of the first is missing.
-            expected.update(
-                islice(shard_names(shard[1], int(shard[2] or 1)), len(files))
-            )
+            shards = shard_names(shard[1], int(shard[2] or 1))
+            expected.update(islice(shards, len(files)))  # of more, one is missing
             parts.setdefault(shard[1], {}).update({key: (f, key) for key in f.keys})
     for name, (section, _) in COMPONENTS.items():
         if section in config and name not in parts:
@@ -401,7 +315,12 @@ def converted_checkpoint(files: list[File]) -> Checkpoint:
     found = checked(FolderConfig, {key: config.pop(key) for key in known}, path)
     for key, kind in {"source": str, "files": dict[str, str]}.items():
         checked(kind, found.provenance.get(key), f"{path}provenance.{key}")
-    inside = files[0].path.parent / found.text_encoder
+    repo, encoder = files[0].repo, found.text_encoder
+    inside = files[0].path.parent / encoder
+    if inside.is_dir():
+        encoder = str(inside)
+    elif repo and "/" not in encoder and parse_version(found.model_version) < GEMMA_4:
+        encoder = f"{repo}/{encoder}"
     return Checkpoint(
         found.model_version,
         found.kind,
@@ -410,7 +329,7 @@ def converted_checkpoint(files: list[File]) -> Checkpoint:
         parts,
         [f for f in files if not f.name.endswith(".safetensors")],
         asdict(found.quantization) if found.quantization else None,
-        str(inside) if inside.is_dir() else found.text_encoder,
+        encoder,
         found.provenance,
         found.defaults,
     )
@@ -434,52 +353,65 @@ def text_encoder_files(name: str) -> list[File]:
             f"text encoder {name} is a single file without tokenizer: pass a folder or "
             f"repository like {TEXT_ENCODER}"
         )
-    if not folder.is_dir() and "/" not in name:
+    repository = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
+    if folder.is_dir():
+        found = hub.folder_files(folder)
+    elif repository:  # or a folder in a converted model's repository
+        found = hub.repository_files(repository[1], repository[2] or "")
+    else:
         raise UserError(f"text encoder {name}: no such folder")
-    found = hub.folder_files(folder) if folder.is_dir() else hub.repository_files(name)
     kinds = (".safetensors", ".json", ".model")
     return [f for f in found if f.name.endswith(kinds)]
 
 
-def check_text_encoder(name: str) -> None:
-    """Raise UserError unless a Gemma 3 folder or repository is complete: configuration,
-    tokenizer, all shards, all layers' tensors. Only headers are read."""
-    files = {f.name: f for f in text_encoder_files(name)}
-    if "config.json" not in files or not {"tokenizer.json", "tokenizer.model"} & {
-        *files
-    }:
-        lacks = "tokenizer" if "config.json" in files else "config.json"
-        raise UserError(f"text encoder {name} has no {lacks}")
+def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
+    """Raise UserError unless a Gemma 3 folder or repository is complete (configuration,
+    tokenizer, all shards, all layers' tensors) and of the size that `model` was trained
+    with. Only headers are read."""
+    where = f"text encoder {name}"
+    files = {f.name.split("/")[-1]: f for f in text_encoder_files(name)}
+    if "config.json" not in files:
+        raise UserError(f"{where} has no config.json")
+    if not {"tokenizer.json", "tokenizer.model"} & files.keys():
+        raise UserError(f"{where} has no tokenizer")
     config = files["config.json"].json()
-    path = f"text encoder {name}, config.json: "
-    section = checked(dict, config.get("text_config", config), f"{path}text_config")
-    layers = section.get("num_hidden_layers", 26)
-    layers = checked(int, layers, f"{path}num_hidden_layers", 1000)
+    if config.get("model_type") not in ("gemma3", "gemma3_text"):
+        kind = config.get("model_type")
+        raise UserError(f"{where} is {kind!r}, not Gemma 3: use {TEXT_ENCODER}")
+    section = checked(dict, config.get("text_config", config), f"{where}: text_config")
+    sizes = {k: v for k, v in section.items() if re.search("size$|num_|_dim$", k)}
+    sizes = checked(dict[str, Optional[int]], sizes, f"{where}: text_config", 10**7)
     if "model.safetensors.index.json" in files:
         index = files["model.safetensors.index.json"].json().get("weight_map")
-        shards = {
-            *checked(dict[str, str], index, f"text encoder {name}: weight_map").values()
-        }
-        if shards - files.keys():
-            lacks = ", ".join(sorted(shards - files.keys())[:5])
-            raise UserError(f"text encoder {name} lacks {lacks}: download it again")
-    shards = [
-        f for f in files.values() if re.fullmatch(r"model.*\.safetensors", f.name)
-    ]
+        index = checked(dict[str, str], index, f"{where}: weight_map")
+        lacks = sorted({*index.values()} - files.keys())
+        if lacks:
+            raise UserError(f"{where} lacks {', '.join(lacks[:5])}: download it again")
+    shards = [f for n, f in files.items() if re.fullmatch(r"model.*\.safetensors", n)]
     for f in shards:
         if f.problem:
-            raise UserError(f"text encoder {name}: {f.problem}")
-    keys = {key for f in shards for key in f.keys}
+            raise UserError(f"{where}: {f.problem}")
+    shapes = {key: f.header[key][1] for f in shards for key in f.keys}
     prefix = "language_model.model." if "text_config" in config else "model."
-    leaves = {k.split(".0.", 1)[1] for k in keys if k.startswith(f"{prefix}layers.0.")}
-    expected = {f"{prefix}layers.{i}.{leaf}" for i in range(layers) for leaf in leaves}
-    expected |= {f"{prefix}{k}.weight" for k in ("embed_tokens", "norm")}
-    missing = sorted(expected - keys)
-    if missing or not leaves:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        example = f"it has {min(keys)}" if keys else "it has no weights"
-        name = f"text encoder {name} lacks {missing[0] if missing else 'layers'}{more}"
-        raise UserError(f"{name}; {example}")
+    first, count = f"{prefix}layers.0.", sizes.get("num_hidden_layers") or 0
+    leaves = [key.removeprefix(first) for key in shapes if key.startswith(first)]
+    layers = [f"layers.{i}.{k}" for i in range(min(count, 999)) for k in leaves]
+    layers += ["norm.weight", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"]
+    lacks = [f"{prefix}{k}" for k in layers if f"{prefix}{k}" not in shapes]
+    if lacks:
+        example = f"it has {min(shapes)}" if shapes else "it has no weights"
+        some = f"{len(lacks)} tensors: {lacks[0]}, ..."
+        raise UserError(f"{where} lacks {some}; {example}")
+    width, found = sizes.get("hidden_size"), shapes[f"{prefix}norm.weight"]
+    if found != (width,):
+        raise UserError(f"{where}: hidden_size is {width}, but norm.weight is {found}")
+    for inner, (f, key) in model.parts["connectors"].items() if model else ():
+        states = f.header[key][1][-1]
+        if inner.endswith("aggregate_embed.weight") and states != width * (count + 1):
+            raise UserError(
+                f"{where} has {count} layers of {width}, this model was trained with "
+                f"another size: use {TEXT_ENCODER}"
+            )
 
 
 def fetch_text_encoder(name: str) -> Path:
