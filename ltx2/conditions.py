@@ -144,7 +144,7 @@ class GuideImage(ShowImage):
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
         image = source.image(self.path, self.crf, size)
-        return latents.Keyframe(image, self.frame, size.fps, self.strength)
+        return latents.Keyframe(image, self.frame, size.rate, self.strength)
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class ReferenceClip(Condition):
         smaller = size.divided(self.downscale)
         clip = source.clip(self.path, self.num_frames, smaller, self.slow)
         scale = self.downscale, self.slow
-        facts = clip, size.fps, self.strength, *scale, self.attention
+        facts = clip, size.rate, self.strength, *scale, self.attention
         return latents.Reference(*facts)
 
 
@@ -249,8 +249,18 @@ class NewKeyframes(Condition):
         return len(self.frames) * size.frame_tokens
 
     def load(self, size: Size, source: Streams) -> Conditioning:
-        where = self.frames, size.latent, size.fps
+        where = self.frames, size.latent, size.rate
         return latents.KeyframeSlots(*where, source.get("keyframes"))
+
+
+@dataclass(frozen=True)
+class KeepAudio(Condition):
+    """Keep the previous stage's audio."""
+
+    carried = True
+
+    def load(self, size: Size, source: Streams) -> Conditioning:
+        return latents.Freeze()
 
 
 @dataclass(frozen=True)
@@ -264,7 +274,7 @@ class PreviousAsReference(Condition):
         return size.tokens // self.downscale**2
 
     def load(self, size: Size, source: Streams) -> Conditioning:
-        return latents.Reference(source["smaller"], size.fps, 1.0, self.downscale)
+        return latents.Reference(source["smaller"], size.rate, 1.0, self.downscale)
 
 
 @dataclass(frozen=True)
@@ -279,10 +289,10 @@ class TileKeyframes(Condition):
 
     def load(self, size: Size, source: Streams) -> Conditioning:
         anchors = [
-            latents.Keyframe(still, frame, size.fps, ANCHOR_STRENGTH)
+            latents.Keyframe(still, frame, size.rate, ANCHOR_STRENGTH)
             for frame, still in self.tile.anchors(source["keyframes"])
         ]
-        where = self.tile.slots, size.latent, size.fps
+        where = self.tile.slots, size.latent, size.rate
         seeds = self.tile.seeds(source["video"])
         return in_order(*anchors, latents.KeyframeSlots(*where, seeds))
 

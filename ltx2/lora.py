@@ -271,12 +271,17 @@ class LoRALinear(nn.Module):
         return y + linear.bias if "bias" in linear else y
 
 
-def merge(w: mx.array, factors: Iterable[tuple[mx.array, mx.array, float]]) -> mx.array:
-    """W + sum of s B A, computed in float32 and rounded once to W's dtype, lazily."""
+def merge(
+    w: mx.array,
+    factors: Iterable[tuple[mx.array, mx.array, float]],
+    stored: Optional[mx.Dtype] = None,
+) -> mx.array:
+    """W + sum of s B A, computed in float32 and rounded once to the `stored` dtype of W
+    (None: its own), lazily: the reference adds LoRAs to the weights as stored."""
     total = w.astype(mx.float32)
     for a, b, s in factors:
         total = total + s * (b.astype(mx.float32) @ a.astype(mx.float32))
-    return total.astype(w.dtype)
+    return total.astype(stored or w.dtype).astype(w.dtype)
 
 
 def attach(
@@ -284,12 +289,14 @@ def attach(
     loras: Sequence[tuple[Lora, float]],
     read: Optional[Callable[[list[str]], dict[str, mx.array]]] = None,
     prefix: str = "",
+    stored: Optional[mx.Dtype] = None,
 ) -> None:
     """Add LoRAs, each with a strength, to the model in place of those attached before.
 
     They are added to the weights of unquantized layers; quantized ones become a
     LoRALinear. To remove LoRAs from weights, these are read again: `read(keys)` returns
     weights of the base. With a `prefix`, the model is a part of the checked one.
+    `stored` is the dtype of the checkpoint, to which sums are rounded.
     """
     layers, changes = linear_layers(model, prefix), {}
     for lora, strength in loras:
@@ -307,7 +314,7 @@ def attach(
     for path, factors in changes.items():
         layer = replaced.get(path, layers[path])
         if type(layer) is nn.Linear:
-            layer.weight = merge(layer.weight, factors)
+            layer.weight = merge(layer.weight, factors, stored)
             layer.__class__ = FusedLinear
             continue
         a, b = zip(*(pair[:2] for pair in factors))

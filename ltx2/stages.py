@@ -34,7 +34,7 @@ PARTS = {  # that a job needs for all, or for a stream
     "video": ("vae",),
     "audio": ("audio_vae", "vocoder"),
 }
-OWN = None  # the model's: a dev model's by its steps
+OWN = None  # a distilled model's schedule, or a dev model's by its steps
 
 
 class Row(NamedTuple):
@@ -42,35 +42,42 @@ class Row(NamedTuple):
 
     size: str  # "small": divided by the upsampler's scale, "full", "doubled" in rate
     sigmas: Optional[tuple[float, ...]]
-    sampler: Optional[str]
+    sampler: str
     guided: bool
     distilled_lora: float  # times its strength; 0: without
     upsampler: Optional[str]  # the axis it first enlarges
     final: tuple[str, ...]  # streams that the result takes from it
-    keyframes: bool  # generates keyframes
+    keyframes: bool = True  # generates keyframes
+    keeps_audio: bool = False  # of the stage before
 
 
+ANCESTRAL = "ancestral"  # euler, before LTX-2.5
+VIDEO, AUDIO = ("video",), ("audio",)
 # fmt: off
 MODES = {
-    "one": (Row("full", OWN, OWN, True, 0, None, BOTH, True),),
+    "one": (Row("full", OWN, "euler", True, 0, None, BOTH),),
     "two": (
-        Row("small", OWN, OWN, True, 0, None, (), True),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", BOTH, False),
+        Row("small", OWN, ANCESTRAL, True, 0, None, ()),
+        Row("full", REFINE_SIGMAS, ANCESTRAL, False, 1, "spatial", BOTH),
+    ),
+    "two with a reference": (
+        Row("small", OWN, "euler", True, 0, None, ()),
+        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", BOTH),
     ),
     "two of a dev model": (  # whose refining does not improve the sound
-        Row("small", OWN, OWN, True, 0, None, ("audio",), True),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ("video",), False),
+        Row("small", OWN, "euler", True, 0, None, AUDIO),
+        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", VIDEO, True, True),
     ),
     "hq": (
-        Row("small", OWN, "res_2s", True, 0.25, None, ("audio",), True),
-        Row("full", REFINE_SIGMAS, "res_2s", False, 0.5, "spatial", ("video",), False),
+        Row("small", OWN, "res_2s", True, 0.25, None, AUDIO),
+        Row("full", REFINE_SIGMAS, "res_2s", False, 0.5, "spatial", VIDEO, False),
     ),
     "dfr": (
-        Row("small", DISTILLED_SIGMAS, "euler", False, 1, None, ("audio",), True),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ("video",), True),
+        Row("small", DISTILLED_SIGMAS, "euler", False, 1, None, AUDIO),
+        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", VIDEO),
     ),
 }
-DOUBLED = Row("doubled", REFINE_SIGMAS, "euler", False, 1, "temporal", ("video",), False)
+DOUBLED = Row("doubled", REFINE_SIGMAS, "euler", False, 1, "temporal", VIDEO, False)
 # fmt: on
 TILE_SIGMAS, TILE_SAMPLER = DISTILLED_SIGMAS[4:], "euler_half_ancestral"
 
@@ -312,8 +319,11 @@ class Planner:
         check_step("height", r.height, multiple, low, high)
         check_step("width", r.width, multiple, low, high)
         check_step("num_frames", r.num_frames, TIME_SCALE, 1, MAX_FRAMES, plus=1)
-        most = max(r.num_frames - 2, 0)
-        check_range("generated_keyframes", r.generated_keyframes, 0, most)
+        keyframes, most = r.generated_keyframes, max(r.num_frames - 2, 0)
+        if isinstance(keyframes, tuple):
+            most = r.num_frames - 1
+        for value in keyframes if isinstance(keyframes, tuple) else (keyframes,):
+            check_range("generated_keyframes", value, 0, most)
         check_range("fps", r.fps, 1, 120)
         for image in r.images:
             image.index(r.num_frames, r.fps)
@@ -443,22 +453,27 @@ class Planner:
     def stages(self, guidance: Mapping[str, Guidance]) -> Iterator[Stage]:
         """The stages by the rows of the mode."""
         r, mode = self.r, self.mode
-        if mode == "two" and not self.distilled and not r.keyframes:
+        if mode == "two" and (r.has_reference or r.keyframes and not self.distilled):
+            mode = "two with a reference"
+        elif mode == "two" and not self.distilled:
             mode = "two of a dev model"
-        frames = r.num_frames
-        keyframes = evenly_spaced(r.generated_keyframes, frames)
+        frames, keyframes = r.num_frames, r.generated_keyframes
+        if isinstance(keyframes, int):
+            keyframes = evenly_spaced(keyframes, frames)
         if mode == "dfr":
             frames, keyframes = windows.canvas(frames)
         sound = audio_tokens(frames, r.fps) * ("audio" in self.streams)
-        full = Size(r.width, r.height, frames, r.fps, sound)
+        full = Size(r.width, r.height, frames, r.fps, sound, r.conditioned_fps)
         small, doubled = full.divided(self.scale), full.doubled()
         sizes = {"small": small, "full": full, "doubled": doubled}
-        ancestral = self.distilled and self.checkpoint.version >= (2, 5)
+        ancestral = self.checkpoint.version >= (2, 5)
         axis = {"spatial": self.upsampler, "temporal": "temporal_upsampler"}
         rows = MODES[mode] + (DOUBLED,) * r.temporal_upsample
         for n, row in enumerate(rows, 1):
             first, size = n == 1, sizes[row.size]
-            sampler = row.sampler or ("euler_ancestral" if ancestral else "euler")
+            sampler = row.sampler
+            if sampler == ANCESTRAL:
+                sampler = "euler_ancestral" if ancestral else "euler"
             sigmas = self.sigmas(size) if first else row.sigmas
             yield Stage(
                 f"stage{n}",
@@ -471,7 +486,7 @@ class Planner:
                 r.step_cache if first else 0.0,
                 self.loras(n, row.distilled_lora),
                 axis.get(row.upsampler),
-                self.conditions(n, size, keyframes if row.keyframes else ()),
+                self.conditions(n, size, row, keyframes),
                 row.final,
             )
         for round_ in range(1, r.temporal_rounds + 1):
@@ -511,12 +526,14 @@ class Planner:
         return (*loras, *((r.detailing_lora,) if r.detailing_lora and n == 2 else ()))
 
     def conditions(
-        self, n: int, size: Size, keyframes: tuple[int, ...]
+        self, n: int, size: Size, row: Row, keyframes: tuple[int, ...]
     ) -> dict[str, tuple[Condition, ...]]:
         """The conditions of stage `n` by stream, in the reference's order."""
         r, clip = self.r, (self.r.video, self.clip_frames)
         video = list(self.images(size, round(size.fps / r.fps)))
-        audio = [conditions.HoldSound(r.audio, r.audio_start)] if r.audio else []
+        audio = [conditions.KeepAudio()] if row.keeps_audio else []
+        if r.audio:
+            audio = [conditions.HoldSound(r.audio, r.audio_start)]
         for stream, items in zip(self.clip_streams, (video, audio)):
             if r.extend is not None:
                 items.append(conditions.HoldClip(*clip, stream, r.extend < 0))
@@ -527,7 +544,7 @@ class Planner:
             weights = r.reference_strength, r.reference_attention
             scale = self.reference_scale()
             video.append(conditions.ReferenceClip(*clip, *weights, *scale))
-        if keyframes:
+        if keyframes and row.keyframes:
             video.append(conditions.NewKeyframes(keyframes))
         if r.detailing_lora and n == 2:
             factor, _ = reference_factors([r.detailing_lora], self.files)
