@@ -8,7 +8,6 @@ where the iterator ends. The frames do not depend on how a clip is cut into chun
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any, Callable, Iterator, Optional, Union
 import mlx.core as mx
 import mlx.nn as nn
 
-from .base import Config, Trace, UserError, traced
+from .base import Config, Trace, UserError, note, traced
 from .conv import conv3d
 from .layers import (
     Component,
@@ -483,9 +482,7 @@ def latent_groups(chunks: Chunks) -> Chunks:
                 "both sides must be divisible by 32"
             )
         if len(group) < size:
-            warnings.warn(
-                f"the last {len(group)} frames are left out: the number must be 8k + 1"
-            )
+            note(f"the last {len(group)} frames are left out: not 8k + 1")
             return
         yield mx.concatenate(group, axis=1)
         size = 8

@@ -418,7 +418,7 @@ def test_a_file_that_is_not_a_lora_is_refused(tmp_path, content, message):
 def test_an_adapter_with_a_strange_configuration_is_refused(tmp_path, config):
     metadata = {"lora_adapter_metadata": config}
     mx.save_safetensors(str(tmp_path / "x.safetensors"), pair(), metadata)
-    with pytest.raises(UserError, match="x.safetensors: (its conf|this kind|alpha of)"):
+    with pytest.raises(UserError, match="LoRA .*x.safetensors[: ]"):
         Lora.read(tmp_path / "x.safetensors")
 
 
