@@ -34,7 +34,7 @@ UNSUPPORTED = {
     r".*\.lora_mid\.weight": "has convolutions",
     r".*\.diff": "replaces weights",
 }
-# Modules that diffusers has renamed: the official names and its own
+# Modules that diffusers has renamed: the official names and those
 DIFFUSERS_NAMES = {
     "patchify_proj": "proj_in",
     "audio_patchify_proj": "audio_proj_in",
@@ -193,7 +193,7 @@ class Adapter:
 
     @classmethod
     def read(cls, path: Path, metadata: dict[str, str]) -> Adapter:
-        """From peft's own file, or the metadata of diffusers, kohya and others."""
+        """From peft's file, or the metadata of diffusers, kohya and others."""
         text, file = (
             metadata.get("lora_adapter_metadata", "{}"),
             path.parent / PEFT_CONFIG,

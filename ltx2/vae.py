@@ -490,7 +490,7 @@ def latent_groups(chunks: Chunks) -> Chunks:
 
 def encoder_alone(section: dict[str, Any]) -> dict[str, Any]:
     """The `vae` section of an encoder whose VAE has a diffusion decoder."""
-    own = {k: v for k, v in section["encoder"].items() if k != "out_channels"}
-    own["encoder_blocks"] = own.pop("blocks")
+    config = {k: v for k, v in section["encoder"].items() if k != "out_channels"}
+    config["encoder_blocks"] = config.pop("blocks")
     channels = section["latent_channels"]
-    return own | {"latent_channels": channels, "timestep_conditioning": False}
+    return config | {"latent_channels": channels, "timestep_conditioning": False}

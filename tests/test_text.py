@@ -263,13 +263,13 @@ def test_bfloat16_stays_close_to_float32(checkpoint, connectors, name, encoder):
 
 @pytest.mark.parametrize("bits, least", [(8, 0.995), (4, 0.9)])
 def test_a_quantized_encoder_stays_close(checkpoint, tmp_path, bits, least):
-    whole = checkpoint("gemma3", text_config={"hidden_size": 64, "head_dim": 32})
-    folder = shutil.copytree(whole, tmp_path / "gemma")
+    source = checkpoint("gemma3", text_config={"hidden_size": 64, "head_dim": 32})
+    folder = shutil.copytree(source, tmp_path / "gemma")
     config = json.loads((folder / "config.json").read_text())
     how = {"group_size": 32, "bits": bits}
     (folder / "config.json").write_text(json.dumps(config | {"quantization": how}))
     tensors = {}
-    for key, w in mx.load(str(whole / "model.safetensors")).items():
+    for key, w in mx.load(str(source / "model.safetensors")).items():
         if w.ndim == 2 and key.startswith("language_model."):
             path = key.removesuffix("weight")
             parts = mx.quantize(w, **how)
@@ -278,6 +278,6 @@ def test_a_quantized_encoder_stays_close(checkpoint, tmp_path, bits, least):
         else:
             tensors[key] = w
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
-    [exact], [rounded] = (TextEncoder(f)([FOX]) for f in (whole, folder))
+    [exact], [rounded] = (TextEncoder(f)([FOX]) for f in (source, folder))
     for a, b in zip(rounded, exact):
         assert cosine(a, b) > least
