@@ -130,6 +130,17 @@ def test_frames_do_not_depend_on_how_latents_are_chunked(model):
         assert relative_error(streamed, expected) < 1e-5
 
 
+def test_a_gpu_decodes_small_frames_in_chunks(model, monkeypatch):
+    latents, noise = draw(model, 3)
+    sizes, expected = [], model.decode(latents, **noise)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    note = lambda name, x: sizes.append(x.shape[1])
+    frames = [*model.decode_stream(latents, **noise, trace=note)]
+    assert {x.shape for x in frames} == {(1, 1, 64, 64, 3)}
+    assert relative_error(joined(iter(frames)), expected) < 1e-5
+    assert max(sizes) == 4
+
+
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_the_first_latent_is_one_frame_and_each_other_eight(model, frames):
     latents, noise = draw(model, frames)
