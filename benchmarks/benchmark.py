@@ -117,7 +117,7 @@ def step(model, size, names=("cond",)):
     )
     passes = guidance_passes(default_guidance(source))
     texts = model.project_text([contexts, negative])
-    mx.eval(texts, [s.latent for s in streams], ropes)
+    mx.eval(contexts, negative, [s.latent for s in streams], ropes)  # not texts: slow
     return lambda: model(*streams, texts, [passes[name] for name in names])
 
 

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import hub, weights
-from .base import Trace, UserError
+from .base import Trace
 from .cache import ContextCache
 from .dit import Block, DiT, DiTConfig, StreamedBlocks, build_blocks
 from .guidance import Contexts
@@ -109,9 +109,12 @@ class Components:
         """The text encoder's weights, if they are not among the model's own."""
         packed = self.checkpoint.version >= weights.GEMMA_4
         files = [] if packed else weights.text_encoder_files(self.text_encoder)
-        if not packed and "config.json" not in (f.name for f in files):
-            raise UserError(f"text encoder {self.text_encoder} has no config.json")
         return [f for f in files if f.name.endswith(".safetensors")]
+
+    def check_text_encoder(self) -> None:
+        """UserError unless the text encoder is complete and of the model's size."""
+        if self.checkpoint.version < weights.GEMMA_4:
+            weights.check_text_encoder(self.text_encoder, self.checkpoint)
 
     def contexts(
         self, prompts: Sequence[str], trace: Optional[Trace]
@@ -135,12 +138,6 @@ class Components:
         else:
             folder = weights.fetch_text_encoder(self.text_encoder)
             encoder = TextEncoder(folder, self._text_dtype, low_memory=True)
-            config = self.checkpoint.load("connectors", lazy=True).config
-            if encoder.width != config.caption_channels * config.encoder_states:
-                raise UserError(
-                    f"text encoder {self.text_encoder} has a different size from the "
-                    "one this model was trained with: use Gemma 3 12B"
-                )
         states = encoder(prompts, trace)
         mx.eval(states)
         del encoder

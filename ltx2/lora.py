@@ -102,6 +102,11 @@ class Lora:
             factors[module] = a, b
         return cls(path.name, factors, metadata, alphas)
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all factors."""
+        return sum(a.nbytes + b.nbytes for a, b in self.factors.values())
+
     def check(self, model: nn.Module) -> None:
         """Rename the factors' modules to the model's. Raises UserError unless each pair
         fits a linear layer of it."""

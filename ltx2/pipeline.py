@@ -25,10 +25,8 @@ from .snapshot import Snapshot, as_json
 from .stages import Job, plan
 from .text import enhance
 
-__all__ = [
-    *("Event", "Frames", "Phase", "Result", "Step", "seeded_noise"),  # from run.py
-    *("Pipeline", "load"),
-]
+__all__ = ["Event", "Frames", "Phase", "Result", "Step", "seeded_noise"]  # of run.py
+__all__ += ["Pipeline", "load"]
 
 
 class Pipeline(Components):
@@ -37,11 +35,14 @@ class Pipeline(Components):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.inputs = InputFiles()
+        self._checked: set[str] = set()  # components that fit their configuration
 
     def plan(self, request: Request) -> Job:
         """What a request means with this model and its input files, and the memory it
         takes; UserError if it cannot be done. No weights are read."""
         job = plan(request, self.checkpoint, self.inputs)
+        self.checkpoint.check(*(set(job.components) - self._checked))
+        self._checked |= set(job.components)
         files = {file.path for stage in job.stages for file in stage.loras}
         if files:
             model = self.checkpoint.load("transformer", self.dtype, lazy=True)
@@ -78,6 +79,7 @@ class Pipeline(Components):
             parts = [self._estimate(job, count) for job in jobs]
             found = memory.joined(parts, self.low_memory)
         if text and self.machines.rank == 0:
+            self.check_text_encoder()
             prompts = {prompt for job in jobs for prompt in job.prompts}
             need = self._estimator.text(len(prompts), self._encoder_files())
             found = memory.joined([found], self.low_memory, {"text": need})

@@ -29,6 +29,11 @@ MAX_FRAMES, MAX_SIDE = 2049, 4096
 AUTO_DURATION = (1.0, 20.0)  # seconds, the reference's
 DECODERS = {"conv": "vae", "diffusion": "diffusion_decoder"}
 BOTH = ("video", "audio")
+PARTS = {  # that a job needs for all, or for a stream
+    "all": ("transformer", "connectors"),
+    "video": ("vae",),
+    "audio": ("audio_vae", "vocoder"),
+}
 OWN = None  # the model's: a dev model's by its steps
 
 
@@ -97,6 +102,13 @@ class Job:
         rate = 2 ** (r.temporal_rounds + r.temporal_upsample)
         frames = (r.num_frames - 1) * rate + 1
         return replace(self.stages[-1].size, num_frames=frames, fps=r.fps * rate)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components that it needs, but for the text encoder."""
+        parts = [p for stream in ("all", *self.streams) for p in PARTS[stream]]
+        parts += [s.upsampler for s in self.stages if s.upsampler]
+        return *parts, *((self.decoder,) if "video" in self.streams else ())
 
     @property
     def has_media_inputs(self) -> bool:
@@ -170,11 +182,11 @@ class Planner:
         for fault, message in self.faults(unmet):
             if fault:
                 raise UserError(message)
-        needed = {"transformer", "connectors"}
-        needed |= {"vae"} if "video" in self.streams else set()
-        needed |= {"audio_vae", "vocoder"} if "audio" in self.streams else set()
-        needed |= {"gemma"} if self.checkpoint.text_encoder == "gemma" else set()
-        self.checkpoint.require(*sorted(needed))
+        self.checkpoint.require(
+            *PARTS["all"], *(p for s in self.streams for p in PARTS[s])
+        )
+        if self.checkpoint.text_encoder == "gemma":
+            self.checkpoint.require("gemma")
         for lora in r.loras:
             stages = 1 if self.mode == "one" else 2
             if lora.stage not in (None, *range(1, stages + 1)):

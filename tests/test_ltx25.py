@@ -280,7 +280,7 @@ def test_defaults(source, pipe):
     assert len(plan(Request("a fox", num_frames=9), dev).stages[0].sigmas) == 31
 
 
-def test_the_prompt_tells_the_length(pipe, golden, recwarn):
+def test_the_prompt_tells_the_length(pipe, golden, caplog):
     [prompt] = contexts = texts(golden)
     request = Request(prompt, height=64, width=64, stages="one", auto_duration=(0, 0.4))
     assert "up to 9 frames" in generate.describe(pipe, pipe.plan(request))
@@ -288,7 +288,7 @@ def test_the_prompt_tells_the_length(pipe, golden, recwarn):
     assert job.request.auto_duration == (1, 20) and job.stages[0].size.num_frames == 473
     *_, result = pipe.stream(request, contexts=contexts)
     assert result.request.num_frames == len(result.video_latents) * 8 - 7
-    [note] = [str(w.message) for w in recwarn if "the prompt needs" in str(w.message)]
+    [note] = [m for m in caplog.messages if "the prompt needs" in m]
     assert note.startswith(f"{result.request.num_frames} frames, ")
     assert pipe.plan(job.request) == job
     with pytest.raises(UserError, match="auto_duration cannot be combined with video"):
