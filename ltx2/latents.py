@@ -336,6 +336,7 @@ class Reference:
     downscale_factor: int = 1
     temporal_scale_factor: int = 1
     visibility: float | np.ndarray = 1.0
+    skip: int = 0  # latent frames that are left out, the others keep their places
 
     def __call__(self, state: LatentState) -> LatentState:
         _, frames, height, width, _ = self.latents.shape
@@ -345,7 +346,8 @@ class Reference:
         if slow != 1:
             late = np.float32((slow - 1) / self.fps)
             bounds[0] = np.maximum(bounds[0] * np.float32(slow) - late, 0)
-        tokens = video_tokens(self.latents)
+        bounds = bounds[:, self.skip * height * width :]
+        tokens = video_tokens(self.latents[:, self.skip :])
         visible = np.broadcast_to(
             np.asarray(self.visibility, np.float32), tokens.shape[1]
         )

@@ -108,6 +108,16 @@ class Request:
         excludes="video audio",
     )
     fps: Optional[float] = ask("(default: 24, or the clip's)")
+    chunk_frames: Optional[int] = ask(
+        "make a long video in windows of this many frames (97 if one of the next two is "
+        "passed)",
+        modes="one two",
+        excludes="retake extend audio_only temporal_upsample",
+    )
+    carry_frames: int = ask("frames that a window carries to the next", 25)
+    blend_frames: Optional[int] = ask(
+        "of them, frames that are blended, 0 is a hard cut (default: all)"
+    )
     conditioned_fps: Optional[float] = ask(
         "frame rate that the model is told, for the speed of motion (default: fps)",
         between=(1, 240),
@@ -280,7 +290,7 @@ class Request:
     )
 
     GROUPS = {
-        "output": "prompt height width num_frames auto_duration fps conditioned_fps no_audio audio_only "
+        "output": "prompt height width num_frames auto_duration fps conditioned_fps chunk_frames carry_frames blend_frames no_audio audio_only "
         "video_decoder decode_bias",
         "inputs": "images keyframes image_crf audio video retake retake_streams extend "
         "reference_strength reference_attention loras distilled_lora detailing_lora",

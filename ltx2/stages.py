@@ -10,12 +10,18 @@ from typing import Any, Iterator, Mapping, NamedTuple, Optional
 
 from . import conditions, media, windows
 from .base import UserError
-from .conditions import Condition, InputFiles, Stage
+from .conditions import WHOLE_CLIP, Condition, InputFiles, Stage
 from .duration import whole_frames
 from .guidance import Guidance
-from .latents import SPACE_SCALE, TIME_SCALE, Size, audio_tokens, evenly_spaced
+from .latents import (
+    AUDIO_TOKENS_PER_SECOND,
+    SPACE_SCALE,
+    TIME_SCALE,
+    Size,
+    audio_tokens,
+)
 from .memory import MemoryPlan
-from .options import check, check_choice, check_range, check_step
+from .options import check, check_choice, check_range, check_step, is_set
 from .request import LoraFile, Request
 from .sampling import DISTILLED_SIGMAS, REFINE_SIGMAS, shifted_sigmas
 from .weights import Checkpoint
@@ -111,6 +117,11 @@ class Job:
         return replace(self.stages[-1].size, num_frames=frames, fps=r.fps * rate)
 
     @property
+    def windows(self) -> list[windows.Window]:
+        """The windows it is made in."""
+        return list(dict.fromkeys(stage.window for stage in self.stages))
+
+    @property
     def components(self) -> tuple[str, ...]:
         """The components that it needs, but for the text encoder."""
         parts = [p for stream in ("all", *self.streams) for p in PARTS[stream]]
@@ -141,7 +152,7 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
             f"{r.num_frames} frames at {r.fps:g} fps are too short for audio: increase "
             "num_frames or set no_audio"
         )
-    if frames != r.num_frames and r.auto_duration is None:
+    if p.mode == "dfr" and frames != r.num_frames and r.auto_duration is None:
         p.notes.append(
             f"{frames} frames are generated, in whole segments between keyframes, and "
             f"cut to {r.num_frames}"
@@ -457,26 +468,62 @@ class Planner:
             mode = "two with a reference"
         elif mode == "two" and not self.distilled:
             mode = "two of a dev model"
-        frames, keyframes = r.num_frames, r.generated_keyframes
-        if isinstance(keyframes, int):
-            keyframes = evenly_spaced(keyframes, frames)
+        rows = MODES[mode] + (DOUBLED,) * r.temporal_upsample
         if mode == "dfr":
-            frames, keyframes = windows.canvas(frames)
+            frames, keyframes = windows.canvas(r.num_frames)
+            full = self.full_size(frames)
+            yield from self.window(rows, guidance, full, WHOLE_CLIP, keyframes)
+            yield from self.tile_stages(len(rows), full, keyframes)
+            return
+        incoming: tuple[int, ...] = ()
+        for window in self.windows():
+            keyframes = window.keyframes(r.generated_keyframes)
+            full = self.full_size(window.num_frames)
+            yield from self.window(rows, guidance, full, window, keyframes, incoming)
+            incoming = window.handed_on(keyframes)
+
+    def full_size(self, frames: int) -> Size:
+        """The size of the result with so many frames."""
+        r = self.r
         sound = audio_tokens(frames, r.fps) * ("audio" in self.streams)
-        full = Size(r.width, r.height, frames, r.fps, sound, r.conditioned_fps)
+        return Size(r.width, r.height, frames, r.fps, sound, r.conditioned_fps)
+
+    def windows(self) -> list[windows.Window]:
+        """The windows that a long video is made in, one if nothing of them is set."""
+        r = self.r
+        names = ("chunk_frames", "carry_frames", "blend_frames")
+        if not any(is_set(r, name) for name in names):
+            return [windows.Window(0, r.num_frames)]
+        chunk = 97 if r.chunk_frames is None else r.chunk_frames
+        blend = r.carry_frames if r.blend_frames is None else r.blend_frames
+        check_step("chunk_frames", chunk, TIME_SCALE, 25, MAX_FRAMES, plus=1)
+        check_step("carry_frames", r.carry_frames, TIME_SCALE, 17, chunk - 8, plus=1)
+        check_range("blend_frames", blend, 0, r.carry_frames)
+        return windows.divide(r.num_frames, chunk, r.carry_frames, blend)
+
+    def window(
+        self,
+        rows: tuple[Row, ...],
+        guidance: Mapping[str, Guidance],
+        full: Size,
+        window: windows.Window,
+        keyframes: tuple[int, ...],
+        incoming: tuple[int, ...] = (),
+    ) -> Iterator[Stage]:
+        """The stages of one window, by rows; with `keyframes` that it generates and
+        `incoming` ones from the window before."""
+        r, version = self.r, self.checkpoint.version
         small, doubled = full.divided(self.scale), full.doubled()
         sizes = {"small": small, "full": full, "doubled": doubled}
-        ancestral = self.checkpoint.version >= (2, 5)
         axis = {"spatial": self.upsampler, "temporal": "temporal_upsampler"}
-        rows = MODES[mode] + (DOUBLED,) * r.temporal_upsample
         for n, row in enumerate(rows, 1):
             first, size = n == 1, sizes[row.size]
             sampler = row.sampler
             if sampler == ANCESTRAL:
-                sampler = "euler_ancestral" if ancestral else "euler"
+                sampler = "euler_ancestral" if version >= (2, 5) else "euler"
             sigmas = self.sigmas(size) if first else row.sigmas
             yield Stage(
-                f"stage{n}",
+                f"{window.prefix}stage{n}",
                 size,
                 sigmas,
                 r.sampler if first and r.sampler else sampler,
@@ -486,10 +533,17 @@ class Planner:
                 r.step_cache if first else 0.0,
                 self.loras(n, row.distilled_lora),
                 axis.get(row.upsampler),
-                self.conditions(n, size, row, keyframes),
+                self.conditions(n, size, row, window, keyframes, incoming),
                 row.final,
+                window=window,
+                first=first,
             )
-        for round_ in range(1, r.temporal_rounds + 1):
+
+    def tile_stages(
+        self, n: int, full: Size, keyframes: tuple[int, ...]
+    ) -> Iterator[Stage]:
+        """The tiles of dfr's rounds, after `n` stages."""
+        for round_ in range(1, self.r.temporal_rounds + 1):
             # The keyframes of the round before are every other one of this round's.
             segments = len(keyframes) * 2 ** (round_ - 1)
             for tile in windows.tiles(segments, 2 * keyframes[0], 2**round_):
@@ -512,6 +566,7 @@ class Planner:
             conditions={"video": (*images, conditions.TileKeyframes(tile))},
             final=("video",),
             part=tile,
+            first=False,
         )
 
     def loras(self, n: Optional[int], distilled: float) -> tuple[LoraFile, ...]:
@@ -526,14 +581,26 @@ class Planner:
         return (*loras, *((r.detailing_lora,) if r.detailing_lora and n == 2 else ()))
 
     def conditions(
-        self, n: int, size: Size, row: Row, keyframes: tuple[int, ...]
+        self,
+        n: int,
+        size: Size,
+        row: Row,
+        window: windows.Window,
+        keyframes: tuple[int, ...],
+        incoming: tuple[int, ...],
     ) -> dict[str, tuple[Condition, ...]]:
         """The conditions of stage `n` by stream, in the reference's order."""
         r, clip = self.r, (self.r.video, self.clip_frames)
-        video = list(self.images(size, round(size.fps / r.fps)))
+        carried_in = window.carried_in
+        owned = window.owned if carried_in else range(r.num_frames)
+        rate = round(size.fps / r.fps)
+        video = list(self.images(size, rate, window.start * rate, owned))
         audio = [conditions.KeepAudio()] if row.keeps_audio else []
         if r.audio:
-            audio = [conditions.HoldSound(r.audio, r.audio_start)]
+            skip = round(window.start / r.fps * AUDIO_TOKENS_PER_SECOND)
+            audio = [conditions.HoldSound(r.audio, r.audio_start, skip)]
+        if carried_in:
+            audio.append(conditions.Carried("audio", f"stage{n}"))
         for stream, items in zip(self.clip_streams, (video, audio)):
             if r.extend is not None:
                 items.append(conditions.HoldClip(*clip, stream, r.extend < 0))
@@ -541,23 +608,34 @@ class Planner:
                 span = r.retake if stream in r.retake_streams else None
                 items.append(conditions.RetakeClip(*clip, stream, span))
         if r.has_reference and n == 1:
+            frames = min(self.clip_frames - window.start, size.num_frames)
             weights = r.reference_strength, r.reference_attention
-            scale = self.reference_scale()
-            video.append(conditions.ReferenceClip(*clip, *weights, *scale))
+            facts = r.video, frames, *weights, *self.reference_scale(), window
+            video.append(conditions.ReferenceClip(*facts))
         if keyframes and row.keyframes:
             video.append(conditions.NewKeyframes(keyframes))
+        if incoming and row.keyframes:
+            video.append(conditions.CarriedKeyframes(incoming, f"stage{n}"))
+        if carried_in:
+            video.append(conditions.Carried("video", f"stage{n}"))
         if r.detailing_lora and n == 2:
             factor, _ = reference_factors([r.detailing_lora], self.files)
             video.append(conditions.PreviousAsReference(max(factor, 2)))
         both = {"video": tuple(video), "audio": tuple(audio)}
         return {stream: both[stream] for stream in self.streams}
 
-    def images(self, size: Size, rate: int, first: int = 0) -> Iterator[Condition]:
-        """The images of a stage at `rate` times the frame rate, from frame `first` on."""
+    def images(
+        self, size: Size, rate: int, first: int = 0, owned: Optional[range] = None
+    ) -> Iterator[Condition]:
+        """The images of a stage at `rate` times the frame rate, from frame `first` on;
+        those at frames that it `owned` (None: all)."""
         r, crf = self.r, 18 if self.checkpoint.version >= (2, 4) else 33
         crf = crf if r.image_crf is None else r.image_crf
         for image in r.images:
-            frame = image.index(r.num_frames, r.fps) * rate - first
+            index = image.index(r.num_frames, r.fps)
+            frame = index * rate - first
+            if owned is not None and index not in owned:
+                continue
             source = image.path, image.strength, crf
             if frame == 0 and not r.keyframes:
                 yield conditions.ShowImage(*source)

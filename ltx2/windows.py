@@ -1,4 +1,7 @@
-"""Parts of a video that are denoised one after the other: dfr's segments and tiles.
+"""Parts of a video that are denoised one after the other.
+
+A long video is made in windows: each carries the last latents of the one before, and
+decoded frames of the overlap are blended.
 
 dfr (detail-fidelity rendering) pads a video to a canvas of segments that end in
 keyframes. Each round refines it at twice the frame rate in tiles of whole segments.
@@ -6,14 +9,129 @@ keyframes. Each round refines it at twice the frame rate in tiles of whole segme
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from typing import Callable, Iterator
 
 import mlx.core as mx
+import numpy as np
 
-from .latents import TIME_SCALE, Size, Streams, latent_frames
+from .latents import (
+    TIME_SCALE,
+    Size,
+    Streams,
+    audio_tokens,
+    evenly_spaced,
+    latent_frames,
+)
 
 SEGMENTS = (32, 24)  # pixel frames from keyframe to keyframe
 MAX_FPS = 60.0  # of positions: above, a latent would be shorter than any in training
+
+
+@dataclass(frozen=True)
+class Window:
+    """Frames [start, start + num_frames) of a video; the first `carried_in` of them are
+    the window's before, the last `carried_out` are carried on, `blended_out` blended.
+    """
+
+    start: int
+    num_frames: int
+    carried_in: int = 0
+    carried_out: int = 0
+    blended_out: int = 0
+    prefix: str = ""  # of its stages' names and noises
+
+    @property
+    def owned(self) -> range:
+        """The frames that only this window makes."""
+        return range(self.start + self.carried_in, self.start + self.num_frames)
+
+    @property
+    def own_frames(self) -> int:
+        return self.num_frames - self.carried_in
+
+    def keyframes(self, places: int | tuple[int, ...]) -> tuple[int, ...]:
+        """Where it generates keyframes, by its own frames: evenly in what it owns, one
+        of them at its end if another window follows; or at frames of the video."""
+        if not isinstance(places, tuple):
+            count, at_end = places, bool(self.carried_out) and places > 0
+            even = evenly_spaced(count - at_end, self.own_frames)
+            places = [self.owned[i] for i in even] + [self.owned[-1]] * at_end
+        return tuple(frame - self.start for frame in places if frame in self.owned)
+
+    def handed_on(self, keyframes: tuple[int, ...]) -> tuple[int, ...]:
+        """Where the next window has these keyframes, by its own frames."""
+        first = self.num_frames - self.carried_out
+        return tuple(frame - first for frame in keyframes if frame >= first)
+
+
+def divide(num_frames: int, chunk: int, carry: int, blend: int) -> list[Window]:
+    """The windows of a video: one if it fits in `chunk` frames, else full ones and a
+    last one of what is left."""
+    if num_frames <= chunk:
+        return [Window(0, num_frames)]
+    lengths = [latent_frames(n) for n in (num_frames, chunk, carry)]
+    total, size, overlap = lengths
+    full, rest = divmod(total - size, size - overlap)
+    frames = [chunk] * (1 + full) + [(overlap + rest - 1) * TIME_SCALE + 1] * bool(rest)
+    windows, end = [], 0
+    for n, length in enumerate(frames):
+        carried = carry if n else 0
+        out = (carry, blend) if n + 1 < len(frames) else (0, 0)
+        windows.append(Window(end - carried, length, carried, *out, f"chunk{n}."))
+        end += length - carried
+    return windows
+
+
+def carried_tokens(window: Window, fps: float, out: bool = False) -> int:
+    """Audio tokens that are carried into a window, or out of it."""
+    frames = window.carried_out if out else window.carried_in
+    return max(1, audio_tokens(frames, fps)) if frames else 0
+
+
+def blended(
+    windows: list[Window], decode: Callable[[Window], Iterator[mx.array]]
+) -> Iterator[mx.array]:
+    """The frames (1, n, H, W, 3) of all windows in order; those that two windows have
+    are blended, weighted by their place."""
+    waiting: deque[mx.array] = deque()  # the last frames of the window before
+    for window in windows:
+        place, count = 0, len(waiting)
+        for frames in decode(window):
+            if len(windows) == 1:
+                yield frames
+                continue
+            for frame in mx.split(frames, frames.shape[1], axis=1):
+                if window.carried_in - count <= place < window.carried_in:
+                    weight = (place - window.carried_in + count + 1) / (count + 1)
+                    yield waiting.popleft() * (1 - weight) + frame * weight
+                elif place >= window.num_frames - window.blended_out:
+                    waiting.append(mx.contiguous(frame))
+                    mx.eval(waiting[-1])
+                elif place >= window.carried_in:
+                    yield frame
+                place += 1
+
+
+def crossfaded(
+    pieces: list[np.ndarray], windows: list[Window], fps: float, rate: int
+) -> np.ndarray:
+    """The waveforms (samples, channels) of all windows as one. What a window owns is
+    kept, and up to 40 ms more where frames are blended, to fade in (constant power)."""
+    done, waiting = [], pieces[0][:0]
+    for wave, window in zip(pieces, windows):
+        own = min(len(wave), round(window.own_frames / fps * rate))
+        kept = wave[-(own + min(round(0.04 * rate), len(waiting))) :]
+        fade = len(kept) - own
+        if fade:
+            t = np.linspace(0, np.pi / 2, fade, dtype=np.float32)[:, None]
+            mixed = np.cos(t) * waiting[-fade:] + np.sin(t) * kept[:fade]
+            waiting, kept = np.concatenate([waiting[:-fade], mixed]), kept[fade:]
+        hold = len(kept) - round(window.blended_out / fps * rate)
+        done += [waiting, kept[:hold]]
+        waiting = kept[hold:]
+    return np.concatenate([*done, waiting])
 
 
 def canvas(num_frames: int) -> tuple[int, tuple[int, ...]]:
