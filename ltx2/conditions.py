@@ -326,7 +326,8 @@ class PreviousAsReference(Condition):
 
 @dataclass(frozen=True)
 class TileKeyframes(Condition):
-    """Guide a tile with the canvas's keyframes and generate one in each segment."""
+    """Guide a tile with the canvas's keyframes, generate one in each segment, and hold
+    what the tile before has made."""
 
     tile: Tile
     carried = True
@@ -340,8 +341,22 @@ class TileKeyframes(Condition):
             for frame, still in self.tile.anchors(source["keyframes"])
         ]
         where = self.tile.slots, size.latent, size.rate
-        seeds = self.tile.seeds(source["video"])
-        return in_order(*anchors, latents.KeyframeSlots(*where, seeds))
+        slots = latents.KeyframeSlots(*where, self.tile.seeds(source))
+        held = self.tile.held_latents(source) if self.tile.start else None
+        held = [] if held is None else [latents.Replace(held)]
+        return in_order(*anchors, slots, *held)
+
+
+@dataclass(frozen=True)
+class TileSound(Condition):
+    """Keep the first stage's audio of a tile's frames."""
+
+    tile: Tile
+    carried = True
+
+    def load(self, size: Size, source: Streams) -> Conditioning:
+        sound = self.tile.sound(source["final_audio"], size.audio_tokens)
+        return in_order(latents.StartFrom(sound), latents.Freeze())
 
 
 def in_order(*conditionings: Conditioning) -> Conditioning:
@@ -426,8 +441,7 @@ class Stage:
                 self.size.bounds(stream), channels[stream]
             )
             if stream in before:
-                start = before[stream]
-                start = self.part.cut(start) if stream == "video" else start
+                start = self.part.cut(before) if stream == "video" else before[stream]
                 state = latents.StartFrom(start)(state)
             load = lambda c: c.load(self.size, before) if c.carried else loaded[c]
             states[stream] = latents.condition(state, map(load, items))

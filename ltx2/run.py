@@ -195,7 +195,9 @@ class Run:
             trace = within(self.trace, stage.name)
             transformer = self.model.transformer_with(stage.loras, self.streamed)
             before = self.upsampled(stage, {} if stage.first else at.latents)
-            source = before | {"smaller": at.latents.get("video")} | at.kept
+            source = before | {k: x for k, x in at.kept.items() if "carry." in k}
+            source["smaller"] = at.latents.get("video")
+            source["final_audio"] = at.kept.get("audio")
             c = transformer.config
             channels = {"video": c.in_channels, "audio": c.audio_in_channels}
             states = stage.states(channels, source, conditions)

@@ -79,12 +79,13 @@ MODES = {
         Row("full", REFINE_SIGMAS, "res_2s", False, 0.5, "spatial", VIDEO, False),
     ),
     "dfr": (
-        Row("small", DISTILLED_SIGMAS, "euler", False, 1, None, AUDIO),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", VIDEO),
+        Row("small", DISTILLED_SIGMAS, ANCESTRAL, False, 1, None, AUDIO),
+        Row("full", REFINE_SIGMAS, ANCESTRAL, False, 1, "spatial", VIDEO),
     ),
 }
 DOUBLED = Row("doubled", REFINE_SIGMAS, "euler", False, 1, "temporal", VIDEO, False)
 # fmt: on
+DETAIL = 0.5  # the reference's strength of a detailing LoRA
 TILE_SIGMAS, TILE_SAMPLER = DISTILLED_SIGMAS[4:], "euler_half_ancestral"
 
 
@@ -114,7 +115,8 @@ class Job:
         r = self.request
         rate = 2 ** (r.temporal_rounds + r.temporal_upsample)
         frames = (r.num_frames - 1) * rate + 1
-        return replace(self.stages[-1].size, num_frames=frames, fps=r.fps * rate)
+        size = Size(r.width, r.height, frames, r.fps * rate)
+        return replace(size, audio_tokens=self.stages[0].size.audio_tokens)
 
     @property
     def windows(self) -> list[windows.Window]:
@@ -471,7 +473,8 @@ class Planner:
         rows = MODES[mode] + (DOUBLED,) * r.temporal_upsample
         if mode == "dfr":
             frames, keyframes = windows.canvas(r.num_frames)
-            full = self.full_size(frames)
+            rate = windows.conditioned_rate(r.fps)
+            full = replace(self.full_size(frames), conditioned_fps=rate)
             yield from self.window(rows, guidance, full, WHOLE_CLIP, keyframes)
             yield from self.tile_stages(len(rows), full, keyframes)
             return
@@ -552,9 +555,15 @@ class Planner:
 
     def tile_stage(self, n: int, tile: windows.Tile, full: Size) -> Stage:
         """A tile of one of dfr's rounds, which double the frame rate."""
-        fps = min(full.fps * tile.rate, windows.MAX_FPS)
-        size = replace(full, num_frames=tile.num_frames, fps=fps, audio_tokens=0)
+        fps, streams = full.fps * tile.rate, full.audio_tokens > 0
+        rate = windows.conditioned_rate(fps)
+        size = replace(full, num_frames=tile.num_frames, fps=fps, conditioned_fps=rate)
+        size = replace(size, audio_tokens=audio_tokens(tile.num_frames, rate))
         images = self.images(size, tile.rate, tile.first)
+        both = {
+            "video": (*images, conditions.TileKeyframes(tile)),
+            "audio": (conditions.TileSound(tile),),
+        }
         return Stage(
             f"stage{n}",
             size,
@@ -562,8 +571,8 @@ class Planner:
             TILE_SAMPLER,
             TILE_SIGMAS[0],
             loras=self.loras(None, 1),
-            upsampler=None if tile.lead else "temporal_upsampler",
-            conditions={"video": (*images, conditions.TileKeyframes(tile))},
+            upsampler=None if tile.start else "temporal_upsampler",
+            conditions=both if streams else {"video": both["video"]},
             final=("video",),
             part=tile,
             first=False,
@@ -578,7 +587,10 @@ class Planner:
         if r.distilled_lora and distilled:
             strength = r.distilled_lora.strength * distilled
             loras.append(replace(r.distilled_lora, strength=strength))
-        return (*loras, *((r.detailing_lora,) if r.detailing_lora and n == 2 else ()))
+        if r.detailing_lora and n == 2:
+            strength = r.detailing_lora.strength * DETAIL
+            loras.append(replace(r.detailing_lora, strength=strength))
+        return tuple(loras)
 
     def conditions(
         self,
