@@ -582,7 +582,7 @@ class Planner:
         """The LoRAs of stage `n`: the user's, the distilled one by a factor of its
         strength, dfr's detailing one. A reference's LoRA is for the first stage."""
         r = self.r
-        general = n != 2 or not r.has_reference
+        general = n != 2 or not r.has_reference or r.reference_in_stage_2
         loras = [x for x in r.loras if x.stage == n or general and x.stage is None]
         if r.distilled_lora and distilled:
             strength = r.distilled_lora.strength * distilled
@@ -619,7 +619,7 @@ class Planner:
             if r.retake is not None:
                 span = r.retake if stream in r.retake_streams else None
                 items.append(conditions.RetakeClip(*clip, stream, span))
-        if r.has_reference and n == 1:
+        if r.has_reference and (n == 1 or r.reference_in_stage_2):
             frames = min(self.clip_frames - window.start, size.num_frames)
             weights = r.reference_strength, r.reference_attention
             facts = r.video, frames, *weights, *self.reference_scale(), window
