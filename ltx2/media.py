@@ -1,56 +1,153 @@
-"""Read and write video and sound: the only file that calls ffmpeg."""
+"""Read and write images, video and sound: all uses of Pillow and ffmpeg."""
 
 from __future__ import annotations
 
 import fcntl
 import glob
+import io
 import json
 import math
 import os
 import re
+import shlex
 import shutil
-import subprocess
+import struct
 import tempfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Iterator
+from subprocess import PIPE, Popen, run
+from typing import Any, Iterable, Iterator
 
 import imageio_ffmpeg
 import numpy as np
+import pillow_heif
 from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image, ImageCms, ImageOps
 
-from .base import UserError, hann_sinc, parse_json
-from .images import (  # noqa: F401 (public here)
-    PathLike,
-    check_file,
-    load_image,
-    resize_and_crop,
-    system_errors,
-)
+from .base import UserError, hann_sinc, note, parse_json
 
-# --- ffmpeg ---
+PathLike, Metadata = str | Path, dict[str, Any]
 
-# Messages about a file that ends too early; ffmpeg may still exit with 0.
+pillow_heif.register_heif_opener()
+Image.MAX_IMAGE_PIXELS = 2**28  # phones make 200 megapixels
+
+# Messages of ffmpeg about a file that ends too early; it may still exit with 0.
 DAMAGE = re.compile("partial file|ended prematurely|overread|truncated|corrupt")
+
+# Pixels made square; swscale's "bilinear" is the reference's conversion to RGB.
+SQUARE = "scale=w=round(iw*sar):h=ih:flags=bilinear"
+
+# HDR to SDR: its reference white, 203 nits (ITU-R BT.2408), becomes white, what is
+# brighter is clipped.
+SDR = "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709:t=bt709:r=pc,format=gbrp"
+
+# As properties of the frames: with -color_* options players see "unknown".
+BT709 = "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:"
+BT709 += "color_trc=bt709:colorspace=bt709:range=tv"
 
 
 @contextmanager
-def _ffmpeg(
-    problem: str, *options: str | list[str], **pipes
-) -> Iterator[subprocess.Popen]:
-    """Run ffmpeg during a block; raise `problem` with its reason if it fails.
+def _system_errors(problem: str) -> Iterator[None]:
+    """Turn an error of the operating system in the block into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{problem} ({error.strerror or error})") from None
 
-    Options are split at spaces, but for those in lists.
+
+def _check_file(path: PathLike) -> None:
+    """Raise if `path` is not a file with contents."""
+    with _system_errors(f"{path}: cannot be opened"):
+        size = os.stat(path).st_size
+    if not os.path.isfile(path):  # reading a pipe would wait
+        raise UserError(f"{path}: is a folder, pipe or device, give a file")
+    if not size:
+        raise UserError(f"{path}: the file is empty")
+
+
+# --- images ---
+
+
+def load_image(path: PathLike) -> np.ndarray:
+    """Read an image as (H, W, 3) uint8 sRGB, upright, without its alpha channel.
+
+    As the reference does with Pillow, except that mirrored EXIF orientations and ICC
+    profiles are applied, and that 16-bit gray is scaled instead of clipped.
     """
+    _check_file(path)
+    # What Pillow raises for a damaged file depends on its format.
+    damage = OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+        profile = image.info.get("icc_profile")
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point, save it with 8 bits")
+        if image.mode.startswith("I"):  # gray with 16 bits
+            pixels = np.asarray(image).clip(0, 65535) / 257
+            image = Image.fromarray(pixels.round().astype(np.uint8))
+        alpha = image.has_transparency_data and image.convert("RGBA").getchannel("A")
+        if alpha and alpha.getextrema()[0] < 255:
+            note(f"{path}: its transparency is ignored")
+        image = _to_srgb(image, profile, path) if profile else image.convert("RGB")
+    except (*damage, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error})") from None
+    return np.asarray(image)
+
+
+def _to_srgb(image: Image.Image, profile: bytes, path: PathLike) -> Image.Image:
+    """Convert an image from its ICC profile, if that is valid, to sRGB."""
+    modes = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}
+    try:
+        source = ImageCms.getOpenProfile(io.BytesIO(profile))
+        if "sRGB" not in ImageCms.getProfileDescription(source):
+            image = image.convert(modes.get(image.mode, "RGB"))
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+    except ImageCms.PyCMSError as error:
+        note(f"{path}: its ICC profile is ignored ({error})")
+    return image.convert("RGB")
+
+
+def resize_and_crop(
+    frames: Iterable[np.ndarray], height: int, width: int
+) -> np.ndarray:
+    """Fill a size with frames (H, W, 3) uint8 -> (F, height, width, 3) in [-1, 1].
+
+    The aspect is kept and the center cropped; bilinear, when shrinking too without
+    antialiasing, as the reference. `frames` may be an array or an iterator.
+    """
+
+    def fit(frame: np.ndarray) -> np.ndarray:
+        scale = max(height / frame.shape[0], width / frame.shape[1])
+        for axis, kept in enumerate((height, width)):
+            size = frame.shape[axis]
+            resized = math.ceil(size * scale)
+            pixels = np.arange(kept, dtype=np.float32) + (resized - kept) // 2
+            position = np.maximum((pixels + 0.5) * np.float32(size / resized) - 0.5, 0)
+            first = position.astype(int)
+            weight = position - first.astype(np.float32)
+            weight = np.expand_dims(weight, [1, 2][: 2 - axis])
+            second = frame.take(np.minimum(first + 1, size - 1), axis) * weight
+            frame = frame.take(first, axis) * (1 - weight) + second
+        return frame / np.float32(127.5) - 1
+
+    return np.fromiter(map(fit, frames), np.dtype((np.float32, (height, width, 3))))
+
+
+# --- ffmpeg ---
+
+
+@contextmanager
+def _ffmpeg(problem: str, *options: str, folder: str = ".") -> Iterator[Popen]:
+    """Run ffmpeg during a block; raise `problem` with its reason if it fails."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-xerror"]
-    for option in options:
-        command += option.split() if isinstance(option, str) else option
-    pipes = {"stdin": subprocess.DEVNULL} | pipes
+    command += shlex.split(" ".join(options))
     with (
         tempfile.TemporaryFile() as messages,  # a pipe that nobody reads would block
-        subprocess.Popen(command, stderr=messages, **pipes) as process,
+        Popen(command, stdin=PIPE, stdout=PIPE, stderr=messages, cwd=folder) as process,
     ):
         try:
             yield process
@@ -73,18 +170,16 @@ def _ffmpeg(
         raise UserError(f"{problem} ({reason})")
 
 
-def _run(problem: str, *options: str | list[str], data: bytes = b"") -> bytes:
+def _run(problem: str, *options: str, data: bytes = b"", folder: str = ".") -> bytes:
     """Run ffmpeg with `data` as its standard input; returns its standard output."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with _ffmpeg(problem, *options, **pipes) as process:
-        output, _ = process.communicate(data)
-    return output
+    with _ffmpeg(problem, *options, folder=folder) as process:
+        return process.communicate(data)[0]
 
 
-def _input(path: PathLike) -> list[str]:
+def _input(path: PathLike) -> str:
     """The option that opens an existing file, whatever characters its name has."""
-    check_file(path)
-    return ["-i", f"file:{path}"]
+    _check_file(path)
+    return f"-i {shlex.quote(f'file:{os.path.abspath(path)}')}"
 
 
 def recompress(image: np.ndarray, crf: int) -> np.ndarray:
@@ -135,8 +230,7 @@ class Media:
     @property
     def duration(self) -> float:
         """Seconds of the video, or else of the sound."""
-        video = self.has_video and float(self.num_frames / self.fps)
-        return video or self.audio_duration
+        return float(self.num_frames / self.fps) if self.fps else self.audio_duration
 
 
 def frame_rate(fps: float | Fraction) -> Fraction:
@@ -148,11 +242,10 @@ def frame_rate(fps: float | Fraction) -> Fraction:
 
 
 def _packets(path: PathLike, options: str) -> dict[str, tuple[dict[str, str], list]]:
-    """The packets of a file's first video and sound, by media type.
+    """A file's first video and sound by media type: facts and packets.
 
-    A stream is its facts, a dictionary, and four columns with an item per packet:
-    decoding time, display time, duration (in ticks of facts["tb"] seconds) and whether
-    it is hidden.
+    A packet is its decoding time, display time and duration (in ticks of facts["tb"]
+    seconds) and a text that is not empty if it is hidden.
     """
     problem = f"{path}: cannot be read as sound or video"
     options = f"-map 0:V:0? -map 0:a:0? {options} -f framecrc pipe:1"
@@ -160,12 +253,9 @@ def _packets(path: PathLike, options: str) -> dict[str, tuple[dict[str, str], li
     streams = {}
     for n in "01":
         facts = dict(re.findall(rf"^#(\w+) {n}: (.*)$", listing, re.MULTILINE))
-        rows = [
-            (*map(int, row.split(",")[:3]), bool(re.search("F=0x[4-7]", row)))
-            for row in re.findall(rf"^{n}, *(.*)$", listing, re.MULTILINE)
-        ]
-        if rows:
-            streams[facts["media_type"]] = facts, [*zip(*rows)]
+        row = rf"^{n}, *(-?\d+), *(-?\d+), *(\d+),.*?(F=0x[4-7].*)?$"
+        if packets := re.findall(row, listing, re.MULTILINE):
+            streams[facts["media_type"]] = facts, packets
     if not streams:
         raise UserError(problem)
     return streams
@@ -175,44 +265,30 @@ def probe(path: PathLike) -> Media:
     """Measure the first video and sound of a file by reading all their packets."""
     streams, found = _packets(path, "-c copy"), {}
     if "video" in streams:
-        facts, (decoded, shown, _, hidden) = streams["video"]
-        tick = Fraction(facts["tb"])
+        facts, packets = streams["video"]
         # The first picture as it is shown: rotated, with square pixels.
-        first = _packets(path, f"-frames:v 1 -an -c:v rawvideo -vf {SQUARE}")
-        facts, _ = first["video"]
-        found["width"], found["height"] = map(int, facts["dimensions"].split("x"))
-        nominal, elapsed = 1 / Fraction(facts["tb"]), (decoded[-1] - decoded[0]) * tick
-        mean = (len(decoded) - 1) / elapsed if elapsed else nominal
+        options = f"-frames:v 1 -an -c:v rawvideo -vf {SQUARE}"
+        first, _ = _packets(path, options)["video"]
+        found["width"], found["height"] = map(int, first["dimensions"].split("x"))
+        tick, nominal = Fraction(facts["tb"]), 1 / Fraction(first["tb"])
+        elapsed = (int(packets[-1][0]) - int(packets[0][0])) * tick
+        mean = (len(packets) - 1) / elapsed if elapsed else nominal
         steady = abs(mean / nominal - 1) < 0.05
         found["fps"] = frame_rate(nominal if steady else mean)
-        found["num_frames"] = hidden.count(False)
-        times = [time for time, hide in zip(shown, hidden) if not hide]
-        found["start"] = max(0, min(times, default=0)) * tick
+        shown = [int(time) for _, time, _, hidden in packets if not hidden]
+        found["num_frames"] = len(shown)
+        found["start"] = max(0, min(shown, default=0)) * tick
     if "audio" in streams:
-        facts, (_, shown, durations, _) = streams["audio"]
+        facts, packets = streams["audio"]
         layout = facts.get("channel_layout_name", "")
         if re.match(r"\d+ channels", layout):  # ffmpeg cannot mix these
             raise UserError(f"{path}: has {layout} of sound, mix them to stereo")
-        end = (shown[-1] + durations[-1]) * Fraction(facts["tb"])
+        _, time, duration, _ = packets[-1]
+        end = (int(time) + int(duration)) * Fraction(facts["tb"])
         found["audio_duration"] = float(end - found.get("start", 0))
         found["sample_rate"] = int(facts["sample_rate"])
         found["audio_codec"] = facts["codec_id"]
     return Media(**found)
-
-
-# Pixels made square; swscale's "bilinear" is the reference's conversion to RGB.
-SQUARE = "scale=w=round(iw*sar):h=ih:flags=bilinear"
-
-# HDR to SDR: its reference white, 203 nits (ITU-R BT.2408), becomes white, what is
-# brighter is clipped.
-SDR = "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709:t=bt709:r=pc,format=gbrp"
-
-
-def _is_hdr(path: PathLike) -> bool:
-    """Whether a file's video has the PQ or HLG transfer function."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *_input(path)]
-    description = subprocess.run(command, capture_output=True).stderr
-    return bool(re.search(rb"Video: .*(smpte2084|arib-std-b67)", description))
 
 
 def read_video(
@@ -228,16 +304,16 @@ def read_video(
     there are fewer frames; it is an error if there are none.
     """
     problem = f"{path}: cannot be read as video from frame {start_frame} on"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *shlex.split(_input(path))]
+    about = run(command, capture_output=True).stderr
+    hdr = re.search(rb"Video: .*(smpte2084|arib-std-b67)", about)  # PQ, HLG
     rate = "" if fps is None else f"fps={frame_rate(fps)},"
     end = "" if num_frames is None else f":end_frame={start_frame + num_frames}"
-    sdr = f"{SDR}," if _is_hdr(path) else ""
-    filters = f"bwdif=send_frame:deint=interlaced,{rate}"
-    filters += f"trim=start_frame={start_frame}{end},{sdr}{SQUARE}"
-    options = f"-map 0:V:0 -fps_mode passthrough -vf {filters}"
-    # As PPM, whose header has the size.
-    ppm = "-pix_fmt rgb24 -c:v ppm -f image2pipe pipe:1"
-    frame, pipe = None, subprocess.PIPE
-    with _ffmpeg(problem, _input(path), options, ppm, stdout=pipe) as process:
+    filters = f"bwdif=send_frame:deint=interlaced,{rate}trim=start_frame={start_frame}"
+    filters += f"{end},{SDR + ',' if hdr else ''}{SQUARE}"
+    options = f"-map 0:V:0 -fps_mode passthrough -vf {filters} -pix_fmt rgb24"
+    frame, ppm = None, "-c:v ppm -f image2pipe pipe:1"  # its header has the size
+    with _ffmpeg(problem, _input(path), options, ppm) as process:
         while process.stdout.readline():  # b"P6\n"
             width, height = map(int, process.stdout.readline().split())
             process.stdout.readline()  # b"255\n"
@@ -281,8 +357,7 @@ def resample(waveform: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
     """
     if old_rate == new_rate:
         return waveform
-    common = math.gcd(old_rate, new_rate)
-    old, new = old_rate // common, new_rate // common
+    new, old = Fraction(new_rate, old_rate).as_integer_ratio()
     cutoff = 0.99 * min(1, new / old)
     width = math.ceil(6 / cutoff)
     padded = np.pad(waveform, ((width, width + old), (0, 0)))
@@ -316,7 +391,7 @@ def _workspace(path: PathLike) -> Iterator[str]:
         with suppress(OSError), open(leftover / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if its run lives
             shutil.rmtree(leftover)
-    with system_errors(problem):
+    with _system_errors(problem):
         if not path.parent.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
         made = tempfile.TemporaryDirectory(".partial", f".{path.name}-", path.parent)
@@ -325,7 +400,7 @@ def _workspace(path: PathLike) -> Iterator[str]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield folder
         if os.path.exists(f"{folder}/new"):
-            with system_errors(problem):
+            with _system_errors(problem):
                 os.replace(f"{folder}/new", path)
 
 
@@ -339,40 +414,36 @@ def check_output(path: PathLike, suffix: str) -> None:
 
 def save_png(path: PathLike, image: np.ndarray) -> None:
     """Write an image (H, W, 3) uint8, or frames (F, H, W, 3) as a horizontal strip."""
-    from PIL import Image  # late, it takes 20 ms
-
     if image.ndim == 4:
         image = np.concatenate(list(image), axis=1)
-    with _workspace(path) as folder, system_errors(f"{path}: cannot be written"):
+    with _workspace(path) as folder, _system_errors(f"{path}: cannot be written"):
         Image.fromarray(image).save(f"{folder}/new", "PNG")
 
 
-def _metadata(folder: str, metadata: dict[str, Any] | None) -> list[str]:
-    """The options that read metadata, from a file because arguments may not be long."""
+def _write(
+    path: PathLike, folder: str, options: str, metadata: Metadata | None, data: bytes
+) -> None:
+    """Make "new" in the workspace of `path` by ffmpeg: inputs from number 1 on, which
+    may read `data`, with this metadata."""
     text = re.sub(r"([=;#\\])", r"\\\1", json.dumps(metadata)) if metadata else ""
+    # As an argument it might be too long.
     Path(folder, "metadata").write_text(f";FFMETADATA1\ncomment={text}\n")
-    return ["-f", "ffmetadata", "-i", f"file:{folder}/metadata"]
+    options = f"-f ffmetadata -i metadata {options}"
+    # Nothing else of a sound file comes along.
+    only = "-map_metadata 0 -map_metadata:s -1 -map_chapters -1 new"
+    _run(f"{path}: cannot be written", options, only, data=data, folder=folder)
 
 
 def write_wav(
-    path: PathLike,
-    waveform: np.ndarray,
-    rate: int,
-    metadata: dict[str, Any] | None = None,
+    path: PathLike, waveform: np.ndarray, rate: int, metadata: Metadata | None = None
 ) -> None:
-    """Write a waveform (samples, channels) float32 as 16-bit sound, clipped to [-1, 1].
-
-    By ffmpeg, because soundfile drops comments above 2 KB without an error.
-    """
-    data = waveform.astype("<f4").tobytes()
+    """Write a waveform (samples, channels) float32 as 16-bit sound, clipped to [-1, 1]."""
+    options = f"-f f32le -ar {rate} -ac {waveform.shape[1]} -i pipe:0 -f wav"
     with _workspace(path) as folder:
-        raw = f"-f f32le -ar {rate} -ac {waveform.shape[1]} -i pipe:0"
-        options = ["-map_metadata", "1", "-f", "wav", f"file:{folder}/new"]
-        metadata_file = _metadata(folder, metadata)
-        _run(f"{path}: cannot be written", raw, metadata_file, options, data=data)
+        _write(path, folder, options, metadata, waveform.astype("<f4").tobytes())
 
 
-def read_metadata(path: PathLike) -> dict[str, Any]:
+def read_metadata(path: PathLike) -> Metadata:
     """The metadata that `VideoWriter` or `write_wav` put into a file."""
     problem = f"{path}: does not say how it was made"
     listing = _run(problem, _input(path), "-f ffmetadata pipe:1").decode()
@@ -380,11 +451,6 @@ def read_metadata(path: PathLike) -> dict[str, Any]:
     with suppress(UserError):
         return parse_json(re.sub(r"\\(.)", r"\1", comment[1] if comment else ""), "")
     raise UserError(problem)
-
-
-# As properties of the frames: with -color_* options players see "unknown".
-BT709 = "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:"
-BT709 += "color_trc=bt709:colorspace=bt709:range=tv"
 
 
 @dataclass
@@ -401,7 +467,7 @@ class VideoWriter:
     path: PathLike
     fps: float | Fraction
     sound: tuple[np.ndarray, int] | PathLike | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None
 
     def __enter__(self) -> VideoWriter:
         self.num_frames, self._size = 0, None
@@ -427,41 +493,35 @@ class VideoWriter:
     @contextmanager
     def _written(self) -> Iterator[None]:
         """Encode what is written in the block, then add sound and count the frames."""
-        problem, pipe = f"{self.path}: cannot be written", subprocess.PIPE
+        fps, problem = frame_rate(self.fps), f"{self.path}: cannot be written"
+        source = f"-f image2pipe -c:v ppm -framerate {fps} -i pipe:0 -vf {BT709}"
+        codec = "-pix_fmt yuv420p -c:v libx264 -crf 19 -preset veryfast -f mp4 picture"
         with _workspace(self.path) as folder:
-            picture, new = f"file:{folder}/picture", f"file:{folder}/new"
-            source = (
-                f"-f image2pipe -c:v ppm -framerate {frame_rate(self.fps)} -i pipe:0"
-            )
-            encode = "-pix_fmt yuv420p -c:v libx264 -crf 19 -preset veryfast -f mp4"
-            options = source, f"-vf {BT709}", encode, [picture]
-            with _ffmpeg(problem, *options, stdin=pipe) as encoder:
+            with _ffmpeg(problem, source, codec, folder=folder) as encoder:
                 self._frames = encoder.stdin
                 yield
                 if not self.num_frames:
                     raise ValueError(f"{self.path}: no frames were written")
-            sound, data = self._sound_options(self.num_frames / frame_rate(self.fps))
-            # Nothing else of a sound file comes along.
-            only = "-map_metadata 1 -map_metadata:s -1 -map_chapters -1"
-            inputs = ["-i", picture, *_metadata(folder, self.metadata), *sound]
-            options = f"-map 0:v -c:v copy {only} -movflags +faststart -f mp4"
-            _run(problem, inputs, options, [new], data=data)
+            sound, data = self._sound_options(self.num_frames / fps)
+            options = f"-i picture {sound} -map 1:v -c:v copy -f mp4"
+            options += " -movflags +faststart"
+            _write(self.path, folder, options, self.metadata, data)
             if (found := probe(f"{folder}/new").num_frames) != self.num_frames:
                 raise RuntimeError(f"{found} frames in the mp4 after {self.num_frames}")
 
-    def _sound_options(self, duration: Fraction) -> tuple[list[str], bytes]:
+    def _sound_options(self, duration: Fraction) -> tuple[str, bytes]:
         """The options that add `duration` seconds of sound, and what they read."""
         if self.sound is None:
-            return [], b""
+            return "", b""
+        limit = f"-t {float(duration)} -c:a"
         if isinstance(self.sound, tuple):
             waveform, rate = self.sound
         else:
             media = probe(self.sound)
             if media.audio_codec == "aac" and media.audio_duration >= duration:
-                seek = ["-ss", f"{float(media.start)}"] if media.start else []
-                options = f"-map 2:a:0 -c:a copy -t {float(duration)}".split()
-                return [*seek, *_input(self.sound), *options], b""
+                seek = f"-ss {float(media.start)}" if media.start else ""
+                return f"{seek} {_input(self.sound)} -map 2:a:0 {limit} copy", b""
             waveform, rate = read_audio(self.sound, duration=duration)
-        options = f"-f f32le -ar {rate} -ac {waveform.shape[1]} -i pipe:0 -map 2:a "
-        options += f"-c:a aac -b:a 192k -af apad -t {float(duration)}"
-        return options.split(), waveform.astype("<f4").tobytes()
+        source = f"-f f32le -ar {rate} -ac {waveform.shape[1]} -i pipe:0 -map 2:a"
+        data = waveform.astype("<f4").tobytes()
+        return f"{source} {limit} aac -b:a 192k -af apad", data
