@@ -128,16 +128,12 @@ def resize_and_crop(
             pixels = np.arange(kept, dtype=np.float32) + (resized - kept) // 2
             position = np.maximum((pixels + 0.5) * np.float32(size / resized) - 0.5, 0)
             first = position.astype(int)
-            weight = position - first.astype(np.float32)
-            weight = np.expand_dims(weight, [1, 2][: 2 - axis])
+            weight = np.expand_dims(position % 1, [1, 2][: 2 - axis])
             second = frame.take(np.minimum(first + 1, size - 1), axis) * weight
             frame = frame.take(first, axis) * (1 - weight) + second
         return frame / np.float32(127.5) - 1
 
     return np.fromiter(map(fit, frames), np.dtype((np.float32, (height, width, 3))))
-
-
-# --- ffmpeg ---
 
 
 @contextmanager
@@ -267,14 +263,12 @@ def probe(path: PathLike) -> Media:
     if "video" in streams:
         facts, packets = streams["video"]
         # The first picture as it is shown: rotated, with square pixels.
-        options = f"-frames:v 1 -an -c:v rawvideo -vf {SQUARE}"
-        first, _ = _packets(path, options)["video"]
+        first, _ = _packets(path, f"-frames:v 1 -an -vf {SQUARE}")["video"]
         found["width"], found["height"] = map(int, first["dimensions"].split("x"))
         tick, nominal = Fraction(facts["tb"]), 1 / Fraction(first["tb"])
         elapsed = (int(packets[-1][0]) - int(packets[0][0])) * tick
         mean = (len(packets) - 1) / elapsed if elapsed else nominal
-        steady = abs(mean / nominal - 1) < 0.05
-        found["fps"] = frame_rate(nominal if steady else mean)
+        found["fps"] = frame_rate(nominal if abs(mean / nominal - 1) < 0.05 else mean)
         shown = [int(time) for _, time, _, hidden in packets if not hidden]
         found["num_frames"] = len(shown)
         found["start"] = max(0, min(shown, default=0)) * tick
@@ -283,8 +277,7 @@ def probe(path: PathLike) -> Media:
         layout = facts.get("channel_layout_name", "")
         if re.match(r"\d+ channels", layout):  # ffmpeg cannot mix these
             raise UserError(f"{path}: has {layout} of sound, mix them to stereo")
-        _, time, duration, _ = packets[-1]
-        end = (int(time) + int(duration)) * Fraction(facts["tb"])
+        end = sum(map(int, packets[-1][1:3])) * Fraction(facts["tb"])
         found["audio_duration"] = float(end - found.get("start", 0))
         found["sample_rate"] = int(facts["sample_rate"])
         found["audio_codec"] = facts["codec_id"]
@@ -334,12 +327,11 @@ def read_audio(
     round(duration * rate) samples, or fewer at the end. Surround is mixed to stereo.
     """
     media, problem = probe(path), f"{path}: cannot be read as sound"
-    first = round((Fraction(float(start)) + media.start) * media.sample_rate)
-    window = f"atrim=start_sample={first}"
-    if duration is not None:
-        window += f":end_sample={first + round(duration * media.sample_rate)}"
+    rate = media.sample_rate
+    first = round((Fraction(float(start)) + media.start) * rate)
+    end = "" if duration is None else f":end_sample={first + round(duration * rate)}"
     filters = "aresample=async=1:first_pts=0:rematrix_maxval=1,"
-    filters += f"aformat=channel_layouts=mono|stereo,{window}"
+    filters += f"aformat=channel_layouts=mono|stereo,atrim=start_sample={first}{end}"
     options = f"-map 0:a:0 -af {filters} -c:a pcm_f32be -f au pipe:1"
     sound = _run(problem, _input(path), options)
     # The header of AU: a magic number, the header's size, 0, encoding, rate, channels.
@@ -423,8 +415,8 @@ def save_png(path: PathLike, image: np.ndarray) -> None:
 def _write(
     path: PathLike, folder: str, options: str, metadata: Metadata | None, data: bytes
 ) -> None:
-    """Make "new" in the workspace of `path` by ffmpeg: inputs from number 1 on, which
-    may read `data`, with this metadata."""
+    """Write "new" in the workspace of `path` by ffmpeg: metadata is its input 0, and
+    `options` name the others, which may read `data`, and the format."""
     text = re.sub(r"([=;#\\])", r"\\\1", json.dumps(metadata)) if metadata else ""
     # As an argument it might be too long.
     Path(folder, "metadata").write_text(f";FFMETADATA1\ncomment={text}\n")
@@ -503,9 +495,8 @@ class VideoWriter:
                 if not self.num_frames:
                     raise ValueError(f"{self.path}: no frames were written")
             sound, data = self._sound_options(self.num_frames / fps)
-            options = f"-i picture {sound} -map 1:v -c:v copy -f mp4"
-            options += " -movflags +faststart"
-            _write(self.path, folder, options, self.metadata, data)
+            mux = f"-i picture {sound} -map 1:v -c:v copy -movflags +faststart -f mp4"
+            _write(self.path, folder, mux, self.metadata, data)
             if (found := probe(f"{folder}/new").num_frames) != self.num_frames:
                 raise RuntimeError(f"{found} frames in the mp4 after {self.num_frames}")
 
