@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = {  # a file imports files of lower layers only, not of its own
     "errors and configurations": "base",
-    "tools": "linear latents images options hub guards conv",
+    "tools": "linear latents options hub guards conv",
     "layers and files": "layers media sampling windows lora",
     "models": "dit text vae diffusion_decoder audio_vae vocoder upsampler duration",
     "the files of a model": "parts",
@@ -30,13 +30,12 @@ LAYER = {name: n for n, files in enumerate(LAYERS.values()) for name in files.sp
 # The only files that import a package; those of LATE import it inside of a function,
 # because the import takes long or the package may not be needed.
 KNOWN_BY = {
-    "PIL": {"images", "media"},
+    "PIL": {"media"},
     "huggingface_hub": {"hub", "conversion"},
     "imageio_ffmpeg": {"media"},
     "mlx_lm": {"text"},
-    "pillow_heif": {"images"},
+    "pillow_heif": {"media"},
     "sentencepiece": {"text"},
-    "soundfile": {"media"},
     "subprocess": {"media"},
     "tokenizers": {"text"},
 }
