@@ -44,9 +44,11 @@ class Lora:
     def read(cls, path: str | Path) -> Lora:
         """Read a LoRA with keys as in official files, ComfyUI or diffusers, lazily.
 
-        Raises UserError if the file is not a LoRA or has other keys.
+        `path` may be a folder that train.py wrote. Raises UserError if the file is not a
+        LoRA or has other keys.
         """
         path = Path(path)
+        path = path / "adapters.safetensors" if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"LoRA {path}: no such file")
         try:

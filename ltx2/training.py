@@ -1,332 +1,496 @@
-"""Train LoRA factors, or other parameters, of the transformer.
-
-A clip's noise and sigmas make an `Example`, whose loss is the error of the velocities.
-Its gradients are computed at once, or block by block, which recomputes each block but
-holds only one, from memory or from the disk.
-"""
+"""Train a LoRA on clips: options, the memory plan, steps, held-out loss, samples, files."""
 
 from __future__ import annotations
 
+import json
 import math
-import zlib
-from dataclasses import dataclass, replace
-from typing import Callable, Iterable, Iterator, Mapping, Optional, Sequence
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_unflatten
 
-from .dit import Block, Both, DiT, Streams, Tokens
-from .latents import LatentState
-from .layers import prefetch
-from .lora import Lora, linear_shape
+from . import __version__, latents, media, memory
+from .adapters import ADAPTERS, CONFIG, STATE, official, save_arrays, save_losses
+from .base import UserError, note
+from .dataset import Clip, Dataset, Sample, default_buckets, parse_bucket
+from .dit import Block, DiT, DiTConfig, StreamedBlocks, build_blocks
+from .gradients import (
+    BLOCKS,
+    SCHEDULES,
+    TARGETS,
+    Example,
+    Parameters,
+    Trainee,
+    factor_parameters,
+    make_example,
+    new_factors,
+    optimizer,
+    sample_sigmas,
+    step,
+    target_layers,
+)
+from .latents import LatentState, Size
+from .lora import Lora, attach, linear_shape
+from .options import ask, check, comma_separated
+from .pipeline import Pipeline, Result
+from .request import Request
+from .text import MAX_TOKENS
+from .vae import DOWN
 
-Parameters = dict[str, mx.array]  # by their names in the transformer
-Losses = tuple[mx.array, Both]  # all, and of the video and the audio
-
-STREAMS = ("video", "audio")
-BLOCKS = "transformer_blocks."
-STATES = ("x0", "x1")
-# Of a StreamContext: computed before the blocks, also from parameters that train.
-CARRIED = ("ada", "embedded", "prompt_ada", "cross_ada", "cross_gate")
-# Endings of the names of layers, by --streams; the reference's.
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-TARGETS = {
-    "both": ATTENTION,
-    "video": tuple(f"attn{n}.{name}" for n in (1, 2) for name in ATTENTION),
-    "audio": tuple(f"audio_attn{n}.{name}" for n in (1, 2) for name in ATTENTION),
-}
-
-
-# Noise and loss
-
-
-def sample_sigmas(
-    tokens: int, normal: np.ndarray, uniform: np.ndarray, coin: np.ndarray
-) -> np.ndarray:
-    """Sigmas (N,) for a stream of so many tokens, from draws (N,) each: the reference's
-    shifted logit-normal, stretched to [0, 1], and uniform with probability 0.1."""
-    shift = 0.95 + (tokens - 1024) * 1.10 / 3072
-    low, high, x = (
-        1 / (1 + np.exp(-(shift + z))) for z in (-2.5758, 3.0902, np.asarray(normal))
-    )
-    x = (x - low) / (high - low)
-    x = np.where(x < 0.001, 0.002 - x, x).clip(0, 1)
-    return np.where(np.asarray(coin) > 0.1, x, 0.001 + 0.999 * np.asarray(uniform))
+# The reference's, unless a model's config.json has others.
+DEFAULTS = {"iters": 2000, "batch_size": 1, "learning_rate": 1e-4, "rank": 32}
+MEAN_OF = 100  # steps in the running mean of the loss
+HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
+# Buffers of a block's backward pass, in states of all tokens (measured on the CPU); the
+# scores of its attentions, which are not fused while they are differentiated.
+ACTIVATIONS, SCORES = 75, 4
+STAY = 6  # float32 copies of the factors: gradients, moments, what a step makes
 
 
 @dataclass(frozen=True)
-class Example:
-    """A clip with the noise of one step, by stream: inputs, velocities (1, n, C) of its
-    first n tokens, and which of them count (1, n, 1). None where a stream is absent or,
-    but for the inputs, frozen."""
+class Options:
+    """How to train. None means the model's default."""
 
-    tokens: tuple[Optional[Tokens], Optional[Tokens]]
-    targets: Both
-    masks: Both
-    contexts: Both
-
-
-def make_example(
-    model: DiT,
-    states: Mapping[str, LatentState],
-    noise: Mapping[str, mx.array],
-    sigmas: Mapping[str, float],
-    contexts: Both,
-) -> Example:
-    """Mix the states' tokens with noise (1, n, C) at the sigmas, by stream."""
-    tokens, targets, masks = [], [], []
-    for name in STREAMS:
-        state = states.get(name)
-        trained = state is not None and not state.frozen
-        tokens.append(state and noised_tokens(model, name, state, noise, sigmas))
-        n = state.num_target_tokens if trained else 0
-        targets.append(noise[name] - state.latent[:, :n] if trained else None)
-        masks.append(state.denoise_mask_tokens[:, :n] if trained else None)
-    return Example(tuple(tokens), tuple(targets), tuple(masks), contexts)
-
-
-def noised_tokens(model: DiT, name: str, state: LatentState, noise, sigmas) -> Tokens:
-    """A stream's input; no token is marked as a keyframe, as in the reference."""
-    sigma, x = (0.0, state.latent) if state.frozen else (sigmas[name], None)
-    if x is None:  # tokens that guide need no noise
-        guides = len(state.denoise_mask) - state.num_target_tokens
-        x = state.noised(mx.pad(noise[name], ((0, 0), (0, guides), (0, 0))), sigma)
-    levels, index = state.levels
-    ropes = getattr(model, f"{name}_rope")(state.bounds)
-    return Tokens(
-        x,
-        mx.array(levels * np.float32(sigma)),
-        mx.array([sigma], mx.float32),
-        *ropes,
-        index,
-        keyframes=mx.zeros(len(state.denoise_mask)),
+    iters: Optional[int] = ask("steps (default: 2000)", between=(1, 10**7))
+    batch_size: Optional[int] = ask("clips a step (default: 1)", between=(1, 1024))
+    grad_accumulation_steps: int = ask("batches a step", 1, between=(1, 1024))
+    learning_rate: Optional[float] = ask("(default: 1e-4)", between=(0, 1))
+    lr_schedule: str = ask("of the learning rate", "linear", choices=tuple(SCHEDULES))
+    max_grad_norm: float = ask("clip gradients, 0: off", 1.0, between=(0, 1e9))
+    rank: Optional[int] = ask("of the factors (default: 32)", between=(1, 1024))
+    streams: str = ask("both, video or audio", "both", choices=tuple(TARGETS))
+    target_modules: tuple[str, ...] = ask(
+        "endings of layer names (default: the streams' attention)",
+        (),
+        type=comma_separated,
+        metavar="NAME,...",
     )
+    first_frame_prob: float = ask("hold the first frame", 0.1, between=(0, 1))
+    resolution: tuple[str, ...] = ask(
+        "bucket for clips; repeatable (default: the model's)",
+        (),
+        type=str,
+        metavar="WxHxF",
+        repeat=True,
+    )
+    reference_data: Optional[str] = ask(
+        "reference clips, for an IC-LoRA", metavar="DIR"
+    )
+    reference_downscale: int = ask("how much smaller", 1, between=(1, 9))
+    trigger: str = ask("word to put in front of each caption", "", metavar="WORD")
+    val_clips: Optional[int] = ask("clips to hold out (default: a tenth, up to 8)")
+    grad_checkpoint: bool = ask(
+        "recompute blocks to save memory, if not planned", False
+    )
+    steps_per_report: int = ask("", 10, between=(1, 10**7))
+    steps_per_eval: int = ask("of the held-out loss", 200, between=(1, 10**7))
+    save_every: int = ask("steps", 250, between=(1, 10**7))
+    sample_prompt: tuple[str, ...] = ask(
+        "prompt of sample clips; repeatable", (), type=str, repeat=True, metavar="TEXT"
+    )
+    sample_every: int = ask("steps", 250, between=(1, 10**7))
+    seed: int = ask("of factors, noise and order", 0, between=(0, 2**31))
 
-
-def begin(model: DiT, example: Example) -> tuple[Parameters, Streams]:
-    """What the blocks read: arrays that parameters may change, and the rest."""
-    [texts] = model.project_text([example.contexts])
-    states, streams = model.embed(*example.tokens)
-    flat = {}
-    for n, s in enumerate(streams):
-        if s is not None:
-            flat |= {f"x{n}": states[n], f"text{n}": texts[n]}
-            flat |= {f"{k}{n}": getattr(s, k) for k in CARRIED}
-    return {k: x for k, x in flat.items() if x is not None}, streams
-
-
-def carried(flat: Parameters, streams: Streams) -> tuple[Both, Streams]:
-    """The states and the streams' contexts with the arrays of `flat`."""
-    contexts = []
-    for n, s in enumerate(streams):
-        found = {k: flat[f"{k}{n}"] for k in CARRIED if f"{k}{n}" in flat}
-        contexts.append(s and replace(s, **found))
-    return tuple(map(flat.get, STATES)), tuple(contexts)
-
-
-def run(block: Block, flat: Parameters, streams: Streams) -> Parameters:
-    """The states after a block."""
-    states, streams = carried(flat, streams)
-    texts = block.text_keys_values(streams, (flat.get("text0"), flat.get("text1")))
-    states = block(states, streams, texts)
-    return {k: x for k, x in zip(STATES, states) if x is not None}
-
-
-def end(model: DiT, flat: Parameters, streams: Streams, example: Example) -> Losses:
-    """The loss, and the mean squared error of each stream's generated tokens; 0 where
-    all are held."""
-    velocities, errors = model.velocities(*carried(flat, streams)), []
-    for v, target, mask in zip(velocities, example.targets, example.masks):
-        if target is not None:
-            n, channels = target.shape[1:]
-            squares = mask * (v[:, :n].astype(mx.float32) - target) ** 2
-            count = mx.maximum(mask.sum() * channels, 1)
-            errors.append(squares.sum() / count)
-        else:
-            errors.append(None)
-    return sum(x for x in errors if x is not None), tuple(errors)
-
-
-# Gradients
-
-
-def put(module: nn.Module, parameters: Parameters, prefix: str = "") -> None:
-    """Set parameters, named from `prefix` on."""
-    named = [(k.removeprefix(prefix), w) for k, w in parameters.items()]
-    if named:
-        module.update(tree_unflatten(named))
-
-
-def dot(outputs: Parameters, cotangents: Parameters) -> mx.array:
-    """Its gradients are the outputs' times the cotangents."""
-    return sum((x * cotangents[k]).sum() for k, x in outputs.items())
+    def resolved(self, defaults: Mapping[str, float]) -> Options:
+        """With the model's defaults. Raises UserError for values that are not possible."""
+        known = DEFAULTS | {k: v for k, v in defaults.items() if k in DEFAULTS}
+        missing = {k: v for k, v in known.items() if getattr(self, k) is None}
+        found = replace(self, **missing)
+        check(found)
+        return found
 
 
 @dataclass
-class Trainee:
-    """A transformer and the parameters of it that are trained. `read` gives blocks that
-    stay on the disk, `by_block` recomputes each block in the backward pass."""
+class Report:
+    """Where a training is: after some steps, losses, speed and memory."""
 
-    model: DiT
-    parameters: Parameters
-    by_block: bool = False
-    read: Optional[Callable[[], Iterable[Block]]] = None
+    step: int
+    loss: Optional[float] = None
+    mean: Optional[float] = None
+    held_out: Optional[float] = None
+    learning_rate: float = 0.0
+    per_second: float = 0.0
+    peak: int = 0
+    norm: float = 0.0
 
-    def __post_init__(self):
-        self.update(self.parameters)
 
-    def update(self, parameters: Parameters) -> None:
-        self.parameters = parameters
-        put(self.model, parameters if self.read is None else self.outer)
+# The run
+
+
+def draw_example(
+    model, sample: Sample, options: Options, rng, at: Optional[float] = None
+) -> Example:
+    """A sample with the noise and sigmas of one step; `at` is the quantile of a fixed
+    sigma."""
+    states, noise, sigmas = {}, {}, {}
+    size, probability = sample.item.size, options.first_frame_prob
+    for name, x in sample.latents.items():
+        tokens = latents.to_tokens(x)
+        state = LatentState.initial(size.bounds(name), tokens.shape[-1], tokens)
+        draws = rng.standard_normal(1), rng.uniform(size=1), rng.uniform(size=1)
+        if at is not None:
+            draws = np.array([NormalDist().inv_cdf(at)]), draws[1], np.ones(1)
+        sigmas[name] = sample_sigmas(tokens.shape[1], *draws).item()
+        noise[name] = mx.array(rng.standard_normal(tokens.shape, np.float32))
+        if name == "video":
+            # A picture would have nothing left to generate.
+            if rng.uniform() < probability and x.shape[1] > 1:
+                state = latents.Replace(x[:, :1])(state)
+            if sample.reference is not None:
+                scale = 1.0, options.reference_downscale
+                state = latents.Reference(sample.reference, size.fps, *scale)(state)
+        states[name] = state
+    contexts = (
+        c if k in states else None for k, c in zip(("video", "audio"), sample.contexts)
+    )
+    return make_example(model, states, noise, sigmas, tuple(contexts))
+
+
+class Trainer:
+    """Trains one adapter in a folder."""
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        options: Options,
+        folder: str | Path,
+        cache: Optional[str] = None,
+        low_memory: Optional[bool] = None,
+    ):
+        self.pipe, self.folder = pipe, Path(folder)
+        self.options = options.resolved(pipe.checkpoint.defaults)
+        self.low_memory, self.group = low_memory, mx.distributed.init()
+        scale = self.options.reference_downscale
+        self.data = Dataset(cache or self.folder / "cache", pipe, scale)
+        self.step, self.stopping = 0, False
+        self.history: list[tuple] = []  # step, loss, held-out loss
+        if pipe.checkpoint.kind == "distilled":
+            note("the base is distilled; LoRAs are better trained on the dev model")
+
+    # Before any weights are read
+
+    def fit(self, clips: Sequence[Clip]) -> None:
+        """Choose each clip's bucket, and the clips to hold out."""
+        o = self.options
+        buckets = [parse_bucket(text) for text in o.resolution]
+        buckets = buckets or default_buckets(self.pipe.checkpoint.defaults)
+        self.data.fit(clips, buckets, o.streams, o.trigger)
+        there = len(self.data.items)
+        count = min(there // 10, 8) if o.val_clips is None else o.val_clips
+        if not 0 <= count < there:
+            raise UserError(f"val_clips is {count}, but there are {there} clips")
+        if not count:
+            note(
+                "no clips are held out: the held-out loss is of clips that are trained"
+            )
+        if count:
+            self.data.hold_out(count)
+
+    def plan(self) -> memory.MemoryPlan:
+        """The memory of each phase. Blocks are recomputed, or read from the disk, where
+        it would not do otherwise."""
+        estimator = memory.Estimator(self.pipe.checkpoint, self.pipe.dtype)
+        layers = target_layers(self._transformer(lazy=True), self.endings)
+        if not layers:
+            raise UserError(f"no layer's name ends in {', '.join(self.endings)}")
+        size = (
+            4 * self.options.rank * sum(sum(linear_shape(x)) for x in layers.values())
+        )
+        sizes = [item.size for item in self.data.items + self.data.held_out]
+
+        def planned(sizes: list[Size], by_block: bool, low: Optional[bool]):
+            phases = footprints(estimator, sizes, size, by_block)
+            return memory.planned(phases, memory.available(), low)
+
+        self.by_block = self.options.grad_checkpoint
+        plan = planned(sizes, self.by_block, self.low_memory)
+        if plan.streamed or not plan.fits:
+            self.by_block = True
+            plan = planned(sizes, self.by_block, self.low_memory)
+        self.streamed = plan.streamed
+        tried = ((s, f) for s in (576, 448, 320, 256, 128, 64) for f in (49, 25, 9, 1))
+        for side, frames in tried if not plan.fits else ():
+            small = Size(side, side, frames, 24.0, latents.audio_tokens(frames, 24))
+            if planned([small], True, True).fits:
+                text = f"--resolution {side}x{side}x{frames} would fit"
+                return replace(plan, suggestion=text)
+        return replace(plan, suggestion="try a lower-bit model (convert.py --quantize)")
 
     @property
-    def outer(self) -> Parameters:
-        """Parameters outside of the blocks."""
-        return {k: w for k, w in self.parameters.items() if not k.startswith(BLOCKS)}
+    def endings(self) -> tuple[str, ...]:
+        return self.options.target_modules or TARGETS[self.options.streams]
 
-    def inner(self, i: int) -> Parameters:
-        """Parameters of a block."""
-        prefix = f"{BLOCKS}{i}."
-        return {k: w for k, w in self.parameters.items() if k.startswith(prefix)}
+    def _transformer(self, lazy: bool) -> DiT:
+        return self.pipe.checkpoint.load("transformer", self.pipe.dtype, lazy)
 
-    def blocks(self, backwards: bool = False) -> Iterator[tuple[int, Block]]:
-        """The blocks with their numbers, each in memory only while it is used."""
-        blocks = list(
-            self.model.transformer_blocks if self.read is None else self.read()
+    # Before the first step
+
+    def prepare(self, resume: Optional[str] = None) -> None:
+        """Encode clips and prompts, load the transformer and attach the factors."""
+        for rank in range(self.group.size()):  # others find what is on a common disk
+            if rank == self.group.rank():
+                self.data.encode()
+                jobs = map(self.pipe.plan, self.requests())
+                self.data.encode_captions([p for job in jobs for p in job.prompts])
+            mx.eval(mx.distributed.all_sum(mx.zeros(1)))
+        o, model = self.options, self._transformer(lazy=self.streamed)
+        self.lora = new_factors(target_layers(model, self.endings), o.rank, o.seed)
+        parameters = factor_parameters(self.lora)
+        self.opt = optimizer(o.learning_rate)
+        self.opt.init(parameters)
+        if resume is not None:
+            parameters = self._resumed(Path(resume), parameters)
+        attach(model, [(self.lora, 1.0)])
+        self.trainee = Trainee(model, {}, self.by_block)
+        if self.streamed:
+            self.trainee.read = self._read
+            blocks = lambda: (block for _, block in self.trainee.blocks())
+            model.transformer_blocks = StreamedBlocks(blocks)
+        self.trainee.update(parameters)
+
+    def _read(self) -> list[Block]:
+        """The blocks with factors; their weights are not read yet."""
+        checkpoint = self.pipe.checkpoint
+        config = DiTConfig.from_dict(checkpoint.config["transformer"])
+        weights = checkpoint.weights("transformer", self.pipe.dtype)
+        blocks = list(build_blocks(config, weights, checkpoint.quantization))
+        for i, block in enumerate(blocks):
+            attach(block, [(self.lora, 1.0)], f"{BLOCKS}{i}.")
+        return blocks
+
+    def _resumed(self, path: Path, new: Parameters) -> Parameters:
+        """The factors of an earlier training, and its step and moments if they are
+        there."""
+        folder = path if path.is_dir() else path.parent
+        if not (folder / STATE).is_file():
+            note(f"{folder} has no {STATE}: training begins at step 0")
+            found = factor_parameters(Lora.read(path))
+            self._check_names(path, found, new)
+            return found
+        arrays, metadata = mx.load(str(folder / STATE), return_metadata=True)
+        found = {k[2:]: w for k, w in arrays.items() if k.startswith("p.")}
+        self._check_names(path, found, new)
+        for key in found:
+            self.opt.state[key] = {part: arrays[f"{part}.{key}"] for part in "mv"}
+        self.opt.state["step"] = arrays["step"]
+        self.step = int(metadata["step"])
+        self.history = json.loads(metadata["history"])
+        return found
+
+    def _check_names(self, path: Path, found: Parameters, new: Parameters) -> None:
+        shapes = [{k: w.shape for k, w in p.items()} for p in (found, new)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{path} has other layers or another rank: pass the flags it was made with"
+            )
+
+    # Training
+
+    def train(self) -> Iterator[Report]:
+        """A report after steps that are to be reported. Randomness depends on the seed
+        and the step only, so that a resumed training is the same bit for bit."""
+        o = self.options
+        losses, since, seconds = [], self.step, 0.0
+        mx.reset_peak_memory()
+        while self.step < o.iters and not self.stopping:
+            begun = time.perf_counter()
+            part = SCHEDULES[o.lr_schedule](self.step / o.iters)
+            self.opt.learning_rate = o.learning_rate * part
+            loss, grads = self._batch()
+            new, norm = step(self.opt, self.trainee.parameters, grads, o.max_grad_norm)
+            self.trainee.update(new)
+            self.step += 1
+            seconds += time.perf_counter() - begun
+            if not math.isfinite(norm):
+                note(f"step {self.step} is left out: its gradients are not finite")
+            losses.append(loss)
+            self.history.append([self.step, loss, None])
+            last = self.step == o.iters
+            report = Report(self.step)
+            if self.step % o.steps_per_eval == 0 or last:
+                report.held_out = self.history[-1][2] = self.held_out_loss()
+            if self.step % o.steps_per_report == 0 or last:
+                report.loss, losses = sum(losses) / len(losses), []
+                recent = [row[1] for row in self.history[-MEAN_OF:]]
+                report.mean = sum(recent) / len(recent)
+                report.per_second = (self.step - since) / seconds
+                report.learning_rate = o.learning_rate * part
+                report.peak, since, seconds = mx.get_peak_memory(), self.step, 0.0
+            if report.loss is not None or report.held_out is not None:
+                yield report
+            if self.step % o.save_every == 0 and not last:
+                self.save(f"{self.step:07d}_{ADAPTERS}")
+            if self.step % o.sample_every == 0 or last:
+                self.sample()
+        self.save()
+
+    def _batch(self) -> tuple[float, Parameters]:
+        """The loss and gradients of a step: the means over its clips, of which each
+        machine takes its part."""
+        o, total, sums = self.options, 0.0, {}
+        ranks = self.group.size()
+        count = o.batch_size * o.grad_accumulation_steps
+        for i in range(count):
+            index = (self.step * count + i) * ranks + self.group.rank()
+            rng = np.random.default_rng([o.seed, index])
+            example = draw_example(self.trainee.model, self._sample(index), o, rng)
+            (loss, _), grads = self.trainee.gradients(example)
+            sums = {k: g / count + sums.get(k, 0) for k, g in grads.items()}
+            mx.eval(loss, sums)
+            total += loss.item() / count
+        if ranks > 1:
+            sums = nn.average_gradients(sums)
+            total = mx.distributed.all_sum(mx.array(total)).item() / ranks
+        return total, sums
+
+    def _sample(self, index: int) -> Sample:
+        """The clip of a number that counts through all epochs, each in another order."""
+        items = self.data.items
+        epoch, place = divmod(index, len(items))
+        order = np.random.default_rng([self.options.seed, 0, epoch])
+        return self.data.load(items[order.permutation(len(items))[place]])
+
+    def held_out_loss(self) -> float:
+        """The mean loss of the held-out clips, always with the same noise and sigmas."""
+        items = self.data.held_out or self.data.items[:4]
+        total, count = 0.0, max(len(items), 8)
+        for n in range(count):
+            item = items[n % len(items)]
+            rng = np.random.default_rng([self.options.seed, HELD_OUT + n])
+            at = (n + 0.5) / count
+            sample = self.data.load(item)
+            example = draw_example(self.trainee.model, sample, self.options, rng, at)
+            total += self.trainee.loss(example)[0].item()
+        return total / count
+
+    # Samples
+
+    def requests(self) -> list[Request]:
+        """Sample clips of the most common size, with fixed seeds."""
+        o, items = self.options, self.data.items
+        sizes = [item.size for item in items]
+        size = max(sizes, key=sizes.count)
+        prompts = o.sample_prompt or (items[0].clip.caption,)
+        options = {"num_frames": size.num_frames, "fps": max(size.fps, 1)}
+        if o.streams == "audio":
+            options |= {"audio_only": True}
+        else:
+            options |= {"width": size.width, "height": size.height}
+            options |= {"no_audio": o.streams == "video"}
+        seeds = range(o.seed, o.seed + len(prompts))
+        return [Request(p, seed=seed, **options) for p, seed in zip(prompts, seeds)]
+
+    def sample(self) -> list[Path]:
+        """Sample clips, to the right of those of the untrained model."""
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        written = []
+        for n, request in enumerate(self.requests(), 1):
+            base = folder / f"{0:07d}-{n}.mp4"
+            if not base.exists() and request.audio_only is False:
+                trained = self.trainee.parameters
+                zero = lambda k, w: mx.zeros_like(w) if k.endswith("lora_b") else w
+                self.trainee.update({k: zero(k, w) for k, w in trained.items()})
+                self._generate(request).save(base)
+                self.trainee.update(trained)
+            result = self._generate(request)
+            if result.frames is not None:
+                frames = np.stack([*media.read_video(base)])
+                result.frames = np.concatenate([frames, result.frames], axis=2)
+            suffix = ".wav" if request.audio_only else ".mp4"
+            written.append(folder / f"{self.step:07d}-{n}{suffix}")
+            result.save(written[-1])
+        return written
+
+    def _generate(self, request: Request) -> Result:
+        self.pipe.adopt(self.trainee.model)
+        job = self.pipe.plan(request)
+        contexts = {prompt: self.data.context(prompt) for prompt in job.prompts}
+        options = {f: getattr(request, f) for f in request.__dataclass_fields__}
+        result = self.pipe.generate(options.pop("prompt"), **options, contexts=contexts)
+        mx.clear_cache()
+        return result
+
+    # Files
+
+    def save(self, copy: str = "") -> None:
+        """The adapter as an official LoRA, its settings, all that resuming needs, and
+        the losses so far."""
+        if self.group.rank() > 0:
+            return
+        write = lambda name, arrays, metadata: save_arrays(
+            self.folder / name, arrays, metadata
         )
-        order = range(len(blocks))[:: -1 if backwards else 1]
-        taken = (blocks.pop(-1 if backwards else 0) for _ in order)
-        for i, block in zip(order, prefetch(taken)):
-            put(block, self.inner(i), f"{BLOCKS}{i}.")
-            yield i, block
+        parameters = self.trainee.parameters
+        write(ADAPTERS, official(parameters, self.pipe.dtype), self.metadata())
+        if copy:
+            shutil.copyfile(self.folder / ADAPTERS, self.folder / copy)
+        arrays = {f"p.{k}": w for k, w in parameters.items()}
+        for part in "mv":
+            arrays |= {f"{part}.{k}": self.opt.state[k][part] for k in parameters}
+        arrays["step"] = self.opt.state["step"]
+        facts = {"step": str(self.step), "history": json.dumps(self.history)}
+        write(STATE, arrays, facts)
+        config = json.dumps(self.config(), indent=1)
+        (self.folder / CONFIG).write_text(config + "\n")
+        save_losses(self.folder, self.history)
 
-    def loss(self, example: Example) -> Losses:
-        """The loss alone."""
-        flat, streams = begin(self.model, example)
-        for _, block in self.blocks():
-            flat |= run(block, flat, streams)
-            mx.async_eval(flat)
-        return end(self.model, flat, streams, example)
-
-    def gradients(self, example: Example) -> tuple[Losses, Parameters]:
-        """The loss, and its gradients by the names of the parameters."""
-        if self.by_block or self.read is not None:
-            return self._by_block(example)
-
-        def loss(parameters: Parameters) -> Losses:
-            put(self.model, parameters)
-            flat, streams = begin(self.model, example)
-            for block in self.model.transformer_blocks:
-                flat |= run(block, flat, streams)
-            return end(self.model, flat, streams, example)
-
-        found = mx.value_and_grad(loss)(self.parameters)
-        put(self.model, self.parameters)  # in place of the traced ones
+    def metadata(self) -> dict[str, str]:
+        """What the adapter's file says about itself; alpha is the rank: a scale of 1."""
+        o, checkpoint = self.options, self.pipe.checkpoint
+        found = {"format": "pt", "rank": str(o.rank), "alpha": str(o.rank)}
+        found["base_model"] = f"LTX-2 {checkpoint.model_version} {checkpoint.kind}"
+        found |= {"model_version": checkpoint.model_version} | {"steps": str(self.step)}
+        found |= {"trigger_words": o.trigger} if o.trigger else {}
+        if any(item.clip.reference for item in self.data.items):
+            found["reference_downscale_factor"] = str(o.reference_downscale)
         return found
 
-    def _by_block(self, example: Example) -> tuple[Losses, Parameters]:
-        """As `gradients`. What blocks read is passed to the functions that are
-        differentiated: the gradients of what they only close over would be zero."""
-        model, outer, before = self.model, self.outer, []
-        flat, streams = begin(model, example)
-        for _, block in self.blocks():
-            before.append({k: flat[k] for k in STATES if k in flat})
-            flat |= run(block, flat, streams)
-            mx.async_eval(flat)
-
-        def head(outer: Parameters, flat: Parameters) -> Losses:
-            put(model, outer)
-            return end(model, flat, streams, example)
-
-        losses, (grads, cotangents) = mx.value_and_grad(head, (0, 1))(outer, flat)
-        for i, block in self.blocks(backwards=True):
-            flat |= before.pop()
-            inputs = flat if outer else {k: flat[k] for k in STATES if k in flat}
-            found, back = self._pull(i, block, flat, inputs, streams, cotangents)
-            for k, x in back.items():
-                cotangents[k] = x if k in STATES else cotangents[k] + x
-            grads |= found
-            mx.async_eval(found, cotangents)
-
-        def start(outer: Parameters) -> mx.array:
-            put(model, outer)
-            return dot(begin(model, example)[0], cotangents)
-
-        if outer:
-            for k, x in mx.grad(start)(outer).items():
-                grads[k] = grads[k] + x
-            put(model, outer)
-        return losses, {k: grads[k] for k in self.parameters}
-
-    def _pull(self, i, block: Block, flat, inputs, streams, cotangents):
-        """Gradients of a block's parameters and of its inputs."""
-        prefix, inner = f"{BLOCKS}{i}.", self.inner(i)
-
-        def after(inner: Parameters, inputs: Parameters) -> mx.array:
-            put(block, inner, prefix)
-            return dot(run(block, flat | inputs, streams), cotangents)
-
-        found = mx.grad(after, (0, 1))(inner, inputs)
-        put(block, inner, prefix)
-        return found
+    def config(self) -> dict[str, Any]:
+        o, layers = self.options, {
+            "rank": self.options.rank,
+            "scale": 1.0,
+            "dropout": 0.0,
+        }
+        return {
+            "fine_tune_type": "lora",
+            "lora_parameters": layers | {"keys": list(self.endings)},
+            "base_model": self.metadata()["base_model"],
+            "load": self.pipe.origin,
+            "base_files": self.pipe.files(),
+            "clips": len(self.data.items),
+            "steps": self.step,
+            "options": asdict(o),
+            "versions": {"ltx2": __version__, "mlx": mx.__version__},
+        }
 
 
-# Parameters and steps
-
-
-def target_layers(model: nn.Module, endings: Sequence[str]) -> dict[str, nn.Module]:
-    """The linear layers whose names are, or end in "." and, one of these."""
-    ends = tuple(f".{ending}" for ending in endings)
-    return {
-        path: layer
-        for path, layer in model.named_modules()
-        if f".{path}".endswith(ends) and linear_shape(layer)
-    }
-
-
-def new_factors(layers: Mapping[str, nn.Module], rank: int, seed: int) -> Lora:
-    """A LoRA without effect, as PEFT begins: A is uniform within 1/sqrt(in), B zero."""
-    factors = {}
-    for path, layer in layers.items():
-        outputs, inputs = linear_shape(layer)
-        rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
-        a = rng.uniform(-1, 1, (rank, inputs)) / math.sqrt(inputs)
-        factors[path] = mx.array(a, mx.float32), mx.zeros((outputs, rank))
-    return Lora("adapter", factors, {})
-
-
-def factor_parameters(lora: Lora) -> Parameters:
-    """The factors by their names in a transformer that they are attached to."""
-    names = "lora_a", "lora_b"
-    return {
-        f"{path}.{name}": w.astype(mx.float32)
-        for path, pair in lora.factors.items()
-        for name, w in zip(names, pair)
-    }
-
-
-def optimizer(learning_rate: float) -> optim.AdamW:
-    """The reference's; MLX's own is without bias correction."""
-    return optim.AdamW(learning_rate, [0.9, 0.999], 1e-8, 0.01, bias_correction=True)
-
-
-SCHEDULES = {  # the part of the learning rate after a part of the steps
-    "linear": lambda done: 1 - 0.9 * done,
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: 0.5 + 0.5 * math.cos(math.pi * done),
-}
-
-
-def step(
-    opt: optim.Optimizer, parameters: Parameters, grads: Parameters, max_norm: float
-) -> tuple[Parameters, float]:
-    """One step of the optimizer, and the gradients' norm. Nothing changes if that is not
-    finite; `max_norm` 0 does not clip."""
-    clipped, norm = optim.clip_grad_norm(grads, max_norm or math.inf)
-    if math.isfinite(norm.item()):
-        parameters = opt.apply_gradients(clipped, parameters)
-        mx.eval(parameters, opt.state)
-    return parameters, norm.item()
+def footprints(
+    estimator: memory.Estimator, sizes: Sequence[Size], factors: int, by_block: bool
+) -> dict[str, memory.Footprint]:
+    """What encoding and training hold, for clips of these sizes and so many bytes of
+    factors."""
+    c, e, largest = estimator.dit, estimator, max(sizes, key=lambda s: s.tokens)
+    phases = {}
+    if largest.tokens:
+        encoded = e.convolutions(largest, DOWN, 8)
+        phases["encode"] = memory.Footprint(
+            e.size["vae"] + e.size["audio_vae"], encoded
+        )
+    tokens, sound = largest.tokens, largest.audio_tokens
+    keys = max(tokens, MAX_TOKENS)
+    heads = max(c.num_attention_heads, c.audio_num_attention_heads)
+    scores = SCORES * heads * e.item * (tokens * keys + sound * MAX_TOKENS)
+    texts = 8 * e.per_token(MAX_TOKENS, MAX_TOKENS)
+    block = ACTIVATIONS * e.per_token(tokens, sound) + scores + texts
+    held = (c.num_layers + 4) * e.per_token(tokens, sound)
+    buffers = block + held if by_block else c.num_layers * block
+    weights = e.size["transformer"] + STAY * factors
+    phases["train"] = memory.Footprint(weights, buffers, e.streamable["transformer"])
+    return phases

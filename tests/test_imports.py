@@ -23,12 +23,15 @@ LAYERS = {  # a file imports files of lower layers only, not of its own
     "snapshots": "snapshot",
     "the run": "pipeline",
     "diagnostics": "checks",
+    "training: gradients": "gradients",
+    "training: files": "dataset adapters",
+    "training": "training",
 }
 LAYER = {name: n for n, files in enumerate(LAYERS.values()) for name in files.split()}
 # The only files that import a package; those of LATE import it inside of a function,
 # because the import takes long or the package may not be needed.
 KNOWN_BY = {
-    "PIL": {"images"},
+    "PIL": {"adapters", "images"},
     "huggingface_hub": {"hub", "conversion"},
     "imageio_ffmpeg": {"media"},
     "mlx_lm": {"text"},
@@ -43,7 +46,8 @@ IMPORTED_AS = {"mlx[cpu]": "mlx", "pillow": "PIL"}  # else the name with undersc
 MAX_LINES = 7500  # of generate.py, convert.py and ltx2/
 MAX_FILE, MAX_FUNCTION = 520, 60
 
-PRODUCT = [ROOT / "generate.py", ROOT / "convert.py", *sorted(ROOT.glob("ltx2/*.py"))]
+SCRIPTS = [ROOT / f"{name}.py" for name in ("generate", "convert", "train")]
+PRODUCT = [*SCRIPTS, *sorted(ROOT.glob("ltx2/*.py"))]
 TESTS = sorted(ROOT.glob("tests/*.py"))
 ASIDE = sorted([*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/*.py")])
 

@@ -12,11 +12,11 @@ from parity import channels_last, cosine, relative_error
 from streams import load
 from test_layout import HERE
 
-from ltx2 import latents, training
+from ltx2 import gradients, latents
 from ltx2.conversion import quant_predicate
+from ltx2.gradients import Trainee, make_example
 from ltx2.linear import quantize
 from ltx2.lora import Lora, attach
-from ltx2.training import Trainee, make_example
 
 TRAIN = HERE / "golden" / "train"
 CASES = (
@@ -84,7 +84,7 @@ def adapted(model, g, case: str, lora: Lora | None = None, **options) -> Trainee
     lora = lora or Lora.read(TRAIN / info["model"] / info["lora_file"])
     alpha = info["lora"]["alpha"] / info["lora"]["rank"] if "lora" in info else 1.0
     attach(model, [(lora, alpha)])
-    return Trainee(model, training.factor_parameters(lora), **options)
+    return Trainee(model, gradients.factor_parameters(lora), **options)
 
 
 def golden_name(parameter: str) -> str:
@@ -141,15 +141,15 @@ def test_three_steps_are_the_references(g, name, case):
     trainee = adapted(
         model, g, case, Lora("", {path: pair(path) for path in paths}, {})
     )
-    before, opt = trainee.parameters, training.optimizer(info["lr"])
+    before, opt = trainee.parameters, gradients.optimizer(info["lr"])
     for k in (1, 2, 3):
-        part = training.SCHEDULES[info["schedule"]]((k - 1) / info["total_steps"])
+        part = gradients.SCHEDULES[info["schedule"]]((k - 1) / info["total_steps"])
         assert part * info["lr"] == pytest.approx(g[f"step{k}.out.learning_rate"])
         opt.learning_rate = part * info["lr"]
         (loss, _), grads = trainee.gradients(example(model, g, 0, f"step{k}.in."))
         assert loss.item() == pytest.approx(g[f"step{k}.out.loss"].item(), rel=1e-5)
         limit = info["max_grad_norm"]
-        parameters, norm = training.step(opt, trainee.parameters, grads, limit)
+        parameters, norm = gradients.step(opt, trainee.parameters, grads, limit)
         trainee.update(parameters)
         if limit:
             assert norm == pytest.approx(g[f"step{k}.out.grad_norm"].item(), rel=1e-4)
@@ -162,9 +162,9 @@ def test_three_steps_are_the_references(g, name, case):
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
-    opt, old = training.optimizer(1e-3), {"w": mx.ones(3)}
+    opt, old = gradients.optimizer(1e-3), {"w": mx.ones(3)}
     grads = {"w": mx.array([1.0, mx.nan, 0.0])}
-    new, norm = training.step(opt, old, grads, 1.0)
+    new, norm = gradients.step(opt, old, grads, 1.0)
     assert new is old and not np.isfinite(norm)
 
 
@@ -175,9 +175,9 @@ def test_sigmas_are_the_references(golden):
     many = rng.standard_normal(200_000), *rng.uniform(size=(2, 200_000))
     for tokens in g["info"]["lengths"]:
         theirs = g[f"out.sigma.{tokens}"]
-        assert np.allclose(training.sample_sigmas(tokens, *draws), theirs, atol=1e-5)
+        assert np.allclose(gradients.sample_sigmas(tokens, *draws), theirs, atol=1e-5)
         quantiles = np.quantile(
-            training.sample_sigmas(tokens, *many), g["in.quantiles"]
+            gradients.sample_sigmas(tokens, *many), g["in.quantiles"]
         )
         population = g[f"out.population_quantiles.{tokens}"]
         inside = (g["in.quantiles"] >= 0.05) & (g["in.quantiles"] <= 0.95)
@@ -194,7 +194,7 @@ OUTER = ("to_q", "adaln_single.linear", "proj_out", "patchify_proj", "linear_2")
 @pytest.mark.parametrize("name", ["ltx-2-tiny", "ltx-2.3-tiny"])
 def test_every_factor_learns_also_outside_of_the_blocks(g, name, by_block):
     g, model = g(name, "av"), transformer(name)
-    lora = training.new_factors(training.target_layers(model, OUTER), 2, 0)
+    lora = gradients.new_factors(gradients.target_layers(model, OUTER), 2, 0)
     lora = replace(
         lora,
         factors={
@@ -202,7 +202,7 @@ def test_every_factor_learns_also_outside_of_the_blocks(g, name, by_block):
         },
     )
     attach(model, [(lora, 1.0)])
-    trainee = Trainee(model, training.factor_parameters(lora), by_block)
+    trainee = Trainee(model, gradients.factor_parameters(lora), by_block)
     assert len(trainee.outer) > 20
     e = example(model, g)
     _, grads = trainee.gradients(e)
@@ -276,7 +276,7 @@ def test_gradients_go_through_a_quantized_base(checkpoint, name, bits, least, by
             picked = lambda path, _: quant_predicate(path)
             quantize(model, group_size=32, bits=bits, class_predicate=picked)
         attach(model, [(lora, 1.0)])
-        trainee = Trainee(model, training.factor_parameters(lora), by_block)
+        trainee = Trainee(model, gradients.factor_parameters(lora), by_block)
         found.append(all_of(trainee.gradients(random_example(model))[1]))
     assert cosine(*found) > least
 
@@ -285,11 +285,11 @@ def test_new_factors_leave_the_base_as_it_is(g):
     g, model = g("ltx-2.3-tiny", "av"), transformer("ltx-2.3-tiny")
     e = example(model, g)
     before = Trainee(model, {}).loss(e)[0].item()
-    layers = training.target_layers(model, training.TARGETS["both"])
+    layers = gradients.target_layers(model, gradients.TARGETS["both"])
     assert len(layers) == 2 * 6 * 4
-    lora = training.new_factors(layers, 3, 0)
+    lora = gradients.new_factors(layers, 3, 0)
     attach(model, [(lora, 1.0)])
-    trainee = Trainee(model, training.factor_parameters(lora))
+    trainee = Trainee(model, gradients.factor_parameters(lora))
     assert trainee.loss(e)[0].item() == before
     _, grads = trainee.gradients(e)
     for key, w in grads.items():  # only B learns at first
@@ -299,8 +299,8 @@ def test_new_factors_leave_the_base_as_it_is(g):
 
 @pytest.mark.parametrize("streams, count", [("both", 48), ("video", 16), ("audio", 16)])
 def test_target_layers_match_complete_names(streams, count):
-    layers = training.target_layers(
-        transformer("ltx-2-tiny"), training.TARGETS[streams]
+    layers = gradients.target_layers(
+        transformer("ltx-2-tiny"), gradients.TARGETS[streams]
     )
     assert len(layers) == count and all("transformer_blocks" in k for k in layers)
     if streams == "video":
