@@ -239,6 +239,7 @@ class Trainer:
                 jobs = map(self.pipe.plan, self.requests())
                 self.data.encode_captions([p for job in jobs for p in job.prompts])
             mx.eval(mx.distributed.all_sum(mx.zeros(1)))
+        self.folder.mkdir(parents=True, exist_ok=True)
         o, model = self.options, self._transformer(lazy=self.streamed)
         self.lora = new_factors(target_layers(model, self.endings), o.rank, o.seed)
         parameters = factor_parameters(self.lora)
@@ -324,11 +325,13 @@ class Trainer:
                 report.peak, since, seconds = mx.get_peak_memory(), self.step, 0.0
             if report.loss is not None or report.held_out is not None:
                 yield report
-            if self.step % o.save_every == 0 and not last:
+            if self.step % o.save_every == 0:
                 self.save(f"{self.step:07d}_{ADAPTERS}")
-            if self.step % o.sample_every == 0 or last:
+            if self.step % o.sample_every == 0 and not last:
                 self.sample()
         self.save()
+        if not self.stopping:
+            self.sample()
 
     def _batch(self) -> tuple[float, Parameters]:
         """The loss and gradients of a step: the means over its clips, of which each

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+import signal
+import sys
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -10,9 +14,13 @@ import numpy as np
 import pytest
 from parity import channels_last, cosine, relative_error
 from streams import load
+from test_dataset import write_clip
 from test_layout import HERE
 
-from ltx2 import gradients, latents
+import generate
+import train
+from ltx2 import gradients, latents, media, memory, weights
+from ltx2.base import UserError
 from ltx2.conversion import quant_predicate
 from ltx2.gradients import Trainee, make_example
 from ltx2.linear import quantize
@@ -224,8 +232,6 @@ def test_every_factor_learns_also_outside_of_the_blocks(g, name, by_block):
 
 def in_memory(model):
     """Blocks as they would be read from the disk: new ones, each time."""
-    from copy import deepcopy
-
     return lambda: [deepcopy(block) for block in model.transformer_blocks]
 
 
@@ -305,3 +311,153 @@ def test_target_layers_match_complete_names(streams, count):
     assert len(layers) == count and all("transformer_blocks" in k for k in layers)
     if streams == "video":
         assert not any("audio" in k for k in layers)
+
+
+# Whole runs
+
+
+SIZES = ("--resolution", "64x64x9", "--resolution", "64x64x1")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for n, frames in enumerate((9, 17, 9, 1)):
+        write_clip(folder / f"{n}.mp4", frames, sound=n != 2)
+        (folder / f"{n}.txt").write_text(f"clip {n}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(checkpoint, clips, cache, monkeypatch, capsys, tmp_path):
+    """`run("--iters", "3", to="a")`: the folder of the adapter, and what was printed."""
+
+    def call(*flags, to="adapter", model="ltx-2", data=clips):
+        monkeypatch.chdir(tmp_path)
+        argv = ["train.py", "--model", str(checkpoint(model)), "--data", str(data)]
+        argv += ["--text-encoder", str(checkpoint("gemma3")), "--cache", str(cache)]
+        argv += ["--adapter-path", to, *SIZES, "--rank", "2", "--learning-rate", "1e-2"]
+        argv += ["--steps-per-report", "1", "--steps-per-eval", "2", *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        train.main()
+        return tmp_path / to, capsys.readouterr().out
+
+    return call
+
+
+def files(folder):
+    return {
+        name: mx.load(str(folder / name))
+        for name in ("adapters.safetensors", "state.safetensors")
+    }
+
+
+def same(a, b) -> bool:
+    return all(
+        a[f].keys() == b[f].keys()
+        and all(mx.array_equal(a[f][k], b[f][k]) for k in a[f])
+        for f in a
+    )
+
+
+def test_an_interrupted_training_continues_bit_for_bit(run, monkeypatch):
+    whole, printed = run("--iters", "4", "--batch-size", "2", to="whole")
+    assert "Iter 4: held-out loss" in printed and "it/s" in printed
+    show = train.show
+
+    def interrupt(report, iters):
+        show(report, iters)
+        if report.step == 2 and report.loss:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C
+
+    monkeypatch.setattr(train, "show", interrupt)
+    flags = ("--iters", "4", "--batch-size", "2")
+    part, printed = run(*flags, to="part")
+    assert "stopping after this step" in printed
+    assert "continue with --resume-adapter-file part" in printed
+    assert not same(files(part), files(whole))
+    with pytest.raises(UserError, match="part has an adapter"):
+        run(*flags, to="part")
+    monkeypatch.setattr(train, "show", show)
+    run(*flags, "--resume-adapter-file", "part", to="part")
+    assert same(files(part), files(whole))
+    lines = [(f / "loss.csv").read_text().splitlines() for f in (part, whole)]
+    assert lines[0] == lines[1] and len(lines[0]) == 5
+    assert media.load_image(part / "loss.png").shape == (540, 960, 3)
+
+
+def test_the_adapter_is_an_official_lora(run, checkpoint, monkeypatch, capsys):
+    folder, _ = run("--iters", "2", "--trigger", "sks", "--save-every", "1")
+    lora = Lora.read(folder)
+    model = load(checkpoint("ltx-2"))
+    lora.check(model)
+    assert len(lora.factors) == 2 * 6 * 4
+    assert all(b.any() for _, b in lora.factors.values())
+    assert lora.metadata["rank"] == lora.metadata["alpha"] == "2"
+    assert lora.metadata["trigger_words"] == "sks"
+    assert lora.metadata["base_model"] == "LTX-2 2.0.0 dev"
+    keys = mx.load(str(folder / "adapters.safetensors")).keys()
+    assert "diffusion_model.transformer_blocks.1.attn2.to_out.0.lora_A.weight" in keys
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["rank"] == 2 and config["steps"] == 2
+    assert (folder / "0000001_adapters.safetensors").is_file()
+    # A sample is to the right of the untrained model's.
+    before, after = (
+        np.stack([*media.read_video(folder / "samples" / f"000000{n}-1.mp4")])
+        for n in (0, 2)
+    )
+    assert after.shape == (9, 64, 128, 3)
+    assert np.abs(after[:, :, :64].astype(int) - before).mean() < 8
+    argv = ["generate.py", "--model", str(checkpoint("ltx-2")), "--prompt", "a"]
+    argv += ["--text-encoder", str(checkpoint("gemma3")), "--lora", str(folder)]
+    argv += ["--kind", "distilled", "--height", "64", "--width", "64"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--num-frames", "9"])
+    generate.main()
+    assert "wrote output.mp4" in capsys.readouterr().out
+
+
+def test_streamed_training_is_that_in_memory(run):
+    flags = ("--iters", "2", "--sample-every", "5")
+    plain, printed = run(*flags, to="plain")
+    assert "held in memory" in printed and "kept for the backward pass" in printed
+    streamed, printed = run(*flags, "--low-memory", to="streamed")
+    assert "read block by block" in printed
+    for f, arrays in files(plain).items():
+        for k, w in files(streamed)[f].items():
+            w, other = (x.astype(mx.float32) for x in (w, arrays[k]))
+            assert mx.allclose(w, other, rtol=1e-3, atol=1e-5), k
+
+
+@pytest.mark.parametrize("streams", ["video", "audio"])
+def test_one_stream_is_trained_alone(run, streams):
+    folder, _ = run("--iters", "1", "--streams", streams)
+    paths = Lora.read(folder).factors
+    assert len(paths) == 16 and all(
+        ("audio" in p) == (streams == "audio") for p in paths
+    )
+    suffix = {"video": "mp4", "audio": "wav"}[streams]
+    assert (folder / "samples" / f"0000001-1.{suffix}").is_file()
+
+
+def test_a_reference_lora_says_its_scale(run, clips):
+    flags = ("--iters", "1", "--streams", "video", "--reference-data", str(clips))
+    more = ("--resolution", "128x64x9", "--reference-downscale", "2")
+    folder, _ = run(*flags, *more, "--sample-every", "9")
+    assert Lora.read(folder).metadata["reference_downscale_factor"] == "2"
+
+
+def test_a_plan_reads_no_weights(run, monkeypatch):
+    def fail(*_):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(weights, "evaluate", fail)
+    folder, printed = run("--plan")
+    assert "train" in printed and "encode" in printed and not folder.exists()
+    monkeypatch.setattr(memory, "available", lambda: 1 << 20)
+    with pytest.raises(UserError, match="needs .* GB but .* try a lower-bit model"):
+        run()
