@@ -50,7 +50,8 @@ def main() -> None:
     from ltx2 import adapters, dataset, pipeline, training
     from ltx2.conversion import OFFICIAL
 
-    group, folder = init_distributed(), Path(args.adapter_path)
+    init_distributed()
+    folder = Path(args.adapter_path)
     there = (folder / adapters.ADAPTERS).exists()
     if there and args.resume_adapter_file is None and not args.plan:
         raise UserError(
@@ -64,7 +65,6 @@ def main() -> None:
         args.text_encoder,
         args.kind,
         args.dtype or ("float32" if cpu else "bfloat16"),
-        group=group,
     )
     given = {k: v for k, v in vars(args).items() if v is not None}
     fields = training.Options.__dataclass_fields__.keys() & given.keys()
@@ -90,7 +90,7 @@ def main() -> None:
     print(f"wrote {folder}")
     if trainer.step < trainer.options.iters:
         print(f"continue with --resume-adapter-file {folder}")
-    elif args.upload_repo and pipe.machines.rank == 0:
+    elif args.upload_repo and trainer.group.rank() == 0:
         license = OFFICIAL[pipe.checkpoint.generation]
         adapters.upload(folder, args.upload_repo, license)
 

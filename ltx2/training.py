@@ -14,6 +14,7 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from . import __version__, latents, media, memory
 from .adapters import ADAPTERS, CONFIG, STATE, official, save_arrays, save_losses
@@ -36,6 +37,7 @@ from .gradients import (
     target_layers,
 )
 from .latents import LatentState, Size
+from .linear import dequantize_from
 from .lora import Lora, attach, linear_shape
 from .options import ask, check, comma_separated
 from .pipeline import Pipeline, Result
@@ -47,10 +49,11 @@ from .vae import DOWN
 DEFAULTS = {"iters": 2000, "batch_size": 1, "learning_rate": 1e-4, "rank": 32}
 MEAN_OF = 100  # steps in the running mean of the loss
 HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
-# Buffers of a block's backward pass, in states of all tokens (measured on the CPU); the
-# scores of its attentions, which are not fused while they are differentiated.
-ACTIVATIONS, SCORES = 75, 4
-STAY = 6  # float32 copies of the factors: gradients, moments, what a step makes
+# Copies that a block keeps for its backward pass, of the states of all tokens, of those of
+# the text and of the scores of its attentions (which are not fused while they are
+# differentiated), and of the scores while it is differentiated: measured on the CPU.
+KEPT, DURING = (38, 5, 1.2), 1.3
+FACTORS = 6  # float32 copies of the factors: gradients, moments, what a step makes
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,7 @@ class Trainer:
         """The memory of each phase. Blocks are recomputed, or read from the disk, where
         it would not do otherwise."""
         estimator = memory.Estimator(self.pipe.checkpoint, self.pipe.dtype)
+        bits = (self.pipe.checkpoint.quantization or {}).get("bits", 0)
         layers = target_layers(self._transformer(lazy=True), self.endings)
         if not layers:
             raise UserError(f"no layer's name ends in {', '.join(self.endings)}")
@@ -205,7 +209,7 @@ class Trainer:
         sizes = [item.size for item in self.data.items + self.data.held_out]
 
         def planned(sizes: list[Size], by_block: bool, low: Optional[bool]):
-            phases = footprints(estimator, sizes, size, by_block)
+            phases = footprints(estimator, sizes, size, by_block, bits)
             return memory.planned(phases, memory.available(), low)
 
         self.by_block = self.options.grad_checkpoint
@@ -299,7 +303,7 @@ class Trainer:
         o = self.options
         losses, since, seconds = [], self.step, 0.0
         mx.reset_peak_memory()
-        while self.step < o.iters and not self.stopping:
+        while self.step < o.iters and not self._stopped():
             begun = time.perf_counter()
             part = SCHEDULES[o.lr_schedule](self.step / o.iters)
             self.opt.learning_rate = o.learning_rate * part
@@ -333,6 +337,12 @@ class Trainer:
         if not self.stopping:
             self.sample()
 
+    def _stopped(self) -> bool:
+        """Whether one of the machines is to stop."""
+        stopping = mx.array(self.stopping)
+        self.stopping = mx.distributed.all_max(stopping, group=self.group).item()
+        return self.stopping
+
     def _batch(self) -> tuple[float, Parameters]:
         """The loss and gradients of a step: the means over its clips, of which each
         machine takes its part."""
@@ -348,7 +358,7 @@ class Trainer:
             mx.eval(loss, sums)
             total += loss.item() / count
         if ranks > 1:
-            sums = nn.average_gradients(sums)
+            sums = dict(tree_flatten(nn.average_gradients(sums)))
             total = mx.distributed.all_sum(mx.array(total)).item() / ranks
         return total, sums
 
@@ -377,6 +387,8 @@ class Trainer:
     def requests(self) -> list[Request]:
         """Sample clips of the most common size, with fixed seeds."""
         o, items = self.options, self.data.items
+        if items[0].clip.reference:  # there is no reference to sample with
+            return []
         sizes = [item.size for item in items]
         size = max(sizes, key=sizes.count)
         prompts = o.sample_prompt or (items[0].clip.caption,)
@@ -391,10 +403,11 @@ class Trainer:
 
     def sample(self) -> list[Path]:
         """Sample clips, to the right of those of the untrained model."""
-        folder = self.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        written = []
-        for n, request in enumerate(self.requests(), 1):
+        folder, written = self.folder / "samples", []
+        for n, request in enumerate(
+            self.requests() if self.group.rank() == 0 else (), 1
+        ):
+            folder.mkdir(exist_ok=True)
             base = folder / f"{0:07d}-{n}.mp4"
             if not base.exists() and request.audio_only is False:
                 trained = self.trainee.parameters
@@ -475,25 +488,25 @@ class Trainer:
 
 
 def footprints(
-    estimator: memory.Estimator, sizes: Sequence[Size], factors: int, by_block: bool
+    e: memory.Estimator, sizes: Sequence[Size], factors: int, by_block: bool, bits: int
 ) -> dict[str, memory.Footprint]:
-    """What encoding and training hold, for clips of these sizes and so many bytes of
-    factors."""
-    c, e, largest = estimator.dit, estimator, max(sizes, key=lambda s: s.tokens)
-    phases = {}
-    if largest.tokens:
-        encoded = e.convolutions(largest, DOWN, 8)
-        phases["encode"] = memory.Footprint(
-            e.size["vae"] + e.size["audio_vae"], encoded
-        )
+    """What encoding and training hold, for clips of these sizes, so many bytes of factors
+    and a transformer of these bits, or 0 if it is not quantized."""
+    c, phases = e.dit, {}
+    largest = max(sizes, key=lambda s: s.tokens + s.audio_tokens)
     tokens, sound = largest.tokens, largest.audio_tokens
-    keys = max(tokens, MAX_TOKENS)
+    if tokens:
+        weights = e.size["vae"] + e.size["audio_vae"]
+        phases["encode"] = memory.Footprint(weights, e.convolutions(largest, DOWN, 8))
     heads = max(c.num_attention_heads, c.audio_num_attention_heads)
-    scores = SCORES * heads * e.item * (tokens * keys + sound * MAX_TOKENS)
-    texts = 8 * e.per_token(MAX_TOKENS, MAX_TOKENS)
-    block = ACTIVATIONS * e.per_token(tokens, sound) + scores + texts
-    held = (c.num_layers + 4) * e.per_token(tokens, sound)
-    buffers = block + held if by_block else c.num_layers * block
-    weights = e.size["transformer"] + STAY * factors
+    pairs = tokens * (tokens + MAX_TOKENS + 2 * sound) + sound * (sound + MAX_TOKENS)
+    state, text = e.per_token(tokens, sound), e.per_token(MAX_TOKENS, MAX_TOKENS)
+    scores = heads * pairs * e.item
+    block = sum(n * size for n, size in zip(KEPT, (state, text, scores)))
+    if bits and tokens > dequantize_from():  # such weights are kept, too
+        block += e.blocks / c.num_layers * 8 / bits * e.item
+    held = block + (c.num_layers + 1) * state if by_block else c.num_layers * block
+    weights = e.size["transformer"] + FACTORS * factors
+    buffers = held + DURING * scores
     phases["train"] = memory.Footprint(weights, buffers, e.streamable["transformer"])
     return phases

@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
+import checkpoints
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from parity import channels_last, cosine, relative_error
 from streams import load
 from test_dataset import write_clip
 from test_layout import HERE
+from test_parallel import ROOT, launch
 
 import generate
 import train
-from ltx2 import gradients, latents, media, memory, weights
+from ltx2 import gradients, latents, media, memory, training, weights
 from ltx2.base import UserError
 from ltx2.conversion import quant_predicate
 from ltx2.gradients import Trainee, make_example
@@ -254,7 +256,7 @@ def test_gradients_by_block_are_the_plain_ones(g, name, case):
             assert relative_error(grads[key], theirs[key]) < 1e-5
 
 
-def random_example(model, tokens=(3, 2, 3), audio=9):
+def random_example(model, tokens=(3, 2, 3), audio=9, rows=8):
     rng, c = np.random.default_rng(0), model.config
     normal = lambda *shape: mx.array(rng.standard_normal(shape, np.float32))
     bounds = latents.video_bounds(*tokens, FPS), latents.audio_bounds(audio)
@@ -266,7 +268,7 @@ def random_example(model, tokens=(3, 2, 3), audio=9):
         found[name] = latents.LatentState.initial(b, dim, normal(*shape))
         noise[name] = normal(*shape)
         width = width if c.caption_proj_before_connector else c.caption_channels
-        contexts.append(normal(1, 8, width))
+        contexts.append(normal(1, rows, width))
     sigmas = {"video": 0.62, "audio": 0.31}
     return make_example(model, found, noise, sigmas, tuple(contexts))
 
@@ -461,3 +463,38 @@ def test_a_plan_reads_no_weights(run, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 1 << 20)
     with pytest.raises(UserError, match="needs .* GB but .* try a lower-bit model"):
         run()
+
+
+def test_two_machines_average_their_gradients(run, clips, cache, checkpoint, tmp_path):
+    flags = ["--iters", "2", "--sample-every", "9"]
+    single, _ = run(*flags, "--batch-size", "2", to="single")
+    command = [str(ROOT / "train.py"), *sys.argv[1:]]
+    command[command.index("single")] = str(tmp_path / "double")
+    command[command.index("--batch-size") + 1] = "1"
+    with launch(2, *command) as launched:
+        printed, _ = launched.communicate()
+    assert printed.count("Iter 2: loss") == 1, printed
+    for f, arrays in files(single).items():
+        for k, w in files(tmp_path / "double")[f].items():
+            assert mx.allclose(w, arrays[k], rtol=1e-3, atol=1e-5), k
+
+
+@pytest.mark.parametrize("by_block", [False, True], ids=["at once", "by block"])
+def test_training_holds_the_memory_that_is_planned(checkpoint, by_block):
+    wide = checkpoints.widths(heads=4, video=64, audio=32)
+    path = checkpoint("ltx-2.3", transformer={**wide, "num_layers": 4})
+    source = weights.open_model(str(path))
+    model = source.load("transformer", mx.float32)
+    lora = gradients.new_factors(gradients.target_layers(model, ("to_q",)), 2, 0)
+    attach(model, [(lora, 1.0)])
+    trainee = Trainee(model, gradients.factor_parameters(lora), by_block)
+    e = random_example(model, (5, 8, 8), 40, 1024)
+    mx.eval([t.latent for t in e.tokens], e.targets, e.contexts)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(trainee.gradients(e))
+    size = latents.Size(8 * 32, 8 * 32, 33, 24, 40)
+    estimator = memory.Estimator(source, mx.float32)
+    planned = training.footprints(estimator, [size], 0, by_block, 0)["train"].buffers
+    assert 0.7 < (mx.get_peak_memory() - before) / planned < 1.15
