@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
 
 import mlx.core as mx
 
@@ -38,7 +38,10 @@ COLUMNS = {  # of lists, as the Hub, the reference's trainer and mlx-examples na
     "caption": ("caption", "prompt", "text"),
     "reference": ("reference_video", "ref_media_path", "reference"),
 }
-STILL_FPS = 1.0  # a picture lasts a second, as in the reference's training
+MAX_FPS, STILL_FPS = (
+    120.0,
+    1.0,
+)  # a picture lasts a second, as in the reference's training
 SIDES = ((576, 576), (768, 448), (448, 768))
 LENGTHS = (49, 25, 9, 1)
 PROMPTS_AT_ONCE = 16  # whose hidden states are held together
@@ -132,18 +135,14 @@ def _listed(path: Path) -> Iterator[Clip]:
 
 def _rows(path: Path) -> Iterable[dict[str, Any]]:
     text = path.read_text("utf-8-sig")
+    lines = [line for line in text.splitlines() if line.strip()]
     if path.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines()))
+        return csv.DictReader(lines)
+    text = text if path.suffix == ".json" else f"[{','.join(lines)}]"
     try:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        return checked(list[dict[str, Any]], json.loads(text), str(path))
     except ValueError:
-        rows = None
-    if path.suffix == ".json" or rows is None:
-        try:
-            rows = json.loads(text)
-        except ValueError:
-            raise UserError(f"{path} is not valid JSON") from None
-    return checked(list[dict[str, Any]], rows, str(path))
+        raise UserError(f"{path} is not valid JSON") from None
 
 
 def _same_name(clip: Clip, folder: str) -> Optional[Path]:
@@ -203,11 +202,10 @@ def fit(clip: Clip, buckets: Sequence[Size], streams: str) -> tuple[Size, list, 
     has = [s for s in wants if getattr(found, f"has_{s}")]
     if not has:
         raise UserError(f"{clip.path.name} has no {' and no '.join(wants)}")
-    fps, frames = float(found.fps or 24), found.num_frames
-    if "video" not in has:  # sound alone: as long as the longest bucket allows
-        frames = math.floor(found.audio_duration * fps)
-    shape = (found.width or 1, found.height or 1)
-    b = choose_bucket(*shape, frames, buckets)
+    fps, frames = min(float(found.fps or 24), MAX_FPS), found.num_frames
+    if "video" not in has or fps != found.fps:
+        frames = math.floor(found.duration * fps + 0.01)
+    b = choose_bucket(found.width or 1, found.height or 1, frames, buckets)
     sound = audio_tokens(b.num_frames, fps) if "audio" in has else 0
     size = Size(b.width, b.height, b.num_frames, fps, sound)
     done = f"frames 1 to {b.num_frames} of {frames} at {fps:g} fps"
@@ -226,13 +224,9 @@ class Dataset:
     def __init__(self, folder: str | Path, pipe: Pipeline, downscale: int = 1):
         """Reference clips have `downscale` times smaller sides."""
         self.folder, self.pipe, self.downscale = Path(folder), pipe, downscale
-        packed, files = pipe.checkpoint.version >= GEMMA_4, pipe.files()
-        encoder = [] if packed else text_encoder_files(pipe.text_encoder)
-        self.made_by = [
-            files,
-            {f.name: f.fingerprint for f in encoder},
-            str(pipe.dtype),
-        ]
+        packed = pipe.checkpoint.version >= GEMMA_4
+        files = [] if packed else text_encoder_files(pipe.text_encoder)
+        self.encoder_files = [f for f in files if f.name.endswith(".safetensors")]
         self.items: list[Item] = []
         self.held_out: list[Item] = []
 
@@ -251,12 +245,13 @@ class Dataset:
             if trigger:
                 clip = replace(clip, caption=f"{trigger} {clip.caption}")
             self.items.append(Item(clip, size, tuple(has), key))
-        if not self.items:
-            raise UserError("none of the clips can be used")
+        self._check()
 
     @cached_property
     def contexts(self) -> ContextCache:
-        return ContextCache(self.folder, self.made_by)
+        encoder = {f.name: f.fingerprint for f in self.encoder_files}
+        made_by = [self.pipe.files(), encoder, str(self.pipe.dtype)]
+        return ContextCache(self.folder, made_by)
 
     def key(self, clip: Clip, size: Size, streams: Sequence[str]) -> str:
         """What an item's latents depend on."""
@@ -271,13 +266,12 @@ class Dataset:
     def path(self, item: Item) -> Path:
         return self.folder / f"{item.key}.latents.safetensors"
 
-    def encode(self, progress: Callable[[int, int], None] = lambda *_: None) -> None:
+    def encode(self) -> None:
         """Encode what is not there yet: captions, then clips, each as a stream."""
         items = self.items + self.held_out
         self.encode_captions(list(dict.fromkeys(i.clip.caption for i in items)))
         encoders, broken = Encoders(InputFiles(), self.pipe.component), []
-        for n, item in enumerate(items):
-            progress(n, len(items))
+        for item in items:
             try:
                 if not self.path(item).exists():
                     self._save(item, encoders)
@@ -288,6 +282,9 @@ class Dataset:
         self.pipe.free("vae", "audio_vae")
         self.items = [item for item in self.items if item not in broken]
         self.held_out = [item for item in self.held_out if item not in broken]
+        self._check()
+
+    def _check(self) -> None:
         if not self.items:
             raise UserError("none of the clips can be used")
 

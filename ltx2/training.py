@@ -19,7 +19,14 @@ from mlx.utils import tree_flatten
 from . import __version__, latents, media, memory
 from .adapters import ADAPTERS, CONFIG, STATE, official, save_arrays, save_losses
 from .base import UserError, note
-from .dataset import Clip, Dataset, Sample, default_buckets, parse_bucket
+from .dataset import (
+    PROMPTS_AT_ONCE,
+    Clip,
+    Dataset,
+    Sample,
+    default_buckets,
+    parse_bucket,
+)
 from .dit import Block, DiT, DiTConfig, StreamedBlocks, build_blocks
 from .gradients import (
     BLOCKS,
@@ -56,6 +63,9 @@ KEPT, DURING = (38, 5, 1.2), 1.3
 FACTORS = 6  # float32 copies of the factors: gradients, moments, what a step makes
 
 
+REPEATED = {"default": (), "type": str, "repeat": True}
+
+
 @dataclass(frozen=True)
 class Options:
     """How to train. None means the model's default."""
@@ -69,34 +79,22 @@ class Options:
     rank: Optional[int] = ask("of the factors (default: 32)", between=(1, 1024))
     streams: str = ask("both, video or audio", "both", choices=tuple(TARGETS))
     target_modules: tuple[str, ...] = ask(
-        "endings of layer names (default: the streams' attention)",
-        (),
-        type=comma_separated,
-        metavar="NAME,...",
+        "endings of layers' names (default: attention)", (), type=comma_separated
     )
     first_frame_prob: float = ask("hold the first frame", 0.1, between=(0, 1))
     resolution: tuple[str, ...] = ask(
-        "bucket for clips; repeatable (default: the model's)",
-        (),
-        type=str,
-        metavar="WxHxF",
-        repeat=True,
+        "WxHxF, a bucket for clips; repeatable (default: the model's)",
+        **REPEATED,
     )
-    reference_data: Optional[str] = ask(
-        "reference clips, for an IC-LoRA", metavar="DIR"
-    )
+    reference_data: Optional[str] = ask("folder of reference clips, for an IC-LoRA")
     reference_downscale: int = ask("how much smaller", 1, between=(1, 9))
-    trigger: str = ask("word to put in front of each caption", "", metavar="WORD")
-    val_clips: Optional[int] = ask("clips to hold out (default: a tenth, up to 8)")
-    grad_checkpoint: bool = ask(
-        "recompute blocks to save memory, if not planned", False
-    )
-    steps_per_report: int = ask("", 10, between=(1, 10**7))
+    trigger: str = ask("word to put in front of each caption", "")
+    val_clips: Optional[int] = ask("to hold out (default: a tenth, up to 8)")
+    grad_checkpoint: bool = ask("always recompute blocks, which saves memory", False)
+    steps_per_report: int = ask("steps", 10, between=(1, 10**7))
     steps_per_eval: int = ask("of the held-out loss", 200, between=(1, 10**7))
     save_every: int = ask("steps", 250, between=(1, 10**7))
-    sample_prompt: tuple[str, ...] = ask(
-        "prompt of sample clips; repeatable", (), type=str, repeat=True, metavar="TEXT"
-    )
+    sample_prompt: tuple[str, ...] = ask("of sample clips; repeatable", **REPEATED)
     sample_every: int = ask("steps", 250, between=(1, 10**7))
     seed: int = ask("of factors, noise and order", 0, between=(0, 2**31))
 
@@ -120,7 +118,6 @@ class Report:
     learning_rate: float = 0.0
     per_second: float = 0.0
     peak: int = 0
-    norm: float = 0.0
 
 
 # The run
@@ -188,12 +185,7 @@ class Trainer:
         count = min(there // 10, 8) if o.val_clips is None else o.val_clips
         if not 0 <= count < there:
             raise UserError(f"val_clips is {count}, but there are {there} clips")
-        if not count:
-            note(
-                "no clips are held out: the held-out loss is of clips that are trained"
-            )
-        if count:
-            self.data.hold_out(count)
+        self.data.hold_out(count)
 
     def plan(self) -> memory.MemoryPlan:
         """The memory of each phase. Blocks are recomputed, or read from the disk, where
@@ -203,28 +195,37 @@ class Trainer:
         layers = target_layers(self._transformer(lazy=True), self.endings)
         if not layers:
             raise UserError(f"no layer's name ends in {', '.join(self.endings)}")
-        size = (
-            4 * self.options.rank * sum(sum(linear_shape(x)) for x in layers.values())
-        )
+        numbers = self.options.rank * sum(sum(map(linear_shape, layers.values()), ()))
         sizes = [item.size for item in self.data.items + self.data.held_out]
+        text = {"text": estimator.text(PROMPTS_AT_ONCE, self.data.encoder_files)}
+        samples = [self.pipe.plan(r).memory.phases for r in self.requests()[:1]]
 
         def planned(sizes: list[Size], by_block: bool, low: Optional[bool]):
-            phases = footprints(estimator, sizes, size, by_block, bits)
-            return memory.planned(phases, memory.available(), low)
+            phases = footprints(estimator, sizes, 4 * numbers, by_block, bits)
+            for needs in samples:
+                sample = [n for k, n in needs.items() if k in ("audio", "video")]
+                more = max(n.weights for n in sample), max(
+                    n.buffers for n in needs.values()
+                )
+                train = phases["train"]
+                total = train.weights + more[0]
+                phases["sample"] = memory.Footprint(total, more[1], train.streamable)
+            return memory.planned(text | phases, memory.available(), low)
 
         self.by_block = self.options.grad_checkpoint
         plan = planned(sizes, self.by_block, self.low_memory)
         if plan.streamed or not plan.fits:
             self.by_block = True
             plan = planned(sizes, self.by_block, self.low_memory)
-        self.streamed = plan.streamed
         tried = ((s, f) for s in (576, 448, 320, 256, 128, 64) for f in (49, 25, 9, 1))
+        advice = "try a lower-bit model (convert.py --quantize)"
         for side, frames in tried if not plan.fits else ():
             small = Size(side, side, frames, 24.0, latents.audio_tokens(frames, 24))
             if planned([small], True, True).fits:
-                text = f"--resolution {side}x{side}x{frames} would fit"
-                return replace(plan, suggestion=text)
-        return replace(plan, suggestion="try a lower-bit model (convert.py --quantize)")
+                advice = f"--resolution {side}x{side}x{frames} would fit"
+                break
+        self.memory = replace(plan, suggestion=advice)
+        return self.memory
 
     @property
     def endings(self) -> tuple[str, ...]:
@@ -244,7 +245,7 @@ class Trainer:
                 self.data.encode_captions([p for job in jobs for p in job.prompts])
             mx.eval(mx.distributed.all_sum(mx.zeros(1)))
         self.folder.mkdir(parents=True, exist_ok=True)
-        o, model = self.options, self._transformer(lazy=self.streamed)
+        o, model = self.options, self._transformer(lazy=self.memory.streamed)
         self.lora = new_factors(target_layers(model, self.endings), o.rank, o.seed)
         parameters = factor_parameters(self.lora)
         self.opt = optimizer(o.learning_rate)
@@ -253,11 +254,12 @@ class Trainer:
             parameters = self._resumed(Path(resume), parameters)
         attach(model, [(self.lora, 1.0)])
         self.trainee = Trainee(model, {}, self.by_block)
-        if self.streamed:
+        if self.memory.streamed:
             self.trainee.read = self._read
             blocks = lambda: (block for _, block in self.trainee.blocks())
             model.transformer_blocks = StreamedBlocks(blocks)
         self.trainee.update(parameters)
+        memory.set_limits(self.memory)
 
     def _read(self) -> list[Block]:
         """The blocks with factors; their weights are not read yet."""
@@ -272,28 +274,26 @@ class Trainer:
     def _resumed(self, path: Path, new: Parameters) -> Parameters:
         """The factors of an earlier training, and its step and moments if they are
         there."""
-        folder = path if path.is_dir() else path.parent
-        if not (folder / STATE).is_file():
-            note(f"{folder} has no {STATE}: training begins at step 0")
+        state = (path if path.is_dir() else path.parent) / STATE
+        if state.is_file():
+            arrays, metadata = mx.load(str(state), return_metadata=True)
+            found = {k[2:]: w for k, w in arrays.items() if k.startswith("p.")}
+        else:
+            note(f"there is no {state}: training begins at step 0")
             found = factor_parameters(Lora.read(path))
-            self._check_names(path, found, new)
-            return found
-        arrays, metadata = mx.load(str(folder / STATE), return_metadata=True)
-        found = {k[2:]: w for k, w in arrays.items() if k.startswith("p.")}
-        self._check_names(path, found, new)
-        for key in found:
-            self.opt.state[key] = {part: arrays[f"{part}.{key}"] for part in "mv"}
-        self.opt.state["step"] = arrays["step"]
-        self.step = int(metadata["step"])
-        self.history = json.loads(metadata["history"])
-        return found
-
-    def _check_names(self, path: Path, found: Parameters, new: Parameters) -> None:
         shapes = [{k: w.shape for k, w in p.items()} for p in (found, new)]
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"{path} has other layers or another rank: pass the flags it was made with"
             )
+        if state.is_file():
+            for key in found:
+                self.opt.state[key] = {k: arrays[f"{k}.{key}"] for k in "mv"}
+            self.opt.state["step"] = arrays["step"]
+            self.step, self.history = (
+                json.loads(metadata[k]) for k in ("step", "history")
+            )
+        return found
 
     # Training
 
@@ -318,7 +318,7 @@ class Trainer:
             self.history.append([self.step, loss, None])
             last = self.step == o.iters
             report = Report(self.step)
-            if self.step % o.steps_per_eval == 0 or last:
+            if self.data.held_out and (self.step % o.steps_per_eval == 0 or last):
                 report.held_out = self.history[-1][2] = self.held_out_loss()
             if self.step % o.steps_per_report == 0 or last:
                 report.loss, losses = sum(losses) / len(losses), []
@@ -371,16 +371,14 @@ class Trainer:
 
     def held_out_loss(self) -> float:
         """The mean loss of the held-out clips, always with the same noise and sigmas."""
-        items = self.data.held_out or self.data.items[:4]
-        total, count = 0.0, max(len(items), 8)
+        items, o, total = self.data.held_out, self.options, 0.0
+        count = max(len(items), 8)
         for n in range(count):
-            item = items[n % len(items)]
-            rng = np.random.default_rng([self.options.seed, HELD_OUT + n])
-            at = (n + 0.5) / count
-            sample = self.data.load(item)
-            example = draw_example(self.trainee.model, sample, self.options, rng, at)
-            total += self.trainee.loss(example)[0].item()
-        return total / count
+            rng = np.random.default_rng([o.seed, HELD_OUT + n])
+            sample, at = self.data.load(items[n % len(items)]), (n + 0.5) / count
+            example = draw_example(self.trainee.model, sample, o, rng, at)
+            total += self.trainee.loss(example)[0].item() / count
+        return total
 
     # Samples
 
@@ -392,24 +390,26 @@ class Trainer:
         sizes = [item.size for item in items]
         size = max(sizes, key=sizes.count)
         prompts = o.sample_prompt or (items[0].clip.caption,)
-        options = {"num_frames": size.num_frames, "fps": max(size.fps, 1)}
-        if o.streams == "audio":
-            options |= {"audio_only": True}
-        else:
-            options |= {"width": size.width, "height": size.height}
-            options |= {"no_audio": o.streams == "video"}
-        seeds = range(o.seed, o.seed + len(prompts))
-        return [Request(p, seed=seed, **options) for p, seed in zip(prompts, seeds)]
+        first = Request(
+            prompts[0],
+            num_frames=size.num_frames,
+            fps=size.fps,
+            width=size.width,
+            height=size.height,
+            audio_only=o.streams == "audio",
+            no_audio=o.streams == "video",
+        )
+        return [
+            replace(first, prompt=p, seed=o.seed + n) for n, p in enumerate(prompts)
+        ]
 
-    def sample(self) -> list[Path]:
+    def sample(self) -> None:
         """Sample clips, to the right of those of the untrained model."""
-        folder, written = self.folder / "samples", []
-        for n, request in enumerate(
-            self.requests() if self.group.rank() == 0 else (), 1
-        ):
+        folder = self.folder / "samples"
+        for n, request in enumerate(() if self.group.rank() else self.requests(), 1):
             folder.mkdir(exist_ok=True)
             base = folder / f"{0:07d}-{n}.mp4"
-            if not base.exists() and request.audio_only is False:
+            if not base.exists() and not request.audio_only:
                 trained = self.trainee.parameters
                 zero = lambda k, w: mx.zeros_like(w) if k.endswith("lora_b") else w
                 self.trainee.update({k: zero(k, w) for k, w in trained.items()})
@@ -420,17 +420,14 @@ class Trainer:
                 frames = np.stack([*media.read_video(base)])
                 result.frames = np.concatenate([frames, result.frames], axis=2)
             suffix = ".wav" if request.audio_only else ".mp4"
-            written.append(folder / f"{self.step:07d}-{n}{suffix}")
-            result.save(written[-1])
-        return written
+            result.save(folder / f"{self.step:07d}-{n}{suffix}")
 
     def _generate(self, request: Request) -> Result:
         self.pipe.adopt(self.trainee.model)
         job = self.pipe.plan(request)
         contexts = {prompt: self.data.context(prompt) for prompt in job.prompts}
-        options = {f: getattr(request, f) for f in request.__dataclass_fields__}
-        result = self.pipe.generate(options.pop("prompt"), **options, contexts=contexts)
-        mx.clear_cache()
+        result = self.pipe.generate(**vars(request), contexts=contexts)
+        memory.set_limits(self.memory)  # in place of those of sampling
         return result
 
     # Files
@@ -440,11 +437,9 @@ class Trainer:
         the losses so far."""
         if self.group.rank() > 0:
             return
-        write = lambda name, arrays, metadata: save_arrays(
-            self.folder / name, arrays, metadata
-        )
         parameters = self.trainee.parameters
-        write(ADAPTERS, official(parameters, self.pipe.dtype), self.metadata())
+        factors = official(parameters, self.pipe.dtype)
+        save_arrays(self.folder / ADAPTERS, factors, self.metadata())
         if copy:
             shutil.copyfile(self.folder / ADAPTERS, self.folder / copy)
         arrays = {f"p.{k}": w for k, w in parameters.items()}
@@ -452,7 +447,7 @@ class Trainer:
             arrays |= {f"{part}.{k}": self.opt.state[k][part] for k in parameters}
         arrays["step"] = self.opt.state["step"]
         facts = {"step": str(self.step), "history": json.dumps(self.history)}
-        write(STATE, arrays, facts)
+        save_arrays(self.folder / STATE, arrays, facts)
         config = json.dumps(self.config(), indent=1)
         (self.folder / CONFIG).write_text(config + "\n")
         save_losses(self.folder, self.history)
@@ -469,14 +464,11 @@ class Trainer:
         return found
 
     def config(self) -> dict[str, Any]:
-        o, layers = self.options, {
-            "rank": self.options.rank,
-            "scale": 1.0,
-            "dropout": 0.0,
-        }
+        o = self.options
+        layers = {"rank": o.rank, "scale": 1.0, "dropout": 0.0, "keys": self.endings}
         return {
             "fine_tune_type": "lora",
-            "lora_parameters": layers | {"keys": list(self.endings)},
+            "lora_parameters": layers,
             "base_model": self.metadata()["base_model"],
             "load": self.pipe.origin,
             "base_files": self.pipe.files(),

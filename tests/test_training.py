@@ -344,7 +344,8 @@ def run(checkpoint, clips, cache, monkeypatch, capsys, tmp_path):
         argv = ["train.py", "--model", str(checkpoint(model)), "--data", str(data)]
         argv += ["--text-encoder", str(checkpoint("gemma3")), "--cache", str(cache)]
         argv += ["--adapter-path", to, *SIZES, "--rank", "2", "--learning-rate", "1e-2"]
-        argv += ["--steps-per-report", "1", "--steps-per-eval", "2", *flags]
+        argv += ["--steps-per-report", "1", "--steps-per-eval", "2", "--val-clips", "1"]
+        argv += flags
         monkeypatch.setattr(sys, "argv", argv)
         train.main()
         return tmp_path / to, capsys.readouterr().out
