@@ -92,7 +92,7 @@ def upload(folder: Path, repo: str, license: tuple[str, str, str]) -> None:
         for name in (ADAPTERS, CONFIG, "loss.png"):
             shutil.copyfile(folder / name, Path(copy, name))
         (Path(copy) / "README.md").write_text(model_card(config, repo, license))
-        hub.upload(Path(copy), repo)
+        hub.upload(Path(copy), repo, "Add the LoRA")
 
 
 def model_card(config: dict[str, Any], repo: str, license: tuple[str, str, str]) -> str:

@@ -17,13 +17,14 @@ from parity import channels_last, cosine, relative_error
 from streams import load
 from test_dataset import write_clip
 from test_layout import HERE
+from test_low_memory import in_four_bits
 from test_parallel import ROOT, launch
 
 import generate
 import train
-from ltx2 import gradients, latents, media, memory, training, weights
+from ltx2 import adapters, gradients, latents, media, memory, training, weights
 from ltx2.base import UserError
-from ltx2.conversion import quant_predicate
+from ltx2.conversion import OFFICIAL, quant_predicate
 from ltx2.gradients import Trainee, make_example
 from ltx2.linear import quantize
 from ltx2.lora import Lora, attach
@@ -339,10 +340,12 @@ def cache(tmp_path_factory):
 def run(checkpoint, clips, cache, monkeypatch, capsys, tmp_path):
     """`run("--iters", "3", to="a")`: the folder of the adapter, and what was printed."""
 
-    def call(*flags, to="adapter", model="ltx-2", data=clips):
+    def call(*flags, to="adapter", model="ltx-2"):
         monkeypatch.chdir(tmp_path)
-        argv = ["train.py", "--model", str(checkpoint(model)), "--data", str(data)]
-        argv += ["--text-encoder", str(checkpoint("gemma3")), "--cache", str(cache)]
+        argv = ["train.py", "--model", str(checkpoint(model)), "--data", str(clips)]
+        if model != "ltx-2.5":  # which has its own
+            argv += ["--text-encoder", str(checkpoint("gemma3"))]
+        argv += ["--cache", str(cache)]
         argv += ["--adapter-path", to, *SIZES, "--rank", "2", "--learning-rate", "1e-2"]
         argv += ["--steps-per-report", "1", "--steps-per-eval", "2", "--val-clips", "1"]
         argv += flags
@@ -422,6 +425,44 @@ def test_the_adapter_is_an_official_lora(run, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*argv, "--num-frames", "9"])
     generate.main()
     assert "wrote output.mp4" in capsys.readouterr().out
+
+
+def test_ltx_2_5_is_trained(run, checkpoint):
+    folder, _ = run("--iters", "1", model="ltx-2.5")
+    lora = Lora.read(folder)
+    lora.check(load(checkpoint("ltx-2.5")))
+    assert lora.metadata["model_version"] == "2.5.1"
+
+
+@pytest.mark.parametrize("memory", [(), ("--grad-checkpoint",), ("--low-memory",)])
+def test_a_4_bit_model_is_trained(run, checkpoint, tmp_path, memory):
+    model = in_four_bits(checkpoint("ltx-2.3"), tmp_path)
+    flags = ("--model", model, "--iters", "3", "--sample-every", "5", *memory)
+    folder, _ = run(*flags, "--learning-rate", "0.02", model="ltx-2.3")
+    lora = Lora.read(folder)
+    lora.check(load(checkpoint("ltx-2.3")))
+    assert all(b.any() for _, b in lora.factors.values())
+    rows = (folder / "loss.csv").read_text().splitlines()
+    assert len(rows) == 4
+
+
+def test_the_adapter_is_uploaded_with_a_card(run, fake_hub):
+    run("--iters", "1", "--trigger", "sks", "--upload-repo", "me/mine")
+    names = ["README.md", "adapter_config.json", "adapters.safetensors", "loss.png"]
+    assert fake_hub.uploaded == ("me/mine", names)
+
+
+def test_the_card_names_base_license_and_trigger():
+    options = {"trigger": "sks", "rank": 4}
+    config = {
+        "options": options,
+        "base_model": "LTX-2 2.3.0 dev",
+        "clips": 5,
+        "steps": 9,
+    }
+    card = adapters.model_card(config, "me/mine", OFFICIAL["2.3"])
+    for text in ("base_model: Lightricks/LTX-2.3", "license_name: ltx-2", "`sks`"):
+        assert text in card
 
 
 def test_streamed_training_is_that_in_memory(run):
