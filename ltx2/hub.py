@@ -392,14 +392,12 @@ def check_space(needed: dict[Path, int]) -> None:
                 raise UserError(f"not enough space on the disk of {folder}: {sizes}")
 
 
-def upload(folder: Path, repo: str) -> None:
+def upload(folder: Path, repo: str, message: str = "Add the converted model") -> None:
     """Put a folder into a repository, which is created if needed."""
     from huggingface_hub import HfApi
 
     with hub_errors(repo):
-        HfApi().upload_folder(
-            repo_id=repo, folder_path=folder, commit_message="Add the converted model"
-        )
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
 
 
 def create_repository(repo: str) -> None:

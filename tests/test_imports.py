@@ -20,17 +20,21 @@ LAYERS = {  # a file imports files of lower layers only, not of its own
     "requests": "request conversion cache",
     "inputs and components": "conditions components",
     "memory": "memory",
+    "defaults": "defaults",
     "stages": "stages",
     "snapshots": "snapshot",
     "a run": "run",
     "the pipeline": "pipeline",
     "diagnostics": "checks",
+    "training: gradients": "gradients",
+    "training: files": "dataset adapters",
+    "training": "training",
 }
 LAYER = {name: n for n, files in enumerate(LAYERS.values()) for name in files.split()}
 # The only files that import a package; those of LATE import it inside of a function,
 # because the import takes long or the package may not be needed.
 KNOWN_BY = {
-    "PIL": {"media"},
+    "PIL": {"adapters", "media"},
     "huggingface_hub": {"hub", "conversion"},
     "imageio_ffmpeg": {"media"},
     "mlx_lm": {"text"},
@@ -41,10 +45,11 @@ KNOWN_BY = {
 }
 LATE = {"huggingface_hub", "mlx_lm", "sentencepiece", "tokenizers"}
 IMPORTED_AS = {"mlx[cpu]": "mlx", "pillow": "PIL"}  # else the name with underscores
-MAX_LINES = 10450  # of generate.py, convert.py and ltx2/; to shrink: the aim is 7500
+MAX_LINES = 12200  # of the scripts and ltx2/; to shrink: the aim is 9500
 MAX_FILE, MAX_FUNCTION = 520, 60
 
-PRODUCT = [ROOT / "generate.py", ROOT / "convert.py", *sorted(ROOT.glob("ltx2/*.py"))]
+SCRIPTS = [ROOT / f"{name}.py" for name in ("generate", "convert", "train")]
+PRODUCT = [*SCRIPTS, *sorted(ROOT.glob("ltx2/*.py"))]
 TESTS = sorted(ROOT.glob("tests/*.py"))
 ASIDE = sorted([*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/*.py")])
 
