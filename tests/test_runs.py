@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import sys
+from collections import Counter
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from test_pipeline import (
     QuickVocoder,
     events_to_latents,
@@ -16,7 +17,7 @@ from test_pipeline import (
 )
 
 import generate
-from ltx2 import media, pipeline
+from ltx2 import media, memory, pipeline
 from ltx2.base import OutputError, UserError
 from ltx2.request import Image, LoraFile, Request
 from ltx2.snapshot import Snapshot
@@ -440,3 +441,54 @@ def test_a_step_cache_saves_calls_with_a_small_error(guided):
     error, larger = change(near, complete), change(further, complete)
     print(f"step_cache: {len(calls)} of 12, {error:.3f}; {len(fewer)}, {larger:.3f}")
     assert 0 < error < 0.2 and error < larger
+
+
+# Nothing is done twice
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """`counted(owner, name)`: a list to which each call of a function adds its first
+    argument."""
+
+    def count(owner, name):
+        calls, function = [], getattr(owner, name)
+
+        def call(*arguments, **options):
+            calls.append(arguments[0])
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+        return calls
+
+    return count
+
+
+def test_a_run_plans_once_and_reads_each_file_once(
+    checkpoint, counted, command, tmp_path
+):
+    images = [str(tmp_path / f"{name}.png") for name in ("first", "last")]
+    for image in images:
+        media.save_png(image, np.full((128, 128, 3), (200, 40, 90), np.uint8))
+    calls = {
+        name: counted(owner, name)
+        for owner, name in (
+            (pipeline, "plan"),
+            (memory.Estimator, "__call__"),
+            (media, "load_image"),
+            (mx, "load"),
+        )
+    }
+    lora, upsampler = checkpoint("ltx-2-lora"), checkpoint("spatial-x2-rational")
+    flags = ["--lora", str(lora), "--upsampler", str(upsampler), "--stages", "two"]
+    for image, frame in zip(images, (0, -1)):
+        flags += ["--image", f"{image}@{frame}"]
+    size = ["--height", "128", "--width", "128", "--sigmas", "1,0.5,0"]
+    command("--prompt", "a cat", *flags, *size)
+    assert len(calls["plan"]) == len(calls["__call__"]) == 1
+    assert calls["load_image"] == images
+    reads = Counter(Path(path).stem for path in calls["load"])
+    # A lazy read of a file's tensors; each component of the model has its own.
+    most = {"ltx-2-notc": 18, "spatial-x2-rational": 3, "ltx-2-lora": 2, "model": 1}
+    assert reads.keys() == most.keys()  # "model" is the text encoder
+    assert all(reads[name] <= most[name] for name in most), reads
