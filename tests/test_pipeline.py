@@ -1,6 +1,7 @@
 """Complete runs: with the reference's noise, every mode gives the reference's results."""
 
 import subprocess
+from functools import lru_cache
 
 import imageio_ffmpeg
 import mlx.core as mx
@@ -138,14 +139,25 @@ def latents_of(pipe, *requests, **options):
     return last.snapshot.latents
 
 
+@pytest.fixture(scope="module")
+def load(checkpoint):
+    """`load("ltx-2.3", "dev")`: a pipeline with its upsampler, opened once."""
+
+    @lru_cache
+    def load(model, kind):
+        files = checkpoint("gemma3"), checkpoint(GENERATIONS[model])
+        encoder, upsampler = map(str, files)
+        return pipeline.load(checkpoint(model), encoder, kind, "float32", [upsampler])
+
+    return load
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("model", GENERATIONS)
-def test_a_run_equals_the_reference(model, case, checkpoint, golden, tmp_path):
+def test_a_run_equals_the_reference(model, case, load, checkpoint, golden, tmp_path):
     g = golden(f"{model}/pipeline_{case}")
     request, kind = request_of(case, g, checkpoint, tmp_path)
-    upsampler = str(checkpoint(GENERATIONS[model]))
-    encoder = str(checkpoint("gemma3"))
-    pipe = pipeline.load(checkpoint(model), encoder, kind, mx.float32, [upsampler])
+    pipe = load(model, kind)
     texts = None if case == "prompt" else recorded_contexts(golden, model)
     if "out.waveform" not in g:
         pipe._loaded["vocoder"] = QuickVocoder()
