@@ -59,6 +59,13 @@ class Components:
         """Gemma's states overflow float16."""
         return mx.bfloat16 if self.dtype == mx.float16 else self.dtype
 
+    @property
+    def _stored(self) -> mx.Dtype:
+        """The dtype in which the transformer's weights are stored."""
+        file, key = next(iter(self.checkpoint.parts["transformer"].values()))
+        dtype = hub.DTYPES[file.header[key][0]]
+        return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
+
     def free(self, *names: str) -> None:
         """Free the memory of these components."""
         for name in names:
@@ -76,10 +83,10 @@ class Components:
         elif loras != self._loras:
             tensors = self.checkpoint.weights("transformer", self.dtype)
             read = lambda keys: {k: mx.contiguous(tensors[k]) for k in keys}
-            attach(self.transformer, _factors(loras), read)
+            attach(self.transformer, _factors(loras), read, stored=self._stored)
         if rebuilt and "transformer" not in self._loaded:
             model = self.checkpoint.load("transformer", self.dtype, lazy=True)
-            attach(model, _factors(loras))
+            attach(model, _factors(loras), stored=self._stored)
             self.machines.shard(model)
             if streamed:
                 blocks = lambda: self._blocks(loras)
@@ -96,7 +103,8 @@ class Components:
         factors = _factors(loras)
         blocks = build_blocks(config, tensors, self.checkpoint.quantization)
         for i, block in enumerate(blocks):
-            attach(block, factors, prefix=f"transformer_blocks.{i}.")
+            prefix = f"transformer_blocks.{i}."
+            attach(block, factors, prefix=prefix, stored=self._stored)
             self.machines.shard(block)
             yield block
 

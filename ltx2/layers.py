@@ -111,7 +111,7 @@ def apply_rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 
 def prefetch(modules: Iterator[nn.Module]) -> Iterator[nn.Module]:
     """Modules with their weights loaded: takes and loads the next one while the current
-    one computes (what the caller has given to `mx.async_eval`), then frees that."""
+    one computes (with `mx.async_eval` by the caller), then frees that."""
     current = next(modules, None)
     while current is not None:
         mx.eval(current.parameters())

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable, Optional, Sequence
+from typing import Any, Callable, Iterable, Literal, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from .base import UserError
+from .base import UserError, checked, parse_json
 from .linear import QuantizedLinear
 
 # What tools put in front of a module's name: peft, ComfyUI, diffusers, torch.compile,
@@ -34,7 +34,7 @@ UNSUPPORTED = {
     r".*\.lora_mid\.weight": "has convolutions",
     r".*\.diff": "replaces weights",
 }
-# Modules that diffusers has renamed: the official names and its own
+# Modules that diffusers has renamed: the official names and those
 DIFFUSERS_NAMES = {
     "patchify_proj": "proj_in",
     "audio_patchify_proj": "audio_proj_in",
@@ -71,7 +71,7 @@ class Lora:
             tensors, metadata = mx.load(str(path), "safetensors", return_metadata=True)
         except RuntimeError:
             raise UserError(f"LoRA {path} is not a safetensors file") from None
-        config = adapter_config(path, metadata)
+        adapter = Adapter.read(path, metadata)
         parts: dict[str, dict[str, mx.array]] = {}
         for key, tensor in tensors.items():
             module, part = parse(path, key)
@@ -83,16 +83,28 @@ class Lora:
         mx.eval([p["alpha"] for p in parts.values() if "alpha" in p])
         factors, alphas = {}, set()
         for module, p in parts.items():
-            try:
-                *factors[module], alpha = read_factors(p, module, config)
-            except ValueError as error:
-                raise UserError(f"LoRA {path}: {error}") from None
-            alphas.add(alpha)
-        return cls(path.name, factors, metadata, alphas - {None})
+            if not {"A", "B"} <= p.keys():
+                raise UserError(f"LoRA {path}: missing lora_A or lora_B for {module}")
+            a, b = p["A"], p["B"]
+            fit = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] > 0
+            if not fit or not all(mx.issubdtype(x.dtype, mx.floating) for x in (a, b)):
+                shapes = f"{a.shape} {a.dtype} and {b.shape} {b.dtype}"
+                raise UserError(
+                    f"LoRA {path}: factors of {module} do not fit: {shapes}"
+                )
+            alpha = adapter.alpha(module, p.get("alpha"))
+            if alpha is not None:
+                if not math.isfinite(alpha) or alpha == 0:
+                    raise UserError(f"LoRA {path}: alpha of {module} is {alpha}")
+                rank = math.sqrt(len(a)) if adapter.use_rslora else len(a)
+                b = b if alpha == rank else b.astype(mx.float32) * (alpha / rank)
+                alphas.add(alpha)
+            factors[module] = a, b
+        return cls(path.name, factors, metadata, alphas)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the factors."""
+        """The bytes of all factors."""
         return sum(a.nbytes + b.nbytes for a, b in self.factors.values())
 
     def check(self, model: nn.Module) -> None:
@@ -174,56 +186,40 @@ def parse(path: Path, key: str) -> tuple[str, str]:
     raise UserError(f"LoRA {path}: unrecognized key {key}")
 
 
-def adapter_config(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """What the trainer says of the adapter, in peft's terms: in peft's own file, or in
-    the metadata of diffusers, kohya and others."""
-    text, file = metadata.get("lora_adapter_metadata", "{}"), path.parent / PEFT_CONFIG
-    if path.name == PEFT_FILE and file.is_file():
-        text = file.read_text()
-    try:
-        config = json.loads(text)
+@dataclass
+class Adapter:
+    """What a trainer says of a LoRA, in peft's terms."""
+
+    peft_type: Literal["LORA"] = "LORA"
+    use_dora: Literal[False, None] = False
+    use_rslora: Optional[bool] = False  # alpha / sqrt(r)
+    lora_alpha: Optional[float] = None
+    alpha_pattern: Optional[dict[str, float]] = None  # by pattern of module names
+
+    @classmethod
+    def read(cls, path: Path, metadata: dict[str, str]) -> Adapter:
+        """From peft's file, or the metadata of diffusers, kohya and others."""
+        text, file = (
+            metadata.get("lora_adapter_metadata", "{}"),
+            path.parent / PEFT_CONFIG,
+        )
+        if path.name == PEFT_FILE and file.is_file():
+            text = file.read_text()
+        config = parse_json(text, f"LoRA {path}: ")
         config = {k.removeprefix("transformer."): v for k, v in config.items()}
-        patterns = dict(config.get("alpha_pattern") or {})
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"LoRA {path}: its configuration cannot be read") from None
-    for key in ("ss_network_alpha", "lora_alpha", "alpha"):
-        if metadata.get(key, "None") != "None":
-            config.setdefault("lora_alpha", metadata[key])
-    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
-        raise UserError(f"LoRA {path}: this kind of adapter is not supported")
-    return config | {"alpha_pattern": patterns}
+        for key in ("ss_network_alpha", "lora_alpha", "alpha"):
+            with suppress(ValueError):  # kohya writes None
+                config.setdefault("lora_alpha", float(metadata.get(key, "")))
+        used = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
+        return checked(cls, used, f"LoRA {path}: ")
 
-
-def find_alpha(module: str, tensor: Optional[mx.array], config: dict) -> Any:
-    """A module's alpha: of its tensor, its pattern as in peft, or the file's."""
-    if tensor is not None:
-        return tensor.item() if tensor.size == 1 else tensor.tolist()
-    matches = lambda pattern: re.fullmatch(rf"(.*\.)?({pattern})", module)
-    found = (a for pattern, a in config["alpha_pattern"].items() if matches(pattern))
-    return next(found, config.get("lora_alpha"))
-
-
-def read_factors(p: dict[str, mx.array], module: str, config: dict) -> tuple:
-    """A, and B times alpha / r, of a module's tensors, and alpha if there is one.
-    Raises ValueError."""
-    if not {"A", "B"} <= p.keys():
-        raise ValueError(f"missing lora_A or lora_B for {module}")
-    a, b = p["A"], p["B"]
-    fit = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] > 0
-    if not fit or not all(mx.issubdtype(x.dtype, mx.floating) for x in (a, b)):
-        shapes = f"{a.shape} {a.dtype} and {b.shape} {b.dtype}"
-        raise ValueError(f"factors of {module} do not fit each other: {shapes}")
-    alpha = find_alpha(module, p.get("alpha"), config)
-    if alpha is None:
-        return a, b, None
-    try:
-        value = float(alpha)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value) or value == 0:
-        raise ValueError(f"alpha of {module} is {alpha!r}")
-    rank = math.sqrt(len(a)) if config.get("use_rslora") else len(a)
-    return a, b if value == rank else b.astype(mx.float32) * (value / rank), value
+    def alpha(self, module: str, tensor: Optional[mx.array]) -> Any:
+        """A module's alpha: its tensor, its pattern as in peft, or the one of all."""
+        if tensor is not None:
+            return tensor.item() if tensor.size == 1 else math.nan
+        matches = lambda pattern: re.fullmatch(rf"(.*\.)?({pattern})", module)
+        found = (a for k, a in (self.alpha_pattern or {}).items() if matches(k))
+        return next(found, self.lora_alpha)
 
 
 # Layers
@@ -271,12 +267,17 @@ class LoRALinear(nn.Module):
         return y + linear.bias if "bias" in linear else y
 
 
-def merge(w: mx.array, factors: Iterable[tuple[mx.array, mx.array, float]]) -> mx.array:
-    """W + sum of s B A, computed in float32 and rounded once to W's dtype, lazily."""
+def merge(
+    w: mx.array,
+    factors: Iterable[tuple[mx.array, mx.array, float]],
+    stored: Optional[mx.Dtype] = None,
+) -> mx.array:
+    """W + sum of s B A, computed in float32 and rounded once to the `stored` dtype of W
+    (None: its own), lazily: the reference adds LoRAs to the weights as stored."""
     total = w.astype(mx.float32)
     for a, b, s in factors:
         total = total + s * (b.astype(mx.float32) @ a.astype(mx.float32))
-    return total.astype(w.dtype)
+    return total.astype(stored or w.dtype).astype(w.dtype)
 
 
 def attach(
@@ -284,12 +285,14 @@ def attach(
     loras: Sequence[tuple[Lora, float]],
     read: Optional[Callable[[list[str]], dict[str, mx.array]]] = None,
     prefix: str = "",
+    stored: Optional[mx.Dtype] = None,
 ) -> None:
     """Add LoRAs, each with a strength, to the model in place of those attached before.
 
     They are added to the weights of unquantized layers; quantized ones become a
     LoRALinear. To remove LoRAs from weights, these are read again: `read(keys)` returns
     weights of the base. With a `prefix`, the model is a part of the checked one.
+    `stored` is the dtype of the checkpoint, to which sums are rounded.
     """
     layers, changes = linear_layers(model, prefix), {}
     for lora, strength in loras:
@@ -307,7 +310,7 @@ def attach(
     for path, factors in changes.items():
         layer = replaced.get(path, layers[path])
         if type(layer) is nn.Linear:
-            layer.weight = merge(layer.weight, factors)
+            layer.weight = merge(layer.weight, factors, stored)
             layer.__class__ = FusedLinear
             continue
         a, b = zip(*(pair[:2] for pair in factors))

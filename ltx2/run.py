@@ -21,11 +21,12 @@ from .conditions import Condition, Encoders, InputFiles, Stage
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .guidance import Contexts, GuidedDenoiser
-from .latents import Conditioning, Streams, audio_from_tokens
+from .latents import Conditioning, Streams, audio_from_tokens, latent_frames
 from .request import Request
 from .sampling import SAMPLERS, Noise
 from .snapshot import Snapshot
 from .stages import Job, plan
+from .windows import Window, blended, carried_tokens, crossfaded
 
 
 def seeded_noise(seed: int) -> Noise:
@@ -114,10 +115,10 @@ class Meter:
 
 
 def finished(job: Job, at: Snapshot) -> Snapshot:
-    """A run after its last stage: the streams of the result, cut to its length."""
-    latents = {k: x for k, x in at.kept.items() if k in job.streams}
-    if at.stage == len(job.stages) and not at.kept:  # resumed after its last stage
-        latents = at.latents
+    """A run after its last stage: the streams of the result, by window."""
+    latents = {k: x for k, x in at.kept.items() if k.split(".")[-1] in job.streams}
+    latents = {k: x for k, x in latents.items() if not k.startswith("carry.")}
+    latents = latents or at.latents  # resumed after its last stage
     if "video" in latents:
         latents["video"] = latents["video"][:, : job.size.latent[0]]
     return replace(at, stage=len(job.stages), latents=latents, kept={})
@@ -190,11 +191,13 @@ class Run:
         noise: Noise,
     ) -> Iterator[Step]:
         """One stage: a Step after each of its steps, and the snapshot at its end."""
-        with self.meter.phase(stage.name):
+        with self.meter.phase(stage.phase):
             trace = within(self.trace, stage.name)
             transformer = self.model.transformer_with(stage.loras, self.streamed)
-            before = self.upsampled(stage, at.latents)
-            source = before | {"smaller": at.latents.get("video")}
+            before = self.upsampled(stage, {} if stage.first else at.latents)
+            source = before | {k: x for k, x in at.kept.items() if "carry." in k}
+            source["smaller"] = at.latents.get("video")
+            source["final_audio"] = at.kept.get("audio")
             c = transformer.config
             channels = {"video": c.in_channels, "audio": c.audio_in_channels}
             states = stage.states(channels, source, conditions)
@@ -231,7 +234,9 @@ class Run:
                 traced(trace, k, v)
                 check_latents(f"{stage.name}, {k}", v)
             latents = stage.part.merge(before, self.latents(stage, states, x))
-            kept = at.kept | {k: latents[k] for k in stage.final if k in latents}
+            final = (k for k in stage.final if k in latents)
+            kept = {stage.window.prefix + k: latents[k] for k in final}
+            kept = at.kept | kept | stage.carry(latents)
             after = {"stage": at.stage + 1, "step": 0, "tokens": {}, "guided": {}}
             return replace(at, **after, latents=latents, kept=kept)
 
@@ -251,7 +256,10 @@ class Run:
 
     def latents(self, stage: Stage, states, tokens: Streams) -> Streams:
         """Tokens as latents, without those that only guide; "keyframes" are generated
-        single frames (1, K, H, W, C)."""
+        single frames (1, K, H, W, C). A frozen stream is what it was given."""
+        tokens = {
+            k: states[k].latent if states[k].frozen else x for k, x in tokens.items()
+        }
         latents = {k: x[:, : states[k].num_target_tokens] for k, x in tokens.items()}
         if "video" in latents:
             size, state = stage.size, states["video"]
@@ -269,31 +277,26 @@ class Run:
 
     def decode(self, n: int, job: Job, latents: Streams) -> Iterator[Event]:
         """Audio, then frames as they are decoded, then the result."""
-        r, model, size = job.request, self.model, job.size
-        phases = self.meter.phases
-        result = Result(request=r, fps=size.fps, job=n, phases=phases)
-        if "audio" in latents:
-            result.audio_latents = latents["audio"][0]
+        size, streams = job.size, job.streams
+        result = Result(request=job.request, fps=size.fps, job=n)
+        result.phases = self.meter.phases
+        if "audio" in streams:
+            skip = {w: carried_tokens(w, size.fps) for w in job.windows}
+            parts = [latents[w.prefix + "audio"][0, skip[w] :] for w in job.windows]
+            result.audio_latents = mx.concatenate(parts)
             yield Phase(phase="audio", job=n, step=0, steps=0)
             with self.meter.phase("audio"):
-                if r.audio:  # returned unchanged
-                    seconds = size.num_frames / size.fps
-                    sound = media.read_audio(r.audio, r.audio_start, seconds)
-                    result.waveform, result.sample_rate = sound
-                    result.sound_file = None if r.audio_start else r.audio
-                else:
-                    mel = model.audio_vae.decode(latents["audio"])
-                    traced(self.trace, "audio.mel", mel)
-                    waveform = traced(self.trace, "audio.waveform", model.vocoder(mel))
-                    result.waveform = np.array(waveform[0])
-                    result.sample_rate = model.vocoder.sample_rate
-                    check_waveform(result.waveform)
-        if "video" in latents:
-            result.video_latents = latents["video"][0]
+                self.decode_audio(job, latents, result)
+        if "video" in streams:
+            skip = {w: latent_frames(w.carried_in) for w in job.windows if w.carried_in}
+            parts = [(latents[w.prefix + "video"][0], w) for w in job.windows]
+            parts = [x[skip.get(w, 0) :] for x, w in parts]
+            result.video_latents = mx.concatenate(parts)
             yield Phase(phase="video", job=n, step=0, steps=size.num_frames)
             guard = FrameGuard()
+            decode = lambda window: self.decode_video(job, latents, window)
             with self.meter.phase("video"):
-                for frames in self.decode_video(job, latents["video"]):
+                for frames in blended(job.windows, decode):
                     guard.update(frames[0])
                     pixels = np.array(mx.round(frames[0] * 255).astype(mx.uint8))
                     count = {"step": guard.frames, "steps": size.num_frames}
@@ -302,17 +305,43 @@ class Run:
         result.metadata = self.provenance(job)
         yield result
 
-    def decode_video(self, job: Job, latents: mx.array) -> Iterator[mx.array]:
-        """Frames (1, n, H, W, 3) in [0, 1]."""
-        noise, trace = self.noise_of(job), within(self.trace, "video")
+    def decode_audio(self, job: Job, latents: Streams, result: Result) -> None:
+        """The waveform: the audio input unchanged, or decoded."""
+        r, model, size = job.request, self.model, job.size
+        if r.audio:
+            seconds = size.num_frames / size.fps
+            sound = media.read_audio(r.audio, r.audio_start, seconds)
+            result.waveform, result.sample_rate = sound
+            result.sound_file = None if r.audio_start else r.audio
+            return
+        pieces = []
+        for window in job.windows:
+            mel = model.audio_vae.decode(latents[window.prefix + "audio"])
+            traced(self.trace, "audio.mel", mel)
+            waveform = traced(self.trace, "audio.waveform", model.vocoder(mel))
+            pieces.append(np.array(waveform[0]))
+        result.sample_rate = model.vocoder.sample_rate
+        result.waveform = pieces[0]
+        if len(pieces) > 1:
+            facts = job.windows, size.fps, result.sample_rate
+            result.waveform = crossfaded(pieces, *facts)
+        check_waveform(result.waveform)
+
+    def decode_video(
+        self, job: Job, latents: Streams, window: Window
+    ) -> Iterator[mx.array]:
+        """Frames (1, n, H, W, 3) in [0, 1] of a window."""
+        video, trace = latents[window.prefix + "video"], within(self.trace, "video")
+        noise = self.noise_of(job)
+        draw = lambda name, shape: noise(window.prefix + name, shape)
         bias = {"bias": job.request.decode_bias}
         model = self.model.component(job.decoder)
         if job.decoder == "diffusion_decoder":
-            draw = lambda i, shape: noise(f"vae.frame{i}", shape)
-            return model.decode_stream(latents, draw, trace=trace, **bias)
+            draw_frame = lambda i, shape: draw(f"vae.frame{i}", shape)
+            return model.decode_stream(video, draw_frame, trace=trace, **bias)
         conditioned = model.config.timestep_conditioning
-        drawn = noise("vae", latents.shape) if conditioned else None
-        return model.decode_stream(latents, noise=drawn, trace=trace, **bias)
+        drawn = draw("vae", video.shape) if conditioned else None
+        return model.decode_stream(video, noise=drawn, trace=trace, **bias)
 
     def provenance(self, job: Job) -> dict[str, Any]:
         """How a result was made: enough to make it again."""

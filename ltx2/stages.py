@@ -10,12 +10,18 @@ from typing import Any, Iterator, Mapping, NamedTuple, Optional
 
 from . import conditions, media, windows
 from .base import UserError
-from .conditions import Condition, InputFiles, Stage
+from .conditions import WHOLE_CLIP, Condition, InputFiles, Stage
 from .duration import whole_frames
 from .guidance import Guidance
-from .latents import SPACE_SCALE, TIME_SCALE, Size, audio_tokens, evenly_spaced
+from .latents import (
+    AUDIO_TOKENS_PER_SECOND,
+    SPACE_SCALE,
+    TIME_SCALE,
+    Size,
+    audio_tokens,
+)
 from .memory import MemoryPlan
-from .options import check, check_choice, check_range, check_step
+from .options import check, check_choice, check_range, check_step, is_set
 from .request import LoraFile, Request
 from .sampling import DISTILLED_SIGMAS, REFINE_SIGMAS, shifted_sigmas
 from .weights import Checkpoint
@@ -34,7 +40,7 @@ PARTS = {  # that a job needs for all, or for a stream
     "video": ("vae",),
     "audio": ("audio_vae", "vocoder"),
 }
-OWN = None  # the model's: a dev model's by its steps
+OWN = None  # a distilled model's schedule, or a dev model's by its steps
 
 
 class Row(NamedTuple):
@@ -42,36 +48,44 @@ class Row(NamedTuple):
 
     size: str  # "small": divided by the upsampler's scale, "full", "doubled" in rate
     sigmas: Optional[tuple[float, ...]]
-    sampler: Optional[str]
+    sampler: str
     guided: bool
     distilled_lora: float  # times its strength; 0: without
     upsampler: Optional[str]  # the axis it first enlarges
     final: tuple[str, ...]  # streams that the result takes from it
-    keyframes: bool  # generates keyframes
+    keyframes: bool = True  # generates keyframes
+    keeps_audio: bool = False  # of the stage before
 
 
+ANCESTRAL = "ancestral"  # euler, before LTX-2.5
+VIDEO, AUDIO = ("video",), ("audio",)
 # fmt: off
 MODES = {
-    "one": (Row("full", OWN, OWN, True, 0, None, BOTH, True),),
+    "one": (Row("full", OWN, "euler", True, 0, None, BOTH),),
     "two": (
-        Row("small", OWN, OWN, True, 0, None, (), True),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", BOTH, False),
+        Row("small", OWN, ANCESTRAL, True, 0, None, ()),
+        Row("full", REFINE_SIGMAS, ANCESTRAL, False, 1, "spatial", BOTH),
+    ),
+    "two with a reference": (
+        Row("small", OWN, "euler", True, 0, None, ()),
+        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", BOTH),
     ),
     "two of a dev model": (  # whose refining does not improve the sound
-        Row("small", OWN, OWN, True, 0, None, ("audio",), True),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ("video",), False),
+        Row("small", OWN, "euler", True, 0, None, AUDIO),
+        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", VIDEO, True, True),
     ),
     "hq": (
-        Row("small", OWN, "res_2s", True, 0.25, None, ("audio",), True),
-        Row("full", REFINE_SIGMAS, "res_2s", False, 0.5, "spatial", ("video",), False),
+        Row("small", OWN, "res_2s", True, 0.25, None, AUDIO),
+        Row("full", REFINE_SIGMAS, "res_2s", False, 0.5, "spatial", VIDEO, False),
     ),
     "dfr": (
-        Row("small", DISTILLED_SIGMAS, "euler", False, 1, None, ("audio",), True),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ("video",), True),
+        Row("small", DISTILLED_SIGMAS, ANCESTRAL, False, 1, None, AUDIO),
+        Row("full", REFINE_SIGMAS, ANCESTRAL, False, 1, "spatial", VIDEO),
     ),
 }
-DOUBLED = Row("doubled", REFINE_SIGMAS, "euler", False, 1, "temporal", ("video",), False)
+DOUBLED = Row("doubled", REFINE_SIGMAS, "euler", False, 1, "temporal", VIDEO, False)
 # fmt: on
+DETAIL = 0.5  # the reference's strength of a detailing LoRA
 TILE_SIGMAS, TILE_SAMPLER = DISTILLED_SIGMAS[4:], "euler_half_ancestral"
 
 
@@ -101,7 +115,13 @@ class Job:
         r = self.request
         rate = 2 ** (r.temporal_rounds + r.temporal_upsample)
         frames = (r.num_frames - 1) * rate + 1
-        return replace(self.stages[-1].size, num_frames=frames, fps=r.fps * rate)
+        size = Size(r.width, r.height, frames, r.fps * rate)
+        return replace(size, audio_tokens=self.stages[0].size.audio_tokens)
+
+    @property
+    def windows(self) -> list[windows.Window]:
+        """The windows it is made in."""
+        return list(dict.fromkeys(stage.window for stage in self.stages))
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -134,7 +154,7 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
             f"{r.num_frames} frames at {r.fps:g} fps are too short for audio: increase "
             "num_frames or set no_audio"
         )
-    if frames != r.num_frames and r.auto_duration is None:
+    if p.mode == "dfr" and frames != r.num_frames and r.auto_duration is None:
         p.notes.append(
             f"{frames} frames are generated, in whole segments between keyframes, and "
             f"cut to {r.num_frames}"
@@ -312,8 +332,11 @@ class Planner:
         check_step("height", r.height, multiple, low, high)
         check_step("width", r.width, multiple, low, high)
         check_step("num_frames", r.num_frames, TIME_SCALE, 1, MAX_FRAMES, plus=1)
-        most = max(r.num_frames - 2, 0)
-        check_range("generated_keyframes", r.generated_keyframes, 0, most)
+        keyframes, most = r.generated_keyframes, max(r.num_frames - 2, 0)
+        if isinstance(keyframes, tuple):
+            most = r.num_frames - 1
+        for value in keyframes if isinstance(keyframes, tuple) else (keyframes,):
+            check_range("generated_keyframes", value, 0, most)
         check_range("fps", r.fps, 1, 120)
         for image in r.images:
             image.index(r.num_frames, r.fps)
@@ -443,25 +466,67 @@ class Planner:
     def stages(self, guidance: Mapping[str, Guidance]) -> Iterator[Stage]:
         """The stages by the rows of the mode."""
         r, mode = self.r, self.mode
-        if mode == "two" and not self.distilled and not r.keyframes:
+        if mode == "two" and (r.has_reference or r.keyframes and not self.distilled):
+            mode = "two with a reference"
+        elif mode == "two" and not self.distilled:
             mode = "two of a dev model"
-        frames = r.num_frames
-        keyframes = evenly_spaced(r.generated_keyframes, frames)
+        rows = MODES[mode] + (DOUBLED,) * r.temporal_upsample
         if mode == "dfr":
-            frames, keyframes = windows.canvas(frames)
+            frames, keyframes = windows.canvas(r.num_frames)
+            rate = windows.conditioned_rate(r.fps)
+            full = replace(self.full_size(frames), conditioned_fps=rate)
+            yield from self.window(rows, guidance, full, WHOLE_CLIP, keyframes)
+            yield from self.tile_stages(len(rows), full, keyframes)
+            return
+        incoming: tuple[int, ...] = ()
+        for window in self.windows():
+            keyframes = window.keyframes(r.generated_keyframes)
+            full = self.full_size(window.num_frames)
+            yield from self.window(rows, guidance, full, window, keyframes, incoming)
+            incoming = window.handed_on(keyframes)
+
+    def full_size(self, frames: int) -> Size:
+        """The size of the result with so many frames."""
+        r = self.r
         sound = audio_tokens(frames, r.fps) * ("audio" in self.streams)
-        full = Size(r.width, r.height, frames, r.fps, sound)
+        return Size(r.width, r.height, frames, r.fps, sound, r.conditioned_fps)
+
+    def windows(self) -> list[windows.Window]:
+        """The windows that a long video is made in, one if nothing of them is set."""
+        r = self.r
+        names = ("chunk_frames", "carry_frames", "blend_frames")
+        if not any(is_set(r, name) for name in names):
+            return [windows.Window(0, r.num_frames)]
+        chunk = 97 if r.chunk_frames is None else r.chunk_frames
+        blend = r.carry_frames if r.blend_frames is None else r.blend_frames
+        check_step("chunk_frames", chunk, TIME_SCALE, 25, MAX_FRAMES, plus=1)
+        check_step("carry_frames", r.carry_frames, TIME_SCALE, 17, chunk - 8, plus=1)
+        check_range("blend_frames", blend, 0, r.carry_frames)
+        return windows.divide(r.num_frames, chunk, r.carry_frames, blend)
+
+    def window(
+        self,
+        rows: tuple[Row, ...],
+        guidance: Mapping[str, Guidance],
+        full: Size,
+        window: windows.Window,
+        keyframes: tuple[int, ...],
+        incoming: tuple[int, ...] = (),
+    ) -> Iterator[Stage]:
+        """The stages of one window, by rows; with `keyframes` that it generates and
+        `incoming` ones from the window before."""
+        r, version = self.r, self.checkpoint.version
         small, doubled = full.divided(self.scale), full.doubled()
         sizes = {"small": small, "full": full, "doubled": doubled}
-        ancestral = self.distilled and self.checkpoint.version >= (2, 5)
         axis = {"spatial": self.upsampler, "temporal": "temporal_upsampler"}
-        rows = MODES[mode] + (DOUBLED,) * r.temporal_upsample
         for n, row in enumerate(rows, 1):
             first, size = n == 1, sizes[row.size]
-            sampler = row.sampler or ("euler_ancestral" if ancestral else "euler")
+            sampler = row.sampler
+            if sampler == ANCESTRAL:
+                sampler = "euler_ancestral" if version >= (2, 5) else "euler"
             sigmas = self.sigmas(size) if first else row.sigmas
             yield Stage(
-                f"stage{n}",
+                f"{window.prefix}stage{n}",
                 size,
                 sigmas,
                 r.sampler if first and r.sampler else sampler,
@@ -471,10 +536,17 @@ class Planner:
                 r.step_cache if first else 0.0,
                 self.loras(n, row.distilled_lora),
                 axis.get(row.upsampler),
-                self.conditions(n, size, keyframes if row.keyframes else ()),
+                self.conditions(n, size, row, window, keyframes, incoming),
                 row.final,
+                window=window,
+                first=first,
             )
-        for round_ in range(1, r.temporal_rounds + 1):
+
+    def tile_stages(
+        self, n: int, full: Size, keyframes: tuple[int, ...]
+    ) -> Iterator[Stage]:
+        """The tiles of dfr's rounds, after `n` stages."""
+        for round_ in range(1, self.r.temporal_rounds + 1):
             # The keyframes of the round before are every other one of this round's.
             segments = len(keyframes) * 2 ** (round_ - 1)
             for tile in windows.tiles(segments, 2 * keyframes[0], 2**round_):
@@ -483,9 +555,15 @@ class Planner:
 
     def tile_stage(self, n: int, tile: windows.Tile, full: Size) -> Stage:
         """A tile of one of dfr's rounds, which double the frame rate."""
-        fps = min(full.fps * tile.rate, windows.MAX_FPS)
-        size = replace(full, num_frames=tile.num_frames, fps=fps, audio_tokens=0)
+        fps, streams = full.fps * tile.rate, full.audio_tokens > 0
+        rate = windows.conditioned_rate(fps)
+        size = replace(full, num_frames=tile.num_frames, fps=fps, conditioned_fps=rate)
+        size = replace(size, audio_tokens=audio_tokens(tile.num_frames, rate))
         images = self.images(size, tile.rate, tile.first)
+        both = {
+            "video": (*images, conditions.TileKeyframes(tile)),
+            "audio": (conditions.TileSound(tile),),
+        }
         return Stage(
             f"stage{n}",
             size,
@@ -493,10 +571,11 @@ class Planner:
             TILE_SAMPLER,
             TILE_SIGMAS[0],
             loras=self.loras(None, 1),
-            upsampler=None if tile.lead else "temporal_upsampler",
-            conditions={"video": (*images, conditions.TileKeyframes(tile))},
+            upsampler=None if tile.start else "temporal_upsampler",
+            conditions=both if streams else {"video": both["video"]},
             final=("video",),
             part=tile,
+            first=False,
         )
 
     def loras(self, n: Optional[int], distilled: float) -> tuple[LoraFile, ...]:
@@ -508,15 +587,32 @@ class Planner:
         if r.distilled_lora and distilled:
             strength = r.distilled_lora.strength * distilled
             loras.append(replace(r.distilled_lora, strength=strength))
-        return (*loras, *((r.detailing_lora,) if r.detailing_lora and n == 2 else ()))
+        if r.detailing_lora and n == 2:
+            strength = r.detailing_lora.strength * DETAIL
+            loras.append(replace(r.detailing_lora, strength=strength))
+        return tuple(loras)
 
     def conditions(
-        self, n: int, size: Size, keyframes: tuple[int, ...]
+        self,
+        n: int,
+        size: Size,
+        row: Row,
+        window: windows.Window,
+        keyframes: tuple[int, ...],
+        incoming: tuple[int, ...],
     ) -> dict[str, tuple[Condition, ...]]:
         """The conditions of stage `n` by stream, in the reference's order."""
         r, clip = self.r, (self.r.video, self.clip_frames)
-        video = list(self.images(size, round(size.fps / r.fps)))
-        audio = [conditions.HoldSound(r.audio, r.audio_start)] if r.audio else []
+        carried_in = window.carried_in
+        owned = window.owned if carried_in else range(r.num_frames)
+        rate = round(size.fps / r.fps)
+        video = list(self.images(size, rate, window.start * rate, owned))
+        audio = [conditions.KeepAudio()] if row.keeps_audio else []
+        if r.audio:
+            skip = round(window.start / r.fps * AUDIO_TOKENS_PER_SECOND)
+            audio = [conditions.HoldSound(r.audio, r.audio_start, skip)]
+        if carried_in:
+            audio.append(conditions.Carried("audio", f"stage{n}"))
         for stream, items in zip(self.clip_streams, (video, audio)):
             if r.extend is not None:
                 items.append(conditions.HoldClip(*clip, stream, r.extend < 0))
@@ -524,23 +620,34 @@ class Planner:
                 span = r.retake if stream in r.retake_streams else None
                 items.append(conditions.RetakeClip(*clip, stream, span))
         if r.has_reference and n == 1:
+            frames = min(self.clip_frames - window.start, size.num_frames)
             weights = r.reference_strength, r.reference_attention
-            scale = self.reference_scale()
-            video.append(conditions.ReferenceClip(*clip, *weights, *scale))
-        if keyframes:
+            facts = r.video, frames, *weights, *self.reference_scale(), window
+            video.append(conditions.ReferenceClip(*facts))
+        if keyframes and row.keyframes:
             video.append(conditions.NewKeyframes(keyframes))
+        if incoming and row.keyframes:
+            video.append(conditions.CarriedKeyframes(incoming, f"stage{n}"))
+        if carried_in:
+            video.append(conditions.Carried("video", f"stage{n}"))
         if r.detailing_lora and n == 2:
             factor, _ = reference_factors([r.detailing_lora], self.files)
             video.append(conditions.PreviousAsReference(max(factor, 2)))
         both = {"video": tuple(video), "audio": tuple(audio)}
         return {stream: both[stream] for stream in self.streams}
 
-    def images(self, size: Size, rate: int, first: int = 0) -> Iterator[Condition]:
-        """The images of a stage at `rate` times the frame rate, from frame `first` on."""
+    def images(
+        self, size: Size, rate: int, first: int = 0, owned: Optional[range] = None
+    ) -> Iterator[Condition]:
+        """The images of a stage at `rate` times the frame rate, from frame `first` on;
+        those at frames that it `owned` (None: all)."""
         r, crf = self.r, 18 if self.checkpoint.version >= (2, 4) else 33
         crf = crf if r.image_crf is None else r.image_crf
         for image in r.images:
-            frame = image.index(r.num_frames, r.fps) * rate - first
+            index = image.index(r.num_frames, r.fps)
+            frame = index * rate - first
+            if owned is not None and index not in owned:
+                continue
             source = image.path, image.strength, crf
             if frame == 0 and not r.keyframes:
                 yield conditions.ShowImage(*source)

@@ -8,7 +8,6 @@ where the iterator ends. The frames do not depend on how a clip is cut into chun
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any, Callable, Iterator, Optional, Union
 import mlx.core as mx
 import mlx.nn as nn
 
-from .base import Config, Trace, UserError, traced
+from .base import Config, Trace, UserError, note, traced
 from .conv import conv3d
 from .layers import (
     Component,
@@ -103,6 +102,20 @@ def split(x: mx.array) -> list[mx.array]:
 
 def single_frames(chunks: Chunks) -> Chunks:
     return map(mx.contiguous, chain.from_iterable(map(split, chunks)))
+
+
+def few_frames(frames: Chunks) -> Chunks:
+    """Single frames, or on a GPU up to 4 of fewer than 4096 pixels together: Metal
+    convolves larger chunks faster (Winograd)."""
+    first = next(frames, None)
+    if first is None:
+        return
+    gpu, (height, width) = mx.default_device().type != mx.cpu, first.shape[2:4]
+    size = min(math.ceil(4096 / (height * width)), 4) if gpu else 1
+    frames = chain(iter([first]), frames)
+    del first
+    groups = iter(lambda: [*islice(frames, size)], [])
+    yield from map(partial(mx.concatenate, axis=1), groups)
 
 
 def residual_pairs(chunks: Chunks, branch: Layer) -> Pairs:
@@ -240,7 +253,7 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """Depth-to-space of a convolution, plus that of the input if residual. From here on
-    frames are many and large, so they are passed on one at a time."""
+    frames are many and large, so few are passed on at a time."""
 
     def __init__(
         self, dim: int, conv: Conv, stride: Stride, multiplier=1, residual=False
@@ -253,7 +266,7 @@ class Upsample(nn.Module):
     def __call__(self, chunks: Chunks) -> Chunks:
         chunks = starmap(self.upsample, residual_pairs(chunks, self.conv))
         # Of a clip doubled in time, the first frame is surplus.
-        return islice(single_frames(chunks), self.stride[0] - 1, None)
+        return few_frames(islice(single_frames(chunks), self.stride[0] - 1, None))
 
     def upsample(self, x: mx.array, y: mx.array) -> mx.array:
         y = depth_to_space(y, self.stride)
@@ -321,7 +334,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to patches, one frame per chunk."""
+    """Latents to patches."""
 
     def __init__(self, config: VideoVAEConfig):
         super().__init__()
@@ -451,7 +464,8 @@ class VideoVAE(Component):
 
         starts = range(0, latents.shape[1], LATENTS_PER_CHUNK)
         chunks = (latents[:, i : i + LATENTS_PER_CHUNK] for i in starts)
-        return map(image, self.decoder(map(self.denormalize, chunks), timestep, trace))
+        patches = self.decoder(map(self.denormalize, chunks), timestep, trace)
+        return map(image, single_frames(patches))
 
     @classmethod
     def infer_sizes(
@@ -483,9 +497,7 @@ def latent_groups(chunks: Chunks) -> Chunks:
                 "both sides must be divisible by 32"
             )
         if len(group) < size:
-            warnings.warn(
-                f"the last {len(group)} frames are left out: the number must be 8k + 1"
-            )
+            note(f"the last {len(group)} frames are left out: not 8k + 1")
             return
         yield mx.concatenate(group, axis=1)
         size = 8
@@ -493,7 +505,7 @@ def latent_groups(chunks: Chunks) -> Chunks:
 
 def encoder_alone(section: dict[str, Any]) -> dict[str, Any]:
     """The `vae` section of an encoder whose VAE has a diffusion decoder."""
-    own = {k: v for k, v in section["encoder"].items() if k != "out_channels"}
-    own["encoder_blocks"] = own.pop("blocks")
+    config = {k: v for k, v in section["encoder"].items() if k != "out_channels"}
+    config["encoder_blocks"] = config.pop("blocks")
     channels = section["latent_channels"]
-    return own | {"latent_channels": channels, "timestep_conditioning": False}
+    return config | {"latent_channels": channels, "timestep_conditioning": False}

@@ -260,14 +260,14 @@ def test_kohyas_names_of_a_models_layers_are_unique(plain):
 def test_blocks_find_their_part_of_a_lora(checkpoint, name, loras, tmp_path, g):
     """Streamed blocks are not in a model that knows all names."""
     file = write(tmp_path / "x.safetensors", loras[0], RENAMES["kohya"])
-    whole, parts = (load(checkpoint(name)) for _ in range(2))
-    lora.attach(whole, [(Lora.read(file), 0.5)])
+    complete, parts = (load(checkpoint(name)) for _ in range(2))
+    lora.attach(complete, [(Lora.read(file), 0.5)])
     for i, block in enumerate(parts.transformer_blocks):
         prefix = f"transformer_blocks.{i}."
         lora.attach(block, [(Lora.read(file), 0.5)], prefix=prefix)
     assert any("transformer_blocks" in path for path in loras[0].factors)
     outside = [p for p in loras[0].factors if not p.startswith("transformer_blocks")]
-    layers = lora.linear_layers(whole)
+    layers = lora.linear_layers(complete)
     for path, layer in lora.linear_layers(parts).items():
         assert path in outside or mx.array_equal(layer.weight, layers[path].weight)
 
@@ -418,7 +418,7 @@ def test_a_file_that_is_not_a_lora_is_refused(tmp_path, content, message):
 def test_an_adapter_with_a_strange_configuration_is_refused(tmp_path, config):
     metadata = {"lora_adapter_metadata": config}
     mx.save_safetensors(str(tmp_path / "x.safetensors"), pair(), metadata)
-    with pytest.raises(UserError, match="x.safetensors: (its conf|this kind|alpha of)"):
+    with pytest.raises(UserError, match="LoRA .*x.safetensors[: ]"):
         Lora.read(tmp_path / "x.safetensors")
 
 
