@@ -3,6 +3,7 @@ license."""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -23,14 +24,11 @@ from .weights import COMPONENTS, FLOAT32, GEMMA_4, Checkpoint, Weights, shard_na
 SHARD = 5 * 10**9  # bytes a file, at most
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 LICENSE = "https://github.com/Lightricks/LTX-2/blob/main/LICENSE"
+LICENSE_2_X = f"{LICENSE}-2_x"
 OFFICIAL = {  # generation: repository, name and text of the license
     "2.0": ("Lightricks/LTX-2", "ltx-2-community-license-agreement", LICENSE),
     "2.3": ("Lightricks/LTX-2.3", "ltx-2-community-license-agreement", LICENSE),
-    "2.5": (
-        "Lightricks/LTX-2.5",
-        "ltx-2.x-community-license-agreement",
-        f"{LICENSE}-2_x",
-    ),
+    "2.5": ("Lightricks/LTX-2.5", "ltx-2.x-community-license-agreement", LICENSE_2_X),
 }
 
 Progress = Callable[[int], Any]
@@ -40,15 +38,11 @@ def quantization(
     mode: str = "affine", bits: Optional[int] = None, group_size: Optional[int] = None
 ) -> dict[str, Any]:
     """The arguments of `mx.quantize`; only affine has a choice of bits and groups."""
-    groups, default = MODES[mode]
-    options = {
-        "group_size": group_size or groups,
-        "bits": bits or default,
-        "mode": mode,
-    }
-    if mode != "affine" and (options["group_size"], options["bits"]) != MODES[mode]:
-        raise UserError(f"{mode} needs {default} bits in groups of {groups}")
-    return options
+    default = MODES[mode]
+    chosen = group_size or default[0], bits or default[1]
+    if mode != "affine" and chosen != default:
+        raise UserError(f"{mode} needs {default[1]} bits in groups of {default[0]}")
+    return {"group_size": chosen[0], "bits": chosen[1], "mode": mode}
 
 
 def quant_predicate(path: str) -> bool:
@@ -139,13 +133,11 @@ class Conversion:
 
     def files(self, name: str) -> dict[str, Weights]:
         """A component's tensors by the file they go to."""
-        shards: list[Weights] = [{}]
-        size = 0
+        shards, size = [{}], 0
         for key, w in self.weights(name).items():
             size += w.nbytes
             if size > SHARD and shards[-1]:
-                shards.append({})
-                size = w.nbytes
+                shards, size = [*shards, {}], w.nbytes
             shards[-1][key] = w
         return dict(zip(shard_names(name, len(shards)), shards))
 
@@ -237,8 +229,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} exists: pass --overwrite to replace it")
     if not is_converted(folder):
         raise UserError(f"{folder} is not a converted model; refusing to overwrite it")
-    config = folder / "config.json"
-    encoder = File(config.name, 0, config).json().get("text_encoder")
+    encoder = config_file(folder).json().get("text_encoder")
     own = ["config.json", "README.md", "LICENSE.md", "LICENSE", encoder]
     own += [".DS_Store", ".cache", ".gitattributes"]  # of the Finder and the Hub
     names = "|".join(map(re.escape, COMPONENTS))
@@ -248,9 +239,13 @@ def check_target(folder: Path, overwrite: bool) -> None:
             raise UserError(f"{folder} also holds {path.name}: move it away first")
 
 
+def config_file(folder: Path) -> File:
+    return File("config.json", 0, folder / "config.json")
+
+
 def is_converted(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and File(config.name, 0, config).is_converted
+    config = config_file(folder)
+    return config.path.is_file() and config.is_converted
 
 
 def temporary(folder: Path, process: str, suffix: str) -> Path:
@@ -260,15 +255,13 @@ def temporary(folder: Path, process: str, suffix: str) -> Path:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed conversions to the same target left."""
-    for path in folder.parent.glob(".*.new") if folder.parent.is_dir() else ():
-        process = path.name.split(".")[-2]
-        if path == temporary(folder, process, "new") and process.isdecimal():
-            try:
-                os.kill(int(process), 0)
-            except ProcessLookupError:
-                shutil.rmtree(path)
-            except PermissionError:  # it runs, as another user
-                pass
+    for path in folder.parent.glob(f".{glob.escape(folder.name[:100])}.*.new"):
+        try:
+            os.kill(int(path.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path)
+        except (PermissionError, ValueError, OverflowError):
+            pass  # of another user's process, or no conversion's
 
 
 def write_safetensors(
@@ -300,27 +293,22 @@ def write_safetensors(
 
 def model_card(config: dict[str, Any], generation: str, name: str) -> str:
     """README.md of a model folder, with the metadata that the Hub reads."""
-    from huggingface_hub import ModelCardData
-
     repo, license_name, link = OFFICIAL[generation]
     origin, q = config["provenance"], config.get("quantization")
     base = origin["source"] if "/" in origin["source"] else repo
-    data = ModelCardData(
-        base_model=base,
-        library_name="mlx",
-        pipeline_tag="text-to-video",
-        license="other",
-        license_name=license_name,
-        license_link=link,
-        tags=["ltx-2", "text-to-audio-video"],
-    )
     gemma = " and the text encoder's" if generation == "2.5" else ""
     quantized = (
         f"The transformer's{gemma} blocks are "
         "quantized: {bits} bits ({mode}) in groups of {group_size}."
     )
     return f"""---
-{data.to_yaml()}
+base_model: {base}
+library_name: mlx
+pipeline_tag: text-to-video
+license: other
+license_name: {license_name}
+license_link: {link}
+tags: [ltx-2, text-to-audio-video]
 ---
 
 # {name}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Literal, Mapping, Optional, Sequence
+from typing import Any, Literal, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,20 +22,23 @@ from .parts import (
     GEMMA_4,
     KINDS,
     UPSAMPLERS,
+    Part,
+    Parts,
     Problem,
     Tensors,
     check_config,
-    check_part,
+    check_version,
     config_errors,
     first_file,
     generation,
+    join_parts,
     limit_depth,
-    official,
-    own_section,
     parse_version,
+    place,
+    read_chosen,
     read_parts,
+    sections,
 )
-from .upsampler import UpsamplerConfig
 
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 # Computed in float32 whatever the dtype: the vocoder as in the reference, the other
@@ -43,6 +47,7 @@ FLOAT32 = ("vae", "audio_vae", "vocoder", "spatial_upsampler", "temporal_upsampl
 FLOAT32 += ("spatial_upsampler_x1.5",)
 
 Weights = dict[str, mx.array]
+Reader = Callable[[File], Weights]
 
 
 @dataclass
@@ -78,20 +83,30 @@ class Checkpoint:
     model_version: str
     kind: str  # "dev" or "distilled"
     kind_assumed: bool  # neither chosen nor in the file's name
-    config: dict[str, dict[str, Any]]  # the checkpoint's sections
-    parts: dict[str, Tensors]
+    config: dict[str, dict[str, Any]]  # the checkpoint's sections, and its parts'
+    found: InitVar[Parts]
     others: list[File] = field(default_factory=list)  # config.json and the license
     quantization: Optional[dict[str, Any]] = None
     text_encoder: str = TEXT_ENCODER
     provenance: Optional[dict[str, Any]] = None  # of converted models
     defaults: dict[str, Any] = field(default_factory=dict)  # the video's size and rate
-    problems: list[Problem] = field(default_factory=list)
+    problems: Sequence[Problem] = ()
+    parts: dict[str, Tensors] = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self, found: Parts):
         parse_version(self.model_version)
-        self.parts = {k: self.parts[k] for k in COMPONENTS if k in self.parts}
+        parts: dict[str, Tensors] = {}
+        for part in found.values():
+            parts.setdefault(part.component, {}).update(part.tensors)
+            section = COMPONENTS[part.component][0]
+            if section != "transformer" and part.section is not None:
+                self.config[section] = part.section
+        self.parts = {name: parts[name] for name in COMPONENTS if name in parts}
+        used = {COMPONENTS[name][0] for name in parts}
+        unused = {section for section, _ in COMPONENTS.values()} - used
+        self.config = {k: v for k, v in self.config.items() if k not in unused}
         for name, tensors in self.parts.items():
-            check_config(name, self.config, tensors)
+            check_config(name, self.config.get(COMPONENTS[name][0]), tensors)
 
     @property
     def files(self) -> list[File]:
@@ -128,50 +143,13 @@ class Checkpoint:
         their configuration or each other; only headers are read."""
         self.require(*names)
         for name in names:
-            self.build(name, self.weights(name))
+            self.build(name, self.shapes(name))
         keys = {"transformer": "in_channels", "vae": "latent_channels"}
-        latent = {
-            name: self.config[name].get(keys.get(name, "in_channels"), 128)
-            for name in names
-            if name in ("transformer", "vae") or "upsampler" in name
-        }
-        if len(set(latent.values())) > 1:
+        keys |= dict.fromkeys(UPSAMPLERS, "in_channels")
+        latent = {n: self.config[n].get(keys[n], 128) for n in names if n in keys}
+        if len({*latent.values()}) > 1:
             sizes = ", ".join(f"{name} {n}" for name, n in latent.items())
             raise UserError(f"parts of different models: latent channels are {sizes}")
-
-    def replace_part(self, name: str, f: File) -> None:
-        """Take a component from a file that the user named."""
-        names = [c for c in COMPONENTS if c not in ("transformer", *UPSAMPLERS)]
-        if name not in names:
-            raise UserError(f"unknown part {name!r}: choose from {', '.join(names)}")
-        found = {k: part for k, part in read_parts(f).items() if k[0] == name}
-        if not found:
-            raise UserError(f"{f.name} does not hold the {name}")
-        checkpoint = first_file(self.parts["transformer"])
-        for (_, piece), part in found.items():
-            check_part(name, part, self.version, checkpoint)
-            old = self.parts.get(name, {}) if piece else {}  # its other pieces stay
-            kept = {k: v for k, v in old.items() if not k.startswith(f"{piece}.")}
-            self.parts[name] = kept | part.tensors
-            self.config.update(own_section(name, part))
-        self.__post_init__()
-
-    def add_upsampler(self, f: File) -> None:
-        """Add an official upsampler's file; its name says which generation it is for."""
-        if f.role != "upsampler":
-            raise UserError(f.problem or f"{f.name} is not a latent upsampler")
-        version = re.match(r"ltx-(2[\d.]*)-", f.name.split("/")[-1])
-        if version and generation(parse_version(version[1])) != self.generation:
-            raise UserError(f"{f.name} does not go with LTX-2 {self.model_version}")
-        with config_errors(f.name):
-            c = UpsamplerConfig.from_dict(f.config)
-        axis = "temporal" if c.temporal_upsample else "spatial"
-        scale = "" if c.spatial_scale in (1, 2) else f"_x{c.spatial_scale:g}"
-        name = f"{axis}_upsampler{scale}"
-        if name not in COMPONENTS:
-            raise UserError(f"{f.name}: {name} is not implemented")
-        self.config[name] = f.config
-        self.parts[name] = {key: (f, key) for key in f.keys}
 
     def encoder(self, name: Optional[str] = None) -> str:
         """The text encoder to use: the model's, or `name` if that is possible."""
@@ -185,18 +163,22 @@ class Checkpoint:
     def weights(self, name: str, dtype: Optional[mx.Dtype] = None) -> Weights:
         """A component's tensors, lazily, with its module's names and layouts; floating
         ones cast to `dtype`, fp8 decoded to bfloat16."""
+        return self._tensors(name, dtype, File.arrays)
+
+    def shapes(self, name: str, dtype: Optional[mx.Dtype] = None) -> Weights:
+        """As `weights`, but zeros, for planning: only headers are read."""
+        return self._tensors(name, dtype, File.zeros)
+
+    def _tensors(self, name: str, dtype: Optional[mx.Dtype], read: Reader) -> Weights:
         self.require(name)
         part = self.parts[name]
-        arrays = {f: f.arrays() for f in {f for f, _ in part.values()}}
+        arrays = {f: read(f) for f in {f for f, _ in part.values()}}
         weights = {inner: arrays[f][key] for inner, (f, key) in part.items()}
         if any(f.metadata.get("format") != "mlx" for f in arrays):
             fp8 = [k for k, (f, key) in part.items() if f.header[key][0] == "F8_E4M3"]
             weights = COMPONENTS[name][1].sanitize(decode_fp8(weights, fp8))
-        if dtype is not None:
-            for key, w in weights.items():
-                if mx.issubdtype(w.dtype, mx.floating):
-                    weights[key] = w.astype(dtype)
-        return weights
+        cast = lambda w: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w
+        return {key: cast(w) for key, w in weights.items()} if dtype else weights
 
     def build(self, name: str, weights: Weights) -> nn.Module:
         """The component as configured, not loaded; `weights` must fit it exactly."""
@@ -263,23 +245,10 @@ def open_model(
     those next to it, `parts` are files by component. Files to download are listed first;
     without `fetch` only headers and config.json are. Raises UserError if no model is found.
     """
-    parts = parts or {}
+    chosen = read_chosen(upsamplers, parts or {})
     files = hub.choose(name, *hub.resolve(name, file))
-    if files[0].name == "config.json":
-        model = converted_checkpoint(files)
-    else:
-        model = Checkpoint(**official(files, skip=parts))
-    if upsamplers:  # instead of a converted folder's, too
-        model.parts = {k: v for k, v in model.parts.items() if k not in UPSAMPLERS}
-    for f in [f for f in files if f.role == "upsampler"] * (not upsamplers):
-        try:
-            model.add_upsampler(f)
-        except UserError as error:
-            model.problems.append(({*UPSAMPLERS}, str(error)))
-    for other in upsamplers:
-        model.add_upsampler(hub.single_file(other))
-    for part, other in parts.items():
-        model.replace_part(part, hub.single_file(other))
+    from_files = converted if files[0].name == "config.json" else official
+    model = from_files(files, chosen)
     if kind is not None:
         model.kind, model.kind_assumed = kind, False
     if model.kind not in KINDS:
@@ -289,13 +258,37 @@ def open_model(
     return model
 
 
-# Converted folders
+def official(files: list[File], chosen: Parts) -> Checkpoint:
+    """A model from released files: the first is the checkpoint, the others may hold other
+    parts. Of a part that exists several times, the best is used and noted."""
+    first, *rest = files
+    if first.role in ("lora", "upsampler"):
+        kind = {"lora": "a LoRA", "upsampler": "an upsampler"}[first.role]
+        raise UserError(f"{first.name} is {kind}: pass it with --{first.role}")
+    own = read_parts(first)
+    if ("transformer", "") not in own:
+        held = ", ".join({component: 0 for component, _ in own}) or "no part of LTX-2"
+        raise UserError(f"{first.name} is not a model, it holds {held}")
+    version = check_version(first, own["transformer", ""].section)
+    named = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", first.name.lower())
+    kind = named[0] if named else "dev"
+    found, problems = join_parts(own, chosen, rest, version, first, kind)
+    return Checkpoint(
+        version,
+        kind,
+        not named,
+        sections(first),
+        found,
+        [f for f in rest if f.name.startswith("LICENSE")],
+        text_encoder="gemma" if parse_version(version) >= GEMMA_4 else TEXT_ENCODER,
+        problems=problems,
+    )
 
 
-def converted_checkpoint(files: list[File]) -> Checkpoint:
+def converted(files: list[File], chosen: Parts) -> Checkpoint:
     """A folder that `Conversion.write` made, checked to be complete."""
     config, names = files[0].json(), {f.name for f in files}
-    parts: dict[str, Tensors] = {}
+    parts: Parts = {}
     expected: set[str] = set()
     for f in files:
         shard = re.fullmatch(r"(.+?)(?:-\d+-of-(\d+))?\.safetensors", f.name)
@@ -304,9 +297,12 @@ def converted_checkpoint(files: list[File]) -> Checkpoint:
                 raise UserError(f.problem)
             shards = shard_names(shard[1], int(shard[2] or 1))
             expected.update(islice(shards, len(files)))  # of more, one is missing
-            parts.setdefault(shard[1], {}).update({key: (f, key) for key in f.keys})
+            for key in f.keys:
+                part = Part(f, shard[1], config.get(COMPONENTS[shard[1]][0]), {})
+                parts.setdefault(place(shard[1], key), part).tensors[key] = f, key
+    held = {part.component for part in parts.values()}
     for name, (section, _) in COMPONENTS.items():
-        if section in config and name not in parts:
+        if section in config and name not in held:
             expected.add(f"{name}.safetensors")
     if expected - names:
         raise UserError(f"the model lacks {', '.join(sorted(expected - names)[:5])}")
@@ -326,9 +322,9 @@ def converted_checkpoint(files: list[File]) -> Checkpoint:
         found.kind,
         False,
         config,
-        parts,
+        join_parts(parts, chosen, [], found.model_version, files[0])[0],
         [f for f in files if not f.name.endswith(".safetensors")],
-        asdict(found.quantization) if found.quantization else None,
+        found.quantization and asdict(found.quantization),
         encoder,
         found.provenance,
         found.defaults,
@@ -353,11 +349,11 @@ def text_encoder_files(name: str) -> list[File]:
             f"text encoder {name} is a single file without tokenizer: pass a folder or "
             f"repository like {TEXT_ENCODER}"
         )
-    repository = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
+    repo, inner = hub.split_repository(name)
     if folder.is_dir():
         found = hub.folder_files(folder)
-    elif repository:  # or a folder in a converted model's repository
-        found = hub.repository_files(repository[1], repository[2] or "")
+    elif repo:  # or a folder in a converted model's repository
+        found = hub.repository_files(repo, inner)
     else:
         raise UserError(f"text encoder {name}: no such folder")
     kinds = (".safetensors", ".json", ".model")

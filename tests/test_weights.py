@@ -307,8 +307,8 @@ def test_invalid_options_for_a_valid_file(checkpoint, tmp_path):
     )
     for options, message in (
         ({"kind": "fast"}, "kind must be dev or distilled"),
-        ({"upsamplers": [str(path)]}, "is not a latent upsampler"),
-        ({"upsamplers": [str(later)]}, "does not go with LTX-2 2.0.0"),
+        ({"upsamplers": [str(path)]}, "does not hold the spatial_upsampler or"),
+        ({"upsamplers": [str(later)]}, "upscaler-x2.safetensors is for LTX-2 2.3, not"),
     ):
         with pytest.raises(UserError, match=message):
             weights.open_model(str(path), **options)
