@@ -40,8 +40,7 @@ DTYPES = {
     "U8": mx.uint8,
     "F8_E4M3": mx.uint8,  # as mx.load returns it
 }
-# Keys of a transformer, with any prefix, and of other files.
-TRANSFORMER = re.compile(r"(^|\.)(transformer_blocks\.0\.attn1|patchify_proj)\.")
+TRANSFORMER = re.compile(r"\b(transformer_blocks\.0\.attn1|patchify_proj)\.")  # keys
 
 
 @dataclass(eq=False)
@@ -76,9 +75,8 @@ class File:
     def json_metadata(self, key: str) -> dict[str, Any]:
         """A JSON object in the metadata."""
         if key not in self.metadata:
-            raise UserError(
-                f"{self.name} is not an LTX-2 file (no {key} in its metadata)"
-            )
+            what = f"no {key} in its metadata"
+            raise UserError(f"{self.name} is not an LTX-2 file ({what})")
         return parse_json(self.metadata[key], f"{self.name}, {key}: ")
 
     @cached_property
@@ -102,20 +100,16 @@ class File:
         if not self.name.endswith(".safetensors"):
             return ""
         folder = self.name.partition("/")[0] if "/" in self.name else ""
-        if folder == "loras" or self.path is None and "lora" in self.name:
-            return "lora"
-        if self.path is None:  # by its name: headers of remote files take time
-            role = "checkpoint" if folder in ("", FOLDERS[0]) else "part"
-            return "upsampler" if "upscaler" in self.name else role
-        try:
-            keys = " ".join(self.keys)
+        try:  # by its name on the Hub: headers of remote files take time
+            text = " ".join(self.keys) if self.path else self.name
         except UserError:  # reported if the file is needed
             return ""
-        if "lora" in keys:
+        if folder == "loras" or "lora" in text:
             return "lora"
-        if "upscaler" in keys or "initial_conv.weight" in keys:
+        if "upscaler" in text or "initial_conv.weight" in text:
             return "upsampler"
-        return "checkpoint" if any(map(TRANSFORMER.search, self.keys)) else "part"
+        named = not self.path and folder in ("", FOLDERS[0])
+        return "checkpoint" if named or TRANSFORMER.search(text) else "part"
 
     def arrays(self) -> dict[str, mx.array]:
         """The tensors, lazily: evaluating one reads it. Zeros if it is on the Hub."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import InitVar, asdict, dataclass, field
+from dataclasses import InitVar, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -59,39 +59,37 @@ class Quantization:
     mode: Literal["affine", "mxfp4", "nvfp4", "mxfp8"] = "affine"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FolderConfig:
     """The keys of a converted folder's config.json, except the checkpoint's sections."""
 
-    model_type: str
+    model_type: str = "ltx2"
     model_version: str
-    kind: str
+    kind: str  # "dev" or "distilled"
     text_encoder: str
-    provenance: dict[str, Any]
-    quantization: Optional[Quantization] = None
-    quantization_config: Optional[Quantization] = None  # the same, as the Hub reads it
-    defaults: dict[str, float] = field(default_factory=dict)
+    provenance: Optional[dict[str, Any]]  # None: not converted
+    quantization: Optional[dict[str, Any]] = None
+    quantization_config: Optional[dict[str, Any]] = (
+        None  # the same, as the Hub reads it
+    )
+    defaults: dict[str, float] = field(
+        default_factory=dict
+    )  # the video's size and rate
 
 
 # Models
 
 
-@dataclass
-class Checkpoint:
+@dataclass(kw_only=True)
+class Checkpoint(FolderConfig):
     """A model as its headers and its configuration describe it; nothing is read yet."""
 
-    model_version: str
-    kind: str  # "dev" or "distilled"
-    kind_assumed: bool  # neither chosen nor in the file's name
+    kind_assumed: bool = False  # neither chosen nor in the file's name
     config: dict[str, dict[str, Any]]  # the checkpoint's sections, and its parts'
     found: InitVar[Parts]
-    others: list[File] = field(default_factory=list)  # config.json and the license
-    quantization: Optional[dict[str, Any]] = None
-    text_encoder: str = TEXT_ENCODER
-    provenance: Optional[dict[str, Any]] = None  # of converted models
-    defaults: dict[str, Any] = field(default_factory=dict)  # the video's size and rate
-    problems: Sequence[Problem] = ()
     parts: dict[str, Tensors] = field(init=False)
+    others: list[File]  # config.json and the license
+    problems: Sequence[Problem] = ()
 
     def __post_init__(self, found: Parts):
         parse_version(self.model_version)
@@ -274,13 +272,14 @@ def official(files: list[File], chosen: Parts) -> Checkpoint:
     kind = named[0] if named else "dev"
     found, problems = join_parts(own, chosen, rest, version, first, kind)
     return Checkpoint(
-        version,
-        kind,
-        not named,
-        sections(first),
-        found,
-        [f for f in rest if f.name.startswith("LICENSE")],
+        model_version=version,
+        kind=kind,
+        kind_assumed=not named,
         text_encoder="gemma" if parse_version(version) >= GEMMA_4 else TEXT_ENCODER,
+        provenance=None,
+        config=sections(first),
+        found=found,
+        others=[f for f in rest if f.name.startswith("LICENSE")],
         problems=problems,
     )
 
@@ -309,25 +308,20 @@ def converted(files: list[File], chosen: Parts) -> Checkpoint:
     path = f"{files[0].path}: "
     known = FolderConfig.__dataclass_fields__.keys() & config.keys()
     found = checked(FolderConfig, {key: config.pop(key) for key in known}, path)
+    checked(Optional[Quantization], found.quantization, f"{path}quantization")
     for key, kind in {"source": str, "files": dict[str, str]}.items():
-        checked(kind, found.provenance.get(key), f"{path}provenance.{key}")
-    repo, encoder = files[0].repo, found.text_encoder
-    inside = files[0].path.parent / encoder
-    if inside.is_dir():
-        encoder = str(inside)
-    elif repo and "/" not in encoder and parse_version(found.model_version) < GEMMA_4:
-        encoder = f"{repo}/{encoder}"
+        value = (found.provenance or {}).get(key)
+        checked(kind, value, f"{path}provenance.{key}")
+    version, encoder = found.model_version, found.text_encoder
+    if (files[0].path.parent / encoder).is_dir():
+        found.text_encoder = str(files[0].path.parent / encoder)
+    elif files[0].repo and "/" not in encoder and parse_version(version) < GEMMA_4:
+        found.text_encoder = f"{files[0].repo}/{encoder}"
     return Checkpoint(
-        found.model_version,
-        found.kind,
-        False,
-        config,
-        join_parts(parts, chosen, [], found.model_version, files[0])[0],
-        [f for f in files if not f.name.endswith(".safetensors")],
-        found.quantization and asdict(found.quantization),
-        encoder,
-        found.provenance,
-        found.defaults,
+        **vars(found),
+        config=config,
+        found=join_parts(parts, chosen, [], version, files[0])[0],
+        others=[f for f in files if not f.name.endswith(".safetensors")],
     )
 
 
@@ -366,13 +360,12 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
     with. Only headers are read."""
     where = f"text encoder {name}"
     files = {f.name.split("/")[-1]: f for f in text_encoder_files(name)}
-    if "config.json" not in files:
-        raise UserError(f"{where} has no config.json")
-    if not {"tokenizer.json", "tokenizer.model"} & files.keys():
-        raise UserError(f"{where} has no tokenizer")
+    for names in (["config.json"], ["tokenizer.json", "tokenizer.model"]):
+        if not files.keys() & {*names}:
+            raise UserError(f"{where} has no {' or '.join(names)}")
     config = files["config.json"].json()
-    if config.get("model_type") not in ("gemma3", "gemma3_text"):
-        kind = config.get("model_type")
+    kind = config.get("model_type")
+    if kind not in ("gemma3", "gemma3_text"):
         raise UserError(f"{where} is {kind!r}, not Gemma 3: use {TEXT_ENCODER}")
     section = checked(dict, config.get("text_config", config), f"{where}: text_config")
     sizes = {k: v for k, v in section.items() if re.search("size$|num_|_dim$", k)}
