@@ -128,9 +128,9 @@ class Config:
         for key, value in checked(dict, section, name).items():
             allowed = cls.FIXED.get(key, (value,))
             if value not in allowed:
-                names = " or ".join(map(repr, allowed))
+                only = " or ".join(map(repr, allowed))
                 raise UserError(
-                    f"{name}: {key} is {value!r}, only {names} is implemented"
+                    f"{name}: {key} is {value!r}, only {only} is implemented"
                 )
         unknown = section.keys() - fields - cls.FIXED.keys() - cls.UNUSED
         if unknown:

@@ -145,15 +145,14 @@ def compare(converted: Checkpoint, source: Checkpoint) -> Report:
         raise UserError("compare needs a converted folder, then its unquantized source")
     rows, faults, errors = [], [], defaultdict(list)
     for name in {**source.parts, **converted.parts}:
-        ours, theirs = (
-            s.weights(name) if name in s.parts else {} for s in (converted, source)
-        )
+        ours = converted.weights(name) if name in converted.parts else {}
+        theirs = source.weights(name) if name in source.parts else {}
         dtypes = {str(w.dtype).removeprefix("mlx.core.") for w in ours.values()}
         found = list(differences(ours, theirs, converted.quantization))
         layers = [(error, key) for key, error, _ in found if error is not None]
+        wrong = [f"{name}: {key} {fault}" for key, _, fault in found if fault]
         for error, key in layers:
             errors[re.sub(r".*blocks\.\d+\.|\.weight$", "", key)].append((error, key))
-        wrong = [f"{name}: {key} {fault}" for key, _, fault in found if fault]
         counts = len(found), len(layers), len(wrong)
         rows.append([name, *counts, ", ".join(sorted(dtypes))])
         faults += wrong
@@ -161,11 +160,11 @@ def compare(converted: Checkpoint, source: Checkpoint) -> Report:
         if converted.config.get(section) != source.config.get(section):
             faults.append(f"config.json: {section} differs from the source")
     text = table(["component", "tensors", "quantized", "faults", "dtypes"], rows)
-    kinds = sorted(errors.items(), key=lambda item: max(item[1]), reverse=True)
-    rows = [
-        [kind, len(layers), sum(e for e, _ in layers) / len(layers), *max(layers)]
-        for kind, layers in kinds
-    ]
+    rows = []
+    for kind in sorted(errors, key=lambda kind: max(errors[kind]), reverse=True):
+        values, _ = zip(*errors[kind])
+        mean = sum(values) / len(values)
+        rows.append([kind, len(values), mean, *max(errors[kind])])
     heads = ["quantized", "layers", "mean error", "worst", "layer"]
     return Report(f"{text}\n\n{table(heads, rows)}" if rows else text, faults)
 
@@ -286,9 +285,7 @@ def parser() -> argparse.ArgumentParser:
     t = checks.add_parser("trace", parents=[model], help="statistics of every stage")
     start = t.add_mutually_exclusive_group(required=True)
     start.add_argument("--prompt", help="trace a complete run")
-    start.add_argument(
-        "--latents", help="trace a decode: zeros, random, or a saved file"
-    )
+    start.add_argument("--latents", help="trace a decode: zeros, random, or a file")
     for name, default in SIZE.items():
         flag = f"--{name.replace('_', '-')}"
         t.add_argument(flag, type=int, help=f"(default: {default})")
@@ -297,9 +294,7 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("--text-encoder", metavar="MODEL", help="Gemma 3 to use")
     dtypes = "bfloat16", "float32"
     t.add_argument("--dtype", default=dtypes[0], choices=dtypes)
-    t.add_argument(
-        "--against", choices=dtypes, help="also run in this dtype: the drift"
-    )
+    t.add_argument("--against", choices=dtypes, help="dtype of a second run to compare")
 
     c = checks.add_parser("compare", parents=[model], help="a folder with its source")
     c.add_argument("source", help="what the model was converted from")

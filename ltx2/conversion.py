@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from . import __version__
 from .base import UserError
-from .hub import DTYPES, File
+from .hub import DTYPES, converted_config, folder_files
 from .lora import Lora, fuse
 from .weights import COMPONENTS, FLOAT32, GEMMA_4, Checkpoint, Weights, shard_names
 
@@ -189,7 +189,8 @@ class Conversion:
         folder = folder.expanduser().resolve()
         check_target(folder, overwrite)
         remove_leftovers(folder)
-        partial, old = (temporary(folder, str(os.getpid()), s) for s in ("new", "old"))
+        name_here = f".{folder.name[:100]}.{os.getpid()}"
+        partial, old = (folder.parent / f"{name_here}.{s}" for s in ("new", "old"))
         partial.mkdir(parents=True)
         try:
             self._write_files(partial, progress, name or folder.name)
@@ -227,30 +228,17 @@ def check_target(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{folder} exists: pass --overwrite to replace it")
-    if not is_converted(folder):
+    config = converted_config(folder_files(folder))
+    if not config:
         raise UserError(f"{folder} is not a converted model; refusing to overwrite it")
-    encoder = config_file(folder).json().get("text_encoder")
-    own = ["config.json", "README.md", "LICENSE.md", "LICENSE", encoder]
+    own = ["config.json", "README.md", "LICENSE.md", "LICENSE"]
+    own += [config.json().get("text_encoder")]
     own += [".DS_Store", ".cache", ".gitattributes"]  # of the Finder and the Hub
     names = "|".join(map(re.escape, COMPONENTS))
     part = re.compile(rf"({names})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
     for path in sorted(folder.iterdir()):
         if not part.fullmatch(path.name) and path.name not in own:
             raise UserError(f"{folder} also holds {path.name}: move it away first")
-
-
-def config_file(folder: Path) -> File:
-    return File("config.json", 0, folder / "config.json")
-
-
-def is_converted(folder: Path) -> bool:
-    config = config_file(folder)
-    return config.path.is_file() and config.is_converted
-
-
-def temporary(folder: Path, process: str, suffix: str) -> Path:
-    """A name next to `folder` for one process."""
-    return folder.parent / f".{folder.name[:100]}.{process}.{suffix}"
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,7 +63,12 @@ class File:
     @cached_property
     def header(self) -> dict[str, Any]:
         """Dtype and shape of each tensor, and "__metadata__"; no tensor is read."""
-        return read_remote_header(self) if self.path is None else read_header(self.path)
+        if self.path:
+            return read_header(self.path)
+        with hub_api(self.repo) as api:
+            remote = api.parse_safetensors_file_metadata(self.repo, self.name)
+        tensors = {k: (t.dtype, tuple(t.shape)) for k, t in remote.tensors.items()}
+        return {"__metadata__": remote.metadata, **tensors}
 
     @property
     def keys(self) -> list[str]:
@@ -132,11 +138,6 @@ class File:
     def json(self) -> dict[str, Any]:
         return parse_json(self.fetch().read_bytes(), f"{self.path}: ")
 
-    @property
-    def is_converted(self) -> bool:
-        """Whether it is the config.json of a converted folder."""
-        return self.json().get("model_type") == "ltx2"
-
     def checksum(self) -> str:
         """The sha256 of the complete file."""
         if not self.sha256:
@@ -192,13 +193,6 @@ def invalid(path: Path, error: str) -> str:
     return f"is not a safetensors file ({error.rpartition(': ')[2]})"
 
 
-def read_remote_header(f: File) -> dict[str, Any]:
-    with hub_api(f.repo) as api:
-        remote = api.parse_safetensors_file_metadata(f.repo, f.name)
-    tensors = {k: (t.dtype, tuple(t.shape)) for k, t in remote.tensors.items()}
-    return {"__metadata__": remote.metadata, **tensors}
-
-
 # From names to files
 
 
@@ -249,9 +243,9 @@ def choose(name: str, files: list[File], file: Optional[str] = None) -> list[Fil
     """
     weights = [f for f in files if f.name.endswith(".safetensors")]
     licenses = [f for f in files if f.name.startswith("LICENSE")]
-    for f in files if not file else ():
-        if f.name == "config.json" and f.is_converted:
-            return [f, *weights, *licenses]
+    config = None if file else converted_config(files)
+    if config:
+        return [config, *weights, *licenses]
     if file:
         chosen = [f for f in weights if file in (f.name, f.name.split("/")[-1])]
     else:
@@ -262,6 +256,12 @@ def choose(name: str, files: list[File], file: Optional[str] = None) -> list[Fil
     upsamplers = [f for f in weights if f.role == "upsampler" and f not in chosen]
     newest = {re.sub(r"-[\d.]+safetensors$", "", f.name): f for f in upsamplers}
     return [*chosen, *parts, *newest.values(), *licenses]
+
+
+def converted_config(files: list[File]) -> Optional[File]:
+    """The config.json among the files of a converted folder; None for other folders."""
+    config = next((f for f in files if f.name == "config.json"), None)
+    return config if config and config.json().get("model_type") == "ltx2" else None
 
 
 def choose_checkpoint(checkpoints: list[File]) -> list[File]:
@@ -367,17 +367,17 @@ def gigabytes(size: int) -> str:
 
 def check_space(needed: dict[Path, int]) -> None:
     """Report the space needed (bytes by folder) and free; UserError if it is too little."""
-    disks: dict[int, int] = {}
+    disks: dict[int, int] = defaultdict(int)
     for folder, size in needed.items():
         while not folder.exists():
             folder = folder.absolute().parent
         disk, free = folder.stat().st_dev, shutil.disk_usage(folder).free
-        disks[disk] = disks.get(disk, 0) + size
+        disks[disk] += size
+        sizes = f"{gigabytes(disks[disk])} needed, {gigabytes(free)} free"
         if size:
-            sizes = f"{gigabytes(disks[disk])} needed, {gigabytes(free)} free"
             LOG.info(f"disk of {folder}: {sizes}")
-            if disks[disk] > free:
-                raise UserError(f"not enough space on the disk of {folder}: {sizes}")
+        if disks[disk] > free:
+            raise UserError(f"not enough space on the disk of {folder}: {sizes}")
 
 
 def upload(folder: Path, repo: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from contextlib import contextmanager
 from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Optional
 
@@ -63,7 +64,7 @@ class Part(NamedTuple):
     tensors: Tensors
 
 
-# By component and, as only connectors can be in several files, the connectors' piece.
+# By component and, as only connectors can be in several files, the connectors' piece
 Parts = dict[tuple[str, str], Part]
 
 
@@ -81,14 +82,16 @@ def read_parts(f: File) -> Parts:
         if places is None:
             raise UserError(f"{f.name}: unexpected tensor {key}")
         for component, inner in places:
-            part = Part(f, component, config.get(COMPONENTS[component][0]), {})
-            parts.setdefault(place(component, inner), part).tensors[inner] = f, key
+            add_tensor(parts, config, component, inner, (f, key))
     return parts
 
 
-def place(component: str, inner: str) -> tuple[str, str]:
-    """Where a tensor belongs in `Parts`."""
-    return component, inner.split(".")[0] if component == "connectors" else ""
+def add_tensor(
+    parts: Parts, config: dict, component: str, inner: str, source: tuple[File, str]
+) -> None:
+    piece = inner.split(".")[0] if component == "connectors" else ""
+    part = Part(source[0], component, config.get(COMPONENTS[component][0]), {})
+    parts.setdefault((component, piece), part).tensors[inner] = source
 
 
 def upsampler_name(f: File, section: dict[str, Any]) -> str:
@@ -97,9 +100,10 @@ def upsampler_name(f: File, section: dict[str, Any]) -> str:
         c = UpsamplerConfig.from_dict(section)
     axis = "temporal" if c.temporal_upsample else "spatial"
     scale = "" if c.spatial_scale in (1, 2) else f"_x{c.spatial_scale:g}"
-    if f"{axis}_upsampler{scale}" not in COMPONENTS:
-        raise UserError(f"{f.name}: {axis}_upsampler{scale} is not implemented")
-    return f"{axis}_upsampler{scale}"
+    name = f"{axis}_upsampler{scale}"
+    if name not in UPSAMPLERS:
+        raise UserError(f"{f.name}: {name} is not implemented")
+    return name
 
 
 def sections(f: File) -> dict[str, Any]:
@@ -158,19 +162,14 @@ def read_chosen(upsamplers: Iterable[str], files: Mapping[str, str]) -> Parts:
 
 
 def join_parts(
-    own: Parts,
-    chosen: Parts,
-    others: list[File],
-    version: str,
-    checkpoint: File,
-    kind: str = "dev",
+    own: Parts, chosen: Parts, others: list[File], version: str, kind: str = ""
 ) -> tuple[Parts, list[Problem]]:
     """A checkpoint's `own` parts, `chosen` ones instead (an upsampler instead of all),
     and what is in neither, the best of `others`; files among them that do not fit."""
+    checkpoint = next((part.file for part in own.values()), None)
     for part in chosen.values():
         check_part(part, version, checkpoint)
-    candidates: dict[tuple[str, str], list[Part]] = {}
-    problems = []
+    candidates, problems = defaultdict(list), []
     for f in (f for f in others if f.role in ("part", "checkpoint", "upsampler")):
         try:
             held = read_parts(f)
@@ -182,8 +181,8 @@ def join_parts(
             problems.append((claims(f), str(error)))
             continue
         for where, part in held.items():
-            if where not in own.keys() | chosen.keys():
-                candidates.setdefault(where, []).append(part)
+            if where not in {**own, **chosen}:
+                candidates[where].append(part)
     found = {where: best(parts, kind) for where, parts in candidates.items()} | own
     if any(part.component in UPSAMPLERS for part in chosen.values()):
         found = {k: p for k, p in found.items() if p.component not in UPSAMPLERS}
@@ -203,11 +202,11 @@ def claims(f: File) -> set[str]:
 def best(parts: list[Part], kind: str) -> Part:
     """Of a part that exists several times: the video decoder that convolves, what is
     named like the checkpoint, and what is not fp8 come first."""
-    other = KINDS[kind == "dev"]
 
     def order(part: Part) -> tuple:
+        other = KINDS[kind == "dev"] in part.file.name.lower()
         fp8 = any(f.header[key][0] == "F8_E4M3" for f, key in part.tensors.values())
-        return other in part.file.name.lower(), fp8, part.file.name
+        return other, fp8, part.file.name
 
     convolves = [p for p in parts if "decoder_blocks" in (p.section or {})]
     first, *rest = sorted(convolves or parts, key=order)

@@ -22,10 +22,10 @@ from .parts import (
     GEMMA_4,
     KINDS,
     UPSAMPLERS,
-    Part,
     Parts,
     Problem,
     Tensors,
+    add_tensor,
     check_config,
     check_version,
     config_errors,
@@ -34,7 +34,6 @@ from .parts import (
     join_parts,
     limit_depth,
     parse_version,
-    place,
     read_chosen,
     read_parts,
     sections,
@@ -47,7 +46,6 @@ FLOAT32 = ("vae", "audio_vae", "vocoder", "spatial_upsampler", "temporal_upsampl
 FLOAT32 += ("spatial_upsampler_x1.5",)
 
 Weights = dict[str, mx.array]
-Reader = Callable[[File], Weights]
 
 
 @dataclass
@@ -69,9 +67,7 @@ class FolderConfig:
     text_encoder: str
     provenance: Optional[dict[str, Any]]  # None: not converted
     quantization: Optional[dict[str, Any]] = None
-    quantization_config: Optional[dict[str, Any]] = (
-        None  # the same, as the Hub reads it
-    )
+    quantization_config: Optional[dict[str, Any]] = None  # the same, for the Hub
     defaults: dict[str, float] = field(
         default_factory=dict
     )  # the video's size and rate
@@ -167,7 +163,7 @@ class Checkpoint(FolderConfig):
         """As `weights`, but zeros, for planning: only headers are read."""
         return self._tensors(name, dtype, File.zeros)
 
-    def _tensors(self, name: str, dtype: Optional[mx.Dtype], read: Reader) -> Weights:
+    def _tensors(self, name: str, dtype: Optional[mx.Dtype], read: Callable) -> Weights:
         self.require(name)
         part = self.parts[name]
         arrays = {f: read(f) for f in {f for f, _ in part.values()}}
@@ -200,11 +196,9 @@ class Checkpoint(FolderConfig):
             if expected.get(key) != shapes.get(key)
         ]
         if wrong:
-            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise UserError(
-                f"{file}: {name} tensors do not match its config: "
-                f"{'; '.join(wrong[:5])}{more}"
-            )
+            more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
+            text = "; ".join(wrong[:5] + more)
+            raise UserError(f"{file}: {name} tensors do not match its config: {text}")
         return module
 
     def load(
@@ -270,7 +264,7 @@ def official(files: list[File], chosen: Parts) -> Checkpoint:
     version = check_version(first, own["transformer", ""].section)
     named = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", first.name.lower())
     kind = named[0] if named else "dev"
-    found, problems = join_parts(own, chosen, rest, version, first, kind)
+    found, problems = join_parts(own, chosen, rest, version, kind)
     return Checkpoint(
         model_version=version,
         kind=kind,
@@ -297,8 +291,7 @@ def converted(files: list[File], chosen: Parts) -> Checkpoint:
             shards = shard_names(shard[1], int(shard[2] or 1))
             expected.update(islice(shards, len(files)))  # of more, one is missing
             for key in f.keys:
-                part = Part(f, shard[1], config.get(COMPONENTS[shard[1]][0]), {})
-                parts.setdefault(place(shard[1], key), part).tensors[key] = f, key
+                add_tensor(parts, config, shard[1], key, (f, key))
     held = {part.component for part in parts.values()}
     for name, (section, _) in COMPONENTS.items():
         if section in config and name not in held:
@@ -320,7 +313,7 @@ def converted(files: list[File], chosen: Parts) -> Checkpoint:
     return Checkpoint(
         **vars(found),
         config=config,
-        found=join_parts(parts, chosen, [], version, files[0])[0],
+        found=join_parts(parts, chosen, [], version)[0],
         others=[f for f in files if not f.name.endswith(".safetensors")],
     )
 
@@ -370,23 +363,24 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
     section = checked(dict, config.get("text_config", config), f"{where}: text_config")
     sizes = {k: v for k, v in section.items() if re.search("size$|num_|_dim$", k)}
     sizes = checked(dict[str, Optional[int]], sizes, f"{where}: text_config", 10**7)
-    if "model.safetensors.index.json" in files:
-        index = files["model.safetensors.index.json"].json().get("weight_map")
-        index = checked(dict[str, str], index, f"{where}: weight_map")
-        lacks = sorted({*index.values()} - files.keys())
+    if index := files.get("model.safetensors.index.json"):
+        shards = index.json().get("weight_map")
+        shards = checked(dict[str, str], shards, f"{where}: weight_map")
+        lacks = ", ".join(sorted({*shards.values()} - files.keys())[:5])
         if lacks:
-            raise UserError(f"{where} lacks {', '.join(lacks[:5])}: download it again")
-    shards = [f for n, f in files.items() if re.fullmatch(r"model.*\.safetensors", n)]
-    for f in shards:
-        if f.problem:
-            raise UserError(f"{where}: {f.problem}")
-    shapes = {key: f.header[key][1] for f in shards for key in f.keys}
+            raise UserError(f"{where} lacks {lacks}: download it again")
+    shapes = {}
+    for file, f in files.items():
+        if re.fullmatch(r"model.*\.safetensors", file):
+            if f.problem:
+                raise UserError(f"{where}: {f.problem}")
+            shapes |= {key: f.header[key][1] for key in f.keys}
     prefix = "language_model.model." if "text_config" in config else "model."
     first, count = f"{prefix}layers.0.", sizes.get("num_hidden_layers") or 0
     leaves = [key.removeprefix(first) for key in shapes if key.startswith(first)]
-    layers = [f"layers.{i}.{k}" for i in range(min(count, 999)) for k in leaves]
-    layers += ["norm.weight", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"]
-    lacks = [f"{prefix}{k}" for k in layers if f"{prefix}{k}" not in shapes]
+    names = [f"layers.{i}.{k}" for i in range(min(count, 999)) for k in leaves]
+    names += ["norm.weight", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"]
+    lacks = [f"{prefix}{k}" for k in names if f"{prefix}{k}" not in shapes]
     if lacks:
         example = f"it has {min(shapes)}" if shapes else "it has no weights"
         some = f"{len(lacks)} tensors: {lacks[0]}, ..."

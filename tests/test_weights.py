@@ -818,3 +818,12 @@ def test_the_transformer_is_read_without_computing(checkpoint):
     graph = io.StringIO()
     mx.export_to_dot(graph, *[w for _, w in tree_flatten(loaded.parameters())])
     assert set(re.findall(r'label ="(\w+)"', graph.getvalue())) == {"Load"}
+
+
+def test_planning_opens_no_file(checkpoint, monkeypatch):
+    model = weights.open_model(str(checkpoint("ltx-2")))
+    seen = lambda tensors: {k: (w.shape, w.dtype) for k, w in tensors.items()}
+    expected = [seen(model.weights(name, mx.float16)) for name in model.components]
+    monkeypatch.setattr(mx, "load", None)
+    model.check(*model.components)
+    assert [seen(model.shapes(n, mx.float16)) for n in model.components] == expected
