@@ -74,17 +74,16 @@ def main() -> None:
 
     from ltx2 import hub
 
-    folder = args.mlx_path.expanduser().resolve()
-    if args.upload_repo:
-        hub.create_repository(args.upload_repo)  # fails now, not after hours of work
-    existing = hub.converted_config(hub.folder_files(folder))
-    if args.upload_repo and not args.overwrite and existing:
+    folder, repo = args.mlx_path.expanduser().resolve(), args.upload_repo
+    if repo:
+        hub.create_repository(repo)  # fails now, not after hours of work
+    if repo and not args.overwrite and hub.converted_config(hub.folder_files(folder)):
         note(f"{args.mlx_path} exists and is uploaded (--overwrite converts again)")
     else:
         convert(args, folder)
-    if args.upload_repo:
-        hub.upload(folder, args.upload_repo)
-        print(f"uploaded to https://huggingface.co/{args.upload_repo}")
+    if repo:
+        hub.upload(folder, repo)
+        print(f"uploaded to https://huggingface.co/{repo}")
 
 
 def convert(args: argparse.Namespace, folder: Path) -> None:

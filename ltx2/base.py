@@ -63,7 +63,7 @@ def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> 
         expect(fits, f"above 0 and at most {limit}", value, path)
         value = int(value) if isinstance(value, Integral) else float(value)
     origin = type(value) if kind is Any else origin
-    made = dataclasses.is_dataclass(origin) and not isinstance(value, origin)
+    new = dataclasses.is_dataclass(origin) and not isinstance(value, origin)
     if origin in (list, tuple, Sequence):
         expect(isinstance(value, (list, tuple)), "a list", value, path)
         fixed = origin is tuple and args and args[-1] is not ...
@@ -72,12 +72,14 @@ def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> 
         places = (f"{path}[{i}]" for i in range(len(value)))
         items = [checked(*item, limit) for item in zip(kinds, value, places)]
         return items if origin is list else tuple(items)
-    if made or origin in (dict, Mapping):
+    if new or origin in (dict, Mapping):
         expect(isinstance(value, dict), "an object", value, path)
-        kinds = dict.fromkeys(value, (*args, Any, Any)[1])
-        kinds = field_kinds(origin, value, path) if made else kinds
-        keys = ((k, checked(kinds[k], value[k], join(path, k), limit)) for k in value)
-        return origin(**dict(keys)) if made else dict(keys)
+        kinds = dict.fromkeys(value, args[1] if args else Any)
+        kinds = field_kinds(origin, value, path) if new else kinds
+        found = {
+            k: checked(kinds[k], v, join(path, k), limit) for k, v in value.items()
+        }
+        return origin(**found) if new else found
     if origin is Literal:
         expect(value in args, f"one of {', '.join(map(str, args))}", value, path)
     else:

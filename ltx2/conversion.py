@@ -59,8 +59,7 @@ def quantize(
 ) -> Weights:
     """Quantize the linear layers that `predicate` picks by path, where the group size
     divides their width."""
-    done: Weights = {}
-    group = options["group_size"]
+    done, group = {}, options["group_size"]
     for key, w in weights.items():
         path, _, leaf = key.rpartition(".")
         fits = leaf == "weight" and w.ndim == 2 and w.shape[1] % group == 0
@@ -100,11 +99,12 @@ class Conversion:
     finite: Weights = field(default_factory=dict, init=False)
 
     def __post_init__(self):
-        if self.loras and self.source.quantization:
+        quantized = bool(self.source.quantization)
+        if self.loras and quantized:
             raise UserError("LoRAs need unquantized weights: they are fused first")
-        if self.quantization and self.source.quantization:
+        if self.quantization and quantized:
             raise UserError("the model is already quantized: use --dequantize first")
-        if self.dequantize and not self.source.quantization:
+        if self.dequantize and not quantized:
             raise UserError("the model is not quantized: remove --dequantize")
         self.text_encoder = self.source.encoder(self.text_encoder)
         folder = Path(self.text_encoder).expanduser()
@@ -152,11 +152,13 @@ class Conversion:
         """The contents of config.json."""
         source, dtype, encoder = self.source, self.dtype, self.own_encoder
         q = self.quantization or (None if self.dequantize else source.quantization)
-        weights = [f for f in source.files if f.role]
+        files = [f for f in source.files if f.role]
         origin = source.provenance or {
-            "source": weights[0].repo or "local files",
-            "files": {f.name: f.checksum() for f in weights},
+            "source": files[0].repo or "local files",
+            "files": {f.name: f.checksum() for f in files},
         }
+        loras = {Path(path).name: strength for path, strength in self.loras}
+        recipe = {"quantization": q, "dtype": dtype and str(dtype)[9:], "loras": loras}
         return {
             "model_type": "ltx2",
             "model_version": source.model_version,
@@ -168,11 +170,7 @@ class Conversion:
             "provenance": {
                 **origin,
                 "tool": f"ltx2 {__version__}, mlx {mx.__version__}",
-                "recipe": {
-                    "quantization": q,
-                    "dtype": dtype and str(dtype)[9:],
-                    "loras": {Path(path).name: s for path, s in self.loras},
-                },
+                "recipe": recipe,
             },
         }
 
@@ -258,15 +256,14 @@ def write_safetensors(
     """Write tensors and empty the dictionary: only one at a time is in memory. UserError
     for a tensor whose entry in `finite`, computed with it, is false."""
     names = {dtype: name for name, dtype in DTYPES.items() if name != "F8_E4M3"}
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    end = 0
+    header, end = {"__metadata__": {"format": "mlx"}}, 0
     for key, w in weights.items():
         offsets = [end, end := end + w.nbytes]
         header[key] = dict(dtype=names[w.dtype], shape=w.shape, data_offsets=offsets)
     start = json.dumps(header).encode()
-    start += b" " * (-len(start) % 8)
+    padding = b" " * (-len(start) % 8)
     with open(path, "wb") as f:
-        f.write(len(start).to_bytes(8, "little") + start)
+        f.write(len(start + padding).to_bytes(8, "little") + start + padding)
         for key in list(weights):
             w = mx.contiguous(weights.pop(key))
             mx.eval(w)

@@ -170,7 +170,7 @@ def join_parts(
     for part in chosen.values():
         check_part(part, version, checkpoint)
     candidates, problems = defaultdict(list), []
-    for f in (f for f in others if f.role in ("part", "checkpoint", "upsampler")):
+    for f in (f for f in others if f.role):
         try:
             held = read_parts(f)
             for part in held.values():

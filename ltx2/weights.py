@@ -239,8 +239,8 @@ def open_model(
     """
     chosen = read_chosen(upsamplers, parts or {})
     files = hub.choose(name, *hub.resolve(name, file))
-    from_files = converted if files[0].name == "config.json" else official
-    model = from_files(files, chosen)
+    is_converted = files[0].name == "config.json"
+    model = (converted if is_converted else official)(files, chosen)
     if kind is not None:
         model.kind, model.kind_assumed = kind, False
     if model.kind not in KINDS:
