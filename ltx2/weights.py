@@ -13,31 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import hub
+from . import hub, parts
 from .base import UserError, checked
 from .hub import File
 from .linear import quantize
-from .parts import (
-    COMPONENTS,
-    GEMMA_4,
-    KINDS,
-    UPSAMPLERS,
-    Parts,
-    Problem,
-    Tensors,
-    add_tensor,
-    check_config,
-    check_version,
-    config_errors,
-    first_file,
-    generation,
-    join_parts,
-    limit_depth,
-    parse_version,
-    read_chosen,
-    read_parts,
-    sections,
-)
+from .parts import COMPONENTS, GEMMA_4, KINDS, UPSAMPLERS, Parts, Tensors, read_chosen
 
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 # Computed in float32 whatever the dtype: the vocoder as in the reference, the other
@@ -85,22 +65,22 @@ class Checkpoint(FolderConfig):
     found: InitVar[Parts]
     parts: dict[str, Tensors] = field(init=False)
     others: list[File]  # config.json and the license
-    problems: Sequence[Problem] = ()
+    problems: Sequence[parts.Problem] = ()
 
     def __post_init__(self, found: Parts):
-        parse_version(self.model_version)
-        parts: dict[str, Tensors] = {}
+        parts.parse_version(self.model_version)
+        held: dict[str, Tensors] = {}
         for part in found.values():
-            parts.setdefault(part.component, {}).update(part.tensors)
+            held.setdefault(part.component, {}).update(part.tensors)
             section = COMPONENTS[part.component][0]
             if section != "transformer" and part.section is not None:
                 self.config[section] = part.section
-        self.parts = {name: parts[name] for name in COMPONENTS if name in parts}
-        used = {COMPONENTS[name][0] for name in parts}
+        self.parts = {name: held[name] for name in COMPONENTS if name in held}
+        used = {COMPONENTS[name][0] for name in held}
         unused = {section for section, _ in COMPONENTS.values()} - used
         self.config = {k: v for k, v in self.config.items() if k not in unused}
         for name, tensors in self.parts.items():
-            check_config(name, self.config.get(COMPONENTS[name][0]), tensors)
+            parts.check_config(name, self.config.get(COMPONENTS[name][0]), tensors)
 
     @property
     def files(self) -> list[File]:
@@ -110,12 +90,12 @@ class Checkpoint(FolderConfig):
 
     @property
     def version(self) -> tuple[int, ...]:
-        return parse_version(self.model_version)
+        return parts.parse_version(self.model_version)
 
     @property
     def generation(self) -> str:
         """ "2.0", "2.3" or "2.5"."""
-        return generation(self.version)
+        return parts.generation(self.version)
 
     @property
     def components(self) -> list[str]:
@@ -177,10 +157,10 @@ class Checkpoint(FolderConfig):
     def build(self, name: str, weights: Weights) -> nn.Module:
         """The component as configured, not loaded; `weights` must fit it exactly."""
         section, component = COMPONENTS[name]
-        file = first_file(self.parts[name]).name
+        file = parts.first_file(self.parts[name]).name
         shapes = {key: w.shape for key, w in weights.items()}
-        with config_errors(file):
-            limit_depth(self.config[section], sum(map(len, self.parts.values())))
+        with parts.config_errors(file):
+            parts.limit_depth(self.config[section], sum(map(len, self.parts.values())))
             sized = component.infer_sizes(self.config[section], shapes)
             module = component.from_config(sized)
         if any(key.endswith(".scales") for key in weights):
@@ -257,21 +237,22 @@ def official(files: list[File], chosen: Parts) -> Checkpoint:
     if first.role in ("lora", "upsampler"):
         kind = {"lora": "a LoRA", "upsampler": "an upsampler"}[first.role]
         raise UserError(f"{first.name} is {kind}: pass it with --{first.role}")
-    own = read_parts(first)
+    own = parts.read_parts(first)
     if ("transformer", "") not in own:
         held = ", ".join({component: 0 for component, _ in own}) or "no part of LTX-2"
         raise UserError(f"{first.name} is not a model, it holds {held}")
-    version = check_version(first, own["transformer", ""].section)
+    version = parts.check_version(first, own["transformer", ""].section)
     named = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", first.name.lower())
     kind = named[0] if named else "dev"
-    found, problems = join_parts(own, chosen, rest, version, kind)
+    packed = parts.parse_version(version) >= GEMMA_4
+    found, problems = parts.join_parts(own, chosen, rest, version, kind)
     return Checkpoint(
         model_version=version,
         kind=kind,
         kind_assumed=not named,
-        text_encoder="gemma" if parse_version(version) >= GEMMA_4 else TEXT_ENCODER,
+        text_encoder="gemma" if packed else TEXT_ENCODER,
         provenance=None,
-        config=sections(first),
+        config=parts.sections(first),
         found=found,
         others=[f for f in rest if f.name.startswith("LICENSE")],
         problems=problems,
@@ -281,8 +262,7 @@ def official(files: list[File], chosen: Parts) -> Checkpoint:
 def converted(files: list[File], chosen: Parts) -> Checkpoint:
     """A folder that `Conversion.write` made, checked to be complete."""
     config, names = files[0].json(), {f.name for f in files}
-    parts: Parts = {}
-    expected: set[str] = set()
+    own, expected = {}, set()
     for f in files:
         shard = re.fullmatch(r"(.+?)(?:-\d+-of-(\d+))?\.safetensors", f.name)
         if shard and shard[1] in COMPONENTS:
@@ -291,8 +271,8 @@ def converted(files: list[File], chosen: Parts) -> Checkpoint:
             shards = shard_names(shard[1], int(shard[2] or 1))
             expected.update(islice(shards, len(files)))  # of more, one is missing
             for key in f.keys:
-                add_tensor(parts, config, shard[1], key, (f, key))
-    held = {part.component for part in parts.values()}
+                parts.add_tensor(own, config, shard[1], key, (f, key))
+    held = {part.component for part in own.values()}
     for name, (section, _) in COMPONENTS.items():
         if section in config and name not in held:
             expected.add(f"{name}.safetensors")
@@ -305,15 +285,15 @@ def converted(files: list[File], chosen: Parts) -> Checkpoint:
     for key, kind in {"source": str, "files": dict[str, str]}.items():
         value = (found.provenance or {}).get(key)
         checked(kind, value, f"{path}provenance.{key}")
-    version, encoder = found.model_version, found.text_encoder
+    version, encoder, repo = found.model_version, found.text_encoder, files[0].repo
     if (files[0].path.parent / encoder).is_dir():
         found.text_encoder = str(files[0].path.parent / encoder)
-    elif files[0].repo and "/" not in encoder and parse_version(version) < GEMMA_4:
-        found.text_encoder = f"{files[0].repo}/{encoder}"
+    elif repo and "/" not in encoder and parts.parse_version(version) < GEMMA_4:
+        found.text_encoder = f"{repo}/{encoder}"
     return Checkpoint(
         **vars(found),
         config=config,
-        found=join_parts(parts, chosen, [], version)[0],
+        found=parts.join_parts(own, chosen, [], version)[0],
         others=[f for f in files if not f.name.endswith(".safetensors")],
     )
 

@@ -14,6 +14,7 @@ from huggingface_hub import errors
 from mlx.utils import tree_flatten
 
 from ltx2 import hub, weights
+from ltx2 import parts as model_parts  # "parts" is a fixture
 from ltx2.base import UserError
 
 
@@ -84,8 +85,8 @@ def test_the_kind_is_read_from_the_file_name(checkpoint, tmp_path, name, kind, a
     ],
 )
 def test_versions(text, version, generation):
-    assert weights.parse_version(text) == version
-    assert weights.generation(version) == generation
+    assert model_parts.parse_version(text) == version
+    assert model_parts.generation(version) == generation
 
 
 def test_without_version_the_configuration_gives_the_generation(checkpoint, tmp_path):
