@@ -35,7 +35,7 @@ LAYER = {name: n for n, files in enumerate(LAYERS.values()) for name in files.sp
 # because the import takes long or the package may not be needed.
 KNOWN_BY = {
     "PIL": {"adapters", "media"},
-    "huggingface_hub": {"hub", "conversion"},
+    "huggingface_hub": {"hub"},
     "imageio_ffmpeg": {"media"},
     "mlx_lm": {"text"},
     "pillow_heif": {"media"},
