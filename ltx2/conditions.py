@@ -17,7 +17,6 @@ import numpy as np
 
 from . import latents, media
 from .audio_vae import log_mel
-from .base import UserError
 from .guidance import Guidance
 from .latents import Conditioning, Size, Streams
 from .lora import Lora
@@ -103,12 +102,7 @@ class Encoders:
             if i == 0 or (i - 1) % slow == 0:
                 cells = media.resize_and_crop(frame[None], size.height, size.width)
                 cells = cells.reshape(h, size.height // h, w, size.width // w, 3)
-                rows.append(cells.mean((1, 3, 4), dtype=np.float32) / 255)
-        if i + 1 < num_frames:
-            raise UserError(
-                f"{path} has {start + i + 1} frames at {size.fps:g} fps, fewer than the "
-                f"reference's {start + num_frames}"
-            )
+                rows.append(cells.mean((1, 3, 4)) / 2 + 0.5)
         rest = np.stack(rows[1:]).reshape(-1, latents.TIME_SCALE, h, w).mean(axis=1)
         return np.concatenate([rows[:1], rest])
 

@@ -15,6 +15,7 @@ from .duration import whole_frames
 from .guidance import Guidance
 from .latents import SPACE_SCALE, TIME_SCALE, Size
 from .options import check, check_range, check_step
+from .recipes import follow
 from .request import Request
 from .sampling import DISTILLED_SIGMAS, shifted_sigmas
 from .weights import Checkpoint
@@ -40,8 +41,9 @@ class Filled:
     """A request that is checked against a model and filled in step by step: `r`."""
 
     def __init__(self, r: Request, checkpoint: Checkpoint, files: InputFiles):
-        self.r, self.checkpoint, self.files = r, checkpoint, files
-        self.notes: list[str] = []
+        self.checkpoint, self.files = checkpoint, files
+        r, self.enlarged, self.usual_frames, self.notes = follow(r, checkpoint.kind)
+        self.r = r
         self.clip_frames, self.clip_streams = 0, ()  # of the input video
         self.streams = BOTH[bool(r.audio_only) : 2 - bool(r.no_audio)]
         self.distilled = checkpoint.kind == "distilled"
@@ -208,6 +210,9 @@ class Filled:
         check_step("height", r.height, multiple, low, high)
         check_step("width", r.width, multiple, low, high)
         check_step("num_frames", r.num_frames, TIME_SCALE, 1, MAX_FRAMES, plus=1)
+        if r.num_frames > self.usual_frames:
+            most = self.usual_frames
+            self.notes.append(f"{r.num_frames} frames: an adapter is for up to {most}")
         keyframes, most = r.generated_keyframes, max(r.num_frames - 2, 0)
         if isinstance(keyframes, tuple):
             most = r.num_frames - 1
@@ -233,13 +238,13 @@ class Filled:
             raise UserError(f"{r.video} has no video: pass a sound with --audio")
         fps = float(clip.fps if r.fps is None else r.fps)
         check_range("fps", fps, 1, 120)
-        same_rate = media.frame_rate(fps) == clip.fps
-        there = clip.num_frames if same_rate else math.floor(clip.duration * fps + 0.01)
+        there = frames_at(clip, fps)
         frames = (min(max(there, 1), MAX_FRAMES) - 1) // TIME_SCALE * TIME_SCALE + 1
         low = -(-2 * SPACE_SCALE // multiple) * multiple
         fit = lambda side: max(min(side, MAX_SIDE) // multiple * multiple, low)
-        height = fit(clip.height) if r.height is None else r.height
-        width = fit(clip.width) if r.width is None else r.width
+        larger = self.enlarged
+        height = fit(clip.height * larger) if r.height is None else r.height
+        width = fit(clip.width * larger) if r.width is None else r.width
         total = frames if r.num_frames is None else r.num_frames
         if r.extend is not None:
             check_range("extend", abs(r.extend), 1 / fps, MAX_FRAMES / fps)
@@ -256,13 +261,23 @@ class Filled:
         frames = min(frames, total)
         changes = {
             f"{clip.width}x{clip.height} resized and cropped to {width}x{height}": (
-                (height, width) != (clip.height, clip.width)
+                (height, width) != (clip.height * larger, clip.width * larger)
             ),
-            f"{float(clip.fps):g} fps changed to {fps:g}": not same_rate,
+            f"{float(clip.fps):g} fps changed to {fps:g}": (
+                media.frame_rate(fps) != clip.fps
+            ),
             f"{frames} of {there} frames are read (8k+1)": frames != there,
         }
         self.notes += [f"{r.video}: {text}" for text, true in changes.items() if true]
         self.clip_frames, self.clip_streams = frames, BOTH[: 1 + clip.has_audio]
+        if r.attention_mask:
+            mask = self.files.probe(r.attention_mask)
+            there = frames if mask.num_frames == 1 else frames_at(mask, fps)
+            if there < frames:
+                raise UserError(
+                    f"{r.attention_mask} has {there} frames at {fps:g} fps, fewer than "
+                    f"the {frames} of the reference: use a longer clip, or a picture"
+                )
         self.r = replace(r, height=height, width=width, num_frames=total, fps=fps)
 
     def reference_scale(self) -> tuple[int, int]:
@@ -336,6 +351,13 @@ class Filled:
         # Only the reference's hq pipeline counts its tokens.
         counted = (size.tokens,) if self.mode == "hq" else ()
         return shifted_sigmas(steps, *counted)
+
+
+def frames_at(clip: media.Media, fps: float) -> int:
+    """How many frames a clip has at this rate."""
+    if media.frame_rate(fps) == clip.fps:
+        return clip.num_frames
+    return math.floor(clip.duration * fps + 0.01)
 
 
 def default_guidance(checkpoint: Checkpoint, mode: str = "one") -> dict[str, Guidance]:

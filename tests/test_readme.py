@@ -36,7 +36,16 @@ FILES = {
     "detail.safetensors": "ltx-2-lora",
     "ic-lora.safetensors": "ltx-2-lora2",
     "ltx-2-19b-distilled.safetensors": "ltx-2",
-    "ltx-2.5-22b-ic-lora-pixel-spatial-upscaler-x2-1.0.safetensors": "ltx-2.5-lora2",
+}
+ADAPTER = "ltx-2.5-22b-ic-lora-{}.safetensors"
+FILES |= {
+    ADAPTER.format(name): "ltx-2.5-lora2"
+    for name in (
+        "deblur-0.9",
+        "colorization-0.9",
+        "decompression-0.9",
+        "pixel-spatial-upscaler-x2-1.0",
+    )
 }
 UPSAMPLERS = {  # of LTX-2.5
     "ltx-2.5-latent-spatial-upscaler-x2-bf16-1.0.safetensors": "spatial-x2",
@@ -65,7 +74,8 @@ def test_the_option_table_equals_the_parser():
 
 
 def test_the_layout_table_names_every_file():
-    files = {*ROOT.glob("ltx2/*.py"), ROOT / "generate.py", ROOT / "convert.py"}
+    scripts = (ROOT / f"{name}.py" for name in ("generate", "convert", "train"))
+    files = {*ROOT.glob("ltx2/*.py"), *scripts}
     layout = README.split("## Repository layout")[1].split("\n\n")[1]
     named = re.findall(r"`(\S+\.py)`", layout)
     assert len(named) == len(set(named))
@@ -86,7 +96,7 @@ def folder(tmp_path_factory, checkpoint):
     for clip in ("clip.mp4", "depth.mp4"):
         with media.VideoWriter(folder / clip, 24, (tone, 16000)) as video:
             video.write(frames)
-    for image in ("first.png", "last.png", "noon.png"):
+    for image in ("first.png", "last.png", "noon.png", "mask.png"):
         media.save_png(folder / image, frames[0])
     media.write_wav(folder / "song.wav", tone, 16000)
     (folder / "clips").mkdir()
@@ -138,6 +148,9 @@ def small_size(command):
     extra += ["--height", side, "--width", side]
     if "--auto-duration" in command:
         return [*extra, "--auto-duration", "0.3", "0.4"]
+    if "--chunk-frames" in command:  # two windows
+        sizes = ["--num-frames", "33", "--chunk-frames", "25", "--carry-frames", "17"]
+        return [*extra, *sizes]
     if "@1.5s" in command:  # is frame 12 then
         return [*extra, "--num-frames", "17", "--fps", "8"]
     return [*extra, "--num-frames", "9"]
@@ -189,11 +202,11 @@ def test_generate(command, folder, saved, checkpoint, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", TRAIN)
-def test_train(command, monkeypatch, folder, checkpoint, tmp_path, capsys):
+def test_train(command, folder, checkpoint, tmp_path, capsys):
     model, encoder = (str(checkpoint(n)) for n in ("ltx-2", "gemma3"))
     extra = ["--model", model, "--text-encoder", encoder, "--iters", "2"]
     extra += ["--adapter-path", str(tmp_path / "my-lora"), "--resolution", "128x64x9"]
-    run(train, command, extra, monkeypatch, folder)
+    run(train, command, extra, folder)
     assert "wrote" in capsys.readouterr().out
     assert (tmp_path / "my-lora" / "adapters.safetensors").is_file()
 

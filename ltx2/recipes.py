@@ -1,0 +1,87 @@
+"""The official adapters of LTX-2.5 by file name, and what their cards ask for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Mapping, Optional
+
+from .base import UserError
+from .options import is_set
+from .request import Request
+
+NAME = r"ltx-2\.5-22b-(?:ic-)?lora-(.+)-\d+(?:\.\d+)*\.safetensors"
+# The reference's own settings for dev weights: without guidance.
+PLAIN = {"cfg_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an adapter was made for."""
+
+    trigger: str = ""  # words in the prompts of its training
+    defaults: Mapping[str, Any] = ()  # of options that are not set
+    frames: int = 2049  # the most it was made for
+    kind: str = "distilled"  # of the base
+    scale: int = 1  # from the clip's sides to the result's
+    advice: str = ""
+    refused: str = ""
+
+
+ONE = {"stages": "one"}
+NIGHT = ONE | {"fps": 24.0}
+WINDOWS = ONE | {"chunk_frames": 97, "carry_frames": 17}
+MATTE = ONE | {"no_audio": True, "video_guidance": PLAIN | {"rescale_scale": 0.7}}
+TILES = "its card asks for tiles of {}, which are not supported: use small sides"
+RECIPES = {
+    "alpha-gen": Recipe("", MATTE, 145, "dev", advice='made for --prompt ""'),
+    "clean-plate": Recipe("", ONE, advice="the prompt describes the empty scene"),
+    "water-simulation": Recipe("ADD WATER", ONE, 185),
+    "deblur": Recipe("DEBLUR", ONE, 121),
+    "decompression": Recipe("ENHANCE QUALITY", ONE, 121),
+    "colorization": Recipe("COLORIZE", ONE, 121),
+    "restore": Recipe("", WINDOWS, advice=TILES.format("960x544")),
+    "refine-details": Recipe("", ONE, advice=TILES.format("1024x576")),
+    "pixel-spatial-upscaler-x2": Recipe("", ONE, scale=2),
+    "day-to-night": Recipe("", NIGHT, 97, "dev", advice="use --steps 30 --cfg-scale 3"),
+    "sdr-to-hdr": Recipe(refused="needs a file of scene embeddings and HDR output"),
+    "layout-to-render": Recipe("", {"stages": "two"}),
+    "ingredients": Recipe("", ONE, 121),
+    "cinemagraph": Recipe("CINEMAGRAPH_MOTION", {}, 25),
+    "slow-motion-control": Recipe(advice="set --conditioned-fps to the rate / speed"),
+}
+
+
+def find(path: str) -> Optional[Recipe]:
+    """The recipe of an official adapter, None for any other file."""
+    match = re.fullmatch(NAME, Path(path).name)
+    return RECIPES.get(match[1]) if match else None
+
+
+def follow(r: Request, kind: str) -> tuple[Request, int, int, list[str]]:
+    """The request as its adapters' cards ask for where it says nothing, by how much its
+    clip is enlarged, the most frames, and notes. Raises UserError for an adapter that
+    cannot be used."""
+    scale, frames, notes = 1, Recipe.frames, []
+    found = [(Path(x.path).name, find(x.path)) for x in r.loras]
+    if r.has_reference and found and not any(recipe for _, recipe in found):
+        notes = [f"{found[0][0]} is unknown: its card may ask for --stages one"]
+    for name, recipe in found:
+        if recipe is None:
+            continue
+        if recipe.refused:
+            raise UserError(f"{name} {recipe.refused}, which are not supported")
+        changes = {k: v for k, v in dict(recipe.defaults).items() if not is_set(r, k)}
+        if kind == "distilled":  # has no guidance to set
+            changes.pop("video_guidance", None)
+        if recipe.trigger and recipe.trigger.lower() not in r.prompt.lower():
+            changes["prompt"] = f"{recipe.trigger} {r.prompt}".strip()
+        said = [f"{k} {v!r}" for k, v in changes.items() if k != "video_guidance"]
+        notes += [f"{name}: " + ", ".join(said)] if said else []
+        notes += [f"{name}: {recipe.advice}"] if recipe.advice else []
+        if recipe.kind != kind:
+            notes.append(f"{name} was made for a {recipe.kind} model")
+        r = replace(r, **changes)
+        scale, frames = max(scale, recipe.scale), min(frames, recipe.frames)
+    return r, scale, frames, notes

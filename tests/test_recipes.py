@@ -1,0 +1,129 @@
+"""Official adapters are used as their cards ask, and masks weigh a reference by place."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from test_pipeline import latents_of, save_clip
+
+from ltx2 import media, pipeline
+from ltx2.base import UserError
+from ltx2.conditions import Encoders, InputFiles
+from ltx2.latents import Size
+from ltx2.recipes import RECIPES
+from ltx2.request import LoraFile, Request
+
+RUN = ("alpha-gen", "cinemagraph", "pixel-spatial-upscaler-x2", "restore")
+FRAMES = np.random.default_rng(0).integers(0, 255, (17, 64, 96, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint):
+    upsampler = str(checkpoint("spatial-x2", in_channels=20))
+    model = str(checkpoint("ltx-2.5"))
+    return pipeline.load(model, None, "distilled", "float32", [upsampler])
+
+
+@pytest.fixture
+def clip(tmp_path):
+    save_clip(tmp_path / "clip.mkv", FRAMES, 24)
+    return str(tmp_path / "clip.mkv")
+
+
+@pytest.fixture
+def adapter(checkpoint, tmp_path):
+    """`adapter("deblur-0.9")`: a small LoRA of the official one's name."""
+
+    def adapter(name):
+        path = tmp_path / f"ltx-2.5-22b-ic-lora-{name}.safetensors"
+        smaller = {"reference_downscale_factor": "2"} if "upscaler" in name else {}
+        factors = mx.load(str(checkpoint("ltx-2.5-lora2")))
+        mx.save_safetensors(str(path), factors, smaller)
+        return LoraFile(str(path))
+
+    return adapter
+
+
+@pytest.mark.parametrize(
+    "name, prompt, stages, size",
+    [
+        ("deblur-0.9", "DEBLUR a cat", 1, (96, 64)),
+        ("colorization-0.9", "COLORIZE a cat", 1, (96, 64)),
+        ("clean-plate-1.0", "a cat", 1, (96, 64)),
+        ("pixel-spatial-upscaler-x2-1.0", "a cat", 1, (192, 128)),
+        ("layout-to-render-1.0", "a cat", 2, (64, 64)),
+        ("something-new-1.0", "a cat", 2, (64, 64)),
+    ],
+)
+def test_an_adapter_decides_what_the_request_does_not(
+    pipe, adapter, clip, name, prompt, stages, size
+):
+    job = pipe.plan(Request("a cat", video=clip, loras=(adapter(name),)))
+    assert job.request.prompt == job.prompts[0] == prompt
+    assert len(job.stages) == stages
+    assert (job.size.width, job.size.height) == size
+    assert any(name in note for note in job.notes)
+
+
+def test_what_the_user_asks_for_goes_before_the_card(pipe, adapter, clip):
+    options = {"stages": "two", "height": 64, "width": 64}
+    request = Request(
+        "Deblur it", video=clip, loras=(adapter("deblur-0.9"),), **options
+    )
+    job = pipe.plan(request)
+    assert (job.request.prompt, len(job.stages)) == ("Deblur it", 2)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_official_adapter_is_used_or_refused(pipe, adapter, clip, name):
+    request = Request("a cat", loras=(adapter(f"{name}-1.0"),), sigmas=(1.0, 0.0))
+    if name in ("cinemagraph", "slow-motion-control"):  # plain LoRAs
+        options = {"height": 64, "width": 64, "num_frames": 9}
+    else:
+        options = {"video": clip}
+    request = Request(**vars(request) | options)
+    if RECIPES[name].refused:
+        with pytest.raises(UserError, match="scene embeddings"):
+            pipe.plan(request)
+        return
+    if name in RUN:
+        assert mx.isfinite(latents_of(pipe, request)["video"]).all()
+    else:
+        assert pipe.plan(request).stages
+
+
+def test_notes_say_what_an_adapter_was_not_made_for(pipe, adapter, tmp_path):
+    save_clip(tmp_path / "long.mkv", np.zeros((129, 64, 64, 3), np.uint8), 24)
+    video = str(tmp_path / "long.mkv")
+    job = pipe.plan(Request("a cat", video=video, loras=(adapter("deblur-0.9"),)))
+    assert "129 frames: an adapter is for up to 121" in job.notes
+    notes = pipe.plan(Request("", video=video, loras=(adapter("alpha-gen-0.9"),))).notes
+    assert any("was made for a dev model" in note for note in notes)
+
+
+# Masks
+
+
+def test_a_mask_is_averaged_over_each_latent(tmp_path):
+    frames = np.zeros((17, 64, 64, 3), np.uint8)
+    frames[0] = 255  # the first latent is the first frame
+    frames[1:5, :, :32] = 255  # half of the second's, at the left
+    frames[9:, :16, 32:] = 255  # half of the height of the third's, at the top right
+    save_clip(tmp_path / "mask.mkv", frames, 24)
+    path, size = str(tmp_path / "mask.mkv"), Size(64, 64, 17, 24.0)
+    source = Encoders(InputFiles(), None)
+    weights = source.weights(path, 0, 17, size, size, 1)
+    expected = [np.ones((2, 2)), [[0.5, 0], [0.5, 0]], [[0, 0.5], [0, 0]]]
+    np.testing.assert_allclose(weights, expected, atol=1e-6)
+    media.save_png(tmp_path / "mask.png", frames[1])
+    weights = source.weights(str(tmp_path / "mask.png"), 0, 17, size, size, 1)
+    np.testing.assert_allclose(weights, [[[1, 0], [1, 0]]] * 3, atol=1e-6)
+
+
+def test_a_mask_must_be_as_long_as_its_reference(pipe, adapter, clip, tmp_path):
+    save_clip(tmp_path / "short.mkv", FRAMES[:9], 24)
+    options = {"video": clip, "attention_mask": str(tmp_path / "short.mkv")}
+    with pytest.raises(UserError, match="9 frames at 24 fps, fewer than the 17"):
+        pipe.plan(Request("a", loras=(adapter("deblur-0.9"),), **options))
+    options["attention_mask"] = str(tmp_path / "none.mkv")
+    with pytest.raises(UserError, match="none.mkv"):
+        pipe.plan(Request("a", loras=(adapter("deblur-0.9"),), **options))
