@@ -130,6 +130,9 @@ def small_size(command):
     extra += ["--height", side, "--width", side]
     if "--auto-duration" in command:
         return [*extra, "--auto-duration", "0.3", "0.4"]
+    if "--chunk-frames" in command:  # two windows
+        windows = ["--num-frames", "33", "--chunk-frames", "25", "--carry-frames", "17"]
+        return [*extra, *windows]
     if "@1.5s" in command:  # is frame 12 then
         return [*extra, "--num-frames", "17", "--fps", "8"]
     return [*extra, "--num-frames", "9"]
