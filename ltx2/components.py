@@ -74,6 +74,10 @@ class Components:
                 self._loras = ()
         mx.clear_cache()
 
+    def adopt(self, transformer: DiT) -> None:
+        """Use this transformer, with what is attached to it, until it is freed."""
+        self._loaded["transformer"], self._loras = transformer, ()
+
     def transformer_with(self, loras: tuple[LoraFile, ...], streamed: bool) -> DiT:
         """The transformer with a stage's LoRAs: in memory, or with blocks that are read
         in each step, or this machine's part of it."""

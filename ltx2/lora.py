@@ -157,13 +157,13 @@ class Lora:
 
 
 def adapter_file(path: Path) -> Path:
-    """The file of a LoRA: the path itself, or the one of peft's adapter folder."""
+    """The file of a LoRA: the path itself, or the one of the folder of train.py or peft."""
     if not path.is_dir():
         if not path.is_file():
             raise UserError(f"LoRA {path}: no such file")
         return path
     files = sorted(path.glob("*.safetensors"))
-    named = [f for f in files if f.name == "adapter_model.safetensors"]
+    named = [f for f in files if f.name in ("adapters.safetensors", PEFT_FILE)]
     if len(named or files) != 1:
         raise UserError(
             f"LoRA {path}: {len(files)} safetensors files, name one of them"
@@ -246,7 +246,7 @@ class FusedLinear(nn.Linear):
 
 
 class LoRALinear(nn.Module):
-    """A quantized linear layer plus its LoRAs: x W^T + (x A^T s) B^T, where A and B hold
+    """A linear layer plus its LoRAs: x W^T + (x A^T s) B^T, where A and B hold
     the rows of all LoRAs. The strengths s (r,) are not folded into B, which 16 bits would
     round. From MERGE_FROM rows on it is faster to add B A to the dequantized weight."""
 
@@ -286,13 +286,15 @@ def attach(
     read: Optional[Callable[[list[str]], dict[str, mx.array]]] = None,
     prefix: str = "",
     stored: Optional[mx.Dtype] = None,
+    apart: bool = False,
 ) -> None:
     """Add LoRAs, each with a strength, to the model in place of those attached before.
 
     They are added to the weights of unquantized layers; quantized ones become a
     LoRALinear. To remove LoRAs from weights, these are read again: `read(keys)` returns
     weights of the base. With a `prefix`, the model is a part of the checked one.
-    `stored` is the dtype of the checkpoint, to which sums are rounded.
+    `stored` is the dtype of the checkpoint, to which sums are rounded. To be trained,
+    factors stay `apart` from the weights of unquantized layers too.
     """
     layers, changes = linear_layers(model, prefix), {}
     for lora, strength in loras:
@@ -309,7 +311,7 @@ def attach(
     replaced = {k: m.linear for k, m in layers.items() if isinstance(m, LoRALinear)}
     for path, factors in changes.items():
         layer = replaced.get(path, layers[path])
-        if type(layer) is nn.Linear:
+        if type(layer) is nn.Linear and not apart:
             layer.weight = merge(layer.weight, factors, stored)
             layer.__class__ = FusedLinear
             continue

@@ -159,7 +159,7 @@ class Estimator:
         self.item = dtype.size if self.gpu else max(dtype.size, 3)
         self.size, self.streamable = {}, {}
         for name in checkpoint.components:
-            tensors = checkpoint.weights(name, mx.float32 if name in FLOAT32 else dtype)
+            tensors = checkpoint.shapes(name, mx.float32 if name in FLOAT32 else dtype)
             layers = layer_sizes({k: w.nbytes for k, w in tensors.items()})
             self.size[name] = sum(layers.values())
             self.streamable[name] = streamable(layers, self.gpu)

@@ -272,6 +272,13 @@ class Request:
         excludes="retake extend",
         between=(0, 1),
     )
+    reference_in_stage_2: bool = ask(
+        "show the reference in stage 2 too, with its LoRA",
+        False,
+        needs="video",
+        excludes="retake extend",
+        modes="two",
+    )
     # Outputs
     no_audio: bool = ask("video only", False, excludes="audio_only")
     audio_only: bool = ask(
@@ -293,7 +300,7 @@ class Request:
         "output": "prompt height width num_frames auto_duration fps conditioned_fps chunk_frames carry_frames blend_frames no_audio audio_only "
         "video_decoder decode_bias",
         "inputs": "images keyframes image_crf audio video retake retake_streams extend "
-        "reference_strength reference_attention loras distilled_lora detailing_lora",
+        "reference_strength reference_attention reference_in_stage_2 loras distilled_lora detailing_lora",
     }  # all others are "sampling"
 
     def __post_init__(self):

@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Literal, Mapping, Optional, Sequence
+from typing import Any, Literal, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import hub
+from . import hub, parts
 from .base import UserError, checked
 from .hub import File
 from .linear import quantize
-from .parts import (
-    COMPONENTS,
-    GEMMA_4,
-    KINDS,
-    UPSAMPLERS,
-    Problem,
-    Tensors,
-    check_config,
-    check_part,
-    config_errors,
-    first_file,
-    generation,
-    limit_depth,
-    official,
-    own_section,
-    parse_version,
-    read_parts,
-)
-from .upsampler import UpsamplerConfig
+from .parts import COMPONENTS, GEMMA_4, KINDS, UPSAMPLERS, Parts, Tensors, read_chosen
 
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 # Computed in float32 whatever the dtype: the vocoder as in the reference, the other
@@ -54,44 +37,50 @@ class Quantization:
     mode: Literal["affine", "mxfp4", "nvfp4", "mxfp8"] = "affine"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FolderConfig:
     """The keys of a converted folder's config.json, except the checkpoint's sections."""
 
-    model_type: str
+    model_type: str = "ltx2"
     model_version: str
-    kind: str
+    kind: str  # "dev" or "distilled"
     text_encoder: str
-    provenance: dict[str, Any]
-    quantization: Optional[Quantization] = None
-    quantization_config: Optional[Quantization] = None  # the same, as the Hub reads it
-    defaults: dict[str, float] = field(default_factory=dict)
+    provenance: Optional[dict[str, Any]]  # None: not converted
+    quantization: Optional[dict[str, Any]] = None
+    quantization_config: Optional[dict[str, Any]] = None  # the same, for the Hub
+    defaults: dict[str, float] = field(
+        default_factory=dict
+    )  # the video's size and rate
 
 
 # Models
 
 
-@dataclass
-class Checkpoint:
+@dataclass(kw_only=True)
+class Checkpoint(FolderConfig):
     """A model as its headers and its configuration describe it; nothing is read yet."""
 
-    model_version: str
-    kind: str  # "dev" or "distilled"
-    kind_assumed: bool  # neither chosen nor in the file's name
-    config: dict[str, dict[str, Any]]  # the checkpoint's sections
-    parts: dict[str, Tensors]
-    others: list[File] = field(default_factory=list)  # config.json and the license
-    quantization: Optional[dict[str, Any]] = None
-    text_encoder: str = TEXT_ENCODER
-    provenance: Optional[dict[str, Any]] = None  # of converted models
-    defaults: dict[str, Any] = field(default_factory=dict)  # the video's size and rate
-    problems: list[Problem] = field(default_factory=list)
+    kind_assumed: bool = False  # neither chosen nor in the file's name
+    config: dict[str, dict[str, Any]]  # the checkpoint's sections, and its parts'
+    found: InitVar[Parts]
+    parts: dict[str, Tensors] = field(init=False)
+    others: list[File]  # config.json and the license
+    problems: Sequence[parts.Problem] = ()
 
-    def __post_init__(self):
-        parse_version(self.model_version)
-        self.parts = {k: self.parts[k] for k in COMPONENTS if k in self.parts}
+    def __post_init__(self, found: Parts):
+        parts.parse_version(self.model_version)
+        held: dict[str, Tensors] = {}
+        for part in found.values():
+            held.setdefault(part.component, {}).update(part.tensors)
+            section = COMPONENTS[part.component][0]
+            if section != "transformer" and part.section is not None:
+                self.config[section] = part.section
+        self.parts = {name: held[name] for name in COMPONENTS if name in held}
+        used = {COMPONENTS[name][0] for name in held}
+        unused = {section for section, _ in COMPONENTS.values()} - used
+        self.config = {k: v for k, v in self.config.items() if k not in unused}
         for name, tensors in self.parts.items():
-            check_config(name, self.config, tensors)
+            parts.check_config(name, self.config.get(COMPONENTS[name][0]), tensors)
 
     @property
     def files(self) -> list[File]:
@@ -101,12 +90,12 @@ class Checkpoint:
 
     @property
     def version(self) -> tuple[int, ...]:
-        return parse_version(self.model_version)
+        return parts.parse_version(self.model_version)
 
     @property
     def generation(self) -> str:
         """ "2.0", "2.3" or "2.5"."""
-        return generation(self.version)
+        return parts.generation(self.version)
 
     @property
     def components(self) -> list[str]:
@@ -128,50 +117,13 @@ class Checkpoint:
         their configuration or each other; only headers are read."""
         self.require(*names)
         for name in names:
-            self.build(name, self.weights(name))
+            self.build(name, self.shapes(name))
         keys = {"transformer": "in_channels", "vae": "latent_channels"}
-        latent = {
-            name: self.config[name].get(keys.get(name, "in_channels"), 128)
-            for name in names
-            if name in ("transformer", "vae") or "upsampler" in name
-        }
-        if len(set(latent.values())) > 1:
+        keys |= dict.fromkeys(UPSAMPLERS, "in_channels")
+        latent = {n: self.config[n].get(keys[n], 128) for n in names if n in keys}
+        if len({*latent.values()}) > 1:
             sizes = ", ".join(f"{name} {n}" for name, n in latent.items())
             raise UserError(f"parts of different models: latent channels are {sizes}")
-
-    def replace_part(self, name: str, f: File) -> None:
-        """Take a component from a file that the user named."""
-        names = [c for c in COMPONENTS if c not in ("transformer", *UPSAMPLERS)]
-        if name not in names:
-            raise UserError(f"unknown part {name!r}: choose from {', '.join(names)}")
-        found = {k: part for k, part in read_parts(f).items() if k[0] == name}
-        if not found:
-            raise UserError(f"{f.name} does not hold the {name}")
-        checkpoint = first_file(self.parts["transformer"])
-        for (_, piece), part in found.items():
-            check_part(name, part, self.version, checkpoint)
-            old = self.parts.get(name, {}) if piece else {}  # its other pieces stay
-            kept = {k: v for k, v in old.items() if not k.startswith(f"{piece}.")}
-            self.parts[name] = kept | part.tensors
-            self.config.update(own_section(name, part))
-        self.__post_init__()
-
-    def add_upsampler(self, f: File) -> None:
-        """Add an official upsampler's file; its name says which generation it is for."""
-        if f.role != "upsampler":
-            raise UserError(f.problem or f"{f.name} is not a latent upsampler")
-        version = re.match(r"ltx-(2[\d.]*)-", f.name.split("/")[-1])
-        if version and generation(parse_version(version[1])) != self.generation:
-            raise UserError(f"{f.name} does not go with LTX-2 {self.model_version}")
-        with config_errors(f.name):
-            c = UpsamplerConfig.from_dict(f.config)
-        axis = "temporal" if c.temporal_upsample else "spatial"
-        scale = "" if c.spatial_scale in (1, 2) else f"_x{c.spatial_scale:g}"
-        name = f"{axis}_upsampler{scale}"
-        if name not in COMPONENTS:
-            raise UserError(f"{f.name}: {name} is not implemented")
-        self.config[name] = f.config
-        self.parts[name] = {key: (f, key) for key in f.keys}
 
     def encoder(self, name: Optional[str] = None) -> str:
         """The text encoder to use: the model's, or `name` if that is possible."""
@@ -185,26 +137,30 @@ class Checkpoint:
     def weights(self, name: str, dtype: Optional[mx.Dtype] = None) -> Weights:
         """A component's tensors, lazily, with its module's names and layouts; floating
         ones cast to `dtype`, fp8 decoded to bfloat16."""
+        return self._tensors(name, dtype, File.arrays)
+
+    def shapes(self, name: str, dtype: Optional[mx.Dtype] = None) -> Weights:
+        """As `weights`, but zeros, for planning: only headers are read."""
+        return self._tensors(name, dtype, File.zeros)
+
+    def _tensors(self, name: str, dtype: Optional[mx.Dtype], read: Callable) -> Weights:
         self.require(name)
         part = self.parts[name]
-        arrays = {f: f.arrays() for f in {f for f, _ in part.values()}}
+        arrays = {f: read(f) for f in {f for f, _ in part.values()}}
         weights = {inner: arrays[f][key] for inner, (f, key) in part.items()}
         if any(f.metadata.get("format") != "mlx" for f in arrays):
             fp8 = [k for k, (f, key) in part.items() if f.header[key][0] == "F8_E4M3"]
             weights = COMPONENTS[name][1].sanitize(decode_fp8(weights, fp8))
-        if dtype is not None:
-            for key, w in weights.items():
-                if mx.issubdtype(w.dtype, mx.floating):
-                    weights[key] = w.astype(dtype)
-        return weights
+        cast = lambda w: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w
+        return {key: cast(w) for key, w in weights.items()} if dtype else weights
 
     def build(self, name: str, weights: Weights) -> nn.Module:
         """The component as configured, not loaded; `weights` must fit it exactly."""
         section, component = COMPONENTS[name]
-        file = first_file(self.parts[name]).name
+        file = parts.first_file(self.parts[name]).name
         shapes = {key: w.shape for key, w in weights.items()}
-        with config_errors(file):
-            limit_depth(self.config[section], sum(map(len, self.parts.values())))
+        with parts.config_errors(file):
+            parts.limit_depth(self.config[section], sum(map(len, self.parts.values())))
             sized = component.infer_sizes(self.config[section], shapes)
             module = component.from_config(sized)
         if any(key.endswith(".scales") for key in weights):
@@ -220,11 +176,9 @@ class Checkpoint:
             if expected.get(key) != shapes.get(key)
         ]
         if wrong:
-            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise UserError(
-                f"{file}: {name} tensors do not match its config: "
-                f"{'; '.join(wrong[:5])}{more}"
-            )
+            more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
+            text = "; ".join(wrong[:5] + more)
+            raise UserError(f"{file}: {name} tensors do not match its config: {text}")
         return module
 
     def load(
@@ -263,23 +217,10 @@ def open_model(
     those next to it, `parts` are files by component. Files to download are listed first;
     without `fetch` only headers and config.json are. Raises UserError if no model is found.
     """
-    parts = parts or {}
+    chosen = read_chosen(upsamplers, parts or {})
     files = hub.choose(name, *hub.resolve(name, file))
-    if files[0].name == "config.json":
-        model = converted_checkpoint(files)
-    else:
-        model = Checkpoint(**official(files, skip=parts))
-    if upsamplers:  # instead of a converted folder's, too
-        model.parts = {k: v for k, v in model.parts.items() if k not in UPSAMPLERS}
-    for f in [f for f in files if f.role == "upsampler"] * (not upsamplers):
-        try:
-            model.add_upsampler(f)
-        except UserError as error:
-            model.problems.append(({*UPSAMPLERS}, str(error)))
-    for other in upsamplers:
-        model.add_upsampler(hub.single_file(other))
-    for part, other in parts.items():
-        model.replace_part(part, hub.single_file(other))
+    is_converted = files[0].name == "config.json"
+    model = (converted if is_converted else official)(files, chosen)
     if kind is not None:
         model.kind, model.kind_assumed = kind, False
     if model.kind not in KINDS:
@@ -289,14 +230,39 @@ def open_model(
     return model
 
 
-# Converted folders
+def official(files: list[File], chosen: Parts) -> Checkpoint:
+    """A model from released files: the first is the checkpoint, the others may hold other
+    parts. Of a part that exists several times, the best is used and noted."""
+    first, *rest = files
+    if first.role in ("lora", "upsampler"):
+        kind = {"lora": "a LoRA", "upsampler": "an upsampler"}[first.role]
+        raise UserError(f"{first.name} is {kind}: pass it with --{first.role}")
+    own = parts.read_parts(first)
+    if ("transformer", "") not in own:
+        held = ", ".join({component: 0 for component, _ in own}) or "no part of LTX-2"
+        raise UserError(f"{first.name} is not a model, it holds {held}")
+    version = parts.check_version(first, own["transformer", ""].section)
+    named = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", first.name.lower())
+    kind = named[0] if named else "dev"
+    packed = parts.parse_version(version) >= GEMMA_4
+    found, problems = parts.join_parts(own, chosen, rest, version, kind)
+    return Checkpoint(
+        model_version=version,
+        kind=kind,
+        kind_assumed=not named,
+        text_encoder="gemma" if packed else TEXT_ENCODER,
+        provenance=None,
+        config=parts.sections(first),
+        found=found,
+        others=[f for f in rest if f.name.startswith("LICENSE")],
+        problems=problems,
+    )
 
 
-def converted_checkpoint(files: list[File]) -> Checkpoint:
+def converted(files: list[File], chosen: Parts) -> Checkpoint:
     """A folder that `Conversion.write` made, checked to be complete."""
     config, names = files[0].json(), {f.name for f in files}
-    parts: dict[str, Tensors] = {}
-    expected: set[str] = set()
+    own, expected = {}, set()
     for f in files:
         shard = re.fullmatch(r"(.+?)(?:-\d+-of-(\d+))?\.safetensors", f.name)
         if shard and shard[1] in COMPONENTS:
@@ -304,34 +270,31 @@ def converted_checkpoint(files: list[File]) -> Checkpoint:
                 raise UserError(f.problem)
             shards = shard_names(shard[1], int(shard[2] or 1))
             expected.update(islice(shards, len(files)))  # of more, one is missing
-            parts.setdefault(shard[1], {}).update({key: (f, key) for key in f.keys})
+            for key in f.keys:
+                parts.add_tensor(own, config, shard[1], key, (f, key))
+    held = {part.component for part in own.values()}
     for name, (section, _) in COMPONENTS.items():
-        if section in config and name not in parts:
+        if section in config and name not in held:
             expected.add(f"{name}.safetensors")
     if expected - names:
         raise UserError(f"the model lacks {', '.join(sorted(expected - names)[:5])}")
     path = f"{files[0].path}: "
     known = FolderConfig.__dataclass_fields__.keys() & config.keys()
     found = checked(FolderConfig, {key: config.pop(key) for key in known}, path)
+    checked(Optional[Quantization], found.quantization, f"{path}quantization")
     for key, kind in {"source": str, "files": dict[str, str]}.items():
-        checked(kind, found.provenance.get(key), f"{path}provenance.{key}")
-    repo, encoder = files[0].repo, found.text_encoder
-    inside = files[0].path.parent / encoder
-    if inside.is_dir():
-        encoder = str(inside)
-    elif repo and "/" not in encoder and parse_version(found.model_version) < GEMMA_4:
-        encoder = f"{repo}/{encoder}"
+        value = (found.provenance or {}).get(key)
+        checked(kind, value, f"{path}provenance.{key}")
+    version, encoder, repo = found.model_version, found.text_encoder, files[0].repo
+    if (files[0].path.parent / encoder).is_dir():
+        found.text_encoder = str(files[0].path.parent / encoder)
+    elif repo and "/" not in encoder and parts.parse_version(version) < GEMMA_4:
+        found.text_encoder = f"{repo}/{encoder}"
     return Checkpoint(
-        found.model_version,
-        found.kind,
-        False,
-        config,
-        parts,
-        [f for f in files if not f.name.endswith(".safetensors")],
-        asdict(found.quantization) if found.quantization else None,
-        encoder,
-        found.provenance,
-        found.defaults,
+        **vars(found),
+        config=config,
+        found=parts.join_parts(own, chosen, [], version)[0],
+        others=[f for f in files if not f.name.endswith(".safetensors")],
     )
 
 
@@ -353,11 +316,11 @@ def text_encoder_files(name: str) -> list[File]:
             f"text encoder {name} is a single file without tokenizer: pass a folder or "
             f"repository like {TEXT_ENCODER}"
         )
-    repository = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
+    repo, inner = hub.split_repository(name)
     if folder.is_dir():
         found = hub.folder_files(folder)
-    elif repository:  # or a folder in a converted model's repository
-        found = hub.repository_files(repository[1], repository[2] or "")
+    elif repo:  # or a folder in a converted model's repository
+        found = hub.repository_files(repo, inner)
     else:
         raise UserError(f"text encoder {name}: no such folder")
     kinds = (".safetensors", ".json", ".model")
@@ -370,34 +333,34 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
     with. Only headers are read."""
     where = f"text encoder {name}"
     files = {f.name.split("/")[-1]: f for f in text_encoder_files(name)}
-    if "config.json" not in files:
-        raise UserError(f"{where} has no config.json")
-    if not {"tokenizer.json", "tokenizer.model"} & files.keys():
-        raise UserError(f"{where} has no tokenizer")
+    for names in (["config.json"], ["tokenizer.json", "tokenizer.model"]):
+        if not files.keys() & {*names}:
+            raise UserError(f"{where} has no {' or '.join(names)}")
     config = files["config.json"].json()
-    if config.get("model_type") not in ("gemma3", "gemma3_text"):
-        kind = config.get("model_type")
+    kind = config.get("model_type")
+    if kind not in ("gemma3", "gemma3_text"):
         raise UserError(f"{where} is {kind!r}, not Gemma 3: use {TEXT_ENCODER}")
     section = checked(dict, config.get("text_config", config), f"{where}: text_config")
     sizes = {k: v for k, v in section.items() if re.search("size$|num_|_dim$", k)}
     sizes = checked(dict[str, Optional[int]], sizes, f"{where}: text_config", 10**7)
-    if "model.safetensors.index.json" in files:
-        index = files["model.safetensors.index.json"].json().get("weight_map")
-        index = checked(dict[str, str], index, f"{where}: weight_map")
-        lacks = sorted({*index.values()} - files.keys())
+    if index := files.get("model.safetensors.index.json"):
+        shards = index.json().get("weight_map")
+        shards = checked(dict[str, str], shards, f"{where}: weight_map")
+        lacks = ", ".join(sorted({*shards.values()} - files.keys())[:5])
         if lacks:
-            raise UserError(f"{where} lacks {', '.join(lacks[:5])}: download it again")
-    shards = [f for n, f in files.items() if re.fullmatch(r"model.*\.safetensors", n)]
-    for f in shards:
-        if f.problem:
-            raise UserError(f"{where}: {f.problem}")
-    shapes = {key: f.header[key][1] for f in shards for key in f.keys}
+            raise UserError(f"{where} lacks {lacks}: download it again")
+    shapes = {}
+    for file, f in files.items():
+        if re.fullmatch(r"model.*\.safetensors", file):
+            if f.problem:
+                raise UserError(f"{where}: {f.problem}")
+            shapes |= {key: f.header[key][1] for key in f.keys}
     prefix = "language_model.model." if "text_config" in config else "model."
     first, count = f"{prefix}layers.0.", sizes.get("num_hidden_layers") or 0
     leaves = [key.removeprefix(first) for key in shapes if key.startswith(first)]
-    layers = [f"layers.{i}.{k}" for i in range(min(count, 999)) for k in leaves]
-    layers += ["norm.weight", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"]
-    lacks = [f"{prefix}{k}" for k in layers if f"{prefix}{k}" not in shapes]
+    names = [f"layers.{i}.{k}" for i in range(min(count, 999)) for k in leaves]
+    names += ["norm.weight", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"]
+    lacks = [f"{prefix}{k}" for k in names if f"{prefix}{k}" not in shapes]
     if lacks:
         example = f"it has {min(shapes)}" if shapes else "it has no weights"
         some = f"{len(lacks)} tensors: {lacks[0]}, ..."

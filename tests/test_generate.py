@@ -116,7 +116,7 @@ REFUSED = {
     "--distilled-lora FILES/noise.bin": "distilled_lora needs a dev model",
     # outputs and files
     "--output here.avi": "must end in .mp4",
-    "--output nowhere/out.mp4": "cannot be written",
+    "--output FILES/tone.wav/out.mp4": "cannot be written",
     "--audio-only": "must end in .wav",
     "--audio-only --output a.wav --image FILES/image.png": "images cannot be combined with audio_only",
     "--no-audio --audio-only --output a.wav": "no_audio cannot be combined with audio_only",

@@ -14,6 +14,7 @@ from test_pipeline import QuickVocoder
 
 import convert
 import generate
+import train
 from ltx2 import checks, media, pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,7 @@ COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
 GENERATE = [c for c in COMMANDS if c.startswith("python generate.py")]
 CONVERT = [c for c in COMMANDS if c.startswith("python convert.py")]
 LAUNCHED = [c for c in COMMANDS if c.startswith("mlx.launch")]
+TRAIN = [c for c in COMMANDS if c.startswith("python train.py")]
 CHECKS = [c for c in COMMANDS if c.startswith("python -m ltx2.checks")]
 # The small checkpoint for each file that the README names.
 FILES = {
@@ -46,7 +48,7 @@ GUIDED = ("--cfg-scale", "--distilled-lora")  # for a dev model
 
 
 def test_every_command_is_tested():
-    tested = {*GENERATE, *CONVERT, *CHECKS, *LAUNCHED}
+    tested = {*GENERATE, *CONVERT, *CHECKS, *LAUNCHED, *TRAIN}
     assert set(COMMANDS) - tested == {
         "pip install -e .",
         "pip install -r requirements.txt",
@@ -87,6 +89,12 @@ def folder(tmp_path_factory, checkpoint):
     for image in ("first.png", "last.png", "noon.png"):
         media.save_png(folder / image, frames[0])
     media.write_wav(folder / "song.wav", tone, 16000)
+    (folder / "clips").mkdir()
+    shutil.copy(folder / "clip.mp4", folder / "clips")
+    (folder / "clips" / "clip.txt").write_text("noise and a tone")
+    (folder / "my-lora").mkdir()
+    style = folder / "style.safetensors"
+    shutil.copy(style, folder / "my-lora" / "adapters.safetensors")
     (folder / "prompts.txt").write_text("a cat\na dog\n")
     return folder
 
@@ -181,6 +189,16 @@ def test_generate(command, folder, saved, checkpoint, monkeypatch, capsys):
         run(generate, command, extra, folder)
     done = "the transformer is" if "--plan" in command else "wrote"
     assert done in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", TRAIN)
+def test_train(command, monkeypatch, folder, checkpoint, tmp_path, capsys):
+    model, encoder = (str(checkpoint(n)) for n in ("ltx-2", "gemma3"))
+    extra = ["--model", model, "--text-encoder", encoder, "--iters", "2"]
+    extra += ["--adapter-path", str(tmp_path / "my-lora"), "--resolution", "128x64x9"]
+    run(train, command, extra, monkeypatch, folder)
+    assert "wrote" in capsys.readouterr().out
+    assert (tmp_path / "my-lora" / "adapters.safetensors").is_file()
 
 
 @pytest.mark.parametrize("command", LAUNCHED)

@@ -14,6 +14,7 @@ from huggingface_hub import errors
 from mlx.utils import tree_flatten
 
 from ltx2 import hub, weights
+from ltx2 import parts as model_parts  # "parts" is a fixture
 from ltx2.base import UserError
 
 
@@ -84,8 +85,8 @@ def test_the_kind_is_read_from_the_file_name(checkpoint, tmp_path, name, kind, a
     ],
 )
 def test_versions(text, version, generation):
-    assert weights.parse_version(text) == version
-    assert weights.generation(version) == generation
+    assert model_parts.parse_version(text) == version
+    assert model_parts.generation(version) == generation
 
 
 def test_without_version_the_configuration_gives_the_generation(checkpoint, tmp_path):
@@ -307,8 +308,8 @@ def test_invalid_options_for_a_valid_file(checkpoint, tmp_path):
     )
     for options, message in (
         ({"kind": "fast"}, "kind must be dev or distilled"),
-        ({"upsamplers": [str(path)]}, "is not a latent upsampler"),
-        ({"upsamplers": [str(later)]}, "does not go with LTX-2 2.0.0"),
+        ({"upsamplers": [str(path)]}, "does not hold the spatial_upsampler or"),
+        ({"upsamplers": [str(later)]}, "upscaler-x2.safetensors is for LTX-2 2.3, not"),
     ):
         with pytest.raises(UserError, match=message):
             weights.open_model(str(path), **options)
@@ -818,3 +819,12 @@ def test_the_transformer_is_read_without_computing(checkpoint):
     graph = io.StringIO()
     mx.export_to_dot(graph, *[w for _, w in tree_flatten(loaded.parameters())])
     assert set(re.findall(r'label ="(\w+)"', graph.getvalue())) == {"Load"}
+
+
+def test_planning_opens_no_file(checkpoint, monkeypatch):
+    model = weights.open_model(str(checkpoint("ltx-2")))
+    seen = lambda tensors: {k: (w.shape, w.dtype) for k, w in tensors.items()}
+    expected = [seen(model.weights(name, mx.float16)) for name in model.components]
+    monkeypatch.setattr(mx, "load", None)
+    model.check(*model.components)
+    assert [seen(model.shapes(n, mx.float16)) for n in model.components] == expected

@@ -1,0 +1,123 @@
+"""Files of a training: the adapter, what resuming needs, the losses, a model card."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import mlx.core as mx
+
+from . import hub
+from .gradients import Parameters
+
+ADAPTERS, STATE, CONFIG = (
+    "adapters.safetensors",
+    "state.safetensors",
+    "adapter_config.json",
+)
+Row = Sequence  # step, loss, held-out loss or None
+COLORS = {"loss": (160, 190, 220), "mean": (20, 80, 160), "held out": (210, 80, 40)}
+
+
+def official(parameters: Parameters, dtype: mx.Dtype) -> Parameters:
+    """Factors with the keys of official LoRAs."""
+    names, found = {"lora_a": "lora_A", "lora_b": "lora_B"}, {}
+    for key, w in parameters.items():
+        path, name = key.rsplit(".", 1)
+        found[f"diffusion_model.{path}.{names[name]}.weight"] = w.astype(dtype)
+    return found
+
+
+def save_arrays(path: Path, arrays: Parameters, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, which takes its name when it is complete."""
+    part = path.with_suffix(".part.safetensors")
+    mx.save_safetensors(str(part), arrays, dict(metadata))
+    part.replace(path)
+
+
+def save_losses(folder: Path, history: Sequence[Row]) -> None:
+    """loss.csv and its picture loss.png."""
+    with open(folder / "loss.csv", "w", newline="") as f:
+        csv.writer(f).writerows([("step", "loss", "held_out"), *history])
+    loss = [(n, x) for n, x, _ in history]
+    half, mean = len(loss) // 40 + 1, []
+    for i, (n, _) in enumerate(loss):
+        near = [x for _, x in loss[max(i - half, 0) : i + half + 1]]
+        mean.append((n, sum(near) / len(near)))
+    held_out = [(n, x) for n, _, x in history if x is not None]
+    lines = {"loss": loss, "mean": mean, "held out": held_out}
+    draw_chart(folder / "loss.png", {k: line for k, line in lines.items() if line})
+
+
+def draw_chart(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Lines of (step, value) as a picture with their names and ranges."""
+    from PIL import Image, ImageDraw  # late, it takes 20 ms
+
+    width, height, edge = 960, 540, 50
+    points = [p for line in lines.values() for p in line]
+    steps = max((n for n, _ in points), default=1)
+    values = sorted(x for _, x in points) or [0.0]
+    low, high = values[0], values[int(0.99 * (len(values) - 1))]  # without outliers
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+
+    def place(n: float, x: float) -> tuple[float, float]:
+        up = (min(x, high) - low) / (high - low or 1)
+        return edge + n / steps * (width - 2 * edge), height - edge - up * (
+            height - 2 * edge
+        )
+
+    for part in range(5):
+        x = low + (high - low) * part / 4
+        draw.line([place(0, x), place(steps, x)], "lightgray")
+        draw.text((4, place(0, x)[1] - 6), f"{x:.3g}", "black")
+        step = steps * part // 4
+        draw.text((place(step, low)[0], height - edge + 8), str(step), "black")
+    for i, (name, line) in enumerate(lines.items()):
+        draw.line([place(*p) for p in line], COLORS[name], 1 if name == "loss" else 3)
+        draw.text((edge + 90 * i, 20), name, COLORS[name])
+    image.save(path)
+
+
+def upload(folder: Path, repo: str, license: tuple[str, str, str]) -> None:
+    """Put the adapter into a Hub repository, with a model card; `license` is that of the
+    base: its repository, and the name and the text of its license."""
+    config = json.loads((folder / CONFIG).read_text())
+    hub.create_repository(repo)
+    with tempfile.TemporaryDirectory() as copy:
+        for name in (ADAPTERS, CONFIG, "loss.png"):
+            shutil.copyfile(folder / name, Path(copy, name))
+        (Path(copy) / "README.md").write_text(model_card(config, repo, license))
+        hub.upload(Path(copy), repo, "Add the LoRA")
+
+
+def model_card(config: dict[str, Any], repo: str, license: tuple[str, str, str]) -> str:
+    base, name, link = license
+    options = config["options"]
+    trigger = options["trigger"] and f"Trigger word: `{options['trigger']}`\n\n"
+    return f"""---
+base_model: {base}
+base_model_relation: adapter
+library_name: mlx
+license: other
+license_name: {name}
+license_link: {link}
+tags:
+- lora
+- mlx
+- text-to-video
+---
+
+# {repo.split("/")[-1]}
+
+A LoRA of rank {options["rank"]} for {config["base_model"]}, trained on {config["clips"]}
+clips in {config["steps"]} steps.
+
+{trigger}```bash
+python generate.py --prompt "..." --lora {ADAPTERS}
+```
+"""

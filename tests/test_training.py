@@ -1,0 +1,541 @@
+"""Training: losses, gradients and steps of the reference, and ways to compute them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import checkpoints
+import mlx.core as mx
+import numpy as np
+import pytest
+from parity import channels_last, cosine, relative_error
+from streams import load
+from test_dataset import write_clip
+from test_layout import HERE
+from test_low_memory import in_four_bits
+from test_parallel import ROOT, launch
+
+import generate
+import train
+from ltx2 import adapters, gradients, latents, media, memory, training, weights
+from ltx2.base import UserError
+from ltx2.conversion import OFFICIAL, quant_predicate
+from ltx2.gradients import Trainee, make_example
+from ltx2.linear import quantize
+from ltx2.lora import Lora, attach
+
+TRAIN = HERE / "golden" / "train"
+CASES = (
+    "av av_first_frame av_one_sigma_first_frame video_only audio_only audio_to_video "
+    "video_to_audio reference_half mask batch2_alpha2r"
+).split()
+ALL = [(m, case) for m in ("ltx-2-tiny", "ltx-2.3-tiny") for case in CASES]
+ALL += [("ltx-2.5-tiny", "av_first_frame")]
+FPS = 24
+
+
+def transformer(name: str):
+    return load(TRAIN / name / "transformer.safetensors")
+
+
+def states(g: dict[str, Any], sample: int = 0, prefix: str = "in."):
+    """The streams' states as the golden's settings say."""
+    info, found = g["info"], {}
+    kinds = [c["type"] for c in info.get("conditions", ())]
+    first = "first_frame" in kinds or info.get("first_frame")
+    for name in ("video", "audio"):
+        if f"{prefix}{name}_latents" not in g:
+            continue
+        x = channels_last(g[f"{prefix}{name}_latents"][sample : sample + 1])
+        bounds = latents.audio_bounds(x.shape[1])
+        if name == "video":
+            bounds = latents.video_bounds(*x.shape[1:4], FPS)
+        tokens = latents.to_tokens(x)
+        items = []
+        if name == "video" and first and marked(g, name, sample):
+            items.append(latents.Replace(x[:, :1]))
+        if name == "video" and "reference" in kinds:
+            reference = channels_last(g["in.reference_latents"])
+            items.append(latents.Reference(reference, FPS, 1.0, 2))
+        state = latents.LatentState.initial(bounds, tokens.shape[-1], tokens)
+        if info.get(f"{name}_role") == "frozen":
+            items.append(latents.Freeze())
+        state = latents.condition(state, items)
+        if name == "video" and "mask" in kinds:
+            mask = 1 - g["in.video_mask"].flatten().astype(np.float32)
+            state = replace(state, denoise_mask=mask)
+        found[name] = state
+    return found
+
+
+def marked(g, name, sample) -> bool:
+    """Whether the coin gave the first frame."""
+    timesteps = g.get(f"mid.{name}_timesteps")
+    return bool((timesteps[sample] == 0).any())
+
+
+def example(model, g, sample: int = 0, prefix: str = "in."):
+    get = lambda key: mx.array(g[f"{prefix}{key}"][sample : sample + 1])
+    found = states(g, sample, prefix)
+    noise = {k: get(f"{k}_noise") for k in found if f"{prefix}{k}_noise" in g}
+    sigmas = {k: get(f"{k}_sigma").item() for k in noise}
+    contexts = tuple(
+        get(f"{k}_context") if k in found else None for k in ("video", "audio")
+    )
+    return make_example(model, found, noise, sigmas, contexts)
+
+
+def adapted(model, g, case: str, lora: Lora | None = None, **options) -> Trainee:
+    info = g["info"]
+    lora = lora or Lora.read(TRAIN / info["model"] / info["lora_file"])
+    alpha = info["lora"]["alpha"] / info["lora"]["rank"] if "lora" in info else 1.0
+    attach(model, [(lora, alpha)], apart=True)
+    return Trainee(model, gradients.factor_parameters(lora), **options)
+
+
+def golden_name(parameter: str) -> str:
+    return parameter.replace("lora_a", "lora_A").replace("lora_b", "lora_B")
+
+
+def all_of(parameters) -> mx.array:
+    return mx.concatenate([w.flatten() for w in parameters.values()])
+
+
+@pytest.fixture
+def g(golden):
+    return lambda name, case: golden(f"train/{name}/{case}")
+
+
+@pytest.mark.parametrize("by_block", [False, True], ids=["at once", "by block"])
+@pytest.mark.parametrize("name, case", ALL)
+def test_losses_and_gradients_are_the_references(g, name, case, by_block):
+    g = g(name, case)
+    model = transformer(name)
+    trainee = adapted(model, g, case, by_block=by_block)
+    batch = len(g["out.loss_per_element"])
+    found = [trainee.gradients(example(model, g, i)) for i in range(batch)]
+    loss = sum(total.item() for (total, _), _ in found) / batch
+    assert loss == pytest.approx(g["out.loss"].item(), rel=1e-5)
+    for i, stream in enumerate(("video", "audio")):
+        if f"out.{stream}_loss" in g:
+            mean = sum(parts[i].item() for (_, parts), _ in found) / batch
+            assert mean == pytest.approx(g[f"out.{stream}_loss"].item(), rel=1e-5)
+    grads = {k: sum(grads[k] for _, grads in found) / batch for k in found[0][1]}
+    silent = {golden_name(k) for k, w in grads.items() if not w.any()}
+    assert silent == set(g["info"]["no_gradient"])
+    theirs = {
+        k: mx.array(g[f"out.grad.{golden_name(k)}"])
+        for k in grads
+        if golden_name(k) not in silent
+    }
+    grads = {k: grads[k] for k in theirs}
+    for k, w in theirs.items():
+        assert relative_error(grads[k], w) < 1e-4, k
+    assert relative_error(all_of(grads), all_of(theirs)) < 1e-5
+
+
+# Steps
+
+
+@pytest.mark.parametrize("case", ["adamw_constant", "adamw_clip_linear_zero_b"])
+@pytest.mark.parametrize("name", ["ltx-2-tiny", "ltx-2.3-tiny"])
+def test_three_steps_are_the_references(g, name, case):
+    g = g(name, case)
+    info, model = g["info"], transformer(name)
+    paths = sorted({k[3:-7] for k in g if k.startswith("in.") and k[-7:-1] == ".lora_"})
+    pair = lambda path: tuple(mx.array(g[f"in.{path}.lora_{n}"]) for n in "AB")
+    trainee = adapted(
+        model, g, case, Lora("", {path: pair(path) for path in paths}, {})
+    )
+    before, opt = trainee.parameters, gradients.optimizer(info["lr"])
+    for k in (1, 2, 3):
+        part = gradients.SCHEDULES[info["schedule"]]((k - 1) / info["total_steps"])
+        assert part * info["lr"] == pytest.approx(g[f"step{k}.out.learning_rate"])
+        opt.learning_rate = part * info["lr"]
+        (loss, _), grads = trainee.gradients(example(model, g, 0, f"step{k}.in."))
+        assert loss.item() == pytest.approx(g[f"step{k}.out.loss"].item(), rel=1e-5)
+        limit = info["max_grad_norm"]
+        parameters, norm = gradients.step(opt, trainee.parameters, grads, limit)
+        trainee.update(parameters)
+        if limit:
+            assert norm == pytest.approx(g[f"step{k}.out.grad_norm"].item(), rel=1e-4)
+        theirs = {p: mx.array(g[f"step{k}.out.{golden_name(p)}"]) for p in before}
+        moved = all_of(theirs) - all_of(before)
+        assert mx.abs(moved).max() > 1e-4
+        wrong = all_of(parameters) - all_of(theirs)
+        assert mx.linalg.norm(wrong) < 1e-3 * mx.linalg.norm(moved)
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    opt, old = gradients.optimizer(1e-3), {"w": mx.ones(3)}
+    grads = {"w": mx.array([1.0, mx.nan, 0.0])}
+    new, norm = gradients.step(opt, old, grads, 1.0)
+    assert new is old and not np.isfinite(norm)
+
+
+def test_sigmas_are_the_references(golden):
+    g = golden("train/sigma_sampler")
+    draws = [g[f"in.{k}"] for k in ("normal", "uniform", "coin")]
+    rng = np.random.default_rng(0)
+    many = rng.standard_normal(200_000), *rng.uniform(size=(2, 200_000))
+    for tokens in g["info"]["lengths"]:
+        theirs = g[f"out.sigma.{tokens}"]
+        assert np.allclose(gradients.sample_sigmas(tokens, *draws), theirs, atol=1e-5)
+        quantiles = np.quantile(
+            gradients.sample_sigmas(tokens, *many), g["in.quantiles"]
+        )
+        population = g[f"out.population_quantiles.{tokens}"]
+        inside = (g["in.quantiles"] >= 0.05) & (g["in.quantiles"] <= 0.95)
+        assert np.abs(quantiles - population)[inside].max() < 0.005
+
+
+# What differentiation can get wrong in silence
+
+
+OUTER = ("to_q", "adaln_single.linear", "proj_out", "patchify_proj", "linear_2")
+
+
+@pytest.mark.parametrize("by_block", [False, True], ids=["at once", "by block"])
+@pytest.mark.parametrize("name", ["ltx-2-tiny", "ltx-2.3-tiny"])
+def test_every_factor_learns_also_outside_of_the_blocks(g, name, by_block):
+    g, model = g(name, "av"), transformer(name)
+    lora = gradients.new_factors(gradients.target_layers(model, OUTER), 2, 0)
+    lora = replace(
+        lora,
+        factors={
+            k: (a, mx.random.normal(b.shape)) for k, (a, b) in lora.factors.items()
+        },
+    )
+    attach(model, [(lora, 1.0)], apart=True)
+    trainee = Trainee(model, gradients.factor_parameters(lora), by_block)
+    assert len(trainee.outer) > 20
+    e = example(model, g)
+    _, grads = trainee.gradients(e)
+    assert grads.keys() == trainee.parameters.keys()
+    for key in trainee.parameters:
+        assert mx.abs(grads[key]).max() > 0, key
+        # Finite differences along the gradient.
+        d = grads[key] / mx.linalg.norm(grads[key])
+        values = []
+        for eps in (-1e-2, 1e-2):
+            changed = trainee.parameters | {key: trainee.parameters[key] + eps * d}
+            values.append(Trainee(model, changed).loss(e)[0].item())
+        slope = (values[1] - values[0]) / 2e-2
+        assert slope == pytest.approx(
+            mx.linalg.norm(grads[key]).item(), rel=0.05, abs=2e-3
+        )
+    Trainee(model, trainee.parameters)
+
+
+def in_memory(model):
+    """Blocks as they would be read from the disk: new ones, each time."""
+    return lambda: [deepcopy(block) for block in model.transformer_blocks]
+
+
+@pytest.mark.parametrize(
+    "name, case",
+    [("ltx-2-tiny", "av"), ("ltx-2.3-tiny", "reference_half"), ("ltx-2.3-tiny", "av")],
+)
+def test_gradients_by_block_are_the_plain_ones(g, name, case):
+    g, model = g(name, case), transformer(name)
+    plain = adapted(model, g, case)
+    (loss, _), theirs = plain.gradients(example(model, g))
+    for options in ({"by_block": True}, {"read": in_memory(model)}):
+        trainee = Trainee(model, plain.parameters, **options)
+        (again, _), grads = trainee.gradients(example(model, g))
+        assert again.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert trainee.loss(example(model, g))[0].item() == pytest.approx(
+            loss.item(), rel=1e-6
+        )
+        for key in theirs:
+            assert relative_error(grads[key], theirs[key]) < 1e-5
+
+
+def random_example(model, tokens=(3, 2, 3), audio=9, rows=8):
+    rng, c = np.random.default_rng(0), model.config
+    normal = lambda *shape: mx.array(rng.standard_normal(shape, np.float32))
+    bounds = latents.video_bounds(*tokens, FPS), latents.audio_bounds(audio)
+    found, noise, contexts = {}, {}, []
+    widths = c.cross_attention_dim, c.audio_cross_attention_dim
+    channels = c.in_channels, c.audio_in_channels
+    for name, b, dim, width in zip(("video", "audio"), bounds, channels, widths):
+        shape = 1, b.shape[1], dim
+        found[name] = latents.LatentState.initial(b, dim, normal(*shape))
+        noise[name] = normal(*shape)
+        width = width if c.caption_proj_before_connector else c.caption_channels
+        contexts.append(normal(1, rows, width))
+    sigmas = {"video": 0.62, "audio": 0.31}
+    return make_example(model, found, noise, sigmas, tuple(contexts))
+
+
+@pytest.mark.parametrize("by_block", [False, True], ids=["at once", "by block"])
+@pytest.mark.parametrize("bits, least", [(4, 0.98), (8, 0.999)])
+@pytest.mark.parametrize("name", ["ltx-2", "ltx-2.3"])
+def test_gradients_go_through_a_quantized_base(checkpoint, name, bits, least, by_block):
+    lora = Lora.read(checkpoint(f"{name}-lora"))
+    found = []
+    for model in (load(checkpoint(name)), load(checkpoint(name))):
+        if found:
+            picked = lambda path, _: quant_predicate(path)
+            quantize(model, group_size=32, bits=bits, class_predicate=picked)
+        attach(model, [(lora, 1.0)], apart=True)
+        trainee = Trainee(model, gradients.factor_parameters(lora), by_block)
+        found.append(all_of(trainee.gradients(random_example(model))[1]))
+    assert cosine(*found) > least
+
+
+def test_new_factors_leave_the_base_as_it_is(g):
+    g, model = g("ltx-2.3-tiny", "av"), transformer("ltx-2.3-tiny")
+    e = example(model, g)
+    before = Trainee(model, {}).loss(e)[0].item()
+    layers = gradients.target_layers(model, gradients.TARGETS["both"])
+    assert len(layers) == 2 * 6 * 4
+    lora = gradients.new_factors(layers, 3, 0)
+    attach(model, [(lora, 1.0)], apart=True)
+    trainee = Trainee(model, gradients.factor_parameters(lora))
+    assert trainee.loss(e)[0].item() == before
+    _, grads = trainee.gradients(e)
+    for key, w in grads.items():  # only B learns at first
+        assert w.any() == key.endswith("lora_b"), key
+    assert {k.rsplit(".", 1)[1] for k in trainee.parameters} == {"lora_a", "lora_b"}
+
+
+@pytest.mark.parametrize("streams, count", [("both", 48), ("video", 16), ("audio", 16)])
+def test_target_layers_match_complete_names(streams, count):
+    layers = gradients.target_layers(
+        transformer("ltx-2-tiny"), gradients.TARGETS[streams]
+    )
+    assert len(layers) == count and all("transformer_blocks" in k for k in layers)
+    if streams == "video":
+        assert not any("audio" in k for k in layers)
+
+
+# Whole runs
+
+
+SIZES = ("--resolution", "64x64x9", "--resolution", "64x64x1")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for n, frames in enumerate((9, 17, 9, 1)):
+        write_clip(folder / f"{n}.mp4", frames, sound=n != 2)
+        (folder / f"{n}.txt").write_text(f"clip {n}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(checkpoint, clips, cache, monkeypatch, capsys, tmp_path):
+    """`run("--iters", "3", to="a")`: the folder of the adapter, and what was printed."""
+
+    def call(*flags, to="adapter", model="ltx-2"):
+        monkeypatch.chdir(tmp_path)
+        argv = ["train.py", "--model", str(checkpoint(model)), "--data", str(clips)]
+        if model != "ltx-2.5":  # which has its own
+            argv += ["--text-encoder", str(checkpoint("gemma3"))]
+        argv += ["--cache", str(cache)]
+        argv += ["--adapter-path", to, *SIZES, "--rank", "2", "--learning-rate", "1e-2"]
+        argv += ["--steps-per-report", "1", "--steps-per-eval", "2", "--val-clips", "1"]
+        argv += flags
+        monkeypatch.setattr(sys, "argv", argv)
+        train.main()
+        return tmp_path / to, capsys.readouterr().out
+
+    return call
+
+
+def files(folder):
+    return {
+        name: mx.load(str(folder / name))
+        for name in ("adapters.safetensors", "state.safetensors")
+    }
+
+
+def same(a, b) -> bool:
+    return all(
+        a[f].keys() == b[f].keys()
+        and all(mx.array_equal(a[f][k], b[f][k]) for k in a[f])
+        for f in a
+    )
+
+
+def test_an_interrupted_training_continues_bit_for_bit(run, monkeypatch):
+    whole, printed = run("--iters", "4", "--batch-size", "2", to="whole")
+    assert "Iter 4: held-out loss" in printed and "it/s" in printed
+    show = train.show
+
+    def interrupt(report, iters):
+        show(report, iters)
+        if report.step == 2 and report.loss:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C
+
+    monkeypatch.setattr(train, "show", interrupt)
+    flags = ("--iters", "4", "--batch-size", "2")
+    part, printed = run(*flags, to="part")
+    assert "stopping after this step" in printed
+    assert "continue with --resume-adapter-file part" in printed
+    assert not same(files(part), files(whole))
+    with pytest.raises(UserError, match="part has an adapter"):
+        run(*flags, to="part")
+    monkeypatch.setattr(train, "show", show)
+    run(*flags, "--resume-adapter-file", "part", to="part")
+    assert same(files(part), files(whole))
+    lines = [(f / "loss.csv").read_text().splitlines() for f in (part, whole)]
+    assert lines[0] == lines[1] and len(lines[0]) == 5
+    assert media.load_image(part / "loss.png").shape == (540, 960, 3)
+
+
+def test_the_adapter_is_an_official_lora(run, checkpoint, monkeypatch, capsys):
+    folder, _ = run("--iters", "2", "--trigger", "sks", "--save-every", "1")
+    lora = Lora.read(folder)
+    model = load(checkpoint("ltx-2"))
+    lora.check(model)
+    assert len(lora.factors) == 2 * 6 * 4
+    assert all(b.any() for _, b in lora.factors.values())
+    assert lora.metadata["rank"] == lora.metadata["alpha"] == "2"
+    assert lora.metadata["trigger_words"] == "sks"
+    assert lora.metadata["base_model"] == "LTX-2 2.0.0 dev"
+    keys = mx.load(str(folder / "adapters.safetensors")).keys()
+    assert "diffusion_model.transformer_blocks.1.attn2.to_out.0.lora_A.weight" in keys
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["rank"] == 2 and config["steps"] == 2
+    assert (folder / "0000001_adapters.safetensors").is_file()
+    # A sample is to the right of the untrained model's.
+    before, after = (
+        np.stack([*media.read_video(folder / "samples" / f"000000{n}-1.mp4")])
+        for n in (0, 2)
+    )
+    assert after.shape == (9, 64, 128, 3)
+    assert np.abs(after[:, :, :64].astype(int) - before).mean() < 8
+    argv = ["generate.py", "--model", str(checkpoint("ltx-2")), "--prompt", "a"]
+    argv += ["--text-encoder", str(checkpoint("gemma3")), "--lora", str(folder)]
+    argv += ["--kind", "distilled", "--height", "64", "--width", "64"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--num-frames", "9"])
+    generate.main()
+    assert "wrote output.mp4" in capsys.readouterr().out
+
+
+def test_ltx_2_5_is_trained(run, checkpoint):
+    folder, _ = run("--iters", "1", model="ltx-2.5")
+    lora = Lora.read(folder)
+    lora.check(load(checkpoint("ltx-2.5")))
+    assert lora.metadata["model_version"] == "2.5.1"
+
+
+@pytest.mark.parametrize("memory", [(), ("--grad-checkpoint",), ("--low-memory",)])
+def test_a_4_bit_model_is_trained(run, checkpoint, tmp_path, memory):
+    model = in_four_bits(checkpoint("ltx-2.3"), tmp_path)
+    flags = ("--model", model, "--iters", "3", "--sample-every", "5", *memory)
+    folder, _ = run(*flags, "--learning-rate", "0.02", model="ltx-2.3")
+    lora = Lora.read(folder)
+    lora.check(load(checkpoint("ltx-2.3")))
+    assert all(b.any() for _, b in lora.factors.values())
+    rows = (folder / "loss.csv").read_text().splitlines()
+    assert len(rows) == 4
+
+
+def test_the_adapter_is_uploaded_with_a_card(run, fake_hub):
+    run("--iters", "1", "--trigger", "sks", "--upload-repo", "me/mine")
+    names = ["README.md", "adapter_config.json", "adapters.safetensors", "loss.png"]
+    assert fake_hub.uploaded == ("me/mine", names)
+
+
+def test_the_card_names_base_license_and_trigger():
+    options = {"trigger": "sks", "rank": 4}
+    config = {
+        "options": options,
+        "base_model": "LTX-2 2.3.0 dev",
+        "clips": 5,
+        "steps": 9,
+    }
+    card = adapters.model_card(config, "me/mine", OFFICIAL["2.3"])
+    for text in ("base_model: Lightricks/LTX-2.3", "license_name: ltx-2", "`sks`"):
+        assert text in card
+
+
+def test_streamed_training_is_that_in_memory(run):
+    flags = ("--iters", "2", "--sample-every", "5")
+    plain, printed = run(*flags, to="plain")
+    assert "held in memory" in printed and "kept for the backward pass" in printed
+    streamed, printed = run(*flags, "--low-memory", to="streamed")
+    assert "read block by block" in printed
+    for f, arrays in files(plain).items():
+        for k, w in files(streamed)[f].items():
+            w, other = (x.astype(mx.float32) for x in (w, arrays[k]))
+            assert mx.allclose(w, other, rtol=1e-3, atol=1e-5), k
+
+
+@pytest.mark.parametrize("streams", ["video", "audio"])
+def test_one_stream_is_trained_alone(run, streams):
+    folder, _ = run("--iters", "1", "--streams", streams)
+    paths = Lora.read(folder).factors
+    assert len(paths) == 16 and all(
+        ("audio" in p) == (streams == "audio") for p in paths
+    )
+    suffix = {"video": "mp4", "audio": "wav"}[streams]
+    assert (folder / "samples" / f"0000001-1.{suffix}").is_file()
+
+
+def test_a_reference_lora_says_its_scale(run, clips):
+    flags = ("--iters", "1", "--streams", "video", "--reference-data", str(clips))
+    more = ("--resolution", "128x64x9", "--reference-downscale", "2")
+    folder, _ = run(*flags, *more, "--sample-every", "9")
+    assert Lora.read(folder).metadata["reference_downscale_factor"] == "2"
+
+
+def test_a_plan_reads_no_weights(run, monkeypatch):
+    def fail(*_):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(weights, "evaluate", fail)
+    folder, printed = run("--plan")
+    assert "train" in printed and "encode" in printed and not folder.exists()
+    monkeypatch.setattr(memory, "available", lambda: 1 << 20)
+    with pytest.raises(UserError, match="needs .* GB but .* try a lower-bit model"):
+        run()
+
+
+def test_two_machines_average_their_gradients(run, clips, cache, checkpoint, tmp_path):
+    flags = ["--iters", "2", "--sample-every", "9"]
+    single, _ = run(*flags, "--batch-size", "2", to="single")
+    command = [str(ROOT / "train.py"), *sys.argv[1:]]
+    command[command.index("single")] = str(tmp_path / "double")
+    command[command.index("--batch-size") + 1] = "1"
+    with launch(2, *command) as launched:
+        printed, _ = launched.communicate()
+    assert printed.count("Iter 2: loss") == 1, printed
+    for f, arrays in files(single).items():
+        for k, w in files(tmp_path / "double")[f].items():
+            assert mx.allclose(w, arrays[k], rtol=1e-3, atol=1e-5), k
+
+
+@pytest.mark.parametrize("by_block", [False, True], ids=["at once", "by block"])
+def test_training_holds_the_memory_that_is_planned(checkpoint, by_block):
+    wide = checkpoints.widths(heads=4, video=64, audio=32)
+    path = checkpoint("ltx-2.3", transformer={**wide, "num_layers": 4})
+    source = weights.open_model(str(path))
+    model = source.load("transformer", mx.float32)
+    lora = gradients.new_factors(gradients.target_layers(model, ("to_q",)), 2, 0)
+    attach(model, [(lora, 1.0)], apart=True)
+    trainee = Trainee(model, gradients.factor_parameters(lora), by_block)
+    e = random_example(model, (5, 8, 8), 40, 1024)
+    mx.eval([t.latent for t in e.tokens], e.targets, e.contexts)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(trainee.gradients(e))
+    size = latents.Size(8 * 32, 8 * 32, 33, 24, 40)
+    estimator = memory.Estimator(source, mx.float32)
+    planned = training.footprints(estimator, [size], 0, by_block, 0)["train"].buffers
+    assert 0.7 < (mx.get_peak_memory() - before) / planned < 1.15
