@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Callable, ClassVar, Iterator, Mapping, Optional
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ import numpy as np
 
 from . import latents, media
 from .audio_vae import log_mel
+from .base import UserError
 from .guidance import Guidance
 from .latents import Conditioning, Size, Streams
 from .lora import Lora
@@ -85,6 +87,30 @@ class Encoders:
             if i == 0 or (i - 1) % slow == 0
         )
         return mx.concatenate([*self.component("vae").encode_stream(chunks)], axis=1)
+
+    def weights(
+        self, path: str, start: int, num_frames: int, size: Size, grid: Size, slow: int
+    ) -> np.ndarray:
+        """The brightness (f, h, w) in [0, 1] of a clip's frames (see `clip`) or a picture
+        at the sides of `size`, averaged over each latent of `grid`."""
+        if self.files.probe(path).num_frames == 1:
+            frames = [self.files.image(path)] * (start + num_frames)
+        else:
+            frames = media.read_video(path, 0, start + num_frames, size.fps)
+        _, h, w = grid.latent
+        rows = []
+        for i, frame in enumerate(islice(frames, start, None)):
+            if i == 0 or (i - 1) % slow == 0:
+                cells = media.resize_and_crop(frame[None], size.height, size.width)
+                cells = cells.reshape(h, size.height // h, w, size.width // w, 3)
+                rows.append(cells.mean((1, 3, 4), dtype=np.float32) / 255)
+        if i + 1 < num_frames:
+            raise UserError(
+                f"{path} has {start + i + 1} frames at {size.fps:g} fps, fewer than the "
+                f"reference's {start + num_frames}"
+            )
+        rest = np.stack(rows[1:]).reshape(-1, latents.TIME_SCALE, h, w).mean(axis=1)
+        return np.concatenate([rows[:1], rest])
 
     def sound(self, path: str, start: float, seconds: float, tokens: int) -> mx.array:
         """Latents (1, tokens, mel, C) of a sound; mono is doubled, a short one padded
@@ -225,6 +251,7 @@ class ReferenceClip(Condition):
     downscale: int
     slow: int
     window: Window = WHOLE_CLIP  # whose frames it covers
+    mask: Optional[tuple[str, Size]] = None  # a clip of weights, the size it is read at
     encoder, frames_at_once = "vae", 8
 
     def tokens(self, size: Size) -> int:
@@ -242,8 +269,12 @@ class ReferenceClip(Condition):
         smaller = size.divided(self.downscale)
         frames = self.window.start, self.num_frames
         clip = source.clip(self.path, *frames, smaller, self.slow)
-        scale = self.downscale, self.slow
-        facts = clip, size.rate, self.strength, *scale, self.attention
+        scale, visible = (self.downscale, self.slow), self.attention
+        if self.mask:
+            path, sides = self.mask
+            weights = source.weights(path, *frames, sides, smaller, self.slow)
+            visible = visible * weights[self.skip :].flatten()
+        facts = clip, size.rate, self.strength, *scale, visible
         return latents.Reference(*facts, self.skip)
 
 

@@ -26,8 +26,9 @@ from .guidance import Contexts
 from .hub import File
 from .latents import SPACE_SCALE, TIME_SCALE, Size, Streams, audio_tokens
 from .options import check_step, match_groups
+from .parts import GEMMA_4, first_file
 from .pipeline import Pipeline
-from .weights import GEMMA_4, first_file, text_encoder_files
+from .weights import text_encoder_files
 
 PICTURES = frozenset(".png .jpg .jpeg .webp .bmp .tif .tiff .heic .heif".split())
 VIDEOS = frozenset(".mp4 .mov .mkv .webm .avi .m4v .gif .mpg .ts".split())

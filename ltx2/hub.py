@@ -266,9 +266,9 @@ def converted_config(files: list[File]) -> Optional[File]:
 
 def choose_checkpoint(checkpoints: list[File]) -> list[File]:
     """The default one; else the only one, or the only one that can be used."""
-    for f in checkpoints if len(checkpoints) > 1 else ():
-        if f.name.split("/")[-1] in DEFAULT_FILES:
-            return [f]
+    default = [f for f in checkpoints if f.name.split("/")[-1] in DEFAULT_FILES]
+    if default and len(checkpoints) > 1:
+        return default[:1]
     # The config tells it from LTX-Video, whose transformer has the same keys.
     usable = [f for f in checkpoints if not f.problem and "audio" in str(f.metadata)]
     if len(usable) > 1:
@@ -283,11 +283,10 @@ def choose_checkpoint(checkpoints: list[File]) -> list[File]:
 
 def found_instead(files: list[File]) -> str:
     """What a folder without a checkpoint holds."""
-    names = [f.name for f in files]
-    if "model_index.json" in names:
-        return f": diffusers folders are not supported{INSTEAD}"
-    if any(name.endswith(".gguf") for name in names):
-        return f": GGUF files are not supported{INSTEAD}"
+    unsupported = {"model_index.json": "diffusers folders", ".gguf": "GGUF files"}
+    for end, kind in unsupported.items():
+        if any(f.name.endswith(end) for f in files):
+            return f": {kind} are not supported{INSTEAD}"
     weights = [f for f in files if f.name.endswith(".safetensors")]
     problems = [f": {f.problem}" for f in weights if f.problem]
     others = ", ".join(f.name for f in weights) or "other files"
@@ -329,10 +328,10 @@ def repository_files(repo: str, folder: str = "") -> list[File]:
     siblings, files = {s.rfilename: s for s in info.siblings}, []
     inside = [name for name in siblings if name.rpartition("/")[0] == folder]
     for name in inside if folder else model_files(siblings):
+        size, lfs = siblings[name].size, siblings[name].lfs
         path = try_to_load_from_cache(repo, name, revision=info.sha)
         path = Path(path) if isinstance(path, str) else None
-        s = siblings[name]
-        files.append(File(name, s.size, path, repo, s.lfs.sha256 if s.lfs else ""))
+        files.append(File(name, size, path, repo, lfs.sha256 if lfs else ""))
     return files
 
 

@@ -272,6 +272,12 @@ class Request:
         excludes="retake extend",
         between=(0, 1),
     )
+    attention_mask: Optional[str] = ask(
+        "clip or picture that weighs the reference by place, from black (0) to white (1)",
+        metavar="FILE",
+        needs="video",
+        excludes="retake extend",
+    )
     reference_in_stage_2: bool = ask(
         "show the reference in stage 2 too, with its LoRA",
         False,
@@ -300,7 +306,8 @@ class Request:
         "output": "prompt height width num_frames auto_duration fps conditioned_fps chunk_frames carry_frames blend_frames no_audio audio_only "
         "video_decoder decode_bias",
         "inputs": "images keyframes image_crf audio video retake retake_streams extend "
-        "reference_strength reference_attention reference_in_stage_2 loras distilled_lora detailing_lora",
+        "reference_strength reference_attention attention_mask reference_in_stage_2 "
+        "loras distilled_lora detailing_lora",
     }  # all others are "sampling"
 
     def __post_init__(self):

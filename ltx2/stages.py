@@ -303,6 +303,9 @@ class Planner(Filled):
             frames = min(self.clip_frames - window.start, size.num_frames)
             weights = r.reference_strength, r.reference_attention
             facts = r.video, frames, *weights, *self.reference_scale(), window
+            if r.attention_mask:  # the reference reads it at the first stage's size
+                sides = self.full_size(frames).divided(self.scale)
+                facts += ((r.attention_mask, sides),)
             video.append(conditions.ReferenceClip(*facts))
         if keyframes and row.keyframes:
             video.append(conditions.NewKeyframes(keyframes))
