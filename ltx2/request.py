@@ -119,7 +119,7 @@ class Request:
         "of them, frames that are blended, 0 is a hard cut (default: all)"
     )
     conditioned_fps: Optional[float] = ask(
-        "frame rate that the model is told, for the speed of motion (default: fps)",
+        "frame rate of the motion: twice fps is slow motion at half speed (default: fps)",
         between=(1, 240),
         modes=NOT_DFR,
     )

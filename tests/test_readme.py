@@ -149,8 +149,8 @@ def small_size(command):
     if "--auto-duration" in command:
         return [*extra, "--auto-duration", "0.3", "0.4"]
     if "--chunk-frames" in command:  # two windows
-        sizes = ["--num-frames", "33", "--chunk-frames", "25", "--carry-frames", "17"]
-        return [*extra, *sizes]
+        windows = ["--num-frames", "33", "--chunk-frames", "25", "--carry-frames", "17"]
+        return [*extra, *windows]
     if "@1.5s" in command:  # is frame 12 then
         return [*extra, "--num-frames", "17", "--fps", "8"]
     return [*extra, "--num-frames", "9"]
@@ -205,7 +205,7 @@ def test_generate(command, folder, saved, checkpoint, monkeypatch, capsys):
 def test_train(command, folder, checkpoint, tmp_path, capsys):
     model, encoder = (str(checkpoint(n)) for n in ("ltx-2", "gemma3"))
     extra = ["--model", model, "--text-encoder", encoder, "--iters", "2"]
-    extra += ["--adapter-path", str(tmp_path / "my-lora"), "--resolution", "128x64x9"]
+    extra += ["--adapter-path", str(tmp_path / "my-lora"), "--resolution", "64x64x9"]
     run(train, command, extra, folder)
     assert "wrote" in capsys.readouterr().out
     assert (tmp_path / "my-lora" / "adapters.safetensors").is_file()
