@@ -277,7 +277,8 @@ class Run:
 
     def decode(self, n: int, job: Job, latents: Streams) -> Iterator[Event]:
         """Audio, then frames as they are decoded, then the result."""
-        size, streams = job.size, job.streams
+        size, first = job.size, job.windows[0].prefix
+        streams = [s for s in job.streams if first + s in latents]
         result = Result(request=job.request, fps=size.fps, job=n)
         result.phases = self.meter.phases
         if "audio" in streams:

@@ -95,7 +95,7 @@ class Options:
     steps_per_eval: int = ask("of the held-out loss", 200, between=(1, 10**7))
     save_every: int = ask("steps", 250, between=(1, 10**7))
     sample_prompt: tuple[str, ...] = ask("of sample clips; repeatable", **REPEATED)
-    sample_every: int = ask("steps", 250, between=(1, 10**7))
+    sample_every: int = ask("steps; 0 is never", 250, between=(0, 10**7))
     seed: int = ask("of factors, noise and order", 0, between=(0, 2**31))
 
     def resolved(self, defaults: Mapping[str, float]) -> Options:
@@ -331,7 +331,7 @@ class Trainer:
                 yield report
             if self.step % o.save_every == 0:
                 self.save(f"{self.step:07d}_{ADAPTERS}")
-            if self.step % o.sample_every == 0 and not last:
+            if o.sample_every and self.step % o.sample_every == 0 and not last:
                 self.sample()
         self.save()
         if not self.stopping:
@@ -385,7 +385,8 @@ class Trainer:
     def requests(self) -> list[Request]:
         """Sample clips of the most common size, with fixed seeds."""
         o, items = self.options, self.data.items
-        if items[0].clip.reference:  # there is no reference to sample with
+        # There is no reference to sample with.
+        if items[0].clip.reference or not o.sample_every:
             return []
         sizes = [item.size for item in items]
         size = max(sizes, key=sizes.count)
