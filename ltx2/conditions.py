@@ -408,6 +408,7 @@ class Stage:
     part: Whole = WHOLE  # of the previous latents
     window: Window = WHOLE_CLIP
     first: bool = True  # of its window, which starts from noise
+    tile: Optional[tuple[int, int]] = None  # latents of a model call: height, width
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -417,6 +418,13 @@ class Stage:
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @property
+    def seen(self) -> float:
+        """The part of its tokens that a model call sees."""
+        _, height, width = self.size.latent
+        rows, columns = self.tile or (height, width)
+        return min(rows / height, 1) * min(columns / width, 1)
 
     @property
     def phase(self) -> str:

@@ -42,8 +42,8 @@ class Filled:
 
     def __init__(self, r: Request, checkpoint: Checkpoint, files: InputFiles):
         self.checkpoint, self.files = checkpoint, files
-        r, self.enlarged, self.usual_frames, self.notes = follow(r, checkpoint.kind)
-        self.r = r
+        self.r, self.recipe, self.notes = follow(r, checkpoint.kind)
+        r = self.r
         self.clip_frames, self.clip_streams = 0, ()  # of the input video
         self.streams = BOTH[bool(r.audio_only) : 2 - bool(r.no_audio)]
         self.distilled = checkpoint.kind == "distilled"
@@ -96,6 +96,7 @@ class Filled:
     def faults(self, unmet: Mapping[str, str]) -> Iterator[tuple[Any, str]]:
         """What no single field can declare: whether it is so, and the message."""
         r, count = self.r, len(DISTILLED_SIGMAS) - 1
+        odd = lambda side: side % SPACE_SCALE or side < 2 * SPACE_SCALE
         settings = [g for g in (r.video_guidance, r.audio_guidance) if g]
         active = any(g.active for g in settings if isinstance(g, Guidance))
         partial = [g for g in settings if isinstance(g, Mapping)]
@@ -122,6 +123,14 @@ class Filled:
             "change the video)",
         )
         low, high = r.guidance_interval
+        yield (
+            r.tile_size and self.mode == "two" and not r.reference_in_stage_2,
+            "tile_size in two stages needs reference_in_stage_2",
+        )
+        yield (
+            r.tile_size and (len(r.tile_size) != 2 or any(map(odd, r.tile_size))),
+            "tile_size is height,width: two multiples of 32 from 64 on, as 1024,1536",
+        )
         yield low > high, "guidance_interval must be from a lower to a higher sigma"
         yield (
             self.distilled and r.steps not in (None, count),
@@ -210,8 +219,10 @@ class Filled:
         check_step("height", r.height, multiple, low, high)
         check_step("width", r.width, multiple, low, high)
         check_step("num_frames", r.num_frames, TIME_SCALE, 1, MAX_FRAMES, plus=1)
-        if r.num_frames > self.usual_frames:
-            most = self.usual_frames
+        if (tile := self.recipe.tile) and r.has_reference and r.tile_size is None:
+            tile = tile if r.width >= r.height else tile[::-1]
+            r = self.r = replace(r, tile_size=tile)
+        if r.num_frames > (most := self.recipe.frames):
             self.notes.append(f"{r.num_frames} frames: an adapter is for up to {most}")
         keyframes, most = r.generated_keyframes, max(r.num_frames - 2, 0)
         if isinstance(keyframes, tuple):
@@ -242,7 +253,7 @@ class Filled:
         frames = (min(max(there, 1), MAX_FRAMES) - 1) // TIME_SCALE * TIME_SCALE + 1
         low = -(-2 * SPACE_SCALE // multiple) * multiple
         fit = lambda side: max(min(side, MAX_SIDE) // multiple * multiple, low)
-        larger = self.enlarged
+        larger = self.recipe.scale
         height = fit(clip.height * larger) if r.height is None else r.height
         width = fit(clip.width * larger) if r.width is None else r.width
         total = frames if r.num_frames is None else r.num_frames

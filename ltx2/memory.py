@@ -261,7 +261,7 @@ class Estimator:
         """With so many bytes of other weights, LoRA factors and contexts."""
         size = stage.size
         tokens = size.tokens + sum(c.tokens(size) for c in stage.all_conditions)
-        tokens *= "video" in stage.streams
+        tokens *= ("video" in stage.streams) * stage.seen
         sound = size.audio_tokens if "audio" in stage.streams else 0
         passes = guidance_passes(stage.guidance)
         texts = 2 if "uncond" in passes else 1

@@ -25,6 +25,7 @@ class Recipe:
     frames: int = 2049  # the most it was made for
     kind: str = "distilled"  # of the base
     scale: int = 1  # from the clip's sides to the result's
+    tile: Optional[tuple[int, int]] = None  # sides of tiles, of a wide clip
     advice: str = ""
     refused: str = ""
 
@@ -33,7 +34,6 @@ ONE = {"stages": "one"}
 NIGHT = ONE | {"fps": 24.0}
 WINDOWS = ONE | {"chunk_frames": 97, "carry_frames": 17}
 MATTE = ONE | {"no_audio": True, "video_guidance": PLAIN | {"rescale_scale": 0.7}}
-TILES = "its card asks for tiles of {}, which are not supported: use small sides"
 RECIPES = {
     "alpha-gen": Recipe("", MATTE, 145, "dev", advice='made for --prompt ""'),
     "clean-plate": Recipe("", ONE, advice="the prompt describes the empty scene"),
@@ -41,8 +41,8 @@ RECIPES = {
     "deblur": Recipe("DEBLUR", ONE, 121),
     "decompression": Recipe("ENHANCE QUALITY", ONE, 121),
     "colorization": Recipe("COLORIZE", ONE, 121),
-    "restore": Recipe("", WINDOWS, advice=TILES.format("960x544")),
-    "refine-details": Recipe("", ONE, advice=TILES.format("1024x576")),
+    "restore": Recipe("", WINDOWS, tile=(544, 960)),
+    "refine-details": Recipe("", ONE, tile=(576, 1024)),
     "pixel-spatial-upscaler-x2": Recipe("", ONE, scale=2),
     "day-to-night": Recipe("", NIGHT, 97, "dev", advice="use --steps 30 --cfg-scale 3"),
     "sdr-to-hdr": Recipe(refused="needs a file of scene embeddings and HDR output"),
@@ -59,11 +59,11 @@ def find(path: str) -> Optional[Recipe]:
     return RECIPES.get(match[1]) if match else None
 
 
-def follow(r: Request, kind: str) -> tuple[Request, int, int, list[str]]:
-    """The request as its adapters' cards ask for where it says nothing, by how much its
-    clip is enlarged, the most frames, and notes. Raises UserError for an adapter that
-    cannot be used."""
-    scale, frames, notes = 1, Recipe.frames, []
+def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
+    """The request as its adapters' cards ask for where it says nothing, their frames,
+    scale and tile together, and notes. Raises UserError for an adapter that cannot be
+    used."""
+    all_of, notes = Recipe(), []
     found = [(Path(x.path).name, find(x.path)) for x in r.loras]
     if r.has_reference and found and not any(recipe for _, recipe in found):
         notes = [f"{found[0][0]} is unknown: its card may ask for --stages one"]
@@ -83,5 +83,9 @@ def follow(r: Request, kind: str) -> tuple[Request, int, int, list[str]]:
         if recipe.kind != kind:
             notes.append(f"{name} was made for a {recipe.kind} model")
         r = replace(r, **changes)
-        scale, frames = max(scale, recipe.scale), min(frames, recipe.frames)
-    return r, scale, frames, notes
+        scale, frames = max(all_of.scale, recipe.scale), min(
+            all_of.frames, recipe.frames
+        )
+        tile = recipe.tile or all_of.tile
+        all_of = Recipe(frames=frames, scale=scale, tile=tile)
+    return r, all_of, notes

@@ -285,6 +285,13 @@ class Request:
         excludes="retake extend",
         modes="two",
     )
+    tile_size: Optional[tuple[int, int]] = ask(
+        "height and width of what the model sees at once, in pixels, of a large video",
+        type=integers,
+        metavar="HEIGHT,WIDTH",
+        needs="video",
+        excludes="retake extend audio_only step_cache",
+    )
     # Outputs
     no_audio: bool = ask("video only", False, excludes="audio_only")
     audio_only: bool = ask(
@@ -306,7 +313,7 @@ class Request:
         "output": "prompt height width num_frames auto_duration fps conditioned_fps chunk_frames carry_frames blend_frames no_audio audio_only "
         "video_decoder decode_bias",
         "inputs": "images keyframes image_crf audio video retake retake_streams extend "
-        "reference_strength reference_attention attention_mask reference_in_stage_2 "
+        "reference_strength reference_attention attention_mask reference_in_stage_2 tile_size "
         "loras distilled_lora detailing_lora",
     }  # all others are "sampling"
 

@@ -18,14 +18,22 @@ from .audio_vae import AudioVAEConfig
 from .base import Trace, note, traced, within
 from .components import Components
 from .conditions import Condition, Encoders, InputFiles, Stage
+from .dit import DiTConfig
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .guidance import Contexts, GuidedDenoiser
-from .latents import Conditioning, Streams, audio_from_tokens, latent_frames
+from .latents import (
+    Conditioning,
+    LatentState,
+    Streams,
+    audio_from_tokens,
+    latent_frames,
+)
 from .request import Request
 from .sampling import SAMPLERS, Noise
 from .snapshot import Snapshot
 from .stages import Job, plan
+from .tiles import TiledDenoiser
 from .windows import Window, blended, carried_tokens, crossfaded
 
 
@@ -193,26 +201,11 @@ class Run:
         """One stage: a Step after each of its steps, and the snapshot at its end."""
         with self.meter.phase(stage.phase):
             trace = within(self.trace, stage.name)
-            transformer = self.model.transformer_with(stage.loras, self.streamed)
             before = self.upsampled(stage, {} if stage.first else at.latents)
-            source = before | {k: x for k, x in at.kept.items() if "carry." in k}
-            source["smaller"] = at.latents.get("video")
-            source["final_audio"] = at.kept.get("audio")
-            c = transformer.config
-            channels = {"video": c.in_channels, "audio": c.audio_in_channels}
-            states = stage.states(channels, source, conditions)
+            states = self.states(stage, at, before, conditions)
             draw = lambda k, shape: noise(f"{stage.name}.{k}", shape)
             blend = lambda k, x: states[k].blend(x)
-            denoiser = GuidedDenoiser(
-                self.model.machines.transformer(transformer),
-                states,
-                contexts,
-                stage.guidance,
-                trace,
-                stage.guidance_interval,
-                stage.step_cache,
-                self.model.machines.agree,
-            )
+            denoiser = self.denoiser(stage, states, contexts, trace)
             if at.step:
                 x, denoiser.cached_x0 = at.tokens, at.guided
             else:
@@ -239,6 +232,45 @@ class Run:
             kept = at.kept | kept | stage.carry(latents)
             after = {"stage": at.stage + 1, "step": 0, "tokens": {}, "guided": {}}
             return replace(at, **after, latents=latents, kept=kept)
+
+    def states(
+        self,
+        stage: Stage,
+        at: Snapshot,
+        before: Streams,
+        conditions: dict[Condition, Conditioning],
+    ) -> dict[str, LatentState]:
+        """The streams at the stage's start, from the latents before it."""
+        source = before | {k: x for k, x in at.kept.items() if "carry." in k}
+        source["smaller"] = at.latents.get("video")
+        source["final_audio"] = at.kept.get("audio")
+        config = DiTConfig.from_dict(self.model.checkpoint.config["transformer"])
+        channels = {"video": config.in_channels, "audio": config.audio_in_channels}
+        return stage.states(channels, source, conditions)
+
+    def denoiser(
+        self,
+        stage: Stage,
+        states: dict[str, LatentState],
+        contexts: list[Contexts],
+        trace: Optional[Trace],
+    ) -> GuidedDenoiser | TiledDenoiser:
+        """The stage's transformer with its LoRAs and guidance, whole or in tiles."""
+        machines, model = self.model.machines, self.model
+        transformer = model.transformer_with(stage.loras, self.streamed)
+        make = lambda states: GuidedDenoiser(
+            machines.transformer(transformer),
+            states,
+            contexts,
+            stage.guidance,
+            trace,
+            stage.guidance_interval,
+            stage.step_cache,
+            machines.agree,
+        )
+        if stage.tile:
+            return TiledDenoiser(make, states, stage.size, stage.tile)
+        return make(states)
 
     def upsampled(self, stage: Stage, latents: Streams) -> Streams:
         """The previous latents at the stage's size."""

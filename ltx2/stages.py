@@ -10,7 +10,13 @@ from .base import UserError
 from .conditions import WHOLE_CLIP, Condition, InputFiles, Stage
 from .defaults import BOTH, MAX_FRAMES, PARTS, Filled, reference_factors
 from .guidance import Guidance
-from .latents import AUDIO_TOKENS_PER_SECOND, TIME_SCALE, Size, audio_tokens
+from .latents import (
+    AUDIO_TOKENS_PER_SECOND,
+    SPACE_SCALE,
+    TIME_SCALE,
+    Size,
+    audio_tokens,
+)
 from .memory import MemoryPlan
 from .options import check_range, check_step, is_set
 from .request import LoraFile, Request
@@ -220,6 +226,7 @@ class Planner(Filled):
                 row.final,
                 window=window,
                 first=first,
+                tile=r.tile_size and tuple(side // SPACE_SCALE for side in r.tile_size),
             )
 
     def tile_stages(

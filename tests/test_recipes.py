@@ -1,5 +1,7 @@
 """Official adapters are used as their cards ask, and masks weigh a reference by place."""
 
+import dataclasses
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from ltx2.conditions import Encoders, InputFiles
 from ltx2.latents import Size
 from ltx2.recipes import RECIPES
 from ltx2.request import LoraFile, Request
+from ltx2.tiles import spans
 
 RUN = ("alpha-gen", "cinemagraph", "pixel-spatial-upscaler-x2", "restore")
 FRAMES = np.random.default_rng(0).integers(0, 255, (17, 64, 96, 3), np.uint8)
@@ -98,6 +101,48 @@ def test_notes_say_what_an_adapter_was_not_made_for(pipe, adapter, tmp_path):
     assert "129 frames: an adapter is for up to 121" in job.notes
     notes = pipe.plan(Request("", video=video, loras=(adapter("alpha-gen-0.9"),))).notes
     assert any("was made for a dev model" in note for note in notes)
+
+
+@pytest.mark.parametrize("sides", [(64, 96), (96, 64)])
+def test_tiles_are_turned_with_the_clip(pipe, adapter, tmp_path, sides):
+    save_clip(tmp_path / "clip.mkv", np.zeros((9, *sides, 3), np.uint8), 24)
+    request = Request("a", video=str(tmp_path / "clip.mkv"))
+    request = dataclasses.replace(request, loras=(adapter("restore-1.0"),))
+    job = pipe.plan(request)
+    tile = (17, 30) if sides[0] < sides[1] else (30, 17)
+    assert [stage.tile for stage in job.stages] == [tile]
+
+
+# Tiles
+
+
+@pytest.mark.parametrize(
+    "side, size, rows",
+    [
+        (30, 32, [(0, 30, 0, 0)]),
+        (4, 2, [(0, 2, 0, 1), (1, 3, 1, 1), (2, 4, 1, 0)]),
+        (33, 32, [(0, 32, 0, 31), (1, 33, 31, 0)]),
+        (67, 32, [(0, 32, 0, 14), (18, 50, 14, 15), (35, 67, 15, 0)]),
+        (
+            120,
+            48,
+            [(0, 48, 0, 24), (24, 72, 24, 24), (48, 96, 24, 24), (72, 120, 24, 0)],
+        ),
+    ],
+)
+def test_a_side_is_divided_as_in_the_reference(side, size, rows):
+    assert spans(side, size) == rows
+    total = np.zeros(side)
+    for span in spans(side, size):
+        total[span.start : span.stop] += span.weights
+    np.testing.assert_allclose(total, 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [(64,), (64, 50), (32, 64)])
+def test_the_sides_of_a_tile_are_checked(pipe, adapter, clip, tile):
+    request = Request("a", video=clip, loras=(adapter("deblur-0.9"),), tile_size=tile)
+    with pytest.raises(UserError, match="two multiples of 32"):
+        pipe.plan(request)
 
 
 # Masks

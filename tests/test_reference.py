@@ -117,6 +117,8 @@ def request_of(g, info, folder):
         if info["mask"]:  # its weights come from the golden, not from this file
             options["attention_mask"] = options["video"]
             options["stages"] = "one"
+        if "tile" in info:
+            options["tile_size"] = tuple(info["tile"])
         second = info["stage_layout"][-1]
         if second["divisor"] == 1 and len(info["stage_layout"]) == 2:
             options["reference_in_stage_2"] = second["lora_and_reference"]

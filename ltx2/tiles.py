@@ -1,0 +1,113 @@
+"""Tiles of a large video: each model call sees a part of the picture and all the sound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Callable, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .latents import LatentState, Size, Streams
+
+Denoiser = Callable[[Streams, float, int], Streams]
+Part = tuple[LatentState, np.ndarray, np.ndarray]
+
+
+class Span(NamedTuple):
+    """Cells [start, stop) of a side, and how many of them are shared before and after."""
+
+    start: int
+    stop: int
+    before: int
+    after: int
+
+    @property
+    def weights(self) -> np.ndarray:
+        """The share of each cell: with its neighbors' it is 1."""
+        weights = np.ones(self.stop - self.start, np.float32)
+        rise = lambda n: np.arange(1, n + 1, dtype=np.float32) / (n + 1)
+        weights[: self.before] *= rise(self.before)
+        weights[len(weights) - self.after :] *= rise(self.after)[::-1]
+        return weights
+
+
+def spans(side: int, size: int) -> list[Span]:
+    """Divide a side of cells into spans of `size` that overlap by about a half, as the
+    reference does: the first and the last at the edges, the others between them."""
+    if side <= size:
+        return [Span(0, side, 0, 0)]
+    overlap, count = size // 2, 2
+    most = max(2, 1 + (side - size) // ((size + 1) // 2))
+    while (count * size - side) / (count - 1) < overlap and count < most:
+        count += 1
+    step, longer = divmod(side - size, count - 1)
+    starts = [n * step + min(n, longer) for n in range(count)]
+    shared = [a + size - b for a, b in zip(starts, starts[1:])]
+    pairs = zip(starts, [0, *shared], [*shared, 0])
+    return [Span(s, s + size, before, after) for s, before, after in pairs]
+
+
+def part(state: LatentState, size: Size, rows: Span, columns: Span) -> Part:
+    """The state of a tile, with the appended tokens that touch it and positions from its
+    own corner; its tokens' indices in the whole state; its weights by cell."""
+    frames, height, width = size.latent
+    cells = np.arange(frames * height * width).reshape(frames, height, width)
+    own = cells[:, rows.start : rows.stop, columns.start : columns.stop].ravel()
+    bounds, target = state.bounds, state.num_target_tokens
+    low, high = bounds[:, own, 0].min(axis=1), bounds[:, own, 1].max(axis=1)
+    start, end = bounds[:, target:, 0].T, bounds[:, target:, 1].T  # (n, 3)
+    touches = ((start < high) & (end > low)).all(axis=1)
+    touches |= start[:, 0] < 0  # outside of the video's time
+    index = np.concatenate([own, target + np.flatnonzero(touches)])
+    tile = replace(
+        state,
+        latent=state.latent[:, mx.array(index)],
+        clean_latent=state.clean_latent[:, mx.array(index)],
+        denoise_mask=state.denoise_mask[index],
+        bounds=bounds[:, index] - low[:, None, None],
+        num_target_tokens=len(own),
+        keyframes=state.keyframes[index],
+        attention=None if state.attention is None else state.attention[index][:, index],
+    )
+    weights = np.tile(np.outer(rows.weights, columns.weights).ravel(), frames)
+    return tile, index, weights
+
+
+class TiledDenoiser:
+    """Computes x0 as a denoiser of each tile does: the video's is the weighted sum, what
+    several tiles see beside it, and the sound, the mean."""
+
+    def __init__(
+        self,
+        make: Callable[[dict[str, LatentState]], Denoiser],
+        states: dict[str, LatentState],
+        size: Size,
+        tile: tuple[int, int],
+    ):
+        """`make` makes the denoiser of a tile's states; `tile` is (height, width) cells."""
+        sides = (spans(*pair) for pair in zip(size.latent[1:], tile))
+        video, self.cached_x0 = states["video"], {}  # nothing is kept for other steps
+        parts = [part(video, size, *pair) for pair in product(*sides)]
+        seen = np.zeros(len(video.denoise_mask), np.float32)
+        for _, index, _ in parts:
+            seen[index] += 1
+        self.unseen = video.clean_latent * mx.array(seen == 0)[None, :, None]
+        self.parts = []
+        for state, index, weights in parts:
+            beside = 1 / seen[index[len(weights) :]]
+            weights = mx.array(np.append(weights, beside))[None, :, None]
+            denoiser = make(states | {"video": state})
+            self.parts.append((denoiser, mx.array(index), weights))
+
+    def __call__(self, x: Streams, sigma: float, step: int) -> Streams:
+        total = {k: mx.zeros_like(v) for k, v in x.items()} | {"video": self.unseen}
+        for denoiser, index, weights in self.parts:
+            x0 = denoiser(x | {"video": x["video"][:, index]}, sigma, step)
+            video = x0.pop("video") * weights
+            total["video"] = total["video"].at[:, index].add(video)
+            for k, v in x0.items():
+                total[k] = total[k] + v / len(self.parts)
+            mx.eval(total)  # one tile in memory at a time
+        return total
