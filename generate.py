@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
-from ltx2.base import OutputError, Parser, UserError, run
+from ltx2.base import OutputError, Parser, UserError, run, table
 from ltx2.guidance import Guidance
 from ltx2.options import add_flags
 from ltx2.request import Request
@@ -225,10 +225,16 @@ def describe(pipe: Any, job: Any) -> str:
         f"LTX-2 {checkpoint.model_version} ({checkpoint.kind}{assumed}), seed {r.seed}"
     ]
     at_most = "up to " if r.auto_duration else ""
-    for stage in job.stages:
+    lines += [
+        pipe.inputs.lora(x.path).describe(x.strength)
+        for x in dict.fromkeys(lora for stage in job.stages for lora in stage.loras)
+    ]
+    if len(job.windows) > 1:
+        lines.append(f"{len(job.windows)} windows, the first one:")
+    for stage in (s for s in job.stages if s.window == job.windows[0]):
         size, guided = stage.size, "guided" if stage.guidance else "not guided"
         lines.append(
-            f"{stage.name}: {size.width}x{size.height}, {at_most}{size.num_frames} "
+            f"{stage.phase}: {size.width}x{size.height}, {at_most}{size.num_frames} "
             f"frames at {size.fps:g} fps, {stage.steps} steps of {stage.sampler}, {guided}"
         )
     return "\n".join(lines)
@@ -314,12 +320,11 @@ def write(path: str, job: Any, events: Iterator[Any]) -> Any:
 
 def timings(phases: dict[str, tuple[float, float]]) -> str:
     """Seconds and peak memory by phase."""
-    rows = [f"{'phase':<10}{'seconds':>10}{'peak GB':>10}"]
-    for name, (seconds, peak) in phases.items():
-        rows.append(f"{name:<10}{seconds:>10.1f}{peak / 1e9:>10.2f}")
-    total = sum(seconds for seconds, _ in phases.values())
-    peak = max(peak for _, peak in phases.values())
-    return "\n".join([*rows, f"{'all':<10}{total:>10.1f}{peak / 1e9:>10.2f}"])
+    seconds, peaks = zip(*phases.values())
+    rows = [(k, *values) for k, values in phases.items()]
+    rows.append(("all", sum(seconds), max(peaks)))
+    heads = "phase", "seconds", "peak GB"
+    return table(heads, [(k, round(s, 3), round(peak / 1e9, 3)) for k, s, peak in rows])
 
 
 if __name__ == "__main__":

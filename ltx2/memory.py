@@ -17,7 +17,7 @@ from typing import Callable, Iterable, Mapping, Optional
 
 import mlx.core as mx
 
-from .base import UserError
+from .base import UserError, table
 from .conditions import Stage
 from .diffusion_decoder import tile
 from .dit import DiTConfig
@@ -82,14 +82,15 @@ class MemoryPlan:
             )
 
     def __str__(self) -> str:
-        rows = [f"{'phase':<10}{'weights':>10}{'buffers':>10}{'peak GB':>10}"]
+        rows = []
         for phase, need in self.phases.items():
             total = need.total(self.streamed)
             parts = (total - need.buffers, need.buffers, total)
-            rows.append(f"{phase:<10}" + "".join(f"{p / 1e9:>10.2f}" for p in parts))
+            rows.append((phase, *(part / 1e9 for part in parts)))
         how = "read block by block" if self.streamed else "held in memory"
-        rows.append(f"{self.limit / 1e9:.2f} GB available; the transformer is {how}")
-        return "\n".join(rows)
+        heads = "phase", "weights", "buffers", "peak GB"
+        limit = f"{self.limit / 1e9:.2f} GB available; the transformer is {how}"
+        return f"{table(heads, rows)}\n{limit}"
 
 
 def planned(
