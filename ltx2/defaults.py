@@ -1,4 +1,4 @@
-"""A request made definite: what goes together, and each model's defaults."""
+"""What goes together in a request, and what each model adds to it."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ PARTS = {  # that a job needs for all, or for a stream
 }
 
 
-class Filled:
-    """A request that is checked against a model and filled in step by step: `r`."""
+class Resolver:
+    """Checks a request against a model and fills in its defaults, step by step: `r`."""
 
     def __init__(self, r: Request, checkpoint: Checkpoint, files: InputFiles):
         self.checkpoint, self.files = checkpoint, files

@@ -8,7 +8,7 @@ from typing import Iterator, Mapping, NamedTuple, Optional
 from . import conditions, windows
 from .base import UserError
 from .conditions import WHOLE_CLIP, Condition, InputFiles, Stage
-from .defaults import BOTH, MAX_FRAMES, PARTS, Filled, reference_factors
+from .defaults import BOTH, MAX_FRAMES, PARTS, Resolver, reference_factors
 from .guidance import Guidance
 from .latents import (
     AUDIO_TOKENS_PER_SECOND,
@@ -146,8 +146,8 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
     return Job(r, stages, prompts, p.decoder(), tuple(p.notes))
 
 
-class Planner(Filled):
-    """The stages of a request that is filled in."""
+class Planner(Resolver):
+    """The stages of a request whose defaults are filled in."""
 
     def stages(self, guidance: Mapping[str, Guidance]) -> Iterator[Stage]:
         """The stages by the rows of the mode."""
