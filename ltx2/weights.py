@@ -76,7 +76,7 @@ class FolderConfig:
     provenance: dict[str, Any]
     quantization: Optional[Quantization] = None
     quantization_config: Optional[Quantization] = None  # the same, as the Hub reads it
-    defaults: dict[str, float] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 class Problem(NamedTuple):

@@ -306,6 +306,34 @@ def test_new_factors_leave_the_base_as_it_is(g):
     assert {k.rsplit(".", 1)[1] for k in trainee.parameters} == {"lora_a", "lora_b"}
 
 
+def test_what_is_to_be_preserved_is_the_bases_prediction(g):
+    g, model = g("ltx-2.3-tiny", "av"), transformer("ltx-2.3-tiny")
+    trainee = adapted(model, g, "av")
+    e = example(model, g)
+    texts = tuple(-c for c in e.contexts)
+    before, loss = trainee.parameters, trainee.loss(e)[0].item()
+    other = trainee.preserved(e, texts)
+    assert trainee.parameters is before and trainee.loss(e)[0].item() == loss
+    assert trainee.loss(other)[0].item() > 1e-4
+    with trainee.untrained():
+        assert trainee.loss(other)[0].item() == 0
+    _, grads = trainee.gradients(other)
+    assert all(mx.isfinite(w).all() and w.any() for w in grads.values())
+
+
+def test_preserving_a_prompt_changes_the_training(run):
+    flags = ("--iters", "3", "--sample-every", "9")
+    folders = [
+        run(*flags, *more, to=to)[0]
+        for to, more in (
+            ("plain", ()),
+            ("held", ("--preserve", "a dog", "--preserve", "a cat")),
+        )
+    ]
+    plain, held = map(files, folders)
+    assert not same(plain, held)
+
+
 @pytest.mark.parametrize("streams, count", [("both", 48), ("video", 16), ("audio", 16)])
 def test_target_layers_match_complete_names(streams, count):
     layers = gradients.target_layers(
