@@ -1,4 +1,4 @@
-"""Convert official LTX-2 weights to a model folder for MLX: parse, call, report."""
+"""Convert official LTX-2 weights to a model folder for MLX."""
 
 from __future__ import annotations
 
@@ -17,18 +17,14 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    p = Parser(description=__doc__, epilog=EPILOG, formatter_class=raw)
     add = p.add_argument
     many = {"action": "append", "default": []}
     text = "Hub repository, folder or .safetensors file (default: %(default)s)"
     add("--hf-path", default="Lightricks/LTX-2", help=text)
-    add(
-        "--file", help="checkpoint to use (default: the distilled 19B, or the only one)"
-    )
+    text = "checkpoint to use (default: the distilled 19B, or the only one)"
+    add("--file", help=text)
     text = "file to use for a component, like vae=FILE; repeatable"
     add("--part", type=part, metavar="NAME=FILE", help=text, **many)
     text = "latent upsampler (default: those next to the checkpoint); repeatable"
@@ -76,18 +72,18 @@ def main() -> None:
     if args.upload_repo and not re.fullmatch(r"[^/\s]+/[^/\s]+", args.upload_repo):
         raise UserError(f"--upload-repo must be owner/name, got {args.upload_repo}")
 
-    from ltx2 import conversion, hub
+    from ltx2 import hub
 
-    folder = args.mlx_path.expanduser().resolve()
-    if args.upload_repo:
-        hub.create_repository(args.upload_repo)  # fails now, not after hours of work
-    if args.upload_repo and not args.overwrite and conversion.is_converted(folder):
+    folder, repo = args.mlx_path.expanduser().resolve(), args.upload_repo
+    if repo:
+        hub.create_repository(repo)  # fails now, not after hours of work
+    if repo and not args.overwrite and hub.converted_config(hub.folder_files(folder)):
         note(f"{args.mlx_path} exists and is uploaded (--overwrite converts again)")
     else:
         convert(args, folder)
-    if args.upload_repo:
-        hub.upload(folder, args.upload_repo)
-        print(f"uploaded to https://huggingface.co/{args.upload_repo}")
+    if repo:
+        hub.upload(folder, repo)
+        print(f"uploaded to https://huggingface.co/{repo}")
 
 
 def convert(args: argparse.Namespace, folder: Path) -> None:
@@ -102,11 +98,8 @@ def convert(args: argparse.Namespace, folder: Path) -> None:
         mode = args.q_mode or "affine"
         options = conversion.quantization(mode, args.q_bits, args.q_group_size)
     conversion.check_target(folder, args.overwrite)
-    source = weights.open_model(
-        *(args.hf_path, args.kind, args.file, args.upsampler),
-        fetch=False,
-        parts=dict(args.part),
-    )
+    names = args.hf_path, args.kind, args.file, args.upsampler
+    source = weights.open_model(*names, fetch=False, parts=dict(args.part))
     dtype = getattr(mx, args.dtype) if args.dtype else None
     how = (options, args.dequantize, dtype, args.text_encoder)
     job = conversion.Conversion(source, *how, loras=args.lora)

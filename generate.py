@@ -90,7 +90,8 @@ def main() -> None:
     load |= {k: v for k, v in vars(args).items() if k in LOADING and v is not None}
     requests = build_requests(args, request)
     suffix = ".wav" if requests[0].audio_only else ".mp4"
-    outputs = name_outputs(args.output or f"output{suffix}", len(requests))
+    output = f"output{suffix}" if args.output is None else args.output
+    outputs = name_outputs(output, len(requests))
     inputs = {r.video for r in requests} | {r.audio for r in requests} | {args.recorded}
     for output in outputs:
         media.check_output(output, suffix)
@@ -212,7 +213,8 @@ def name_outputs(output: str, count: int) -> list[str]:
     path = Path(output)
     if count == 1:
         return [output]
-    return [str(path.with_stem(f"{path.stem}-{n + 1}")) for n in range(count)]
+    stem = path.parent / path.stem
+    return [f"{stem}-{n + 1}{path.suffix}" for n in range(count)]
 
 
 def describe(pipe: Any, job: Any) -> str:

@@ -31,11 +31,11 @@ import checkpoints  # noqa: E402
 
 from ltx2 import latents, parallel, pipeline, vae, weights  # noqa: E402
 from ltx2.conversion import quant_predicate, quantization  # noqa: E402
-from ltx2.guidance import guidance_passes  # noqa: E402
+from ltx2.defaults import default_guidance  # noqa: E402
 from ltx2.dit import DiT, DiTConfig, Tokens  # noqa: E402
+from ltx2.guidance import guidance_passes  # noqa: E402
 from ltx2.linear import quantize  # noqa: E402
 from ltx2.request import Request  # noqa: E402
-from ltx2.stages import default_guidance  # noqa: E402
 
 CONFIGS = json.loads((ROOT / "tests" / "data" / "configs.json").read_text())
 
@@ -117,7 +117,7 @@ def step(model, size, names=("cond",)):
     )
     passes = guidance_passes(default_guidance(source))
     texts = model.project_text([contexts, negative])
-    mx.eval(texts, [s.latent for s in streams], ropes)
+    mx.eval(contexts, negative, [s.latent for s in streams], ropes)  # not texts: slow
     return lambda: model(*streams, texts, [passes[name] for name in names])
 
 

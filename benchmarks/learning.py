@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import prompt_adherence  # noqa: E402
+
 from demo import data  # noqa: E402
 from demo.judge import masks, name_color, name_pitch, read_mp4, track  # noqa: E402
 from ltx2 import media, pipeline  # noqa: E402

@@ -7,23 +7,15 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import sys
 import types
+import typing
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral, Real
-from typing import (
-    Any,
-    Callable,
-    ClassVar,
-    Iterable,
-    Literal,
-    Optional,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Callable, ClassVar, Iterable, Literal, Optional, Union
 
 import mlx.core as mx
 
@@ -37,7 +29,7 @@ JSON_NAMES |= {list: "a list", tuple: "a list", dict: "an object", type(None): "
 
 
 class UserError(Exception):
-    """A user's mistake in one line: what was given, what is allowed, what to type."""
+    """A user's mistake in one line: what is wrong, what is allowed, what to type."""
 
 
 class OutputError(Exception):
@@ -52,45 +44,60 @@ def parse_json(text: Union[str, bytes], path: str) -> dict[str, Any]:
     try:
         return checked(dict, json.loads(text), path)
     except (ValueError, RecursionError):
-        where = path.removesuffix(": ")
-        raise UserError(f"{where} is not valid JSON") from None
+        raise UserError(f"{path.removesuffix(': ')} is not valid JSON") from None
 
 
 def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> Any:
-    """`value`, as JSON gives it, as an annotation says: a dataclass (from an object),
+    """Check a JSON `value` against an annotation: a dataclass (made from an object),
     list[int], Optional[str], Literal and the like. Numbers must be finite and, with a
     `limit`, above 0 and at most that. UserError names the `path` of a wrong value."""
-    if kind is Any:
-        kind = type(value)
-    origin, args = get_origin(kind) or kind, get_args(kind)
+    origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        for other in args[1:]:
+            with suppress(UserError):
+                return checked(other, value, path, limit)
+        return checked(args[0], value, path, limit)
     if isinstance(value, Real) and not isinstance(value, bool):
-        expect(math.isfinite(value), "a finite number", value, path)
+        expect(abs(value) < math.inf, "a finite number", value, path)
         fits = limit is None or 0 < value <= limit
         expect(fits, f"above 0 and at most {limit}", value, path)
         value = int(value) if isinstance(value, Integral) else float(value)
-    if origin in (Union, types.UnionType):
-        return _first_fit(args, value, path, limit)
-    if origin is Literal:
-        expect(value in args, f"one of {', '.join(map(str, args))}", value, path)
-    elif dataclasses.is_dataclass(kind) and not isinstance(value, kind):
-        return _from_object(kind, value, path, limit)
-    elif origin in (list, tuple, Sequence):
+    origin = type(value) if kind is Any else origin
+    new = dataclasses.is_dataclass(origin) and not isinstance(value, origin)
+    if origin in (list, tuple, Sequence):
         expect(isinstance(value, (list, tuple)), "a list", value, path)
         fixed = origin is tuple and args and args[-1] is not ...
         kinds = args if fixed else (args or (Any,))[:1] * len(value)
         expect(len(value) == len(kinds), f"a list of {len(kinds)}", value, path)
-        items = enumerate(zip(kinds, value))
-        items = [checked(k, v, f"{path}[{i}]", limit) for i, (k, v) in items]
+        places = (f"{path}[{i}]" for i in range(len(value)))
+        items = [checked(*item, limit) for item in zip(kinds, value, places)]
         return items if origin is list else tuple(items)
-    elif origin in (dict, Mapping):
+    if new or origin in (dict, Mapping):
         expect(isinstance(value, dict), "an object", value, path)
-        inner = args[1] if args else Any
-        return {k: checked(inner, v, join(path, k), limit) for k, v in value.items()}
+        kinds = dict.fromkeys(value, args[1] if args else Any)
+        kinds = field_kinds(origin, value, path) if new else kinds
+        found = {
+            k: checked(kinds[k], v, join(path, k), limit) for k, v in value.items()
+        }
+        return origin(**found) if new else found
+    if origin is Literal:
+        expect(value in args, f"one of {', '.join(map(str, args))}", value, path)
     else:
-        same = type(value) is kind or kind is float and type(value) is int
-        same = same or kind not in JSON_NAMES and isinstance(value, kind)
-        expect(same, JSON_NAMES.get(kind) or kind.__name__, value, path)
+        same = type(value) is origin or origin is float and type(value) is int
+        same = same or origin not in JSON_NAMES and isinstance(value, origin)
+        expect(same, JSON_NAMES.get(origin) or origin.__name__, value, path)
     return value
+
+
+def field_kinds(cls: type, value: dict, path: str) -> dict[str, Any]:
+    """Annotations of a dataclass's fields; UserError if `value` has others or too few."""
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key in [*value, *fields]:
+        if key not in fields:
+            raise UserError(f"{join(path, key)} is unknown")
+        if key not in value and fields[key].default is fields[key].default_factory:
+            raise UserError(f"{join(path, key)} is missing")
+    return typing.get_type_hints(cls)
 
 
 def expect(condition: bool, expected: str, value: Any, path: str) -> None:
@@ -102,28 +109,6 @@ def expect(condition: bool, expected: str, value: Any, path: str) -> None:
 
 def join(path: str, key: str) -> str:
     return f"{path}{key}" if path.endswith(": ") else f"{path}.{key}"
-
-
-def _first_fit(kinds: Iterable, value: Any, path: str, limit: Optional[float]) -> Any:
-    errors = []
-    for kind in kinds:
-        try:
-            return checked(kind, value, path, limit)
-        except UserError as error:
-            errors.append(error)
-    raise errors[0]
-
-
-def _from_object(cls: type, value: Any, path: str, limit: Optional[float]) -> Any:
-    expect(isinstance(value, dict), "an object", value, path)
-    fields = [f for f in dataclasses.fields(cls) if f.init]
-    defaults = {f.name for f in fields if f.default is not f.default_factory}
-    for key in {f.name for f in fields} - defaults - value.keys():
-        raise UserError(f"{join(path, key)} is missing")
-    for key in value.keys() - {f.name for f in fields}:
-        raise UserError(f"{join(path, key)} is unknown")
-    kinds, items = get_type_hints(cls), value.items()
-    return cls(**{k: checked(kinds[k], v, join(path, k), limit) for k, v in items})
 
 
 @dataclasses.dataclass
@@ -141,14 +126,14 @@ class Config:
     @classmethod
     def from_dict(cls, section: dict[str, Any]):
         """Check a section; unknown keys are reported, unknown architectures refused."""
-        name = cls.__name__
-        for key, allowed in cls.FIXED.items():
-            if key in checked(dict, section, name) and section[key] not in allowed:
+        name, fields = cls.__name__, {f.name for f in dataclasses.fields(cls)}
+        for key, value in checked(dict, section, name).items():
+            allowed = cls.FIXED.get(key, (value,))
+            if value not in allowed:
+                only = " or ".join(map(repr, allowed))
                 raise UserError(
-                    f"{name}: {key} is {section[key]!r}, but only "
-                    f"{' or '.join(map(repr, allowed))} is implemented"
+                    f"{name}: {key} is {value!r}, only {only} is implemented"
                 )
-        fields = {f.name for f in dataclasses.fields(cls)}
         unknown = section.keys() - fields - cls.FIXED.keys() - cls.UNUSED
         if unknown:
             report = {key: section[key] for key in sorted(unknown)}
@@ -175,18 +160,12 @@ def within(trace: Optional[Trace], scope: str) -> Optional[Trace]:
 def table(heads: Sequence[str], rows: Iterable[Sequence]) -> str:
     """Aligned columns below their heads: text to the left, numbers to the right with
     four digits."""
-    rows = [[*row] for row in rows]
-    right = [not isinstance(x, str) for x in (rows or [heads])[0]]
-    cells = [[x if isinstance(x, str) else f"{x:.4g}" for x in row] for row in rows]
-    cells = [[*heads], *cells]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = (
-        "  ".join(
-            x.rjust(w) if r else x.ljust(w) for x, w, r in zip(row, widths, right)
-        )
-        for row in cells
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    columns = []
+    for head, *cells in zip(heads, *rows):
+        pad = str.ljust if isinstance((cells or [head])[0], str) else str.rjust
+        texts = [x if isinstance(x, str) else f"{x:.4g}" for x in [head, *cells]]
+        columns.append([pad(text, max(map(len, texts))) for text in texts])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
 
 class Printer(logging.Handler):
@@ -198,12 +177,11 @@ class Printer(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if record.levelno >= logging.WARNING:
-            if text in self.seen:
-                return
+        if record.levelno < logging.WARNING:
+            print(text, flush=True)
+        elif text not in self.seen:
             self.seen.add(text)
-            text = f"note: {text}"
-        print(text, flush=True)
+            print(f"note: {text}", flush=True)
 
 
 def hann_sinc(time: Any) -> Any:
@@ -220,6 +198,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args: Optional[Sequence[str]] = None, namespace: Any = None):
+        args = sys.argv[1:] if args is None else [*args]
+        for flag, value in zip(["", *args], args):
+            if not value or re.fullmatch(r"--?[\w-]+=", value):
+                self.error(f"{value or flag or 'an argument'} is empty")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (--help lists all flags)")

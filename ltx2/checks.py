@@ -51,15 +51,7 @@ class Tracer:
 
     @property
     def stages(self) -> dict[str, Values]:
-        stages = {}
-        for name, chunks in self.chunks.items():
-            sizes, means, variances, lows, highs = zip(*chunks)
-            mean = sum(n * m for n, m in zip(sizes, means)) / sum(sizes)
-            away = ((m - mean) ** 2 for m in means)
-            square = sum(n * (v + a) for n, v, a in zip(sizes, variances, away))
-            std = math.sqrt(square / sum(sizes))
-            stages[name] = Values(mean, std, min(lows), max(highs))
-        return stages
+        return {name: merged(chunks) for name, chunks in self.chunks.items()}
 
     def flags(self) -> dict[str, list[str]]:
         """Anomalies by stage. A sign flip: the mean changes sign from one stage of a
@@ -83,27 +75,25 @@ class Tracer:
     def table(self, other: Optional[Tracer] = None) -> str:
         """A line for each stage; with another trace, also the drift: the change of mean
         or deviation, in units of the other's deviation."""
-        stages, flags = self.stages, self.flags()
-        rows = {name: [name, *values] for name, values in stages.items()}
-        for name in rows if other else ():
-            v = other.stages.get(name, Values(*[math.nan] * 4))
-            change = max(abs(a - b) for a, b in zip(stages[name][:2], v))
-            rows[name].append(change / max(v.std, 1e-12))
-        for name in rows:
-            rows[name].append(", ".join(flags[name]))
-        heads = [
-            "stage",
-            "mean",
-            "std",
-            "min",
-            "max",
-            *(["drift"] if other else []),
-            "",
-        ]
+        stages, flags, rows = self.stages, self.flags(), []
+        theirs = other.stages if other else {}
+        for name, values in stages.items():
+            v = theirs.get(name, Values(*[math.nan] * 4))
+            change = max(abs(a - b) for a, b in zip(values[:2], v))
+            drift = [change / max(v.std, 1e-12)] if other else []
+            rows.append([name, *values, *drift, ", ".join(flags[name])])
+        heads = ["stage", "mean", "std", "min", "max", *["drift"][: bool(other)], ""]
         flagged = [name for name in flags if flags[name]]
         first = f", the first is {flagged[0]}" if flagged else ""
-        end = f"{len(flagged)} of {len(flags)} flagged{first}"
-        return f"{table(heads, rows.values())}\n{end}"
+        return f"{table(heads, rows)}\n{len(flagged)} of {len(flags)} flagged{first}"
+
+
+def merged(chunks: list) -> Values:
+    """The statistics of all chunks (size, mean, variance, min, max) together."""
+    sizes, means, variances, lows, highs = zip(*chunks)
+    mean = sum(n * m for n, m in zip(sizes, means)) / sum(sizes)
+    squares = (n * (v + (m - mean) ** 2) for n, m, v in zip(sizes, means, variances))
+    return Values(mean, math.sqrt(sum(squares) / sum(sizes)), min(lows), max(highs))
 
 
 def trace(pipe: Pipeline, tracer: Tracer, start: Snapshot) -> None:
@@ -119,16 +109,15 @@ def trace(pipe: Pipeline, tracer: Tracer, start: Snapshot) -> None:
 
 def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
     """The first step of a run, saved latents, or synthetic latents before decoding."""
-    from .pipeline import seeded_noise
     from .request import Request
+    from .run import seeded_noise
     from .snapshot import Snapshot
 
     options = {k: getattr(args, k) for k in (*SIZE, "seed", "steps")}
     options = {k: v for k, v in options.items() if v is not None}
     if args.prompt:
-        return pipe.initial_snapshot(
-            pipe.plan(Request(args.prompt, **{**SIZE, **options}))
-        )
+        request = Request(args.prompt, **{**SIZE, **options})
+        return pipe.initial_snapshot(pipe.plan(request))
     synthetic = args.latents in ("zeros", "random")
     if args.steps or options and not synthetic:
         option = f"--{[*options][-1].replace('_', '-')}"
@@ -154,37 +143,30 @@ def compare(converted: Checkpoint, source: Checkpoint) -> Report:
     or different, and layers whose error exceeds that of quantizing the source."""
     if converted.provenance is None or source.quantization:
         raise UserError("compare needs a converted folder, then its unquantized source")
-    rows, faults, errors = [], [], {}
+    rows, faults, errors = [], [], defaultdict(list)
     for name in {**source.parts, **converted.parts}:
-        ours, theirs = (
-            s.weights(name) if name in s.parts else {} for s in (converted, source)
-        )
+        ours = converted.weights(name) if name in converted.parts else {}
+        theirs = source.weights(name) if name in source.parts else {}
         dtypes = {str(w.dtype).removeprefix("mlx.core.") for w in ours.values()}
         found = list(differences(ours, theirs, converted.quantization))
-        layers = {key: error for key, error, _ in found if error is not None}
+        layers = [(error, key) for key, error, _ in found if error is not None]
         wrong = [f"{name}: {key} {fault}" for key, _, fault in found if fault]
+        for error, key in layers:
+            errors[re.sub(r".*blocks\.\d+\.|\.weight$", "", key)].append((error, key))
         counts = len(found), len(layers), len(wrong)
         rows.append([name, *counts, ", ".join(sorted(dtypes))])
         faults += wrong
-        errors |= layers
     for section in sorted(converted.config.keys() | source.config.keys()):
         if converted.config.get(section) != source.config.get(section):
             faults.append(f"config.json: {section} differs from the source")
     text = table(["component", "tensors", "quantized", "faults", "dtypes"], rows)
-    return Report(text + error_table(errors), faults)
-
-
-def error_table(errors: dict[str, float]) -> str:
-    """Quantization errors by kind of layer, the worst kind first, with its worst layer."""
-    kinds = defaultdict(list)
-    for key in sorted(errors, key=errors.get, reverse=True):
-        kinds[re.sub(r".*blocks\.\d+\.|\.weight$", "", key)].append(key)
     rows = []
-    for kind, keys in kinds.items():
-        mean = sum(errors[key] for key in keys) / len(keys)
-        rows.append([kind, len(keys), mean, errors[keys[0]], keys[0]])
+    for kind in sorted(errors, key=lambda kind: max(errors[kind]), reverse=True):
+        values, _ = zip(*errors[kind])
+        mean = sum(values) / len(values)
+        rows.append([kind, len(values), mean, *max(errors[kind])])
     heads = ["quantized", "layers", "mean error", "worst", "layer"]
-    return f"\n\n{table(heads, rows)}" if rows else ""
+    return Report(f"{text}\n\n{table(heads, rows)}" if rows else text, faults)
 
 
 def differences(
@@ -194,8 +176,10 @@ def differences(
     for key in sorted(theirs):
         path = key.removesuffix("weight")
         stored = [k for k in (key, f"{path}scales", f"{path}biases") if k in ours]
-        stored = [ours.pop(k) for k in stored]
-        yield key, *check_tensor(stored, theirs.pop(key), quantization)
+        w, stored = theirs.pop(key), [ours.pop(k) for k in stored]
+        mx.eval(w)  # before the others are read: laid out for MLX, it is there twice
+        yield key, *check_tensor(stored, w, quantization)
+        del w, stored
         mx.clear_cache()
     yield from ((key, None, "is not in the source") for key in ours)
 
@@ -240,7 +224,7 @@ def difference(ours: mx.array, theirs: mx.array) -> tuple[float, str]:
 def probe_decoder(vae: VideoVAE, seed: int = 10) -> Report:
     """Decode synthetic latents, 9 frames of 192x128, and report anomalies; each result
     is compared with the first."""
-    from .pipeline import seeded_noise
+    from .run import seeded_noise
 
     shape, draw = (1, 2, 4, 6, vae.config.latent_channels), seeded_noise(seed)
     latents, other = draw("latents", shape), draw("other", shape)
@@ -301,9 +285,7 @@ def parser() -> argparse.ArgumentParser:
     t = checks.add_parser("trace", parents=[model], help="statistics of every stage")
     start = t.add_mutually_exclusive_group(required=True)
     start.add_argument("--prompt", help="trace a complete run")
-    start.add_argument(
-        "--latents", help="trace a decode: zeros, random, or a saved file"
-    )
+    start.add_argument("--latents", help="trace a decode: zeros, random, or a file")
     for name, default in SIZE.items():
         flag = f"--{name.replace('_', '-')}"
         t.add_argument(flag, type=int, help=f"(default: {default})")
@@ -312,9 +294,7 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("--text-encoder", metavar="MODEL", help="Gemma 3 to use")
     dtypes = "bfloat16", "float32"
     t.add_argument("--dtype", default=dtypes[0], choices=dtypes)
-    t.add_argument(
-        "--against", choices=dtypes, help="also run in this dtype: the drift"
-    )
+    t.add_argument("--against", choices=dtypes, help="dtype of a second run to compare")
 
     c = checks.add_parser("compare", parents=[model], help="a folder with its source")
     c.add_argument("source", help="what the model was converted from")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Callable, ClassVar, Iterator, Mapping, Optional
 
 import mlx.core as mx
@@ -16,12 +17,14 @@ import numpy as np
 
 from . import latents, media
 from .audio_vae import log_mel
+from .base import UserError
 from .guidance import Guidance
 from .latents import Conditioning, Size, Streams
 from .lora import Lora
 from .request import LoraFile
-from .windows import WHOLE, Tile, Whole
+from .windows import WHOLE, Tile, Whole, Window, carried_tokens
 
+WHOLE_CLIP = Window(0, 0)
 ANCHOR_STRENGTH = 0.95  # the reference's: a tile can still smooth its seams
 
 
@@ -72,10 +75,12 @@ class Encoders:
         mx.eval(x)
         return x
 
-    def clip(self, path: str, num_frames: int, size: Size, slow: int = 1) -> mx.array:
-        """Latents (1, f, h, w, C) of a clip at the size's sides and rate, as a stream;
-        of every `slow`-th frame after the first."""
-        frames = media.read_video(path, 0, num_frames, size.fps)
+    def clip(
+        self, path: str, start: int, num_frames: int, size: Size, slow: int = 1
+    ) -> mx.array:
+        """Latents (1, f, h, w, C) of a clip from a frame on, at the size's sides and
+        rate, as a stream; of every `slow`-th frame after the first."""
+        frames = media.read_video(path, start, num_frames, size.fps)
         chunks = (
             mx.array(media.resize_and_crop(frame[None], size.height, size.width))[None]
             for i, frame in enumerate(frames)
@@ -83,18 +88,40 @@ class Encoders:
         )
         return mx.concatenate([*self.component("vae").encode_stream(chunks)], axis=1)
 
+    def weights(
+        self, path: str, start: int, num_frames: int, size: Size, grid: Size, slow: int
+    ) -> np.ndarray:
+        """The brightness (f, h, w) in [0, 1] of a clip's frames (see `clip`) or a picture
+        at the sides of `size`, averaged over each latent of `grid`."""
+        if self.files.probe(path).num_frames == 1:
+            frames = [self.files.image(path)] * (start + num_frames)
+        else:
+            frames = media.read_video(path, 0, start + num_frames, size.fps)
+        _, h, w = grid.latent
+        rows = []
+        for i, frame in enumerate(islice(frames, start, None)):
+            if i == 0 or (i - 1) % slow == 0:
+                cells = media.resize_and_crop(frame[None], size.height, size.width)
+                cells = cells.reshape(h, size.height // h, w, size.width // w, 3)
+                rows.append(cells.mean((1, 3, 4), dtype=np.float32) / 255)
+        if i + 1 < num_frames:
+            raise UserError(
+                f"{path} has {start + i + 1} frames at {size.fps:g} fps, fewer than the "
+                f"reference's {start + num_frames}"
+            )
+        rest = np.stack(rows[1:]).reshape(-1, latents.TIME_SCALE, h, w).mean(axis=1)
+        return np.concatenate([rows[:1], rest])
+
     def sound(self, path: str, start: float, seconds: float, tokens: int) -> mx.array:
         """Latents (1, tokens, mel, C) of a sound; mono is doubled, a short one padded
-        with silence."""
+        with zeros, as in the reference."""
         sound, rate = media.read_audio(path, start, seconds)
         sound = media.resample(sound[:, :2], rate, latents.MEL_RATE)
         if sound.shape[1] == 1:
             sound = np.repeat(sound, 2, axis=1)
-        samples = tokens * latents.MEL_FRAMES_PER_TOKEN * latents.MEL_HOP
-        if len(sound) < samples - latents.MEL_FRAMES_PER_TOKEN * latents.MEL_HOP:
-            sound = np.pad(sound, ((0, samples - len(sound)), (0, 0)))
         x = self.component("audio_vae").encode(log_mel(mx.array(sound)[None]))
         x = x[:, :tokens]
+        x = mx.pad(x, [(0, 0), (0, tokens - x.shape[1]), (0, 0), (0, 0)])
         mx.eval(x)
         return x
 
@@ -144,7 +171,7 @@ class GuideImage(ShowImage):
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
         image = source.image(self.path, self.crf, size)
-        return latents.Keyframe(image, self.frame, size.fps, self.strength)
+        return latents.Keyframe(image, self.frame, size.rate, self.strength)
 
 
 @dataclass(frozen=True)
@@ -163,7 +190,7 @@ class ClipPart(Condition):
     def encoded(self, size: Size, source: Encoders) -> mx.array:
         """Its latents, not longer than the target."""
         if self.stream == "video":
-            return source.clip(self.path, self.num_frames, size)
+            return source.clip(self.path, 0, self.num_frames, size)
         tokens = latents.audio_tokens(self.num_frames, size.fps)
         seconds = self.num_frames / size.fps
         return source.sound(self.path, 0.0, seconds, min(tokens, size.audio_tokens))
@@ -203,11 +230,13 @@ class HoldSound(Condition):
 
     path: str
     start: float
+    skip: int = 0  # tokens of it that belong to earlier windows
     encoder = "audio_vae"
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
-        seconds = size.audio_tokens / latents.AUDIO_TOKENS_PER_SECOND + 1
-        sound = source.sound(self.path, self.start, seconds, size.audio_tokens)
+        tokens = self.skip + size.audio_tokens
+        seconds = tokens / latents.AUDIO_TOKENS_PER_SECOND + 1
+        sound = source.sound(self.path, self.start, seconds, tokens)[:, self.skip :]
         return in_order(latents.StartFrom(sound), latents.Freeze())
 
 
@@ -221,18 +250,32 @@ class ReferenceClip(Condition):
     attention: float
     downscale: int
     slow: int
+    window: Window = WHOLE_CLIP  # whose frames it covers
+    mask: Optional[tuple[str, Size]] = None  # a clip of weights, the size it is read at
     encoder, frames_at_once = "vae", 8
 
     def tokens(self, size: Size) -> int:
-        frames = latents.latent_frames(self.num_frames)
+        frames = latents.latent_frames(self.num_frames) - self.skip
         return frames * size.frame_tokens // self.downscale**2
+
+    @property
+    def skip(self) -> int:
+        """Latents that touch frames which are carried in."""
+        per_latent = latents.TIME_SCALE * self.slow
+        carried = self.window.carried_in
+        return 1 + (carried + per_latent - 2) // per_latent if carried else 0
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
         smaller = size.divided(self.downscale)
-        clip = source.clip(self.path, self.num_frames, smaller, self.slow)
-        scale = self.downscale, self.slow
-        facts = clip, size.fps, self.strength, *scale, self.attention
-        return latents.Reference(*facts)
+        frames = self.window.start, self.num_frames
+        clip = source.clip(self.path, *frames, smaller, self.slow)
+        scale, visible = (self.downscale, self.slow), self.attention
+        if self.mask:
+            path, sides = self.mask
+            weights = source.weights(path, *frames, sides, smaller, self.slow)
+            visible = visible * weights[self.skip :].flatten()
+        facts = clip, size.rate, self.strength, *scale, visible
+        return latents.Reference(*facts, self.skip)
 
 
 # Conditions on the previous stage's latents
@@ -249,8 +292,53 @@ class NewKeyframes(Condition):
         return len(self.frames) * size.frame_tokens
 
     def load(self, size: Size, source: Streams) -> Conditioning:
-        where = self.frames, size.latent, size.fps
+        where = self.frames, size.latent, size.rate
         return latents.KeyframeSlots(*where, source.get("keyframes"))
+
+
+@dataclass(frozen=True)
+class Carried(Condition):
+    """Hold what the window before carries on: its last latents, in this stage."""
+
+    stream: str
+    stage: str
+    carried = True
+
+    def load(self, size: Size, source: Streams) -> Conditioning:
+        return latents.Replace(source[carry_key(self.stage, self.stream)])
+
+
+@dataclass(frozen=True)
+class CarriedKeyframes(Condition):
+    """Guide with keyframes that the window before generated in its last frames."""
+
+    frames: tuple[int, ...]
+    stage: str
+    carried = True
+
+    def tokens(self, size: Size) -> int:
+        return len(self.frames) * size.frame_tokens
+
+    def load(self, size: Size, source: Streams) -> Conditioning:
+        stills = source[carry_key(self.stage, "keyframes")]
+        stills = mx.split(stills, len(self.frames), axis=1)
+        frames = zip(stills, self.frames)
+        return in_order(*(latents.Keyframe(x, n, size.rate) for x, n in frames))
+
+
+def carry_key(stage: str, stream: str) -> str:
+    """The name of what a stage carries to the same stage of the next window."""
+    return f"carry.{stage}.{stream}"
+
+
+@dataclass(frozen=True)
+class KeepAudio(Condition):
+    """Keep the previous stage's audio."""
+
+    carried = True
+
+    def load(self, size: Size, source: Streams) -> Conditioning:
+        return latents.Freeze()
 
 
 @dataclass(frozen=True)
@@ -264,12 +352,13 @@ class PreviousAsReference(Condition):
         return size.tokens // self.downscale**2
 
     def load(self, size: Size, source: Streams) -> Conditioning:
-        return latents.Reference(source["smaller"], size.fps, 1.0, self.downscale)
+        return latents.Reference(source["smaller"], size.rate, 1.0, self.downscale)
 
 
 @dataclass(frozen=True)
 class TileKeyframes(Condition):
-    """Guide a tile with the canvas's keyframes and generate one in each segment."""
+    """Guide a tile with the canvas's keyframes, generate one in each segment, and hold
+    what the tile before has made."""
 
     tile: Tile
     carried = True
@@ -279,12 +368,26 @@ class TileKeyframes(Condition):
 
     def load(self, size: Size, source: Streams) -> Conditioning:
         anchors = [
-            latents.Keyframe(still, frame, size.fps, ANCHOR_STRENGTH)
+            latents.Keyframe(still, frame, size.rate, ANCHOR_STRENGTH)
             for frame, still in self.tile.anchors(source["keyframes"])
         ]
-        where = self.tile.slots, size.latent, size.fps
-        seeds = self.tile.seeds(source["video"])
-        return in_order(*anchors, latents.KeyframeSlots(*where, seeds))
+        where = self.tile.slots, size.latent, size.rate
+        slots = latents.KeyframeSlots(*where, self.tile.seeds(source))
+        held = self.tile.held_latents(source) if self.tile.start else None
+        held = [] if held is None else [latents.Replace(held)]
+        return in_order(*anchors, slots, *held)
+
+
+@dataclass(frozen=True)
+class TileSound(Condition):
+    """Keep the first stage's audio of a tile's frames."""
+
+    tile: Tile
+    carried = True
+
+    def load(self, size: Size, source: Streams) -> Conditioning:
+        sound = self.tile.sound(source["final_audio"], size.audio_tokens)
+        return in_order(latents.StartFrom(sound), latents.Freeze())
 
 
 def in_order(*conditionings: Conditioning) -> Conditioning:
@@ -309,6 +412,8 @@ class Stage:
     conditions: Mapping[str, tuple[Condition, ...]] = field(default_factory=dict)
     final: tuple[str, ...] = ("video", "audio")  # streams that the result takes from it
     part: Whole = WHOLE  # of the previous latents
+    window: Window = WHOLE_CLIP
+    first: bool = True  # of its window, which starts from noise
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -318,6 +423,26 @@ class Stage:
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @property
+    def phase(self) -> str:
+        """Its name in every window."""
+        return self.name.removeprefix(self.window.prefix)
+
+    def carry(self, made: Streams) -> Streams:
+        """What the same stage of the next window starts with."""
+        if not self.window.carried_out:
+            return {}
+        frames = latents.latent_frames(self.window.carried_out)
+        tokens = carried_tokens(self.window, self.size.fps, out=True)
+        tails = {"video": made["video"][:, -frames:]}
+        if "audio" in made:
+            tails["audio"] = made["audio"][:, -tokens:]
+        for c in self.all_conditions:
+            count = isinstance(c, NewKeyframes) and len(self.window.handed_on(c.frames))
+            if count:
+                tails["keyframes"] = made["keyframes"][:, -count:]
+        return {carry_key(self.phase, k): mx.contiguous(x) for k, x in tails.items()}
 
     @property
     def all_conditions(self) -> Iterator[Condition]:
@@ -347,8 +472,7 @@ class Stage:
                 self.size.bounds(stream), channels[stream]
             )
             if stream in before:
-                start = before[stream]
-                start = self.part.cut(start) if stream == "video" else start
+                start = self.part.cut(before) if stream == "video" else before[stream]
                 state = latents.StartFrom(start)(state)
             load = lambda c: c.load(self.size, before) if c.carried else loaded[c]
             states[stream] = latents.condition(state, map(load, items))

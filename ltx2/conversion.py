@@ -3,8 +3,8 @@ license."""
 
 from __future__ import annotations
 
+import glob
 import json
-import math
 import os
 import re
 import shlex
@@ -17,21 +17,18 @@ import mlx.core as mx
 
 from . import __version__
 from .base import UserError
-from .hub import DTYPES, File
+from .hub import DTYPES, converted_config, folder_files
 from .lora import Lora, fuse
 from .weights import COMPONENTS, FLOAT32, GEMMA_4, Checkpoint, Weights, shard_names
 
 SHARD = 5 * 10**9  # bytes a file, at most
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 LICENSE = "https://github.com/Lightricks/LTX-2/blob/main/LICENSE"
+LICENSE_2_X = f"{LICENSE}-2_x"
 OFFICIAL = {  # generation: repository, name and text of the license
     "2.0": ("Lightricks/LTX-2", "ltx-2-community-license-agreement", LICENSE),
     "2.3": ("Lightricks/LTX-2.3", "ltx-2-community-license-agreement", LICENSE),
-    "2.5": (
-        "Lightricks/LTX-2.5",
-        "ltx-2.x-community-license-agreement",
-        f"{LICENSE}-2_x",
-    ),
+    "2.5": ("Lightricks/LTX-2.5", "ltx-2.x-community-license-agreement", LICENSE_2_X),
 }
 
 Progress = Callable[[int], Any]
@@ -41,15 +38,11 @@ def quantization(
     mode: str = "affine", bits: Optional[int] = None, group_size: Optional[int] = None
 ) -> dict[str, Any]:
     """The arguments of `mx.quantize`; only affine has a choice of bits and groups."""
-    groups, default = MODES[mode]
-    options = {
-        "group_size": group_size or groups,
-        "bits": bits or default,
-        "mode": mode,
-    }
-    if mode != "affine" and (options["group_size"], options["bits"]) != MODES[mode]:
-        raise UserError(f"{mode} needs {default} bits in groups of {groups}")
-    return options
+    default = MODES[mode]
+    chosen = group_size or default[0], bits or default[1]
+    if mode != "affine" and chosen != default:
+        raise UserError(f"{mode} needs {default[1]} bits in groups of {default[0]}")
+    return {"group_size": chosen[0], "bits": chosen[1], "mode": mode}
 
 
 def quant_predicate(path: str) -> bool:
@@ -66,8 +59,7 @@ def quantize(
 ) -> Weights:
     """Quantize the linear layers that `predicate` picks by path, where the group size
     divides their width."""
-    done: Weights = {}
-    group = options["group_size"]
+    done, group = {}, options["group_size"]
     for key, w in weights.items():
         path, _, leaf = key.rpartition(".")
         fits = leaf == "weight" and w.ndim == 2 and w.shape[1] % group == 0
@@ -107,15 +99,13 @@ class Conversion:
     finite: Weights = field(default_factory=dict, init=False)
 
     def __post_init__(self):
-        if self.loras and self.source.quantization:
+        quantized = bool(self.source.quantization)
+        if self.loras and quantized:
             raise UserError("LoRAs need unquantized weights: they are fused first")
-        if self.quantization and self.source.quantization:
+        if self.quantization and quantized:
             raise UserError("the model is already quantized: use --dequantize first")
-        if self.dequantize and not self.source.quantization:
+        if self.dequantize and not quantized:
             raise UserError("the model is not quantized: remove --dequantize")
-        for path, strength in self.loras:
-            if not math.isfinite(strength) or strength == 0:
-                raise UserError(f"LoRA {path}: invalid strength {strength}")
         self.text_encoder = self.source.encoder(self.text_encoder)
         folder = Path(self.text_encoder).expanduser()
         if self.source.version < GEMMA_4 and folder.is_dir():
@@ -132,47 +122,43 @@ class Conversion:
             for lora, _ in loras:
                 lora.check(module)
             weights = fuse(weights, loras)
-        floating = {
-            k for k, w in weights.items() if mx.issubdtype(w.dtype, mx.floating)
-        }
-        # 0 times NaN or infinity is NaN; mx.isfinite would need more memory.
-        self.finite = {k: (weights[k] * 0).sum() == 0 for k in floating}
         if self.dequantize:
-            return dequantize(weights, self.source.quantization, dtype)
+            weights = dequantize(weights, self.source.quantization, dtype)
+        # 0 times NaN or infinity is NaN; mx.isfinite would need more memory.
+        floats = [k for k, w in weights.items() if mx.issubdtype(w.dtype, mx.floating)]
+        self.finite = {k: (weights[k] * 0).sum() == 0 for k in floats}
         if self.quantization and name in ("transformer", "gemma"):
             return quantize(weights, self.quantization, self.predicate)
         return weights
 
     def files(self, name: str) -> dict[str, Weights]:
         """A component's tensors by the file they go to."""
-        shards: list[Weights] = [{}]
-        size = 0
+        shards, size = [{}], 0
         for key, w in self.weights(name).items():
             size += w.nbytes
             if size > SHARD and shards[-1]:
-                shards.append({})
-                size = w.nbytes
+                shards, size = [*shards, {}], w.nbytes
             shards[-1][key] = w
         return dict(zip(shard_names(name, len(shards)), shards))
 
     @property
     def own_encoder(self) -> Optional[Path]:
         """The text encoder's folder, if it is inside the source's model folder."""
-        folders = (f.path.resolve().parent for f in self.source.files if f.path)
-        inside = (
-            self.source.provenance and next(folders) in Path(self.text_encoder).parents
-        )
-        return Path(self.text_encoder) if inside else None
+        path, model = Path(self.text_encoder), self.source.files[0].path
+        inside = self.source.provenance and model.parent.resolve() in path.parents
+        return path if inside else None
 
     def config(self) -> dict[str, Any]:
         """The contents of config.json."""
         source, dtype, encoder = self.source, self.dtype, self.own_encoder
         q = self.quantization or (None if self.dequantize else source.quantization)
-        weights = [f for f in source.files if f.role]
+        files = [f for f in source.files if f.role]
         origin = source.provenance or {
-            "source": weights[0].repo or "local files",
-            "files": {f.name: f.checksum() for f in weights},
+            "source": files[0].repo or "local files",
+            "files": {f.name: f.checksum() for f in files},
         }
+        loras = {Path(path).name: strength for path, strength in self.loras}
+        recipe = {"quantization": q, "dtype": dtype and str(dtype)[9:], "loras": loras}
         return {
             "model_type": "ltx2",
             "model_version": source.model_version,
@@ -184,11 +170,7 @@ class Conversion:
             "provenance": {
                 **origin,
                 "tool": f"ltx2 {__version__}, mlx {mx.__version__}",
-                "recipe": {
-                    "quantization": q,
-                    "dtype": dtype and str(dtype)[9:],
-                    "loras": {Path(path).name: s for path, s in self.loras},
-                },
+                "recipe": recipe,
             },
         }
 
@@ -205,7 +187,8 @@ class Conversion:
         folder = folder.expanduser().resolve()
         check_target(folder, overwrite)
         remove_leftovers(folder)
-        partial, old = (temporary(folder, str(os.getpid()), s) for s in ("new", "old"))
+        name_here = f".{folder.name[:100]}.{os.getpid()}"
+        partial, old = (folder.parent / f"{name_here}.{s}" for s in ("new", "old"))
         partial.mkdir(parents=True)
         try:
             self._write_files(partial, progress, name or folder.name)
@@ -243,61 +226,49 @@ def check_target(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{folder} exists: pass --overwrite to replace it")
-    if not is_converted(folder):
+    config = converted_config(folder_files(folder))
+    if not config:
         raise UserError(f"{folder} is not a converted model; refusing to overwrite it")
-    config = folder / "config.json"
-    encoder = File(config.name, 0, config).json().get("text_encoder")
-    own = ("config.json", "README.md", "LICENSE.md", "LICENSE", encoder)
+    own = ["config.json", "README.md", "LICENSE.md", "LICENSE"]
+    own += [config.json().get("text_encoder")]
+    own += [".DS_Store", ".cache", ".gitattributes"]  # of the Finder and the Hub
     names = "|".join(map(re.escape, COMPONENTS))
     part = re.compile(rf"({names})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
     for path in sorted(folder.iterdir()):
-        if not part.fullmatch(path.name) and path.name not in (*own, ".DS_Store"):
+        if not part.fullmatch(path.name) and path.name not in own:
             raise UserError(f"{folder} also holds {path.name}: move it away first")
-
-
-def is_converted(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and File(config.name, 0, config).is_converted
-
-
-def temporary(folder: Path, process: str, suffix: str) -> Path:
-    """A name next to `folder` for one process."""
-    return folder.parent / f".{folder.name[:100]}.{process}.{suffix}"
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed conversions to the same target left."""
-    for path in folder.parent.glob(".*.new") if folder.parent.is_dir() else ():
-        process = path.name.split(".")[-2]
-        if path == temporary(folder, process, "new") and process.isdecimal():
-            try:
-                os.kill(int(process), 0)
-            except ProcessLookupError:
-                shutil.rmtree(path)
-            except PermissionError:  # it runs, as another user
-                pass
+    for path in folder.parent.glob(f".{glob.escape(folder.name[:100])}.*.new"):
+        try:
+            os.kill(int(path.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path)
+        except (PermissionError, ValueError, OverflowError):
+            pass  # of another user's process, or no conversion's
 
 
 def write_safetensors(
     path: Path, weights: Weights, progress: Progress, finite: Weights
 ) -> None:
-    """Write tensors and empty the dictionary: only one at a time is in memory. `finite`
-    says by name, lazily, whether what a tensor is made from is finite; UserError if not.
-    """
+    """Write tensors and empty the dictionary: only one at a time is in memory. UserError
+    for a tensor whose entry in `finite`, computed with it, is false."""
     names = {dtype: name for name, dtype in DTYPES.items() if name != "F8_E4M3"}
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    end = 0
+    header, end = {"__metadata__": {"format": "mlx"}}, 0
     for key, w in weights.items():
         offsets = [end, end := end + w.nbytes]
         header[key] = dict(dtype=names[w.dtype], shape=w.shape, data_offsets=offsets)
     start = json.dumps(header).encode()
-    start += b" " * (-len(start) % 8)
+    padding = b" " * (-len(start) % 8)
     with open(path, "wb") as f:
-        f.write(len(start).to_bytes(8, "little") + start)
+        f.write(len(start + padding).to_bytes(8, "little") + start + padding)
         for key in list(weights):
+            w = mx.contiguous(weights.pop(key))
+            mx.eval(w)
             if key in finite and not finite.pop(key).item():
                 raise UserError(f"{key} has NaN or infinite values: not converted")
-            w = mx.contiguous(weights.pop(key))
             # Python has no bfloat16; as bytes there could be more than 2^31 elements.
             f.write(memoryview(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w))
             progress(w.nbytes)
@@ -307,27 +278,22 @@ def write_safetensors(
 
 def model_card(config: dict[str, Any], generation: str, name: str) -> str:
     """README.md of a model folder, with the metadata that the Hub reads."""
-    from huggingface_hub import ModelCardData
-
     repo, license_name, link = OFFICIAL[generation]
     origin, q = config["provenance"], config.get("quantization")
     base = origin["source"] if "/" in origin["source"] else repo
-    data = ModelCardData(
-        base_model=base,
-        library_name="mlx",
-        pipeline_tag="text-to-video",
-        license="other",
-        license_name=license_name,
-        license_link=link,
-        tags=["ltx-2", "text-to-audio-video"],
-    )
     gemma = " and the text encoder's" if generation == "2.5" else ""
     quantized = (
         f"The transformer's{gemma} blocks are "
         "quantized: {bits} bits ({mode}) in groups of {group_size}."
     )
     return f"""---
-{data.to_yaml()}
+base_model: {base}
+library_name: mlx
+pipeline_tag: text-to-video
+license: other
+license_name: {license_name}
+license_link: {link}
+tags: [ltx-2, text-to-audio-video]
 ---
 
 # {name}

@@ -26,8 +26,9 @@ from .guidance import Contexts
 from .hub import File
 from .latents import SPACE_SCALE, TIME_SCALE, Size, Streams, audio_tokens
 from .options import check_step, match_groups
+from .parts import GEMMA_4, first_file
 from .pipeline import Pipeline
-from .weights import GEMMA_4, first_file, text_encoder_files
+from .weights import text_encoder_files
 
 PICTURES = frozenset(".png .jpg .jpeg .webp .bmp .tif .tiff .heic .heif".split())
 VIDEOS = frozenset(".mp4 .mov .mkv .webm .avi .m4v .gif .mpg .ts".split())
@@ -312,7 +313,7 @@ class Dataset:
         """Latents (1, f, h, w, C) of a picture or of a clip's first frames."""
         if path.suffix.lower() in PICTURES:
             return encoders.image(str(path), 0, size)
-        x = encoders.clip(str(path), size.num_frames, size)
+        x = encoders.clip(str(path), 0, size.num_frames, size)
         if x.shape[1] != size.latent[0]:
             raise UserError(f"{path.name} ends before frame {size.num_frames}")
         return x

@@ -207,8 +207,8 @@ class Block(nn.Module):
             indices, done = queries[new] - start, queries[-1] + 1
             y = modulate(self.norm1(mx.concatenate(window, axis=1)), before_attn)
             y = self.attn(y, mx.array(indices), visible[mx.array(new)])
-            for i, y in zip(indices, mx.split(y, len(indices), axis=1)):
-                x = window[i] + y
+            for i, attended in zip(indices, mx.split(y, len(indices), axis=1)):
+                x = window[i] + attended
                 x = x + self.mlp(modulate(self.norm2(x), before_mlp))
                 mx.eval(x)
                 yield x

@@ -31,6 +31,7 @@ Both = tuple[Optional[mx.array], Optional[mx.array]]  # video, audio
 KeysValues = tuple[mx.array, mx.array]  # each (B, heads, N, head_dim)
 BothTexts = tuple[Optional[KeysValues], Optional[KeysValues]]
 Skips = tuple[bool, bool, bool, bool]  # video and audio self-attention, a2v, v2a
+NO_SKIPS: Skips = (False, False, False, False)
 PREFIXES = ("", "audio_")  # of the layers of the video and the audio stream
 
 
@@ -282,29 +283,20 @@ class Block(nn.Module):
         return vx, ax
 
     def __call__(
-        self,
-        states: Both,
-        streams: Streams,
-        text: BothTexts,
-        skips: Skips = (False,) * 4,
+        self, states: Both, streams: Streams, text: BothTexts, skips: Skips = NO_SKIPS
     ) -> Both:
         """The states (B, T, D) of both streams after this block; either stream may be
         None. `text` is what `text_keys_values` returned."""
-        (vx, ax), (video, audio) = states, streams
-        skip_video_attn, skip_audio_attn, skip_a2v, skip_v2a = skips
-        updates = [s is not None and s.tokens.enabled for s in streams]
-        if updates[0]:
-            vx = self.attend("", video, vx, text[0], skip_video_attn)
-        if updates[1]:
-            ax = self.attend("audio_", audio, ax, text[1], skip_audio_attn)
-        if video is not None and audio is not None:
-            a2v, v2a = updates[0] and not skip_a2v, updates[1] and not skip_v2a
-            vx, ax = self.cross_attend(vx, ax, video, audio, a2v, v2a)
-        if updates[0]:
-            vx = self.feed_forward("", video, vx)
-        if updates[1]:
-            ax = self.feed_forward("audio_", audio, ax)
-        return vx, ax
+        x = list(states)
+        updated = [i for i, s in enumerate(streams) if s and s.tokens.enabled]
+        for i in updated:
+            x[i] = self.attend(PREFIXES[i], streams[i], x[i], text[i], skips[i])
+        if None not in streams:
+            a2v, v2a = (i in updated and not skips[2 + i] for i in (0, 1))
+            x = list(self.cross_attend(*x, *streams, a2v, v2a))
+        for i in updated:
+            x[i] = self.feed_forward(PREFIXES[i], streams[i], x[i])
+        return tuple(x)
 
 
 class CaptionProjection(TimestepMLP):
@@ -360,14 +352,14 @@ class DiT(Component):
     def video_rope(self, bounds: np.ndarray) -> tuple[Rope, Rope]:
         """Self- and cross-modal tables of token bounds (3, T, 2): seconds, pixels."""
         c = self.config
-        max_pos = c.positional_embedding_max_pos
-        return self._ropes(bounds, c.video_dim, c.num_attention_heads, max_pos)
+        heads, max_pos = c.num_attention_heads, c.positional_embedding_max_pos
+        return self._ropes(bounds, c.video_dim, heads, max_pos)
 
     def audio_rope(self, bounds: np.ndarray) -> tuple[Rope, Rope]:
         """Self- and cross-modal tables of token bounds (1, T, 2) in seconds."""
-        c = self.config
+        c, heads = self.config, self.config.audio_num_attention_heads
         max_pos = c.audio_positional_embedding_max_pos
-        return self._ropes(bounds, c.audio_dim, c.audio_num_attention_heads, max_pos)
+        return self._ropes(bounds, c.audio_dim, heads, max_pos)
 
     def _ropes(self, bounds, dim, heads, max_pos) -> tuple[Rope, Rope]:
         c, theta = self.config, self.config.positional_embedding_theta
@@ -405,8 +397,8 @@ class DiT(Component):
         self, video: Optional[Tokens], audio: Optional[Tokens]
     ) -> tuple[Both, Streams]:
         """The first states (B, T, D) of both streams, and what the blocks read of them."""
-        (vx, v), (ax, a) = map(self._embed, PREFIXES, (video, audio), (audio, video))
-        return (vx, ax), (v, a)
+        pairs = map(self._embed, PREFIXES, (video, audio), (audio, video))
+        return tuple(zip(*pairs))
 
     def _embed(self, prefix: str, tokens: Optional[Tokens], other: Optional[Tokens]):
         if tokens is None:
@@ -511,15 +503,13 @@ def build_blocks(
 ) -> Iterator[Block]:
     """The transformer's blocks, each built when it is needed, with its weights, which
     are taken out of `weights`."""
-    groups: dict[str, dict[str, mx.array]] = {}
-    for key in [k for k in weights if k.startswith("transformer_blocks.")]:
-        _, number, inner = key.split(".", 2)
-        groups.setdefault(number, {})[inner] = weights.pop(key)
     for i in range(config.num_layers):
-        tensors = groups.pop(str(i), {})
+        prefix = f"transformer_blocks.{i}."
+        keys = [key for key in weights if key.startswith(prefix)]
+        tensors = {key.removeprefix(prefix): weights.pop(key) for key in keys}
         with no_random_weights():
             block = Block(config)
         if quantization:
-            picked = lambda path, _: f"{path}.scales" in tensors
+            picked = lambda path, _, tensors=tensors: f"{path}.scales" in tensors
             quantize(block, **quantization, class_predicate=picked)
         yield block.load_weights(list(tensors.items()))

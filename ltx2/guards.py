@@ -25,54 +25,47 @@ LARGEST = 10_000.0  # of any value; float16 ends at 65504
 def check_latents(stage: str, latents: mx.array) -> None:
     """Reject denoised latents that are not finite, hardly vary, or exploded."""
     std = mx.std(latents.astype(mx.float32)).item()
-    if not math.isfinite(std):
-        raise OutputError(f"{stage}: latents are not finite (expected std: 0.5 to 1.5)")
-    if not LATENT_STD[0] < std < LATENT_STD[1]:
+    if not LATENT_STD[0] < std < LATENT_STD[1]:  # or NaN
         raise OutputError(f"{stage}: latents have std {std:.3g} (expected: 0.5 to 1.5)")
 
 
 def check_waveform(waveform: np.ndarray) -> None:
     """Reject audio (samples, channels) that is not finite, or digital silence."""
     level = float((waveform.astype("float64") ** 2).mean()) ** 0.5
-    if not math.isfinite(level):
-        raise OutputError("output rejected: audio is not finite")
-    if level < SILENT:
-        raise OutputError(
-            f"output rejected: silent audio ({20 * math.log10(level + 1e-12):.0f} dB, "
-            "expected -40 to -10 dB)"
-        )
+    reject(not math.isfinite(level), "audio is not finite")
+    volume = f"{20 * math.log10(level + 1e-12):.0f} dB, expected -40 to -10 dB"
+    reject(level < SILENT, f"silent audio ({volume})")
+
+
+def reject(wrong: bool, reason: str) -> None:
+    if wrong:
+        raise OutputError(f"output rejected: {reason}")
 
 
 class FrameGuard:
-    """Follows frames (F, H, W, 3) in [0, 1] as they are decoded, judges at the end."""
+    """Follows frames (F, H, W, 3) in [0, 1] as they are decoded, and checks them at the end."""
 
     def __init__(self) -> None:
         self.frames, self.count, self.total, self.square = 0, 0, 0.0, 0.0
         self.last, self.change = None, 0.0
 
     def update(self, frames: mx.array) -> None:
-        if not mx.isfinite(frames).all().item():
-            raise OutputError(
-                "output rejected: frames are not finite (expected 0 to 1)"
-            )
+        finite = mx.isfinite(frames).all().item()
+        reject(not finite, "frames are not finite (expected 0 to 1)")
         self.frames += len(frames)
         self.count += frames.size
         self.total += frames.sum().item()
         self.square += mx.square(frames).sum().item()
-        seen = frames if self.last is None else mx.concatenate([self.last, frames])
-        if len(seen) > 1:
-            change = mx.abs(seen[1:] - seen[:-1]).max().item()
-            self.change = max(self.change, change)
+        pair = frames if self.last is None else mx.concatenate([self.last, frames])
+        if len(pair) > 1:
+            self.change = max(self.change, mx.abs(pair[1:] - pair[:-1]).max().item())
         self.last = mx.contiguous(frames[-1:])
         mx.eval(self.last)
 
     def check(self) -> None:
         mean = self.total / self.count
         std = max(0.0, self.square / self.count - mean**2) ** 0.5
-        if std < FLAT:
-            raise OutputError(
-                f"output rejected: flat image (brightness {mean:.2f}, std {std:.4f}, "
-                "expected 0.1 to 0.3)"
-            )
-        if self.frames > 1 and self.change == 0:
-            raise OutputError("output rejected: all frames are the same")
+        values = f"brightness {mean:.2f}, std {std:.4f}, expected 0.1 to 0.3"
+        reject(std < FLAT, f"flat image ({values})")
+        static = self.frames > 1 and self.change == 0
+        reject(static, "all frames are the same")

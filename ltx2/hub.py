@@ -9,11 +9,12 @@ import hashlib
 import json
 import re
 import shutil
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterable, Optional
+from typing import Any, Iterable, Iterator, Optional
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,7 @@ FOLDERS = (
     "diffusion_models text_encoders vae latent_upscale_models model_patches loras "
     "checkpoints"
 ).split()
+INSTEAD = ", take the original .safetensors file"
 DTYPES = {
     "BF16": mx.bfloat16,
     "F16": mx.float16,
@@ -39,8 +41,7 @@ DTYPES = {
     "U8": mx.uint8,
     "F8_E4M3": mx.uint8,  # as mx.load returns it
 }
-# Keys of a transformer, with any prefix, and of other files.
-TRANSFORMER = re.compile(r"(^|\.)(transformer_blocks\.0\.attn1|patchify_proj)\.")
+TRANSFORMER = re.compile(r"\b(transformer_blocks\.0\.attn1|patchify_proj)\.")  # keys
 
 
 @dataclass(eq=False)
@@ -62,7 +63,12 @@ class File:
     @cached_property
     def header(self) -> dict[str, Any]:
         """Dtype and shape of each tensor, and "__metadata__"; no tensor is read."""
-        return read_remote_header(self) if self.path is None else read_header(self.path)
+        if self.path:
+            return read_header(self.path)
+        with hub_api(self.repo) as api:
+            remote = api.parse_safetensors_file_metadata(self.repo, self.name)
+        tensors = {k: (t.dtype, tuple(t.shape)) for k, t in remote.tensors.items()}
+        return {"__metadata__": remote.metadata, **tensors}
 
     @property
     def keys(self) -> list[str]:
@@ -72,23 +78,11 @@ class File:
     def metadata(self) -> dict[str, str]:
         return self.header["__metadata__"] or {}
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The configuration in the metadata of an official file."""
-        return self.json_metadata("config")
-
-    @property
-    def is_ltx2(self) -> bool:
-        """Whether it describes a transformer with audio; LTX-Video's has the same keys."""
-        config = self.config if "config" in self.metadata else {}
-        return "audio_attention_head_dim" in (config.get("transformer") or {})
-
     def json_metadata(self, key: str) -> dict[str, Any]:
         """A JSON object in the metadata."""
         if key not in self.metadata:
-            raise UserError(
-                f"{self.name} is not an LTX-2 file (no {key} in its metadata)"
-            )
+            what = f"no {key} in its metadata"
+            raise UserError(f"{self.name} is not an LTX-2 file ({what})")
         return parse_json(self.metadata[key], f"{self.name}, {key}: ")
 
     @cached_property
@@ -111,45 +105,38 @@ class File:
         checkpoint or, for other files, ""."""
         if not self.name.endswith(".safetensors"):
             return ""
-        if self.path is None:  # by its name: headers of remote files take time
-            folder, _, name = self.name.rpartition("/")
-            words = {"lora": "lora", "upscaler": "upsampler"}
-            role = "checkpoint" if folder in ("", FOLDERS[0]) else "part"
-            return next((words[w] for w in words if w in self.name), role)
-        try:
-            keys = " ".join(self.keys)
+        folder = self.name.partition("/")[0] if "/" in self.name else ""
+        try:  # by its name on the Hub: headers of remote files take time
+            text = " ".join(self.keys) if self.path else self.name
         except UserError:  # reported if the file is needed
             return ""
-        if "lora" in keys:
+        if folder == "loras" or "lora" in text:
             return "lora"
-        if "upscaler" in keys or "initial_conv.weight" in keys:
+        if "upscaler" in text or "initial_conv.weight" in text:
             return "upsampler"
-        return "checkpoint" if any(map(TRANSFORMER.search, self.keys)) else "part"
+        named = not self.path and folder in ("", FOLDERS[0])
+        return "checkpoint" if named or TRANSFORMER.search(text) else "part"
 
     def arrays(self) -> dict[str, mx.array]:
-        """The tensors, lazily: evaluating one reads it. Of a file still on the Hub,
-        zeros, whose shapes and dtypes are enough for planning."""
-        if self.path is None:
-            tensors = {key: self.header[key] for key in self.keys}
-            return {k: mx.zeros(shape, DTYPES[t]) for k, (t, shape) in tensors.items()}
-        return mx.load(str(self.path), format="safetensors")
+        """The tensors, lazily: evaluating one reads it. Zeros if it is on the Hub."""
+        return mx.load(str(self.path), "safetensors") if self.path else self.zeros()
+
+    def zeros(self) -> dict[str, mx.array]:
+        """Zeros, lazily, with the shapes and dtypes of the tensors."""
+        tensors = {key: self.header[key] for key in self.keys}
+        return {k: mx.zeros(shape, DTYPES[t]) for k, (t, shape) in tensors.items()}
 
     def fetch(self) -> Path:
         """Download the file if needed; an interrupted download is resumed."""
         if self.path is None:
             from huggingface_hub import hf_hub_download
 
-            with hub_errors(self.repo):
+            with hub_api(self.repo):
                 self.path = Path(hf_hub_download(self.repo, self.name))
         return self.path
 
     def json(self) -> dict[str, Any]:
         return parse_json(self.fetch().read_bytes(), f"{self.path}: ")
-
-    @property
-    def is_converted(self) -> bool:
-        """Whether it is the config.json of a converted folder."""
-        return self.json().get("model_type") == "ltx2"
 
     def checksum(self) -> str:
         """The sha256 of the complete file."""
@@ -167,12 +154,11 @@ class File:
         tens of GB only for metadata would be too slow."""
         if self.sha256:
             return f"sha256:{self.sha256}"
-        digest = hashlib.sha256(str(self.size).encode())
         with open(self.path, "rb") as f:
-            digest.update(f.read(1 << 20))
+            start = f.read(1 << 20)
             f.seek(max(0, self.size - (1 << 20)))
-            digest.update(f.read())
-        return f"ends:{digest.hexdigest()}"
+            ends = str(self.size).encode() + start + f.read()
+        return f"ends:{hashlib.sha256(ends).hexdigest()}"
 
 
 # Headers
@@ -181,19 +167,16 @@ class File:
 def read_header(path: Path) -> dict[str, Any]:
     """A safetensors file's header, checked against the file's size."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
-            tensors = {
-                k: (s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()
-            }
-            metadata = file.metadata() or {}
+        with safe_open(path, framework="numpy"), open(path, "rb") as f:
+            text = f.read(int.from_bytes(f.read(8), "little"))
     except SafetensorError as error:
         raise UserError(f"{path} {invalid(path, str(error))}") from None
-    with open(path, "rb") as f:  # safe_open takes the last of duplicate names
-        header = f.read(int.from_bytes(f.read(8), "little"))
-    names = [key for key, _ in json.loads(header, object_pairs_hook=list)]
-    if len(set(names)) < len(names):
+    pairs = json.loads(text, object_pairs_hook=list)  # dict(pairs) takes the last name
+    header = {key: dict(entry or ()) for key, entry in pairs}
+    if len(header) < len(pairs):
         raise UserError(f"{path} has duplicate tensor names")
+    metadata = header.pop("__metadata__", {})
+    tensors = {k: (t["dtype"], tuple(t["shape"])) for k, t in header.items()}
     return {"__metadata__": metadata, **tensors}
 
 
@@ -204,19 +187,10 @@ def invalid(path: Path, error: str) -> str:
     if start.startswith(b"version https://git-lfs"):
         return "is a git-lfs pointer, not the file itself: run git lfs pull"
     if start.startswith(b"GGUF"):
-        return "is a GGUF file, which is not supported: take the .safetensors file"
+        return f"is a GGUF file, which is not supported{INSTEAD}"
     if re.search("not fully covered|header length", error) or len(start) < 8:
         return "is truncated or damaged: download it again"
     return f"is not a safetensors file ({error.rpartition(': ')[2]})"
-
-
-def read_remote_header(f: File) -> dict[str, Any]:
-    from huggingface_hub import HfApi
-
-    with hub_errors(f.repo):
-        remote = HfApi().parse_safetensors_file_metadata(f.repo, f.name)
-    tensors = {k: (t.dtype, tuple(t.shape)) for k, t in remote.tensors.items()}
-    return {"__metadata__": remote.metadata, **tensors}
 
 
 # From names to files
@@ -225,32 +199,39 @@ def read_remote_header(f: File) -> dict[str, Any]:
 def resolve(name: str, file: Optional[str] = None) -> tuple[list[File], Optional[str]]:
     """The files that a name stands for, and which of them is chosen, if one is: a
     safetensors file, a folder, a Hub repository, or a file in one (owner/name/file)."""
-    path = Path(name).expanduser()
-    root = next((p.parent for p in path.parents if p.name == FOLDERS[0]), None)
-    if path.is_file() and path.suffix != ".safetensors":
-        kind = {".gguf": "GGUF files are"}.get(path.suffix, "such files are")
-        raise UserError(f"{name}: {kind} not supported, take the .safetensors file")
-    if path.is_file() and root:  # of a split model
-        return folder_files(root), path.relative_to(root).as_posix()
-    if path.is_file():
-        if file:
-            raise UserError("--file cannot be used when the source is a single file")
-        return [File(path.name, path.stat().st_size, path)], path.name
+    path = Path(name or "/dev/null").expanduser()  # "" would be this folder
     if path.is_dir():
         return folder_files(path), file
-    repository = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
-    if repository and (repository[2] or not name.endswith(".safetensors")):
-        return repository_files(repository[1]), repository[2] or file
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            kind = path.suffix[1:].upper() or "such"
+            raise UserError(f"{name}: {kind} files are not supported{INSTEAD}")
+        if file:
+            raise UserError("--file cannot be used when the source is a single file")
+        for folder in path.parents[:2]:
+            if folder.name == FOLDERS[0]:  # of a split model
+                root = folder.parent
+                return folder_files(root), path.relative_to(root).as_posix()
+        return [File(path.name, path.stat().st_size, path)], path.name
+    repo, inner = split_repository(name)
+    if repo and (inner or not name.endswith(".safetensors")):
+        return repository_files(repo), inner or file
     raise UserError(f"{name}: no such file or folder, nor a Hub repository's name")
+
+
+def split_repository(name: str) -> tuple[str, str]:
+    """The repository and the rest of owner/name/rest; "" for what is not there."""
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
+    return (match[1], match[2] or "") if match else ("", "")
 
 
 def single_file(name: str) -> File:
     """A file on this disk or in a repository (owner/name/file)."""
     files, file = resolve(name)
-    found = [f for f in files if f.name == file]
-    if not found:
-        raise UserError(f"{name} is not a file" + (f": {file} not found" * bool(file)))
-    return found[0]
+    for f in files:
+        if f.name == file:
+            return f
+    raise UserError(f"{name}: no such file")
 
 
 def choose(name: str, files: list[File], file: Optional[str] = None) -> list[File]:
@@ -260,29 +241,36 @@ def choose(name: str, files: list[File], file: Optional[str] = None) -> list[Fil
     checkpoint `file` or the default one first, then all that may hold other parts, the
     newest of each upsampler and the license.
     """
-    names = {f.name: f for f in files}
     weights = [f for f in files if f.name.endswith(".safetensors")]
     licenses = [f for f in files if f.name.startswith("LICENSE")]
-    if not file and "config.json" in names and names["config.json"].is_converted:
-        return [names["config.json"], *weights, *licenses]
+    config = None if file else converted_config(files)
+    if config:
+        return [config, *weights, *licenses]
     if file:
         chosen = [f for f in weights if file in (f.name, f.name.split("/")[-1])]
     else:
         chosen = choose_checkpoint([f for f in weights if f.role == "checkpoint"])
-    parts = [f for f in weights if f.role == "part" and f not in chosen]
     if not chosen:
-        raise UserError(f"{name} has no {file or 'checkpoint'}{instead(files)}")
+        raise UserError(f"{name} has no {file or 'checkpoint'}{found_instead(files)}")
+    parts = [f for f in weights if f.role == "part" and f not in chosen]
     upsamplers = [f for f in weights if f.role == "upsampler" and f not in chosen]
     newest = {re.sub(r"-[\d.]+safetensors$", "", f.name): f for f in upsamplers}
     return [*chosen, *parts, *newest.values(), *licenses]
 
 
+def converted_config(files: list[File]) -> Optional[File]:
+    """The config.json among the files of a converted folder; None for other folders."""
+    config = next((f for f in files if f.name == "config.json"), None)
+    return config if config and config.json().get("model_type") == "ltx2" else None
+
+
 def choose_checkpoint(checkpoints: list[File]) -> list[File]:
     """The default one; else the only one, or the only one that can be used."""
-    for f in checkpoints if len(checkpoints) > 1 else ():
-        if f.name.split("/")[-1] in DEFAULT_FILES:
-            return [f]
-    usable = [f for f in checkpoints if not f.problem and f.is_ltx2]
+    default = [f for f in checkpoints if f.name.split("/")[-1] in DEFAULT_FILES]
+    if default and len(checkpoints) > 1:
+        return default[:1]
+    # The config tells it from LTX-Video, whose transformer has the same keys.
+    usable = [f for f in checkpoints if not f.problem and "audio" in str(f.metadata)]
     if len(usable) > 1:
         raise UserError(
             f"{usable[0].name} and {usable[1].name} both hold the transformer: choose "
@@ -293,20 +281,16 @@ def choose_checkpoint(checkpoints: list[File]) -> list[File]:
     return usable or checkpoints[:1]
 
 
-def instead(files: list[File]) -> str:
+def found_instead(files: list[File]) -> str:
     """What a folder without a checkpoint holds."""
-    names = [f.name for f in files]
-    if "model_index.json" in names:
-        return ": diffusers folders are not supported, take the original .safetensors"
-    if any(name.endswith(".gguf") for name in names):
-        return ": GGUF files are not supported, take the .safetensors file"
-    damaged = [
-        f.problem for f in files if f.name.endswith(".safetensors") and f.problem
-    ]
-    if damaged:
-        return f": {damaged[0]}"
-    weights = [name for name in names if name.endswith(".safetensors")]
-    return f", only {', '.join(weights) or 'other files'}"
+    unsupported = {"model_index.json": "diffusers folders", ".gguf": "GGUF files"}
+    for end, kind in unsupported.items():
+        if any(f.name.endswith(end) for f in files):
+            return f": {kind} are not supported{INSTEAD}"
+    weights = [f for f in files if f.name.endswith(".safetensors")]
+    problems = [f": {f.problem}" for f in weights if f.problem]
+    others = ", ".join(f.name for f in weights) or "other files"
+    return problems[0] if problems else f", only {others}"
 
 
 def model_files(names: Iterable[str]) -> list[str]:
@@ -319,36 +303,35 @@ def model_files(names: Iterable[str]) -> list[str]:
 
 
 def folder_files(folder: Path, repo: str = "") -> list[File]:
-    paths = [
-        *folder.iterdir(),
-        *(p for sub in FOLDERS for p in folder.glob(f"{sub}/**/*")),
-    ]
+    patterns = ["*", *(f"{sub}/{inner}" for sub in FOLDERS for inner in ("*", "*/*"))]
+    paths = (path for pattern in patterns for path in folder.glob(pattern))
     names = model_files(p.relative_to(folder).as_posix() for p in paths if p.is_file())
     return [File(n, (folder / n).stat().st_size, folder / n, repo) for n in names]
 
 
-def repository_files(repo: str) -> list[File]:
-    """The files of a repository, or of its copy in the cache when offline."""
-    from huggingface_hub import HfApi, errors, snapshot_download, try_to_load_from_cache
+def repository_files(repo: str, folder: str = "") -> list[File]:
+    """The files of a model in a repository, or in its copy in the cache when offline;
+    or all files of one `folder`."""
+    from huggingface_hub import errors, snapshot_download, try_to_load_from_cache
 
     try:
-        with hub_errors(repo):
-            info = HfApi().model_info(repo, files_metadata=True)
+        with hub_api(repo) as api:
+            info = api.model_info(repo, files_metadata=True)
     except Unreachable as error:
         try:  # allow_patterns lets it accept a partial snapshot
-            folder = snapshot_download(
-                repo, local_files_only=True, allow_patterns="config.json"
-            )
+            options = {"local_files_only": True, "allow_patterns": "config.json"}
+            cached = Path(snapshot_download(repo, **options))
         except errors.LocalEntryNotFoundError:
             raise error from None
         note(f"{error}; using its copy in the cache")
-        return folder_files(Path(folder), repo)
+        return folder_files(cached / folder, repo)
     siblings, files = {s.rfilename: s for s in info.siblings}, []
-    for name in model_files(siblings):
+    inside = [name for name in siblings if name.rpartition("/")[0] == folder]
+    for name in inside if folder else model_files(siblings):
+        size, lfs = siblings[name].size, siblings[name].lfs
         path = try_to_load_from_cache(repo, name, revision=info.sha)
         path = Path(path) if isinstance(path, str) else None
-        s = siblings[name]
-        files.append(File(name, s.size, path, repo, s.lfs.sha256 if s.lfs else ""))
+        files.append(File(name, size, path, repo, lfs.sha256 if lfs else ""))
     return files
 
 
@@ -373,10 +356,8 @@ def cache_folder() -> Path:
 
 def listing(files: list[File]) -> str:
     """One line a file: size, name, whether it is to be downloaded."""
-    notes = {True: "", False: "  to be downloaded"}
-    return "\n".join(
-        f"{gigabytes(f.size):>12}  {f.name}{notes[f.path is not None]}" for f in files
-    )
+    note = lambda f: "" if f.path else "  to be downloaded"
+    return "\n".join(f"{gigabytes(f.size):>12}  {f.name}{note(f)}" for f in files)
 
 
 def gigabytes(size: int) -> str:
@@ -385,33 +366,29 @@ def gigabytes(size: int) -> str:
 
 def check_space(needed: dict[Path, int]) -> None:
     """Report the space needed (bytes by folder) and free; UserError if it is too little."""
-    disks: dict[int, int] = {}
+    disks: dict[int, int] = defaultdict(int)
     for folder, size in needed.items():
         while not folder.exists():
             folder = folder.absolute().parent
         disk, free = folder.stat().st_dev, shutil.disk_usage(folder).free
-        disks[disk] = disks.get(disk, 0) + size
+        disks[disk] += size
+        sizes = f"{gigabytes(disks[disk])} needed, {gigabytes(free)} free"
         if size:
-            sizes = f"{gigabytes(disks[disk])} needed, {gigabytes(free)} free"
             LOG.info(f"disk of {folder}: {sizes}")
-            if disks[disk] > free:
-                raise UserError(f"not enough space on the disk of {folder}: {sizes}")
+        if disks[disk] > free:
+            raise UserError(f"not enough space on the disk of {folder}: {sizes}")
 
 
 def upload(folder: Path, repo: str, message: str = "Add the converted model") -> None:
-    """Put a folder into a repository, which is created if needed."""
-    from huggingface_hub import HfApi
-
-    with hub_errors(repo):
-        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+    """Put a folder into a repository."""
+    with hub_api(repo) as api:
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
 
 
 def create_repository(repo: str) -> None:
     """Create a repository if needed: the Hub's answer shows whether it can be written."""
-    from huggingface_hub import HfApi
-
-    with hub_errors(repo):
-        HfApi().create_repo(repo_id=repo, exist_ok=True)
+    with hub_api(repo) as api:
+        api.create_repo(repo_id=repo, exist_ok=True)
 
 
 class Unreachable(UserError):
@@ -419,12 +396,13 @@ class Unreachable(UserError):
 
 
 @contextmanager
-def hub_errors(repo: str):
-    """The Hub's errors as UserErrors."""
-    from huggingface_hub import errors
+def hub_api(repo: str) -> Iterator[Any]:
+    """The Hub's API; its errors as UserErrors."""
+    from huggingface_hub import HfApi, errors
 
+    away = errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HTTPError
     try:
-        yield
+        yield HfApi()
     except errors.GatedRepoError:
         page = f"https://huggingface.co/{repo}"
         raise UserError(f"accept the license at {page}, then `hf auth login`") from None
@@ -434,9 +412,5 @@ def hub_errors(repo: str):
         raise UserError(f"a file of {repo} is not valid: {error}") from None
     except errors.HfHubHTTPError as error:
         raise UserError(f"the Hub refuses {repo}: {error}") from None
-    except (
-        errors.HTTPError,
-        errors.OfflineModeIsEnabled,
-        errors.LocalEntryNotFoundError,
-    ) as error:
+    except away as error:
         raise Unreachable(f"the Hub cannot be reached for {repo}: {error}") from None

@@ -32,11 +32,17 @@ class Size:
     num_frames: int
     fps: float
     audio_tokens: int = 0
+    conditioned_fps: Optional[float] = None  # of the positions; None: fps
 
     @property
     def latent(self) -> tuple[int, int, int]:
         """Latent frames, rows and columns."""
         return (latent_frames(self.num_frames), *self.latent_sides)
+
+    @property
+    def rate(self) -> float:
+        """The frame rate that the model is told, by the tokens' positions."""
+        return self.conditioned_fps or self.fps
 
     @property
     def latent_sides(self) -> tuple[int, int]:
@@ -57,7 +63,7 @@ class Size:
         """[start, end) of each token of a stream: (axes, T, 2)."""
         if stream == "audio":
             return audio_bounds(self.audio_tokens)
-        return video_bounds(*self.latent, self.fps)
+        return video_bounds(*self.latent, self.rate)
 
     def divided(self, by: Fraction | int) -> Size:
         """The size with smaller sides."""
@@ -67,7 +73,9 @@ class Size:
 
     def doubled(self) -> Size:
         """The size at twice the frame rate; the first frame is not doubled."""
-        return replace(self, num_frames=2 * self.num_frames - 1, fps=2 * self.fps)
+        rate = self.conditioned_fps and 2 * self.conditioned_fps
+        frames = 2 * self.num_frames - 1
+        return replace(self, num_frames=frames, fps=2 * self.fps, conditioned_fps=rate)
 
 
 def latent_frames(num_frames: int) -> int:
@@ -328,6 +336,7 @@ class Reference:
     downscale_factor: int = 1
     temporal_scale_factor: int = 1
     visibility: float | np.ndarray = 1.0
+    skip: int = 0  # latent frames that are left out, the others keep their places
 
     def __call__(self, state: LatentState) -> LatentState:
         _, frames, height, width, _ = self.latents.shape
@@ -337,7 +346,8 @@ class Reference:
         if slow != 1:
             late = np.float32((slow - 1) / self.fps)
             bounds[0] = np.maximum(bounds[0] * np.float32(slow) - late, 0)
-        tokens = video_tokens(self.latents)
+        bounds = bounds[:, self.skip * height * width :]
+        tokens = video_tokens(self.latents[:, self.skip :])
         visible = np.broadcast_to(
             np.asarray(self.visibility, np.float32), tokens.shape[1]
         )

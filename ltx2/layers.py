@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from typing import Any, Callable, ClassVar, Iterator, Optional, Sequence
+from typing import Any, ClassVar, Iterator, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -111,7 +111,7 @@ def apply_rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 
 def prefetch(modules: Iterator[nn.Module]) -> Iterator[nn.Module]:
     """Modules with their weights loaded: takes and loads the next one while the current
-    one computes (what the caller has given to `mx.async_eval`), then frees that."""
+    one computes (with `mx.async_eval` by the caller), then frees that."""
     current = next(modules, None)
     while current is not None:
         mx.eval(current.parameters())

@@ -29,13 +29,20 @@ def dequantize_from() -> float:
 class QuantizedLinear(nn.QuantizedLinear):
     """Multiplies by the quantized weight, or dequantizes it first where that is faster."""
 
+    @property
+    def parts(self) -> tuple:
+        return self.weight, self.scales, self.get("biases")
+
+    def dequantized(self, dtype: mx.Dtype) -> mx.array:
+        format = self.group_size, self.bits, self.mode
+        return mx.dequantize(*self.parts, *format, dtype=dtype)
+
     def product(self, x: mx.array) -> mx.array:
         """Without the bias."""
-        parts = self.weight, self.scales, self.get("biases")
+        if x.size // x.shape[-1] >= dequantize_from():
+            return x @ self.dequantized(x.dtype).T
         format = self.group_size, self.bits, self.mode
-        if x.size // x.shape[-1] < dequantize_from():
-            return mx.quantized_matmul(x, *parts, True, *format)
-        return x @ mx.dequantize(*parts, *format, dtype=x.dtype).T
+        return mx.quantized_matmul(x, *self.parts, True, *format)
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.product(x)

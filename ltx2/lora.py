@@ -1,102 +1,235 @@
-"""LoRAs: read from files, attached to linear layers or fused into weights."""
+"""LoRAs: read as any trainer writes them, checked, and added to linear layers."""
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Any, Callable, Iterable, Literal, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from .base import UserError
+from .base import UserError, checked, parse_json
+from .linear import QuantizedLinear
 
-# Modules that diffusers has renamed: its names and the official ones
-DIFFUSERS_NAMES = {
-    "proj_in": "patchify_proj",
-    "audio_proj_in": "audio_patchify_proj",
-    "time_embed": "adaln_single",
-    "audio_time_embed": "audio_adaln_single",
-    "prompt_adaln": "prompt_adaln_single",
-    "audio_prompt_adaln": "audio_prompt_adaln_single",
-    "av_cross_attn_video_scale_shift": "av_ca_video_scale_shift_adaln_single",
-    "av_cross_attn_audio_scale_shift": "av_ca_audio_scale_shift_adaln_single",
-    "av_cross_attn_video_a2v_gate": "av_ca_a2v_gate_adaln_single",
-    "av_cross_attn_audio_v2a_gate": "av_ca_v2a_gate_adaln_single",
-}
-KEY = re.compile(
-    r"(?P<style>diffusion_model|transformer)\.(?P<path>.+)\."
-    r"(?P<part>lora_A\.weight|lora_B\.weight|lora_down\.weight|lora_up\.weight|alpha)"
+# What tools put in front of a module's name: peft, ComfyUI, diffusers, torch.compile,
+# kohya and musubi, LyCORIS
+PREFIXES = "base_model.model. model. diffusion_model. transformer. _orig_mod. ".split()
+PREFIXES += "lora_unet_ lora_transformer_ lycoris_".split()
+FACTOR = re.compile(
+    r"(.+)\.(?:lora_|lora\.|lora_linear_layer\.)(A|B|down|up)(?:\.\w+)?\.weight"
 )
+# What is more than a LoRA, or something else
+UNSUPPORTED = {
+    r"(text_encoder|lora_te|te\d?[._]).*": "changes the text encoder",
+    r".*\.lokr_\w+": "is a LoKr",
+    r".*\.hada_\w+": "is a LoHa",
+    r".*\.b?oft_\w+": "is an OFT",
+    r".*\.(dora_scale|lora_magnitude_vector.*)": "is a DoRA",
+    r".*\.(diff_b|lora_\w+\.bias)": "changes biases",
+    r".*\.lora_mid\.weight": "has convolutions",
+    r".*\.diff": "replaces weights",
+}
+# Modules that diffusers has renamed: the official names and those
+DIFFUSERS_NAMES = {
+    "patchify_proj": "proj_in",
+    "audio_patchify_proj": "audio_proj_in",
+    "adaln_single": "time_embed",
+    "audio_adaln_single": "audio_time_embed",
+    "prompt_adaln_single": "prompt_adaln",
+    "audio_prompt_adaln_single": "audio_prompt_adaln",
+    "av_ca_video_scale_shift_adaln_single": "av_cross_attn_video_scale_shift",
+    "av_ca_audio_scale_shift_adaln_single": "av_cross_attn_audio_scale_shift",
+    "av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
+    "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
+}
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MERGE_FROM = 4000  # rows from which on LoRALinear adds B A to the weight first
+
+Factors = tuple[mx.array, mx.array]  # A (r, in), B (out, r)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lora:
-    """Factors by module path: A (r, in), B (out, r) times alpha / r."""
+    """Factors by module, B times alpha / r; `check` finds the model's modules."""
 
     name: str
-    factors: dict[str, tuple[mx.array, mx.array]]
+    factors: dict[str, Factors]
     metadata: dict[str, str]
+    alphas: set[float] = field(default_factory=set)  # of all modules, if there are any
 
     @classmethod
     def read(cls, path: str | Path) -> Lora:
-        """Read a LoRA with keys as in official files, ComfyUI or diffusers, lazily.
-
-        `path` may be a folder that train.py wrote. Raises UserError if the file is not a
-        LoRA or has other keys.
-        """
-        path = Path(path)
-        path = path / "adapters.safetensors" if path.is_dir() else path
-        if not path.is_file():
-            raise UserError(f"LoRA {path}: no such file")
+        """Read a LoRA file or a folder with an adapter, lazily. Raises UserError for
+        anything else, naming what is not supported."""
+        path = adapter_file(Path(path).expanduser())
         try:
             tensors, metadata = mx.load(str(path), "safetensors", return_metadata=True)
         except RuntimeError:
             raise UserError(f"LoRA {path} is not a safetensors file") from None
+        adapter = Adapter.read(path, metadata)
         parts: dict[str, dict[str, mx.array]] = {}
         for key, tensor in tensors.items():
-            match = KEY.fullmatch(key.removeprefix("model."))
-            if match is None:
-                raise UserError(f"LoRA {path}: unrecognized key {key}")
-            module = match["path"]
-            if match["style"] == "transformer":
-                head, _, rest = module.partition(".")
-                module = f"{DIFFUSERS_NAMES.get(head, head)}.{rest}".rstrip(".")
-            part = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
-            name = part.get(match["part"], match["part"][5:6])
-            parts.setdefault(module, {})[name] = tensor
+            module, part = parse(path, key)
+            if part in parts.setdefault(module, {}):
+                raise UserError(f"LoRA {path} has two factors {part} for {module}")
+            parts[module][part] = tensor
         if not parts:
             raise UserError(f"LoRA {path} has no factors")
-        factors = {}
+        mx.eval([p["alpha"] for p in parts.values() if "alpha" in p])
+        factors, alphas = {}, set()
         for module, p in parts.items():
             if not {"A", "B"} <= p.keys():
                 raise UserError(f"LoRA {path}: missing lora_A or lora_B for {module}")
             a, b = p["A"], p["B"]
-            if "alpha" in p:
-                b = b.astype(mx.float32) * (p["alpha"].astype(mx.float32) / a.shape[0])
-            factors[module] = (a, b)
-        return cls(path.name, factors, metadata)
+            fit = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] > 0
+            if not fit or not all(mx.issubdtype(x.dtype, mx.floating) for x in (a, b)):
+                shapes = f"{a.shape} {a.dtype} and {b.shape} {b.dtype}"
+                raise UserError(
+                    f"LoRA {path}: factors of {module} do not fit: {shapes}"
+                )
+            alpha = adapter.alpha(module, p.get("alpha"))
+            if alpha is not None:
+                if not math.isfinite(alpha) or alpha == 0:
+                    raise UserError(f"LoRA {path}: alpha of {module} is {alpha}")
+                rank = math.sqrt(len(a)) if adapter.use_rslora else len(a)
+                b = b if alpha == rank else b.astype(mx.float32) * (alpha / rank)
+                alphas.add(alpha)
+            factors[module] = a, b
+        return cls(path.name, factors, metadata, alphas)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the factors."""
+        """The bytes of all factors."""
         return sum(a.nbytes + b.nbytes for a, b in self.factors.values())
 
     def check(self, model: nn.Module) -> None:
-        """Raise UserError unless each pair of factors fits a linear layer of `model`."""
-        layers = dict(model.named_modules())
-        for path, (a, b) in self.factors.items():
-            layer = layers.get(path)
-            shape = None if layer is None else linear_shape(layer)
-            if shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
-                found = "no such layer" if shape is None else "%dx%d" % shape
+        """Rename the factors' modules to the model's. Raises UserError unless each pair
+        fits a linear layer of it."""
+        layers = linear_layers(model)
+        found = self.find(layers)
+        for module, (a, b) in self.factors.items():
+            path = found.get(module)
+            shape = path and linear_shape(layers[path])
+            if shape != (b.shape[0], a.shape[1]):
+                there = "x".join(map(str, shape)) if shape else "no such layer"
                 raise UserError(
                     f"LoRA {self.name} does not fit this model: factors "
-                    f"{b.shape[0]}x{b.shape[1]} and {a.shape[0]}x{a.shape[1]} for {path}, "
-                    f"where the model has {found}; it was made for another generation"
+                    f"{b.shape[0]}x{b.shape[1]} and {a.shape[0]}x{a.shape[1]} for "
+                    f"{path or module}, where the model has {there}; it was made for "
+                    "another generation"
                 )
+        self.factors = {found[k]: pair for k, pair in self.factors.items()}
+        if len(self.factors) < len(found):
+            twice = next(p for p in self.factors if [*found.values()].count(p) > 1)
+            raise UserError(f"LoRA {self.name} has two factors A and B for {twice}")
+
+    def find(self, paths: Iterable[str]) -> dict[str, str]:
+        """The model's path of each module that is among `paths`. Names are compared with
+        underscores for dots, which is how kohya writes them."""
+        names: dict[str, str] = {}
+        for path in paths:
+            head, _, rest = path.partition(".")
+            other = f"{DIFFUSERS_NAMES.get(head, head)}.{rest}".strip(".")
+            names[other.replace(".", "_")] = names[path.replace(".", "_")] = path
+        flat = {module: module.replace(".", "_") for module in self.factors}
+        return {module: names[name] for module, name in flat.items() if name in names}
+
+    def describe(self, strength: float) -> str:
+        """One line: what was found, and with which strength it is used."""
+        ranks = {len(a) for a, _ in self.factors.values()}
+        numbers = lambda n: " to ".join(f"{x:g}" for x in sorted({min(n), max(n)}))
+        alpha = f"alpha {numbers(self.alphas)}" if self.alphas else "no alpha"
+        return (
+            f"LoRA {self.name}: {len(self.factors)} layers of rank {numbers(ranks)}, "
+            f"{alpha}, strength {strength:g}"
+        )
+
+    def check_values(self) -> None:
+        """Raise UserError if a factor is not finite. Reads all of them."""
+        for module, factors in self.factors.items():
+            if not all(mx.isfinite(x).all().item() for x in factors):
+                raise UserError(f"LoRA {self.name}: a factor of {module} is not finite")
+
+
+def adapter_file(path: Path) -> Path:
+    """The file of a LoRA: the path itself, or the one of the folder of train.py or peft."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"LoRA {path}: no such file")
+        return path
+    files = sorted(path.glob("*.safetensors"))
+    named = [f for f in files if f.name in ("adapters.safetensors", PEFT_FILE)]
+    if len(named or files) != 1:
+        raise UserError(
+            f"LoRA {path}: {len(files)} safetensors files, name one of them"
+        )
+    return (named or files)[0]
+
+
+def parse(path: Path, key: str) -> tuple[str, str]:
+    """A key's module, without prefixes, and its part: "A", "B" or "alpha"."""
+    name = key
+    while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
+        name = name.removeprefix(prefix)
+    for pattern, what in UNSUPPORTED.items():
+        if re.fullmatch(pattern, name):
+            raise UserError(f"LoRA {path} {what} ({key}), which is not supported")
+    if name.endswith(".alpha"):
+        return name.removesuffix(".alpha"), "alpha"
+    if match := FACTOR.fullmatch(name):
+        return match[1], {"down": "A", "up": "B"}.get(match[2], match[2])
+    raise UserError(f"LoRA {path}: unrecognized key {key}")
+
+
+@dataclass
+class Adapter:
+    """What a trainer says of a LoRA, in peft's terms."""
+
+    peft_type: Literal["LORA"] = "LORA"
+    use_dora: Literal[False, None] = False
+    use_rslora: Optional[bool] = False  # alpha / sqrt(r)
+    lora_alpha: Optional[float] = None
+    alpha_pattern: Optional[dict[str, float]] = None  # by pattern of module names
+
+    @classmethod
+    def read(cls, path: Path, metadata: dict[str, str]) -> Adapter:
+        """From peft's file, or the metadata of diffusers, kohya and others."""
+        text, file = (
+            metadata.get("lora_adapter_metadata", "{}"),
+            path.parent / PEFT_CONFIG,
+        )
+        if path.name == PEFT_FILE and file.is_file():
+            text = file.read_text()
+        config = parse_json(text, f"LoRA {path}: ")
+        config = {k.removeprefix("transformer."): v for k, v in config.items()}
+        for key in ("ss_network_alpha", "lora_alpha", "alpha"):
+            with suppress(ValueError):  # kohya writes None
+                config.setdefault("lora_alpha", float(metadata.get(key, "")))
+        used = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
+        return checked(cls, used, f"LoRA {path}: ")
+
+    def alpha(self, module: str, tensor: Optional[mx.array]) -> Any:
+        """A module's alpha: its tensor, its pattern as in peft, or the one of all."""
+        if tensor is not None:
+            return tensor.item() if tensor.size == 1 else math.nan
+        matches = lambda pattern: re.fullmatch(rf"(.*\.)?({pattern})", module)
+        found = (a for k, a in (self.alpha_pattern or {}).items() if matches(k))
+        return next(found, self.lora_alpha)
+
+
+# Layers
+
+
+def linear_layers(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """The linear layers by path; a LoRALinear counts as one."""
+    layers = {prefix + k: m for k, m in model.named_modules()}
+    inner = {f"{k}.linear" for k, m in layers.items() if isinstance(m, LoRALinear)}
+    return {k: m for k, m in layers.items() if linear_shape(m) and k not in inner}
 
 
 def linear_shape(layer: nn.Module) -> Optional[tuple[int, int]]:
@@ -108,10 +241,14 @@ def linear_shape(layer: nn.Module) -> Optional[tuple[int, int]]:
     return layer.weight.shape if isinstance(layer, nn.Linear) else None
 
 
+class FusedLinear(nn.Linear):
+    """A linear layer whose weight contains LoRAs."""
+
+
 class LoRALinear(nn.Module):
-    """A linear layer plus its LoRAs: x W^T + (x A^T s) B^T, where A and B hold the rows
-    of all LoRAs. The strengths s (r,) are not folded into B, which 16 bits would round.
-    """
+    """A linear layer plus its LoRAs: x W^T + (x A^T s) B^T, where A and B hold
+    the rows of all LoRAs. The strengths s (r,) are not folded into B, which 16 bits would
+    round. From MERGE_FROM rows on it is faster to add B A to the dequantized weight."""
 
     def __init__(self, linear: nn.Module, a: mx.array, b: mx.array, s: mx.array):
         super().__init__()
@@ -123,46 +260,81 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         a, b, s = (w.astype(x.dtype) for w in (self.lora_a, self.lora_b, self.strength))
-        return self.linear(x) + (x @ a.T * s) @ b.T
+        rows, linear = x.size // x.shape[-1], self.linear
+        if rows < MERGE_FROM or not isinstance(linear, QuantizedLinear):
+            return linear(x) + (x @ a.T * s) @ b.T
+        y = x @ (linear.dequantized(x.dtype) + b * s @ a).T
+        return y + linear.bias if "bias" in linear else y
+
+
+def merge(
+    w: mx.array,
+    factors: Iterable[tuple[mx.array, mx.array, float]],
+    stored: Optional[mx.Dtype] = None,
+) -> mx.array:
+    """W + sum of s B A, computed in float32 and rounded once to the `stored` dtype of W
+    (None: its own), lazily: the reference adds LoRAs to the weights as stored."""
+    total = w.astype(mx.float32)
+    for a, b, s in factors:
+        total = total + s * (b.astype(mx.float32) @ a.astype(mx.float32))
+    return total.astype(stored or w.dtype).astype(w.dtype)
 
 
 def attach(
-    model: nn.Module, loras: Sequence[tuple[Lora, float]], prefix: str = ""
+    model: nn.Module,
+    loras: Sequence[tuple[Lora, float]],
+    read: Optional[Callable[[list[str]], dict[str, mx.array]]] = None,
+    prefix: str = "",
+    stored: Optional[mx.Dtype] = None,
+    apart: bool = False,
 ) -> None:
-    """Wrap the linear layers in LoRALinear for these LoRAs, each with a strength, in
-    place of those attached before. The layers themselves do not change."""
-    layers = {prefix + k: m for k, m in model.named_modules()}
-    changed = {k: m.linear for k, m in layers.items() if isinstance(m, LoRALinear)}
-    paths: dict[str, list[tuple[mx.array, ...]]] = {}
+    """Add LoRAs, each with a strength, to the model in place of those attached before.
+
+    They are added to the weights of unquantized layers; quantized ones become a
+    LoRALinear. To remove LoRAs from weights, these are read again: `read(keys)` returns
+    weights of the base. With a `prefix`, the model is a part of the checked one.
+    `stored` is the dtype of the checkpoint, to which sums are rounded. To be trained,
+    factors stay `apart` from the weights of unquantized layers too.
+    """
+    layers, changes = linear_layers(model, prefix), {}
     for lora, strength in loras:
+        check_strength(lora, strength)
         if not prefix:
             lora.check(model)
-        if strength != 0:
-            for path, (a, b) in lora.factors.items():
-                if not path.startswith(prefix):
-                    continue
-                s = mx.full(len(a), strength, mx.float32)
-                paths.setdefault(path, []).append((a, b, s))
-    for path, factors in paths.items():
-        a, b, s = zip(*factors)
-        parts = mx.concatenate(a), mx.concatenate(b, axis=1), mx.concatenate(s)
-        changed[path] = LoRALinear(changed.get(path, layers[path]), *parts)
-    changed = [(k.removeprefix(prefix), layer) for k, layer in changed.items()]
+        for module, path in lora.find(layers).items():
+            changes.setdefault(path, []).append((*lora.factors[module], strength))
+    fused = [k for k, layer in layers.items() if isinstance(layer, FusedLinear)]
+    base = read([f"{k}.weight" for k in fused]) if fused else {}
+    for path in fused:
+        layers[path].weight = base[f"{path}.weight"]
+        layers[path].__class__ = nn.Linear
+    replaced = {k: m.linear for k, m in layers.items() if isinstance(m, LoRALinear)}
+    for path, factors in changes.items():
+        layer = replaced.get(path, layers[path])
+        if type(layer) is nn.Linear and not apart:
+            layer.weight = merge(layer.weight, factors, stored)
+            layer.__class__ = FusedLinear
+            continue
+        a, b = zip(*(pair[:2] for pair in factors))
+        s = mx.concatenate([mx.full(len(f[0]), f[2], mx.float32) for f in factors])
+        a, b = mx.concatenate(a), mx.concatenate(b, axis=1)
+        replaced[path] = LoRALinear(layer, a, b, s)
+    changed = [(k.removeprefix(prefix), layer) for k, layer in replaced.items()]
     model.update_modules(tree_unflatten(changed))
 
 
 def fuse(
     weights: dict[str, mx.array], loras: Sequence[tuple[Lora, float]]
 ) -> dict[str, mx.array]:
-    """The weights plus LoRAs, W + sum of s B A, computed in float32 and rounded once to
-    W's dtype, lazily. Call `Lora.check` first."""
-    fused = dict(weights)
-    for path in dict.fromkeys(path for lora, _ in loras for path in lora.factors):
-        w = weights[f"{path}.weight"]
-        total = w.astype(mx.float32)
-        for lora, strength in loras:
-            if path in lora.factors:
-                a, b = (f.astype(mx.float32) for f in lora.factors[path])
-                total = total + strength * (b @ a)
-        fused[f"{path}.weight"] = total.astype(w.dtype)
-    return fused
+    """The weights plus LoRAs, lazily. Call `Lora.check` first."""
+    changes: dict[str, list] = {}
+    for lora, strength in loras:
+        check_strength(lora, strength)
+        for path, factors in lora.factors.items():
+            changes.setdefault(f"{path}.weight", []).append((*factors, strength))
+    return weights | {k: merge(weights[k], factors) for k, factors in changes.items()}
+
+
+def check_strength(lora: Lora, strength: float) -> None:
+    if not math.isfinite(strength) or strength == 0:
+        raise UserError(f"LoRA {lora.name}: strength {strength} has no use: drop it")

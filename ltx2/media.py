@@ -1,4 +1,4 @@
-"""Read and write video and sound: the only file that calls ffmpeg."""
+"""Read and write images, video and sound: all uses of Pillow and ffmpeg."""
 
 from __future__ import annotations
 
@@ -9,49 +9,141 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
-import subprocess
+import struct
 import tempfile
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar, Iterator
+from subprocess import PIPE, Popen, run
+from typing import Any, Iterable, Iterator
 
 import imageio_ffmpeg
 import numpy as np
+import pillow_heif
 from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image, ImageCms, ImageOps
 
-from .base import UserError, hann_sinc
-from .images import (  # noqa: F401 (public here)
-    PathLike,
-    check_file,
-    load_image,
-    resize_and_crop,
-    system_errors,
-)
+from .base import UserError, hann_sinc, note, parse_json
 
-# --- ffmpeg ---
+PathLike, Metadata = str | Path, dict[str, Any]
 
-# Messages about a file that ends too early; ffmpeg may still exit with 0.
+pillow_heif.register_heif_opener()
+Image.MAX_IMAGE_PIXELS = 2**28  # phones make 200 megapixels
+
+# Messages of ffmpeg about a file that ends too early; it may still exit with 0.
 DAMAGE = re.compile("partial file|ended prematurely|overread|truncated|corrupt")
+
+# Pixels made square; swscale's "bilinear" is the reference's conversion to RGB.
+SQUARE = "scale=w=round(iw*sar):h=ih:flags=bilinear"
+
+# HDR to SDR: its reference white, 203 nits (ITU-R BT.2408), becomes white, what is
+# brighter is clipped.
+SDR = "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709:t=bt709:r=pc,format=gbrp"
+
+# As properties of the frames: with -color_* options players see "unknown".
+BT709 = "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:"
+BT709 += "color_trc=bt709:colorspace=bt709:range=tv"
 
 
 @contextmanager
-def _ffmpeg(
-    problem: str, *options: str | list[str], **pipes
-) -> Iterator[subprocess.Popen]:
-    """Run ffmpeg during a block; raise `problem` with its reason if it fails.
+def _system_errors(problem: str) -> Iterator[None]:
+    """Turn an error of the operating system in the block into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{problem} ({error.strerror or error})") from None
 
-    Options are split at spaces, but for those in lists.
+
+def _check_file(path: PathLike) -> None:
+    """Raise if `path` is not a file with contents."""
+    with _system_errors(f"{path}: cannot be opened"):
+        size = os.stat(path).st_size
+    if not os.path.isfile(path):  # reading a pipe would wait
+        raise UserError(f"{path}: is a folder, pipe or device, give a file")
+    if not size:
+        raise UserError(f"{path}: the file is empty")
+
+
+# --- images ---
+
+
+def load_image(path: PathLike) -> np.ndarray:
+    """Read an image as (H, W, 3) uint8 sRGB, upright, without its alpha channel.
+
+    As the reference does with Pillow, except that mirrored EXIF orientations and ICC
+    profiles are applied, and that 16-bit gray is scaled instead of clipped.
     """
+    _check_file(path)
+    # What Pillow raises for a damaged file depends on its format.
+    damage = OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+        profile = image.info.get("icc_profile")
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point, save it with 8 bits")
+        if image.mode.startswith("I"):  # gray with 16 bits
+            pixels = np.asarray(image).clip(0, 65535) / 257
+            image = Image.fromarray(pixels.round().astype(np.uint8))
+        alpha = image.has_transparency_data and image.convert("RGBA").getchannel("A")
+        if alpha and alpha.getextrema()[0] < 255:
+            note(f"{path}: its transparency is ignored")
+        image = _to_srgb(image, profile, path) if profile else image.convert("RGB")
+    except (*damage, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error})") from None
+    return np.asarray(image)
+
+
+def _to_srgb(image: Image.Image, profile: bytes, path: PathLike) -> Image.Image:
+    """Convert an image from its ICC profile, if that is valid, to sRGB."""
+    modes = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}
+    try:
+        source = ImageCms.getOpenProfile(io.BytesIO(profile))
+        if "sRGB" not in ImageCms.getProfileDescription(source):
+            image = image.convert(modes.get(image.mode, "RGB"))
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+    except ImageCms.PyCMSError as error:
+        note(f"{path}: its ICC profile is ignored ({error})")
+    return image.convert("RGB")
+
+
+def resize_and_crop(
+    frames: Iterable[np.ndarray], height: int, width: int
+) -> np.ndarray:
+    """Fill a size with frames (H, W, 3) uint8 -> (F, height, width, 3) in [-1, 1].
+
+    The aspect is kept and the center cropped; bilinear, when shrinking too without
+    antialiasing, as the reference. `frames` may be an array or an iterator.
+    """
+
+    def fit(frame: np.ndarray) -> np.ndarray:
+        scale = max(height / frame.shape[0], width / frame.shape[1])
+        for axis, kept in enumerate((height, width)):
+            size = frame.shape[axis]
+            resized = math.ceil(size * scale)
+            pixels = np.arange(kept, dtype=np.float32) + (resized - kept) // 2
+            position = np.maximum((pixels + 0.5) * np.float32(size / resized) - 0.5, 0)
+            first = position.astype(int)
+            weight = np.expand_dims(position % 1, [1, 2][: 2 - axis])
+            second = frame.take(np.minimum(first + 1, size - 1), axis) * weight
+            frame = frame.take(first, axis) * (1 - weight) + second
+        return frame / np.float32(127.5) - 1
+
+    return np.fromiter(map(fit, frames), np.dtype((np.float32, (height, width, 3))))
+
+
+@contextmanager
+def _ffmpeg(problem: str, *options: str, folder: str = ".") -> Iterator[Popen]:
+    """Run ffmpeg during a block; raise `problem` with its reason if it fails."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-xerror"]
-    for option in options:
-        command += option.split() if isinstance(option, str) else option
-    pipes = {"stdin": subprocess.DEVNULL} | pipes
+    command += shlex.split(" ".join(options))
     with (
         tempfile.TemporaryFile() as messages,  # a pipe that nobody reads would block
-        subprocess.Popen(command, stderr=messages, **pipes) as process,
+        Popen(command, stdin=PIPE, stdout=PIPE, stderr=messages, cwd=folder) as process,
     ):
         try:
             yield process
@@ -74,18 +166,16 @@ def _ffmpeg(
         raise UserError(f"{problem} ({reason})")
 
 
-def _run(problem: str, *options: str | list[str], data: bytes = b"") -> bytes:
+def _run(problem: str, *options: str, data: bytes = b"", folder: str = ".") -> bytes:
     """Run ffmpeg with `data` as its standard input; returns its standard output."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with _ffmpeg(problem, *options, **pipes) as process:
-        output, _ = process.communicate(data)
-    return output
+    with _ffmpeg(problem, *options, folder=folder) as process:
+        return process.communicate(data)[0]
 
 
-def _input(path: PathLike) -> list[str]:
+def _input(path: PathLike) -> str:
     """The option that opens an existing file, whatever characters its name has."""
-    check_file(path)
-    return ["-i", f"file:{path}"]
+    _check_file(path)
+    return f"-i {shlex.quote(f'file:{os.path.abspath(path)}')}"
 
 
 def recompress(image: np.ndarray, crf: int) -> np.ndarray:
@@ -96,18 +186,15 @@ def recompress(image: np.ndarray, crf: int) -> np.ndarray:
     height, width = (side // 2 * 2 for side in image.shape[:2])
     if crf == 0 or min(height, width) == 0:
         return image
-    stream = _run(
+    pixels = _run(
         f"cannot re-compress {width}x{height} pixels at crf {crf}",
         f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -framerate 1 -i pipe:0",
-        f"-vf scale=flags=bilinear -pix_fmt yuv420p -c:v libx264 -crf {crf}",
+        f"-map 0:v -vf scale=flags=bilinear -pix_fmt yuv420p -c:v libx264 -crf {crf}",
         # The result depends on the threads; these are the reference's.
-        "-preset veryfast -x264-params sliced-threads=1:threads=2 -f h264 pipe:1",
+        "-preset veryfast -x264-params sliced-threads=1:threads=2 -f null -",
+        "-dec 0:0 -filter_complex [dec:0]scale=flags=bilinear[decoded]",
+        "-map [decoded] -frames:v 1 -pix_fmt rgb24 -f rawvideo pipe:1",
         data=image[:height, :width].tobytes(),
-    )
-    pixels = _run(
-        "cannot decode what was re-compressed",
-        "-f h264 -i pipe:0 -vf scale=flags=bilinear -pix_fmt rgb24 -f rawvideo pipe:1",
-        data=stream,
     )
     return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
 
@@ -123,11 +210,10 @@ class Media:
     height: int = 0
     fps: Fraction = Fraction(0)
     num_frames: int = 0
-    duration: float = 0.0  # seconds of the video, or else of the sound
+    start: Fraction = Fraction(0)  # seconds of the video, where times of sound are 0
     sample_rate: int = 0
     audio_codec: str = ""
     audio_duration: float = 0.0
-    start: Fraction = Fraction(0)  # of the video, which times of the sound count from
 
     @property
     def has_video(self) -> bool:
@@ -136,6 +222,11 @@ class Media:
     @property
     def has_audio(self) -> bool:
         return self.sample_rate > 0
+
+    @property
+    def duration(self) -> float:
+        """Seconds of the video, or else of the sound."""
+        return float(self.num_frames / self.fps) if self.fps else self.audio_duration
 
 
 def frame_rate(fps: float | Fraction) -> Fraction:
@@ -146,79 +237,51 @@ def frame_rate(fps: float | Fraction) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
-def _packets(path: PathLike, problem: str, limit: str = "") -> list[tuple]:
-    """The packets of a file's first video and sound, whichever there are.
+def _packets(path: PathLike, options: str) -> dict[str, tuple[dict[str, str], list]]:
+    """A file's first video and sound by media type: facts and packets.
 
-    A stream is its facts, a dictionary, and its packets as tuples of decoding time,
-    display time, duration (in ticks of facts["tb"] seconds) and whether it is hidden.
+    A packet is its decoding time, display time and duration (in ticks of facts["tb"]
+    seconds) and a text that is not empty if it is hidden.
     """
-    options = f"-map 0:V:0? -map 0:a:0? -c copy {limit} -f framecrc pipe:1"
+    problem = f"{path}: cannot be read as sound or video"
+    options = f"-map 0:V:0? -map 0:a:0? {options} -f framecrc pipe:1"
     listing = _run(problem, _input(path), options).decode()
-    streams = []
+    streams = {}
     for n in "01":
         facts = dict(re.findall(rf"^#(\w+) {n}: (.*)$", listing, re.MULTILINE))
-        rows = [
-            (*map(int, row.split(",")[:3]), bool(re.search("F=0x[4-7]", row)))
-            for row in re.findall(rf"^{n}, *(.*)$", listing, re.MULTILINE)
-        ]
-        streams += [(facts, rows)] if rows else []
+        row = rf"^{n}, *(-?\d+), *(-?\d+), *(\d+),.*?(F=0x[4-7].*)?$"
+        if packets := re.findall(row, listing, re.MULTILINE):
+            streams[facts["media_type"]] = facts, packets
+    if not streams:
+        raise UserError(problem)
     return streams
-
-
-def _video_start(facts: dict[str, str], packets: list[tuple]) -> Fraction:
-    """Seconds from the file's beginning to the first picture."""
-    shown = [time for _, time, _, hidden in packets if not hidden]
-    return max(0, min(shown, default=0)) * Fraction(facts["tb"])
 
 
 def probe(path: PathLike) -> Media:
     """Measure the first video and sound of a file by reading all their packets."""
-    problem = f"{path}: cannot be read as video or sound"
-    found = {}
-    for facts, packets in _packets(path, problem):
-        dts, pts, duration, _ = packets[-1]
-        tick = Fraction(facts["tb"])
-        if facts["media_type"] == "audio":
-            layout = facts.get("channel_layout_name", "")
-            if re.match(r"\d+ channels", layout):  # ffmpeg cannot mix these
-                raise UserError(f"{path}: has {layout} of sound, mix them to stereo")
-            end = (pts + duration) * tick - found.get("start", 0)
-            found["sample_rate"] = int(facts["sample_rate"])
-            found["audio_codec"] = facts["codec_id"]
-            found["audio_duration"] = float(end)
-            found.setdefault("duration", found["audio_duration"])
-        else:
-            # The first picture as it is shown: rotated, with square pixels.
-            decode = f"-frames:v 1 -an -c:v rawvideo -vf {SQUARE}"
-            if not (first := _packets(path, problem, decode)):
-                raise UserError(problem)
-            size, nominal = first[0][0]["dimensions"], 1 / Fraction(first[0][0]["tb"])
-            found["width"], found["height"] = map(int, size.split("x"))
-            elapsed = (dts - packets[0][0]) * tick
-            mean = (len(packets) - 1) / elapsed if elapsed else nominal
-            steady = abs(mean / nominal - 1) < 0.05
-            found["fps"] = frame_rate(nominal if steady else mean)
-            found["num_frames"] = sum(not hidden for *_, hidden in packets)
-            found["duration"] = float(found["num_frames"] / found["fps"])
-            found["start"] = _video_start(facts, packets)
-    if not found:
-        raise UserError(problem)
+    streams, found = _packets(path, "-c copy"), {}
+    if "video" in streams:
+        facts, packets = streams["video"]
+        # The first picture as it is shown: rotated, with square pixels.
+        first, _ = _packets(path, f"-frames:v 1 -an -vf {SQUARE}")["video"]
+        found["width"], found["height"] = map(int, first["dimensions"].split("x"))
+        tick, nominal = Fraction(facts["tb"]), 1 / Fraction(first["tb"])
+        elapsed = (int(packets[-1][0]) - int(packets[0][0])) * tick
+        mean = (len(packets) - 1) / elapsed if elapsed else nominal
+        found["fps"] = frame_rate(nominal if abs(mean / nominal - 1) < 0.05 else mean)
+        shown = [int(time) for _, time, _, hidden in packets if not hidden]
+        found["num_frames"] = len(shown)
+        found["start"] = max(0, min(shown, default=0)) * tick
+    if "audio" in streams:
+        facts, packets = streams["audio"]
+        layout = facts.get("channel_layout_name", "")
+        if re.match(r"\d+ channels", layout):  # ffmpeg cannot mix these
+            raise UserError(f"{path}: has {layout} of sound, mix them to stereo")
+        end = sum(map(int, packets[-1][1:3])) * Fraction(facts["tb"])
+        found["audio_duration"] = float(end - found.get("start", 0))
+        found["sample_rate"] = int(facts["sample_rate"])
+        found["audio_codec"] = facts["codec_id"]
     return Media(**found)
-
-
-# Pixels made square; swscale's "bilinear" is the reference's conversion to RGB.
-SQUARE = "scale=w=round(iw*sar):h=ih:flags=bilinear"
-
-# HDR to SDR: its reference white, 203 nits (ITU-R BT.2408), becomes white, what is
-# brighter is clipped.
-SDR = "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709:t=bt709:r=pc,format=gbrp"
-
-
-def _is_hdr(path: PathLike) -> bool:
-    """Whether a file's video has the PQ or HLG transfer function."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *_input(path)]
-    description = subprocess.run(command, capture_output=True).stderr
-    return bool(re.search(rb"Video: .*(smpte2084|arib-std-b67)", description))
 
 
 def read_video(
@@ -234,24 +297,23 @@ def read_video(
     there are fewer frames; it is an error if there are none.
     """
     problem = f"{path}: cannot be read as video from frame {start_frame} on"
-    filters = ["bwdif=send_frame:deint=interlaced"]
-    filters += [f"fps={frame_rate(fps)}"] if fps is not None else []
-    filters += [f"trim=start_frame={start_frame}"]
-    if num_frames is not None:
-        filters[-1] += f":end_frame={start_frame + num_frames}"
-    filters += [SDR, SQUARE] if _is_hdr(path) else [SQUARE]
-    options = f"-map 0:V:0 -fps_mode passthrough -vf {','.join(filters)}"
-    # As PPM, whose header has the size.
-    ppm = "-pix_fmt rgb24 -c:v ppm -f image2pipe pipe:1"
-    pipe, found = subprocess.PIPE, False
-    with _ffmpeg(problem, _input(path), options, ppm, stdout=pipe) as process:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *shlex.split(_input(path))]
+    about = run(command, capture_output=True).stderr
+    hdr = re.search(rb"Video: .*(smpte2084|arib-std-b67)", about)  # PQ, HLG
+    rate = "" if fps is None else f"fps={frame_rate(fps)},"
+    end = "" if num_frames is None else f":end_frame={start_frame + num_frames}"
+    filters = f"bwdif=send_frame:deint=interlaced,{rate}trim=start_frame={start_frame}"
+    filters += f"{end},{SDR + ',' if hdr else ''}{SQUARE}"
+    options = f"-map 0:V:0 -fps_mode passthrough -vf {filters} -pix_fmt rgb24"
+    frame, ppm = None, "-c:v ppm -f image2pipe pipe:1"  # its header has the size
+    with _ffmpeg(problem, _input(path), options, ppm) as process:
         while process.stdout.readline():  # b"P6\n"
             width, height = map(int, process.stdout.readline().split())
             process.stdout.readline()  # b"255\n"
-            pixels = process.stdout.read(height * width * 3)
-            if found := len(pixels) == height * width * 3:
-                yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
-    if not found:
+            frame = np.empty((height, width, 3), np.uint8)
+            if process.stdout.readinto(frame) == frame.size:  # else ffmpeg has failed
+                yield frame
+    if frame is None:
         raise UserError(f"{problem} (it has no such frame)")
 
 
@@ -263,47 +325,21 @@ def read_audio(
     The window begins at sample round(start * rate), counted from the file's beginning
     or a video's first picture, with silence where a track starts later, and has
     round(duration * rate) samples, or fewer at the end. Surround is mixed to stereo.
-    soundfile reads what it can, ffmpeg the rest (m4a, videos).
     """
-    import soundfile  # late, it takes 60 ms
-
-    problem = f"{path}: cannot be read as sound"
-    source, begin = _input(path), Fraction(float(start))
-    try:
-        file = soundfile.SoundFile(path)
-        # Left to ffmpeg: surround, whose layout soundfile does not report; wav shorter
-        # than its header says, which it accepts; and Ogg, where it seeks inexactly.
-        left = file.channels > 2 or file.format == "OGG" or "should" in file.extra_info
-    except (soundfile.LibsndfileError, TypeError):  # TypeError: headerless (.raw)
-        left = True
-    if left:
-        for facts, packets in _packets(path, problem, "-frames:v 16"):
-            if facts["media_type"] == "video":
-                begin += _video_start(facts, packets)
-        # A decoder needs a run-up; whole seconds are whole samples at every rate.
-        skipped = max(0, int(begin) - 1)
-        begin -= skipped
-        window = f"-ss {skipped}" if skipped else ""
-        if duration is not None:
-            window += f" -t {float(begin) + duration + 1}"
-        options = "-map 0:a:0 -af aresample=async=1:first_pts=0:rematrix_maxval=1,"
-        options += "aformat=channel_layouts=mono|stereo -c:a pcm_f32be -f au pipe:1"
-        file = soundfile.SoundFile(io.BytesIO(_run(problem, window, source, options)))
-    with file:
-        rate = file.samplerate
-        first = min(round(begin * rate), file.frames)
-        samples = file.frames if duration is None else round(duration * rate)
-        last = min(first + samples, file.frames)
-        try:
-            file.seek(first)
-            waveform = file.read(last - first, "float32", always_2d=True)
-        except (soundfile.LibsndfileError, MemoryError):  # by a wrong header
-            waveform = []
-    if len(waveform) < last - first:
-        raise UserError(f"{problem} (it is damaged or incomplete)")
+    media, problem = probe(path), f"{path}: cannot be read as sound"
+    rate = media.sample_rate
+    first = round((Fraction(float(start)) + media.start) * rate)
+    end = "" if duration is None else f":end_sample={first + round(duration * rate)}"
+    filters = "aresample=async=1:first_pts=0:rematrix_maxval=1,"
+    filters += f"aformat=channel_layouts=mono|stereo,atrim=start_sample={first}{end}"
+    options = f"-map 0:a:0 -af {filters} -c:a pcm_f32be -f au pipe:1"
+    sound = _run(problem, _input(path), options)
+    # The header of AU: a magic number, the header's size, 0, encoding, rate, channels.
+    _, size, _, _, rate, channels = map(int, np.frombuffer(sound, ">u4", 6))
+    waveform = np.frombuffer(sound, ">f4", offset=size).reshape(-1, channels)
     if not len(waveform):
         raise UserError(f"{path}: there is no sound at {start} s")
-    return waveform, rate
+    return waveform.astype(np.float32), rate
 
 
 def resample(waveform: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
@@ -313,8 +349,7 @@ def resample(waveform: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
     """
     if old_rate == new_rate:
         return waveform
-    common = math.gcd(old_rate, new_rate)
-    old, new = old_rate // common, new_rate // common
+    new, old = Fraction(new_rate, old_rate).as_integer_ratio()
     cutoff = 0.99 * min(1, new / old)
     width = math.ceil(6 / cutoff)
     padded = np.pad(waveform, ((width, width + old), (0, 0)))
@@ -345,85 +380,69 @@ def _workspace(path: PathLike) -> Iterator[str]:
     if path.is_dir():
         raise UserError(f"{path}: is a folder, give the name of a file")
     for leftover in path.parent.glob(f".{glob.escape(path.name)}-????????.partial"):
-        with suppress(OSError), _locked(leftover):  # not if its run is alive
+        with suppress(OSError), open(leftover / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if its run lives
             shutil.rmtree(leftover)
-    with system_errors(problem):
+    with _system_errors(problem):
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
         made = tempfile.TemporaryDirectory(".partial", f".{path.name}-", path.parent)
-    with made as folder, ExitStack() as lock:
+    with made as folder, open(f"{folder}/lock", "w") as lock:
         with suppress(OSError):  # some network drives have no locks
-            lock.enter_context(_locked(folder))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield folder
         if os.path.exists(f"{folder}/new"):
-            with system_errors(problem):
+            with _system_errors(problem):
                 os.replace(f"{folder}/new", path)
-
-
-@contextmanager
-def _locked(folder: PathLike) -> Iterator[None]:
-    """Lock a folder during a block; OSError if another program has."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def check_output(path: PathLike, suffix: str) -> None:
     """Raise before any work if a file with this suffix cannot be written at `path`."""
     if Path(path).suffix.lower() != suffix:
-        raise UserError(f"{path}: the output's name must end in {suffix}")
+        raise UserError(f"{path or 'output'}: the name must end in {suffix}")
     with _workspace(path):
         pass
 
 
 def save_png(path: PathLike, image: np.ndarray) -> None:
     """Write an image (H, W, 3) uint8, or frames (F, H, W, 3) as a horizontal strip."""
-    from PIL import Image  # late, it takes 20 ms
-
     if image.ndim == 4:
         image = np.concatenate(list(image), axis=1)
-    with _workspace(path) as folder, system_errors(f"{path}: cannot be written"):
+    with _workspace(path) as folder, _system_errors(f"{path}: cannot be written"):
         Image.fromarray(image).save(f"{folder}/new", "PNG")
 
 
-def _metadata(folder: str, metadata: dict[str, Any] | None) -> list[str]:
-    """The options that read metadata, from a file because arguments may not be long."""
+def _write(
+    path: PathLike, folder: str, options: str, metadata: Metadata | None, data: bytes
+) -> None:
+    """Write "new" in the workspace of `path` by ffmpeg: metadata is its input 0, and
+    `options` name the others, which may read `data`, and the format."""
     text = re.sub(r"([=;#\\])", r"\\\1", json.dumps(metadata)) if metadata else ""
+    # As an argument it might be too long.
     Path(folder, "metadata").write_text(f";FFMETADATA1\ncomment={text}\n")
-    return ["-f", "ffmetadata", "-i", f"file:{folder}/metadata"]
+    options = f"-f ffmetadata -i metadata {options}"
+    # Nothing else of a sound file comes along.
+    only = "-map_metadata 0 -map_metadata:s -1 -map_chapters -1 new"
+    _run(f"{path}: cannot be written", options, only, data=data, folder=folder)
 
 
 def write_wav(
-    path: PathLike,
-    waveform: np.ndarray,
-    rate: int,
-    metadata: dict[str, Any] | None = None,
+    path: PathLike, waveform: np.ndarray, rate: int, metadata: Metadata | None = None
 ) -> None:
-    """Write a waveform (samples, channels) float32 as 16-bit sound, clipped to [-1, 1].
-
-    By ffmpeg, because soundfile drops comments above 2 KB without an error.
-    """
-    data = waveform.astype("<f4").tobytes()
+    """Write a waveform (samples, channels) float32 as 16-bit sound, clipped to [-1, 1]."""
+    options = f"-f f32le -ar {rate} -ac {waveform.shape[1]} -i pipe:0 -f wav"
     with _workspace(path) as folder:
-        raw = f"-f f32le -ar {rate} -ac {waveform.shape[1]} -i pipe:0"
-        options = ["-map_metadata", "1", "-f", "wav", f"file:{folder}/new"]
-        metadata_file = _metadata(folder, metadata)
-        _run(f"{path}: cannot be written", raw, metadata_file, options, data=data)
+        _write(path, folder, options, metadata, waveform.astype("<f4").tobytes())
 
 
-def read_metadata(path: PathLike) -> dict[str, Any]:
+def read_metadata(path: PathLike) -> Metadata:
     """The metadata that `VideoWriter` or `write_wav` put into a file."""
     problem = f"{path}: does not say how it was made"
     listing = _run(problem, _input(path), "-f ffmetadata pipe:1").decode()
     comment = re.search(r"^comment=(.*)$", listing, re.MULTILINE)
-    try:
-        metadata = json.loads(re.sub(r"\\(.)", r"\1", comment[1] if comment else ""))
-    except (json.JSONDecodeError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise UserError(problem)
-    return metadata
+    with suppress(UserError):
+        return parse_json(re.sub(r"\\(.)", r"\1", comment[1] if comment else ""), "")
+    raise UserError(problem)
 
 
 @dataclass
@@ -440,81 +459,60 @@ class VideoWriter:
     path: PathLike
     fps: float | Fraction
     sound: tuple[np.ndarray, int] | PathLike | None = None
-    metadata: dict[str, Any] | None = None
-
-    # In the frames' own properties: with -color_* options players see "unknown".
-    BT709: ClassVar = (
-        "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:"
-        "color_trc=bt709:colorspace=bt709:range=tv"
-    )
+    metadata: Metadata | None = None
 
     def __enter__(self) -> VideoWriter:
-        self._open, self._encoder, self.num_frames = ExitStack(), None, 0
+        self.num_frames, self._size = 0, None
+        self._block = self._written()
+        self._block.__enter__()
         return self
 
-    def _start(self, height: int, width: int) -> subprocess.Popen:
-        """Start the encoder of frames; from here on a failure has to clean up."""
-        if height % 2 or width % 2:
-            raise UserError(f"{self.path}: {width}x{height} is odd, give even sides")
-        self._folder = self._open.enter_context(_workspace(self.path))
-        self._open.push(self._finish)
-        encoder = _ffmpeg(
-            f"{self.path}: cannot be written",
-            f"-f rawvideo -pix_fmt rgb24 -s {width}x{height}",
-            f"-framerate {frame_rate(self.fps)} -i pipe:0 -vf {self.BT709}",
-            "-pix_fmt yuv420p -c:v libx264 -crf 19 -preset veryfast -f mp4",
-            [f"file:{self._folder}/picture"],
-            stdin=subprocess.PIPE,
-        )
-        return self._open.enter_context(encoder)
+    def __exit__(self, *failure) -> None:
+        self._block.__exit__(*failure)
 
     def write(self, frames: np.ndarray) -> None:
         """Append frames (F, H, W, 3) uint8, all of one size with even sides."""
-        if self._encoder is None:
-            self._size = frames.shape[1:3]
-            self._encoder = self._start(*self._size)
-        if frames.shape[1:3] != self._size or frames.dtype != np.uint8:
+        height, width = size = frames.shape[1:3]
+        if height % 2 or width % 2:
+            raise UserError(f"{self.path}: {width}x{height} is odd, give even sides")
+        self._size = self._size or size
+        if size != self._size or frames.dtype != np.uint8:
             raise ValueError(f"{frames.shape} {frames.dtype} frames after {self._size}")
-        self._encoder.stdin.write(frames.tobytes())
+        for frame in frames:
+            self._frames.write(b"P6 %d %d 255\n" % (width, height) + frame.tobytes())
         self.num_frames += len(frames)
 
-    def __exit__(self, *failure) -> None:
-        # In this order: the encoder ends, `_finish`, the workspace is cleaned up.
-        self._open.__exit__(*failure)
-        if failure[0] is None and not self.num_frames:
-            raise ValueError(f"{self.path}: no frames were written")
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """Encode what is written in the block, then add sound and count the frames."""
+        fps, problem = frame_rate(self.fps), f"{self.path}: cannot be written"
+        source = f"-f image2pipe -c:v ppm -framerate {fps} -i pipe:0 -vf {BT709}"
+        codec = "-pix_fmt yuv420p -c:v libx264 -crf 19 -preset veryfast -f mp4 picture"
+        with _workspace(self.path) as folder:
+            with _ffmpeg(problem, source, codec, folder=folder) as encoder:
+                self._frames = encoder.stdin
+                yield
+                if not self.num_frames:
+                    raise ValueError(f"{self.path}: no frames were written")
+            sound, data = self._sound_options(self.num_frames / fps)
+            mux = f"-i picture {sound} -map 1:v -c:v copy -movflags +faststart -f mp4"
+            _write(self.path, folder, mux, self.metadata, data)
+            if (found := probe(f"{folder}/new").num_frames) != self.num_frames:
+                raise RuntimeError(f"{found} frames in the mp4 after {self.num_frames}")
 
-    def _finish(self, *failure) -> None:
-        """Join picture and sound and count the frames, if nothing has failed."""
-        if failure[0] or not self.num_frames:
-            return
-        sound, data = self._exact_sound(self.num_frames / frame_rate(self.fps))
-        metadata, new = _metadata(self._folder, self.metadata), f"{self._folder}/new"
-        _run(
-            f"{self.path}: cannot be written",
-            ["-i", f"file:{self._folder}/picture", *metadata, *sound],
-            # Nothing else of a sound file comes along.
-            "-map 0:v -c:v copy -map_metadata 1 -map_metadata:s -1 -map_chapters -1",
-            ["-movflags", "+faststart", "-f", "mp4", f"file:{new}"],
-            data=data,
-        )
-        if (found := probe(new).num_frames) != self.num_frames:
-            raise RuntimeError(f"{found} frames in the mp4 after {self.num_frames}")
-
-    def _exact_sound(self, duration: Fraction) -> tuple[list[str], bytes]:
+    def _sound_options(self, duration: Fraction) -> tuple[str, bytes]:
         """The options that add `duration` seconds of sound, and what they read."""
         if self.sound is None:
-            return [], b""
+            return "", b""
+        limit = f"-t {float(duration)} -c:a"
         if isinstance(self.sound, tuple):
             waveform, rate = self.sound
         else:
             media = probe(self.sound)
             if media.audio_codec == "aac" and media.audio_duration >= duration:
-                seek = ["-ss", f"{float(media.start)}"] if media.start else []
-                options = f"-map 2:a:0 -c:a copy -t {float(duration)}".split()
-                return [*seek, *_input(self.sound), *options], b""
-            waveform, rate = read_audio(self.sound, duration=float(duration))
-        exact = np.zeros((round(duration * rate), waveform.shape[1]), "<f4")
-        exact[: len(waveform)] = waveform[: len(exact)]
-        options = f"-f f32le -ar {rate} -ac {exact.shape[1]} -i pipe:0 -map 2:a"
-        return [*options.split(), "-c:a", "aac", "-b:a", "192k"], exact.tobytes()
+                seek = f"-ss {float(media.start)}" if media.start else ""
+                return f"{seek} {_input(self.sound)} -map 2:a:0 {limit} copy", b""
+            waveform, rate = read_audio(self.sound, duration=duration)
+        source = f"-f f32le -ar {rate} -ac {waveform.shape[1]} -i pipe:0 -map 2:a"
+        data = waveform.astype("<f4").tobytes()
+        return f"{source} {limit} aac -b:a 192k -af apad", data

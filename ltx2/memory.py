@@ -47,6 +47,9 @@ class Footprint:
     buffers: float
     streamable: int = 0
 
+    def size(self) -> float:
+        return self.total(False)
+
     def total(self, streamed: bool) -> float:
         return self.weights + self.buffers - self.streamable * streamed
 
@@ -108,12 +111,14 @@ def joined(
     for plan in plans:
         for phase, need in plan.phases.items():
             other = phases.get(phase, need)
-            phases[phase] = max(other, need, key=lambda n: n.total(False))
+            phases[phase] = max(other, need, key=Footprint.size)
     return planned(phases, plan.limit, low_memory)
 
 
 def suggest_smaller(r: Request, fits: Callable[[Request], bool]) -> str:
-    """A shorter or smaller video that fits, or what else may help."""
+    """A video in windows, or a shorter or smaller one, that fits; or what else helps."""
+    if r.num_frames > 97 and fits(replace(r, chunk_frames=97)):
+        return "it fits in windows: --chunk-frames 97"
     for part in (1, 2, 4):
         sides = (max(side // part // 64, 1) * 64 for side in (r.height, r.width))
         height, width = sides
@@ -154,7 +159,7 @@ class Estimator:
         self.item = dtype.size if self.gpu else max(dtype.size, 3)
         self.size, self.streamable = {}, {}
         for name in checkpoint.components:
-            tensors = checkpoint.weights(name, mx.float32 if name in FLOAT32 else dtype)
+            tensors = checkpoint.shapes(name, mx.float32 if name in FLOAT32 else dtype)
             layers = layer_sizes({k: w.nbytes for k, w in tensors.items()})
             self.size[name] = sum(layers.values())
             self.streamable[name] = streamable(layers, self.gpu)
@@ -192,12 +197,13 @@ class Estimator:
             weights = {c: self.size[c] for c, _ in encoded}
             buffers = max(b for _, b in encoded)
             phases["inputs"] = Footprint(sum(weights.values()), contexts + buffers)
-        upsamplers, elsewhere = 0, self.blocks - self.blocks // shards
+        upsamplers, elsewhere = {}, self.blocks - self.blocks // shards
         for stage in stages:
-            upsamplers += self.size.get(stage.upsampler, 0)
+            upsamplers[stage.upsampler] = self.size.get(stage.upsampler, 0)
             factors = sum(loras(file.path) for file in stage.loras)
-            held = upsamplers - elsewhere, factors, contexts
-            phases[stage.name] = self.stage(stage, *held, shards)
+            held = sum(upsamplers.values()) - elsewhere, factors, contexts
+            need, phase = self.stage(stage, *held, shards), stage.phase
+            phases[phase] = max(need, phases.get(phase, need), key=Footprint.size)
         size, sound = stages[-1].size, 0
         if "audio" in stages[0].streams and decodes_audio:
             sound = self.size["audio_vae"] + self.size["vocoder"]

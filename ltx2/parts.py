@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from contextlib import contextmanager
-from typing import Any, Iterator, NamedTuple, Optional
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Optional
 
-from . import audio_vae, diffusion_decoder, dit, duration, text, upsampler, vae, vocoder
+from . import audio_vae, diffusion_decoder, dit, duration, text, vae, vocoder
 from .base import UserError, checked, note
-from .hub import File
+from .hub import File, Unreachable, single_file
 from .layers import Component
+from .upsampler import LatentUpsampler, UpsamplerConfig
 
 GENERATIONS = {(2, 0): "2.0", (2, 3): "2.3", (2, 5): "2.5"}  # since model_version
+GEMMA_4 = (2, 4)  # the first version that packs its own text encoder
 KINDS = ("dev", "distilled")
-Tensors = dict[str, tuple[File, str]]  # file and key by the component's own name
 
-Parts = dict[str, Tensors]  # by component
+Tensors = dict[str, tuple[File, str]]  # file and key by the component's own name
+Problem = tuple[set[str], str]  # components that an unused file holds, and why it is
 
 COMPONENTS: dict[str, tuple[str, type[Component]]] = {  # section and class by name
     "transformer": ("transformer", dit.DiT),
@@ -27,72 +30,87 @@ COMPONENTS: dict[str, tuple[str, type[Component]]] = {  # section and class by n
     "gemma": ("gemma", text.Gemma4),
     "diffusion_decoder": ("diffusion_decoder", diffusion_decoder.DiffusionDecoder),
     "duration_head": ("duration_head", duration.DurationHead),
-} | {
-    name: (name, upsampler.LatentUpsampler)
-    for name in ("spatial_upsampler", "spatial_upsampler_x1.5", "temporal_upsampler")
 }
-CONNECTORS = (
-    "video_embeddings_connector.",
-    "audio_embeddings_connector.",
-    "text_embedding_projection.",
-)
-# Component and the prefix that official files and other tools' have, then beginnings of
-# keys in files of one component, which have none.
-PREFIXES = (
-    ("transformer", "model.diffusion_model."),
-    ("transformer", "diffusion_model."),
-    ("vae", "vae."),
-    ("audio_vae", "audio_vae."),
-    ("vocoder", "vocoder."),
-    ("duration_head", "duration_head."),
-)
-STARTS = {
-    "vae": ("encoder.", "decoder.", "per_channel_statistics."),
-    "gemma": ("model.layers.", "model.embed_tokens.", "model.norm.", "tokenizer_json"),
-    "transformer": (*CONNECTORS, "transformer_blocks.", "av_ca_", "keyframes_abs_pos"),
+UPSAMPLERS = ("spatial_upsampler", "spatial_upsampler_x1.5", "temporal_upsampler")
+COMPONENTS |= {name: (name, LatentUpsampler) for name in UPSAMPLERS}
+CONNECTORS = "(video|audio)_embeddings_connector|text_embedding_projection"
+# Prefixes of official keys, which are cut off, or (?=) how keys without one begin.
+KEYS = {
+    "transformer": rf"(model\.)?diffusion_model\.|(?={CONNECTORS}|transformer_blocks\.|"
+    r"av_ca_|keyframes_abs_pos|(audio_)?(patchify_proj|proj_out|scale_shift_table|"
+    r"caption_projection|(prompt_)?adaln_single))",
+    "vae": r"vae\.|(?=(encoder|decoder|per_channel_statistics)\.)",
+    "audio_vae": r"audio_vae\.",
+    "vocoder": r"vocoder\.",
+    "duration_head": r"duration_head\.",
+    "gemma": r"(?=model\.(layers|embed_tokens|norm)\.|tokenizer_json|"
+    + "|".join(map(re.escape, text.UNUSED_KEYS))
+    + ")",
 }
-STARTS["gemma"] += text.UNUSED_KEYS
-STARTS["transformer"] += tuple(
-    f"{stream}{name}"
-    for stream in ("", "audio_")
-    for name in ("patchify_proj.", "adaln_single.", "prompt_adaln_single.", "proj_out.")
-    + ("caption_projection.", "scale_shift_table")
-)
 # ComfyUI's names of fp8 scales, and its marks, which add nothing to the dtypes.
 RENAMED = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 MARKS = ("comfy_quant", "scaled_fp8")
 
 
+# Parts of files
+
+
 class Part(NamedTuple):
-    """Tensors that one file has of a component."""
+    """Tensors of a component in a file, and the section that configures them."""
 
     file: File
-    config: dict[str, Any]  # the file's sections
+    component: str
+    section: Optional[dict[str, Any]]
     tensors: Tensors
 
 
-def read_parts(f: File) -> dict[tuple[str, str], Part]:
-    """What a file holds, by component and, as only connectors can be in several files,
-    the connectors' piece."""
+# By component and, as only connectors can be in several files, the connectors' piece
+Parts = dict[tuple[str, str], Part]
+
+
+def read_parts(f: File) -> Parts:
+    """What an official file holds."""
     if f.problem:
         raise UserError(f.problem)
+    if f.role == "upsampler":
+        section, tensors = f.json_metadata("config"), {key: (f, key) for key in f.keys}
+        name = upsampler_name(f, section)
+        return {(name, ""): Part(f, name, section, tensors)}
     config, parts = sections(f), {}
     for key in f.keys:
         places = map_key(key, "diffusion_decoder" in config)
         if places is None:
             raise UserError(f"{f.name}: unexpected tensor {key}")
         for component, inner in places:
-            piece = inner.split(".")[0] if component == "connectors" else ""
-            part = parts.setdefault((component, piece), Part(f, config, {}))
-            part.tensors[inner] = f, key
+            add_tensor(parts, config, component, inner, (f, key))
     return parts
+
+
+def add_tensor(
+    parts: Parts, config: dict, component: str, inner: str, source: tuple[File, str]
+) -> None:
+    piece = inner.split(".")[0] if component == "connectors" else ""
+    part = Part(source[0], component, config.get(COMPONENTS[component][0]), {})
+    parts.setdefault((component, piece), part).tensors[inner] = source
+
+
+def upsampler_name(f: File, section: dict[str, Any]) -> str:
+    """The component that an upsampler is."""
+    with config_errors(f.name):
+        c = UpsamplerConfig.from_dict(section)
+    axis = "temporal" if c.temporal_upsample else "spatial"
+    scale = "" if c.spatial_scale in (1, 2) else f"_x{c.spatial_scale:g}"
+    name = f"{axis}_upsampler{scale}"
+    if name not in UPSAMPLERS:
+        raise UserError(f"{f.name}: {name} is not implemented")
+    return name
 
 
 def sections(f: File) -> dict[str, Any]:
     """The configuration of an official file by section."""
     if "gemma_config" in f.metadata:
         return {"gemma": f.json_metadata("gemma_config")}
-    config = f.config
+    config = {"duration_head": {}} | f.json_metadata("config")
     with config_errors(f.name):
         video = checked(dict, config.get("vae", {}), "vae")
         if video.get("_class_name") == "CausalDiffusionVAE":
@@ -110,55 +128,105 @@ def map_key(key: str, diffusion: bool = False) -> Optional[list[tuple[str, str]]
     if leaf in MARKS:
         return []
     key = f"{stem}.{RENAMED[leaf]}" if leaf in RENAMED else key
-    named = [(c, key[len(start) :]) for c, start in PREFIXES if key.startswith(start)]
-    bare = [(c, key) for c, starts in STARTS.items() if key.startswith(starts)]
-    component, inner = (named or bare or [("", "")])[0]
-    if component == "transformer" and inner.startswith(CONNECTORS):
+    starts = ((name, re.match(pattern, key)) for name, pattern in KEYS.items())
+    component, start = next((found for found in starts if found[1]), ("", None))
+    if start is None:
+        return None
+    inner = key[start.end() :]
+    if component == "transformer" and re.match(CONNECTORS, inner):
         component = "connectors"
     if component == "vae" and diffusion:
         side = inner.split(".")[0]
         decodes = [("diffusion_decoder", inner.removeprefix("decoder."))]
         return decodes * (side != "encoder") + [("vae", inner)] * (side != "decoder")
-    return [(component, inner)] if component else None
+    return [(component, inner)]
+
+
+# Which parts are used
+
+
+def read_chosen(upsamplers: Iterable[str], files: Mapping[str, str]) -> Parts:
+    """The parts that a user chose: upsamplers, and files by component."""
+    names = [c for c in COMPONENTS if c not in ("transformer", *UPSAMPLERS)]
+    for name in files.keys() - {*names}:
+        raise UserError(f"unknown part {name!r}: choose from {', '.join(names)}")
+    chosen: Parts = {}
+    wanted = [(UPSAMPLERS, file) for file in upsamplers]
+    for components, file in [*wanted, *(((name,), f) for name, f in files.items())]:
+        held = read_parts(single_file(file))
+        found = {k: part for k, part in held.items() if part.component in components}
+        if not found:
+            raise UserError(f"{file} does not hold the {' or '.join(components)}")
+        chosen |= found
+    return chosen
+
+
+def join_parts(
+    own: Parts, chosen: Parts, others: list[File], version: str, kind: str = ""
+) -> tuple[Parts, list[Problem]]:
+    """A checkpoint's `own` parts, `chosen` ones instead (an upsampler instead of all),
+    and what is in neither, the best of `others`; files among them that do not fit."""
+    checkpoint = next((part.file for part in own.values()), None)
+    for part in chosen.values():
+        check_part(part, version, checkpoint)
+    candidates, problems = defaultdict(list), []
+    for f in (f for f in others if f.role):
+        try:
+            held = read_parts(f)
+            for part in held.values():
+                check_part(part, version, checkpoint)
+        except Unreachable:
+            raise
+        except UserError as error:
+            problems.append((claims(f), str(error)))
+            continue
+        for where, part in held.items():
+            if where not in {**own, **chosen}:
+                candidates[where].append(part)
+    found = {where: best(parts, kind) for where, parts in candidates.items()} | own
+    if any(part.component in UPSAMPLERS for part in chosen.values()):
+        found = {k: p for k, p in found.items() if p.component not in UPSAMPLERS}
+    return found | chosen, problems
 
 
 def claims(f: File) -> set[str]:
     """The components that a file seems to hold; all, if its header cannot be read."""
+    if f.role == "upsampler":
+        return {*UPSAMPLERS}
     try:
-        return {c for key in f.keys for c, _ in map_key(key) or ()}
+        return {component for key in f.keys for component, _ in map_key(key) or ()}
     except UserError:
         return {*COMPONENTS}
 
 
-def best(component: str, parts: list[Part], kind: str, noted: bool) -> Part:
+def best(parts: list[Part], kind: str) -> Part:
     """Of a part that exists several times: the video decoder that convolves, what is
     named like the checkpoint, and what is not fp8 come first."""
-    if component == "vae":
-        convolves = [p for p in parts if "decoder_blocks" in p.config.get("vae", {})]
-        parts = convolves or parts
-    other = KINDS[kind == "dev"]
 
     def order(part: Part) -> tuple:
+        other = KINDS[kind == "dev"] in part.file.name.lower()
         fp8 = any(f.header[key][0] == "F8_E4M3" for f, key in part.tensors.values())
-        return other in part.file.name.lower(), fp8, part.file.name
+        return other, fp8, part.file.name
 
-    first, *rest = sorted(parts, key=order)
-    if rest and noted:
+    convolves = [p for p in parts if "decoder_blocks" in (p.section or {})]
+    first, *rest = sorted(convolves or parts, key=order)
+    if rest:
         note(f"using {first.file.name}, not {', '.join(p.file.name for p in rest)}")
     return first
 
 
-def check_part(
-    part: Part, component: str, model_version: tuple[int, ...], checkpoint: File
-) -> None:
+def check_part(part: Part, model_version: str, checkpoint: File) -> None:
     """A part must be of the checkpoint's generation, and its Gemma 4 the version that
     the checkpoint was trained with, which is not Google's."""
-    f, wanted = part.file, generation(model_version)
+    f, wanted = part.file, generation(parse_version(model_version))
     version = f.metadata.get("model_version")
+    if part.component in UPSAMPLERS:
+        named = re.match(r"ltx-(2[\d.]*)-", f.name.split("/")[-1])
+        version = named and named[1]
     if version and generation(parse_version(version)) != wanted:
         raise UserError(f"{f.name} is for LTX-2 {version}, not for {wanted}")
-    if component == "gemma":
-        have, want = part.config.get("gemma", {}).get("gemma_version"), None
+    if part.component == "gemma":
+        have, want = (part.section or {}).get("gemma_version"), None
         if "gemma_source_checkpoint" in checkpoint.metadata:
             source = checkpoint.json_metadata("gemma_source_checkpoint")
             want = source.get("gemma_version")
@@ -168,15 +236,8 @@ def check_part(
                 f"{checkpoint.name} was trained with {want or 'another text encoder'}: "
                 "use the encoder that was published with it"
             )
-    if component != "connectors":
-        check_config(component, own_section(component, part), part.tensors)
-
-
-def own_section(component: str, part: Part) -> dict[str, Any]:
-    """The section of a part, by name; the transformer's is the checkpoint's."""
-    name = COMPONENTS[component][0]
-    config = {"duration_head": {}} | part.config
-    return {name: config[name]} if name in config and name != "transformer" else {}
+    if part.component != "connectors":  # the checkpoint configures them
+        check_config(part.component, part.section, part.tensors)
 
 
 # Versions and configurations
@@ -196,10 +257,10 @@ def generation(version: tuple[int, ...]) -> str:
     return GENERATIONS[max(since for since in GENERATIONS if since <= version)]
 
 
-def check_version(checkpoint: File, config: dict[str, Any]) -> str:
+def check_version(checkpoint: File, section: Any) -> str:
     """The checkpoint's model_version (the first files had none), which must agree with
-    its transformer's configuration."""
-    section = checked(dict, config.get("transformer", {}), "transformer")
+    its transformer's section."""
+    section = checked(dict, section or {}, "transformer")
     modulated = section.get("cross_attention_adaln", False) is True  # since 2.3
     version = checkpoint.metadata.get("model_version", "2.3" if modulated else "2.0")
     if (parse_version(version) >= (2, 3)) != modulated:
@@ -231,27 +292,24 @@ def config_errors(file: str) -> Iterator[None]:
         raise UserError(f"{file}: invalid configuration ({text})") from error
 
 
-def check_config(name: str, config: dict[str, Any], tensors: Tensors) -> None:
+def check_config(name: str, section: Any, tensors: Tensors) -> None:
     """Check a component's section, as far as it can be without building a module."""
-    section, component = COMPONENTS[name]
-    file = first_file(tensors).name
-    if section not in config:
+    component, file = COMPONENTS[name][1], first_file(tensors).name
+    if section is None:
         raise UserError(f"{file} has no configuration of the {name}")
     shapes = {inner: f.header[key][1] for inner, (f, key) in tensors.items()}
     with config_errors(file):
-        found = checked(dict, config[section], section)
+        found = checked(dict, section, COMPONENTS[name][0])
         if hasattr(component, "config_class"):  # the vocoder has one of several
             component.config_class.from_dict(component.infer_sizes(found, shapes))
 
 
 def limit_depth(section: Any, tensors: int, name: str = "") -> None:
     """No model has more layers than tensors; building those would not end."""
-    if isinstance(section, dict):
-        for key, value in section.items():
-            limit_depth(value, tensors, key)
-    elif isinstance(section, list):
-        for value in section:
-            limit_depth(value, tensors, name)
-    elif re.search("layers|blocks|depth", name) and isinstance(section, int):
-        if section > tensors:
-            raise UserError(f"{name} is {section}, but there are {tensors} tensors")
+    inner = section.items() if isinstance(section, dict) else ()
+    inner = [(name, v) for v in section] if isinstance(section, list) else inner
+    for key, value in inner:
+        limit_depth(value, tensors, key)
+    counts = isinstance(section, int) and re.search("layers|blocks|depth", name)
+    if counts and section > tensors:
+        raise UserError(f"{name} is {section}, but there are {tensors} tensors")

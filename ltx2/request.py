@@ -9,7 +9,7 @@ from typing import Any, Mapping, Optional, Union
 
 from .base import UserError
 from .guidance import Guidance
-from .options import ask, comma_separated, match_groups, numbers, span
+from .options import ask, comma_separated, integers, match_groups, numbers, span
 from .sampling import SAMPLERS
 
 STAGES = ("one", "two", "hq", "dfr")
@@ -77,6 +77,11 @@ def sound(text: str) -> tuple[str, float]:
     return path, float(start or 0)
 
 
+def places(text: str) -> Union[int, tuple[int, ...]]:
+    """The value of --generated-keyframes: a count, or frames."""
+    return integers(text) if "," in text else int(text)
+
+
 def _lora(help: str, **rules: Any) -> Any:
     return ask(help, type=LoraFile.parse, metavar="PATH[:STRENGTH]", **rules)
 
@@ -103,6 +108,21 @@ class Request:
         excludes="video audio",
     )
     fps: Optional[float] = ask("(default: 24, or the clip's)")
+    chunk_frames: Optional[int] = ask(
+        "make a long video in windows of this many frames (97 if one of the next two is "
+        "passed)",
+        modes="one two",
+        excludes="retake extend audio_only temporal_upsample",
+    )
+    carry_frames: int = ask("frames that a window carries to the next", 25)
+    blend_frames: Optional[int] = ask(
+        "of them, frames that are blended, 0 is a hard cut (default: all)"
+    )
+    conditioned_fps: Optional[float] = ask(
+        "frame rate that the model is told, for the speed of motion (default: fps)",
+        between=(1, 240),
+        modes=NOT_DFR,
+    )
     seed: int = ask("of the noise", 10, between=(0, 2**63 - 1))
     # Sampling. A mapping of guidance settings changes the model's defaults.
     stages: Optional[str] = ask(
@@ -160,9 +180,11 @@ class Request:
         excludes="audio_only retake extend",
         modes=NOT_DFR,
     )
-    generated_keyframes: int = ask(
-        "LTX-2.5: generate this many single frames too, which keep the video sharp",
+    generated_keyframes: Union[int, tuple[int, ...]] = ask(
+        "LTX-2.5: also generate single frames, which keep the video sharp: a number of "
+        "them, or places (24,48 or 24,)",
         0,
+        type=places,
         metavar="N",
         excludes="audio_only retake extend",
         modes=NOT_DFR,
@@ -250,6 +272,19 @@ class Request:
         excludes="retake extend",
         between=(0, 1),
     )
+    attention_mask: Optional[str] = ask(
+        "clip or picture that weighs the reference by place, from black (0) to white (1)",
+        metavar="FILE",
+        needs="video",
+        excludes="retake extend",
+    )
+    reference_in_stage_2: bool = ask(
+        "show the reference in stage 2 too, with its LoRA",
+        False,
+        needs="video",
+        excludes="retake extend",
+        modes="two",
+    )
     # Outputs
     no_audio: bool = ask("video only", False, excludes="audio_only")
     audio_only: bool = ask(
@@ -268,10 +303,11 @@ class Request:
     )
 
     GROUPS = {
-        "output": "prompt height width num_frames auto_duration fps no_audio audio_only "
+        "output": "prompt height width num_frames auto_duration fps conditioned_fps chunk_frames carry_frames blend_frames no_audio audio_only "
         "video_decoder decode_bias",
         "inputs": "images keyframes image_crf audio video retake retake_streams extend "
-        "reference_strength reference_attention loras distilled_lora detailing_lora",
+        "reference_strength reference_attention attention_mask reference_in_stage_2 "
+        "loras distilled_lora detailing_lora",
     }  # all others are "sampling"
 
     def __post_init__(self):

@@ -73,7 +73,7 @@ class Snapshot:
             state["request"] = Request.from_json(state["request"])
             state |= {part: {} for part in cls.ARRAYS}
             for key, x in arrays.items():
-                part, name = key.split(".")
+                part, name = key.split(".", 1)
                 state[part][name] = x
             return cls(**state)
         except (RuntimeError, KeyError, TypeError, ValueError):

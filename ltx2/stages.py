@@ -1,35 +1,23 @@
-"""From a request to a job: checks, defaults by model, and the table of stages."""
+"""The table of stages, and from a request to a job."""
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from typing import Any, Iterator, Mapping, NamedTuple, Optional
+from typing import Iterator, Mapping, NamedTuple, Optional
 
-from . import conditions, media, windows
+from . import conditions, windows
 from .base import UserError
-from .conditions import Condition, InputFiles, Stage
-from .duration import whole_frames
+from .conditions import WHOLE_CLIP, Condition, InputFiles, Stage
+from .defaults import BOTH, MAX_FRAMES, PARTS, Filled, reference_factors
 from .guidance import Guidance
-from .latents import SPACE_SCALE, TIME_SCALE, Size, audio_tokens, evenly_spaced
+from .latents import AUDIO_TOKENS_PER_SECOND, TIME_SCALE, Size, audio_tokens
 from .memory import MemoryPlan
-from .options import check, check_choice, check_range, check_step
+from .options import check_range, check_step, is_set
 from .request import LoraFile, Request
-from .sampling import DISTILLED_SIGMAS, REFINE_SIGMAS, shifted_sigmas
+from .sampling import DISTILLED_SIGMAS, REFINE_SIGMAS
 from .weights import Checkpoint
 
-NEGATIVE_PROMPT = (
-    "low quality, blurry, distorted, flickering, watermark, text on screen, "
-    "muffled sound, noise, clipping, silence"
-)
-SIZE = {"height": 512, "width": 768, "num_frames": 121, "fps": 24.0}
-MAX_FRAMES, MAX_SIDE = 2049, 4096
-AUTO_DURATION = (1.0, 20.0)  # seconds, the reference's
-DECODERS = {"conv": "vae", "diffusion": "diffusion_decoder"}
-BOTH = ("video", "audio")
-OWN = None  # the model's: a dev model's by its steps
+OWN = None  # a distilled model's schedule, or a dev model's by its steps
 
 
 class Row(NamedTuple):
@@ -37,36 +25,44 @@ class Row(NamedTuple):
 
     size: str  # "small": divided by the upsampler's scale, "full", "doubled" in rate
     sigmas: Optional[tuple[float, ...]]
-    sampler: Optional[str]
+    sampler: str
     guided: bool
     distilled_lora: float  # times its strength; 0: without
     upsampler: Optional[str]  # the axis it first enlarges
     final: tuple[str, ...]  # streams that the result takes from it
-    keyframes: bool  # generates keyframes
+    keyframes: bool = True  # generates keyframes
+    keeps_audio: bool = False  # of the stage before
 
 
+ANCESTRAL = "ancestral"  # euler, before LTX-2.5
+VIDEO, AUDIO = ("video",), ("audio",)
 # fmt: off
 MODES = {
-    "one": (Row("full", OWN, OWN, True, 0, None, BOTH, True),),
+    "one": (Row("full", OWN, "euler", True, 0, None, BOTH),),
     "two": (
-        Row("small", OWN, OWN, True, 0, None, (), True),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", BOTH, False),
+        Row("small", OWN, ANCESTRAL, True, 0, None, ()),
+        Row("full", REFINE_SIGMAS, ANCESTRAL, False, 1, "spatial", BOTH),
+    ),
+    "two with a reference": (
+        Row("small", OWN, "euler", True, 0, None, ()),
+        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", BOTH),
     ),
     "two of a dev model": (  # whose refining does not improve the sound
-        Row("small", OWN, OWN, True, 0, None, ("audio",), True),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ("video",), False),
+        Row("small", OWN, "euler", True, 0, None, AUDIO),
+        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", VIDEO, True, True),
     ),
     "hq": (
-        Row("small", OWN, "res_2s", True, 0.25, None, ("audio",), True),
-        Row("full", REFINE_SIGMAS, "res_2s", False, 0.5, "spatial", ("video",), False),
+        Row("small", OWN, "res_2s", True, 0.25, None, AUDIO),
+        Row("full", REFINE_SIGMAS, "res_2s", False, 0.5, "spatial", VIDEO, False),
     ),
     "dfr": (
-        Row("small", DISTILLED_SIGMAS, "euler", False, 1, None, ("audio",), True),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ("video",), True),
+        Row("small", DISTILLED_SIGMAS, ANCESTRAL, False, 1, None, AUDIO),
+        Row("full", REFINE_SIGMAS, ANCESTRAL, False, 1, "spatial", VIDEO),
     ),
 }
-DOUBLED = Row("doubled", REFINE_SIGMAS, "euler", False, 1, "temporal", ("video",), False)
+DOUBLED = Row("doubled", REFINE_SIGMAS, "euler", False, 1, "temporal", VIDEO, False)
 # fmt: on
+DETAIL = 0.5  # the reference's strength of a detailing LoRA
 TILE_SIGMAS, TILE_SAMPLER = DISTILLED_SIGMAS[4:], "euler_half_ancestral"
 
 
@@ -96,7 +92,20 @@ class Job:
         r = self.request
         rate = 2 ** (r.temporal_rounds + r.temporal_upsample)
         frames = (r.num_frames - 1) * rate + 1
-        return replace(self.stages[-1].size, num_frames=frames, fps=r.fps * rate)
+        size = Size(r.width, r.height, frames, r.fps * rate)
+        return replace(size, audio_tokens=self.stages[0].size.audio_tokens)
+
+    @property
+    def windows(self) -> list[windows.Window]:
+        """The windows it is made in."""
+        return list(dict.fromkeys(stage.window for stage in self.stages))
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components that it needs, but for the text encoder."""
+        parts = [p for stream in ("all", *self.streams) for p in PARTS[stream]]
+        parts += [s.upsampler for s in self.stages if s.upsampler]
+        return *parts, *((self.decoder,) if "video" in self.streams else ())
 
     @property
     def has_media_inputs(self) -> bool:
@@ -122,7 +131,7 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
             f"{r.num_frames} frames at {r.fps:g} fps are too short for audio: increase "
             "num_frames or set no_audio"
         )
-    if frames != r.num_frames and r.auto_duration is None:
+    if p.mode == "dfr" and frames != r.num_frames and r.auto_duration is None:
         p.notes.append(
             f"{frames} frames are generated, in whole segments between keyframes, and "
             f"cut to {r.num_frames}"
@@ -131,325 +140,73 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
     return Job(r, stages, prompts, p.decoder(), tuple(p.notes))
 
 
-class Planner:
-    """A request on its way to a job: `r` is filled in step by step."""
-
-    def __init__(self, r: Request, checkpoint: Checkpoint, files: InputFiles):
-        self.r, self.checkpoint, self.files = r, checkpoint, files
-        self.notes: list[str] = []
-        self.clip_frames, self.clip_streams = 0, ()  # of the input video
-        self.streams = BOTH[bool(r.audio_only) : 2 - bool(r.no_audio)]
-        self.distilled = checkpoint.kind == "distilled"
-        parts = checkpoint.components
-        upsamplers = [name for name in parts if name.startswith("spatial_upsampler")]
-        simple = r.changes_clip or r.audio_only or not self.distilled or not upsamplers
-        self.mode = r.stages or ("one" if simple else "two")
-        check_choice("stages", self.mode, tuple(MODES))
-        self.upsampler = upsamplers[0] if upsamplers else None
-        self.scale = Fraction(1)  # by which the first stage is smaller
-        if self.upsampler and self.mode != "one":
-            scale = checkpoint.config[self.upsampler]["spatial_scale"]
-            self.scale = Fraction(scale).limit_denominator(4)
-
-    # Checks
-
-    def unmet(self) -> dict[str, str]:
-        """What options need of a model and this one is not (see `options.check`)."""
-        unmet = {}
-        if self.distilled:
-            unmet["dev"] = "a dev model (this one is distilled)"
-        config = self.checkpoint.config["transformer"]
-        if not config.get("use_keyframes_abs_pos_embedding"):
-            unmet["2.5"] = f"LTX-2.5 (this model is {self.checkpoint.model_version})"
-        return unmet
-
-    def check(self) -> None:
-        """UserError for whatever does not go together, or needs a missing file."""
-        r, unmet = self.r, self.unmet()
-        check(r, self.mode, unmet)
-        for fault, message in self.faults(unmet):
-            if fault:
-                raise UserError(message)
-        needed = {"transformer", "connectors"}
-        needed |= {"vae"} if "video" in self.streams else set()
-        needed |= {"audio_vae", "vocoder"} if "audio" in self.streams else set()
-        needed |= {"gemma"} if self.checkpoint.text_encoder == "gemma" else set()
-        self.checkpoint.require(*sorted(needed))
-        for lora in r.loras:
-            stages = 1 if self.mode == "one" else 2
-            if lora.stage not in (None, *range(1, stages + 1)):
-                raise UserError(
-                    f"LoRA {lora.path} is for stage {lora.stage}, but there are {stages}"
-                )
-            if lora.strength == 0:
-                raise UserError(
-                    f"LoRA {lora.path} has strength 0, no effect: remove it"
-                )
-            check_range(f"LoRA {lora.path}: strength", lora.strength, -10, 10)
-
-    def faults(self, unmet: Mapping[str, str]) -> Iterator[tuple[Any, str]]:
-        """What no single field can declare: whether it is so, and the message."""
-        r, mode, stages = self.r, self.mode, f"--stages {self.mode}"
-        settings = [g for g in (r.video_guidance, r.audio_guidance) if g]
-        active = any(g.active for g in settings if isinstance(g, Guidance))
-        partial = [g for g in settings if isinstance(g, Mapping)]
-        yield (
-            self.distilled and (active or partial),
-            "guidance needs a dev model (this one is distilled): remove its settings",
-        )
-        yield (
-            len(self.streams) == 1 and any("modality_scale" in g for g in partial),
-            "modality_scale needs both video and audio",
-        )
-        yield (
-            r.retake and r.no_audio and "video" not in r.retake_streams,
-            "retake has nothing to regenerate: audio is off and video is kept",
-        )
-        yield (
-            not r.retake_streams or set(r.retake_streams) - set(BOTH),
-            f"unknown retake_streams {','.join(r.retake_streams)!r}: choose from video, "
-            "audio",
-        )
-        yield (
-            r.has_reference and not r.loras,
-            "a reference video needs an IC-LoRA: add --lora (or --retake or --extend, to "
-            "change the video)",
-        )
-        low, high = r.guidance_interval
-        yield low > high, "guidance_interval must be from a lower to a higher sigma"
-        yield (
-            mode == "dfr" and "2.5" in unmet,
-            f"{stages} needs {unmet.get('2.5')}",
-        )
-        yield (
-            mode != "one" and not self.upsampler,
-            f"{stages} needs a latent upsampler, which this model does not have: add its "
-            "file with --upsampler",
-        )
-        yield mode == "hq" and self.distilled, f"{stages} needs {unmet.get('dev')}"
-        yield (
-            mode == "dfr" and self.scale != 2,
-            f"{stages} needs an x2 upsampler (this one is x{float(self.scale):g})",
-        )
-        yield mode == "dfr" and r.num_frames == 1, f"{stages} needs at least 9 frames"
-        refines = mode != "one" and not self.distilled
-        yield (
-            refines and not r.distilled_lora,
-            f"{stages} of a dev model needs its distilled LoRA: add --distilled-lora",
-        )
-        yield (
-            r.distilled_lora and not refines,
-            "distilled_lora needs a dev model and --stages two, hq or dfr",
-        )
-        for name in ("distilled_lora", "detailing_lora"):
-            lora = getattr(r, name)
-            yield (
-                lora and (lora.stage or not lora.strength),
-                f"{name} takes no stage, and its strength must not be 0",
-            )
-        yield (
-            (r.temporal_upsample or r.temporal_rounds)
-            and "temporal_upsampler" not in self.checkpoint.components,
-            "doubling the frame rate needs a temporal latent upsampler, which this model "
-            "does not have: add its file with --upsampler",
-        )
-        yield (
-            r.temporal_upsample and not self.distilled and mode == "one",
-            "temporal_upsample of a dev model needs --stages two and --distilled-lora",
-        )
-        count = len(DISTILLED_SIGMAS) - 1
-        yield (
-            self.distilled and r.steps not in (None, count),
-            f"steps is {r.steps}, but a distilled model has {count} steps of its own: "
-            "remove it, or pass sigmas",
-        )
-
-    # Size, length and rate
-
-    def fit_duration(self) -> None:
-        """The most frames that the duration head may predict, if it decides: by default
-        where the model has one and no input has a duration."""
-        r, head = self.r, "duration_head"
-        fixed = r.video or r.audio or r.num_frames is not None
-        if r.auto_duration is None and (
-            fixed or head not in self.checkpoint.components
-        ):
-            return
-        self.checkpoint.require(head)
-        fps = SIZE["fps"] if r.fps is None else r.fps
-        low, high = r.auto_duration or AUTO_DURATION
-        check_range("auto_duration", low, 0, MAX_FRAMES / fps)
-        check_range("auto_duration", high, low, MAX_FRAMES / fps)
-        frames = whole_frames(high, fps, low, high)
-        frames = frames if r.num_frames is None else min(r.num_frames, frames)
-        self.r = replace(r, auto_duration=(low, high), num_frames=frames)
-
-    def fit_size(self) -> None:
-        """The size, length and rate that the user, the clip or the model chooses."""
-        multiple = SPACE_SCALE * self.scale.numerator * self.reference_scale()[0]
-        if self.r.video is not None:
-            self.fit_clip(multiple)
-        defaults = SIZE | self.checkpoint.defaults
-        missing = {k: defaults[k] for k in SIZE if getattr(self.r, k) is None}
-        r = self.r = replace(self.r, **missing)
-        config = self.checkpoint.config.get("vae", {})
-        # A decoder that reflects its borders needs two latents.
-        reflects = config.get("spatial_padding_mode", "reflect") == "reflect"
-        low = max(multiple, 2 * SPACE_SCALE) if reflects else multiple
-        high = MAX_SIDE // multiple * multiple
-        check_step("height", r.height, multiple, low, high)
-        check_step("width", r.width, multiple, low, high)
-        check_step("num_frames", r.num_frames, TIME_SCALE, 1, MAX_FRAMES, plus=1)
-        most = max(r.num_frames - 2, 0)
-        check_range("generated_keyframes", r.generated_keyframes, 0, most)
-        check_range("fps", r.fps, 1, 120)
-        for image in r.images:
-            image.index(r.num_frames, r.fps)
-            check_range(f"image {image.path}: strength", image.strength, 0.01, 1)
-            self.files.image(image.path)
-        seconds = self.files.probe(r.audio).audio_duration if r.audio else 0
-        if r.audio and r.audio_start >= seconds:
-            raise UserError(
-                f"{r.audio} has no sound at {r.audio_start:g} s: it is {seconds:.2f} s "
-                "long"
-            )
-
-    def fit_clip(self, multiple: int) -> None:
-        """The input video's size, length and rate as far as the model can have them, how
-        much of it is read, and notes about what was changed."""
-        r, clip = self.r, self.files.probe(self.r.video)
-        if not clip.has_video:
-            raise UserError(f"{r.video} has no video: pass a sound with --audio")
-        fps = float(clip.fps if r.fps is None else r.fps)
-        check_range("fps", fps, 1, 120)
-        same_rate = media.frame_rate(fps) == clip.fps
-        there = clip.num_frames if same_rate else math.floor(clip.duration * fps + 0.01)
-        frames = (min(max(there, 1), MAX_FRAMES) - 1) // TIME_SCALE * TIME_SCALE + 1
-        low = -(-2 * SPACE_SCALE // multiple) * multiple
-        fit = lambda side: max(min(side, MAX_SIDE) // multiple * multiple, low)
-        height = fit(clip.height) if r.height is None else r.height
-        width = fit(clip.width) if r.width is None else r.width
-        total = frames if r.num_frames is None else r.num_frames
-        if r.extend is not None:
-            check_range("extend", abs(r.extend), 1 / fps, MAX_FRAMES / fps)
-            more = max(round(abs(r.extend) * fps / TIME_SCALE), 1)
-            total = frames + more * TIME_SCALE
-        if r.retake is not None:
-            check_range("num_frames of a retake of this clip", total, 1, frames)
-            start, end = r.retake
-            if not 0 <= start < end or start >= total / fps:
-                raise UserError(
-                    f"retake is {start:g}-{end:g}, but the clip is from 0 to "
-                    f"{total / fps:.2f} s: use a start before an end inside it"
-                )
-        frames = min(frames, total)
-        changes = {
-            f"{clip.width}x{clip.height} resized and cropped to {width}x{height}": (
-                (height, width) != (clip.height, clip.width)
-            ),
-            f"{float(clip.fps):g} fps changed to {fps:g}": not same_rate,
-            f"{frames} of {there} frames are read (8k+1)": frames != there,
-        }
-        self.notes += [f"{r.video}: {text}" for text, true in changes.items() if true]
-        self.clip_frames, self.clip_streams = frames, BOTH[: 1 + clip.has_audio]
-        self.r = replace(r, height=height, width=width, num_frames=total, fps=fps)
-
-    def reference_scale(self) -> tuple[int, int]:
-        """By how much a reference clip is smaller and slower, by the LoRAs' metadata."""
-        loras = [lora for lora in self.r.loras if lora.stage in (None, 1)]
-        return reference_factors(loras if self.r.has_reference else (), self.files)
-
-    # Defaults by model
-
-    def guidance(self) -> dict[str, Guidance]:
-        """The model's guidance, changed by the request's, by stream."""
-        r = self.r
-        if self.distilled or self.mode == "dfr":
-            return {}
-        guidance = default_guidance(self.checkpoint, self.mode)
-        usual_blocks = default_guidance(self.checkpoint)["video"].stg_blocks
-        last = self.checkpoint.config["transformer"]["num_layers"] - 1
-        for name, defaults in guidance.items():
-            settings = getattr(r, f"{name}_guidance")
-            if isinstance(settings, Guidance):
-                guidance[name] = settings
-            elif settings:
-                # Where STG is off by default, it still has a usual block.
-                blocks = {} if defaults.stg_scale else {"stg_blocks": usual_blocks}
-                guidance[name] = replace(defaults, **{**blocks, **settings})
-            check(guidance[name], label=f"{name} ")
-            for block in guidance[name].stg_blocks or ():
-                check_range(f"{name} stg_blocks", block, 0, last)
-        if r.audio:  # is not changed
-            del guidance["audio"]
-        if len(self.streams) == 1:  # there is no other stream to agree with
-            alone = {"modality_scale": 1.0}
-            guidance = {k: replace(guidance[k], **alone) for k in self.streams}
-        return guidance
-
-    def negative_prompt(self, guidance: Mapping[str, Guidance]) -> tuple[str, ...]:
-        """The prompt of the unconditional pass, if there is one."""
-        prompt = self.r.negative_prompt
-        if any(g.cfg_scale != 1 for g in guidance.values()):
-            return (NEGATIVE_PROMPT if prompt is None else prompt,)
-        if prompt is not None:
-            raise UserError("negative_prompt needs cfg_scale above 1, and a dev model")
-        return ()
-
-    def decoder(self) -> str:
-        """The component that decodes: the lighter one if the model has both."""
-        c, parts = self.checkpoint.config.get("vae", {}), self.checkpoint.components
-        has = {"conv": "decoder_blocks" in c, "diffusion": "diffusion_decoder" in parts}
-        kind = self.r.video_decoder or ("conv" if has["conv"] else "diffusion")
-        if not has[kind] and "video" in self.streams:
-            raise UserError(f"this model has no {kind} video decoder")
-        return DECODERS[kind]
-
-    def sigmas(self, size: Size) -> tuple[float, ...]:
-        """The first stage's schedule: the request's, the distilled one, or by steps."""
-        r = self.r
-        if r.sigmas is not None:
-            s, falling = r.sigmas, all(a > b for a, b in zip(r.sigmas, r.sigmas[1:]))
-            if len(s) < 2 or not falling or not 0 <= s[-1] < s[0] <= 1:
-                raise UserError(
-                    "sigmas must fall from at most 1 to at least 0, e.g. "
-                    f"1,0.9,0.7,0.4,0; got {','.join(f'{v:g}' for v in s)}"
-                )
-            return s
-        if self.distilled or self.mode == "dfr":
-            return DISTILLED_SIGMAS
-        default = 30 if self.checkpoint.version >= (2, 3) else 40
-        default = 15 if self.mode == "hq" else default
-        steps = default if r.steps is None else r.steps
-        check_range("steps", steps, 2, 1000)
-        # Only the reference's hq pipeline counts its tokens.
-        counted = (size.tokens,) if self.mode == "hq" else ()
-        return shifted_sigmas(steps, *counted)
-
-    # Stages
+class Planner(Filled):
+    """The stages of a request that is filled in."""
 
     def stages(self, guidance: Mapping[str, Guidance]) -> Iterator[Stage]:
         """The stages by the rows of the mode."""
         r, mode = self.r, self.mode
-        if mode == "two" and not self.distilled and not r.keyframes:
+        if mode == "two" and (r.has_reference or r.keyframes and not self.distilled):
+            mode = "two with a reference"
+        elif mode == "two" and not self.distilled:
             mode = "two of a dev model"
-        frames = r.num_frames
-        keyframes = evenly_spaced(r.generated_keyframes, frames)
+        rows = MODES[mode] + (DOUBLED,) * r.temporal_upsample
         if mode == "dfr":
-            frames, keyframes = windows.canvas(frames)
+            frames, keyframes = windows.canvas(r.num_frames)
+            rate = windows.conditioned_rate(r.fps)
+            full = replace(self.full_size(frames), conditioned_fps=rate)
+            yield from self.window(rows, guidance, full, WHOLE_CLIP, keyframes)
+            yield from self.tile_stages(len(rows), full, keyframes)
+            return
+        incoming: tuple[int, ...] = ()
+        for window in self.windows():
+            keyframes = window.keyframes(r.generated_keyframes)
+            full = self.full_size(window.num_frames)
+            yield from self.window(rows, guidance, full, window, keyframes, incoming)
+            incoming = window.handed_on(keyframes)
+
+    def full_size(self, frames: int) -> Size:
+        """The size of the result with so many frames."""
+        r = self.r
         sound = audio_tokens(frames, r.fps) * ("audio" in self.streams)
-        full = Size(r.width, r.height, frames, r.fps, sound)
+        return Size(r.width, r.height, frames, r.fps, sound, r.conditioned_fps)
+
+    def windows(self) -> list[windows.Window]:
+        """The windows that a long video is made in, one if nothing of them is set."""
+        r = self.r
+        names = ("chunk_frames", "carry_frames", "blend_frames")
+        if not any(is_set(r, name) for name in names):
+            return [windows.Window(0, r.num_frames)]
+        chunk = 97 if r.chunk_frames is None else r.chunk_frames
+        blend = r.carry_frames if r.blend_frames is None else r.blend_frames
+        check_step("chunk_frames", chunk, TIME_SCALE, 25, MAX_FRAMES, plus=1)
+        check_step("carry_frames", r.carry_frames, TIME_SCALE, 17, chunk - 8, plus=1)
+        check_range("blend_frames", blend, 0, r.carry_frames)
+        return windows.divide(r.num_frames, chunk, r.carry_frames, blend)
+
+    def window(
+        self,
+        rows: tuple[Row, ...],
+        guidance: Mapping[str, Guidance],
+        full: Size,
+        window: windows.Window,
+        keyframes: tuple[int, ...],
+        incoming: tuple[int, ...] = (),
+    ) -> Iterator[Stage]:
+        """The stages of one window, by rows; with `keyframes` that it generates and
+        `incoming` ones from the window before."""
+        r, version = self.r, self.checkpoint.version
         small, doubled = full.divided(self.scale), full.doubled()
         sizes = {"small": small, "full": full, "doubled": doubled}
-        ancestral = self.distilled and self.checkpoint.version >= (2, 5)
         axis = {"spatial": self.upsampler, "temporal": "temporal_upsampler"}
-        rows = MODES[mode] + (DOUBLED,) * r.temporal_upsample
         for n, row in enumerate(rows, 1):
             first, size = n == 1, sizes[row.size]
-            sampler = row.sampler or ("euler_ancestral" if ancestral else "euler")
+            sampler = row.sampler
+            if sampler == ANCESTRAL:
+                sampler = "euler_ancestral" if version >= (2, 5) else "euler"
             sigmas = self.sigmas(size) if first else row.sigmas
             yield Stage(
-                f"stage{n}",
+                f"{window.prefix}stage{n}",
                 size,
                 sigmas,
                 r.sampler if first and r.sampler else sampler,
@@ -459,10 +216,17 @@ class Planner:
                 r.step_cache if first else 0.0,
                 self.loras(n, row.distilled_lora),
                 axis.get(row.upsampler),
-                self.conditions(n, size, keyframes if row.keyframes else ()),
+                self.conditions(n, size, row, window, keyframes, incoming),
                 row.final,
+                window=window,
+                first=first,
             )
-        for round_ in range(1, r.temporal_rounds + 1):
+
+    def tile_stages(
+        self, n: int, full: Size, keyframes: tuple[int, ...]
+    ) -> Iterator[Stage]:
+        """The tiles of dfr's rounds, after `n` stages."""
+        for round_ in range(1, self.r.temporal_rounds + 1):
             # The keyframes of the round before are every other one of this round's.
             segments = len(keyframes) * 2 ** (round_ - 1)
             for tile in windows.tiles(segments, 2 * keyframes[0], 2**round_):
@@ -471,9 +235,15 @@ class Planner:
 
     def tile_stage(self, n: int, tile: windows.Tile, full: Size) -> Stage:
         """A tile of one of dfr's rounds, which double the frame rate."""
-        fps = min(full.fps * tile.rate, windows.MAX_FPS)
-        size = replace(full, num_frames=tile.num_frames, fps=fps, audio_tokens=0)
+        fps, streams = full.fps * tile.rate, full.audio_tokens > 0
+        rate = windows.conditioned_rate(fps)
+        size = replace(full, num_frames=tile.num_frames, fps=fps, conditioned_fps=rate)
+        size = replace(size, audio_tokens=audio_tokens(tile.num_frames, rate))
         images = self.images(size, tile.rate, tile.first)
+        both = {
+            "video": (*images, conditions.TileKeyframes(tile)),
+            "audio": (conditions.TileSound(tile),),
+        }
         return Stage(
             f"stage{n}",
             size,
@@ -481,84 +251,88 @@ class Planner:
             TILE_SAMPLER,
             TILE_SIGMAS[0],
             loras=self.loras(None, 1),
-            upsampler=None if tile.lead else "temporal_upsampler",
-            conditions={"video": (*images, conditions.TileKeyframes(tile))},
+            upsampler=None if tile.start else "temporal_upsampler",
+            conditions=both if streams else {"video": both["video"]},
             final=("video",),
             part=tile,
+            first=False,
         )
 
     def loras(self, n: Optional[int], distilled: float) -> tuple[LoraFile, ...]:
         """The LoRAs of stage `n`: the user's, the distilled one by a factor of its
         strength, dfr's detailing one. A reference's LoRA is for the first stage."""
         r = self.r
-        general = n != 2 or not r.has_reference
+        general = n != 2 or not r.has_reference or r.reference_in_stage_2
         loras = [x for x in r.loras if x.stage == n or general and x.stage is None]
         if r.distilled_lora and distilled:
             strength = r.distilled_lora.strength * distilled
             loras.append(replace(r.distilled_lora, strength=strength))
-        return (*loras, *((r.detailing_lora,) if r.detailing_lora and n == 2 else ()))
+        if r.detailing_lora and n == 2:
+            strength = r.detailing_lora.strength * DETAIL
+            loras.append(replace(r.detailing_lora, strength=strength))
+        return tuple(loras)
 
     def conditions(
-        self, n: int, size: Size, keyframes: tuple[int, ...]
+        self,
+        n: int,
+        size: Size,
+        row: Row,
+        window: windows.Window,
+        keyframes: tuple[int, ...],
+        incoming: tuple[int, ...],
     ) -> dict[str, tuple[Condition, ...]]:
         """The conditions of stage `n` by stream, in the reference's order."""
         r, clip = self.r, (self.r.video, self.clip_frames)
-        video = list(self.images(size, round(size.fps / r.fps)))
-        audio = [conditions.HoldSound(r.audio, r.audio_start)] if r.audio else []
+        carried_in = window.carried_in
+        owned = window.owned if carried_in else range(r.num_frames)
+        rate = round(size.fps / r.fps)
+        video = list(self.images(size, rate, window.start * rate, owned))
+        audio = [conditions.KeepAudio()] if row.keeps_audio else []
+        if r.audio:
+            skip = round(window.start / r.fps * AUDIO_TOKENS_PER_SECOND)
+            audio = [conditions.HoldSound(r.audio, r.audio_start, skip)]
+        if carried_in:
+            audio.append(conditions.Carried("audio", f"stage{n}"))
         for stream, items in zip(self.clip_streams, (video, audio)):
             if r.extend is not None:
                 items.append(conditions.HoldClip(*clip, stream, r.extend < 0))
             if r.retake is not None:
                 span = r.retake if stream in r.retake_streams else None
                 items.append(conditions.RetakeClip(*clip, stream, span))
-        if r.has_reference and n == 1:
+        if r.has_reference and (n == 1 or r.reference_in_stage_2):
+            frames = min(self.clip_frames - window.start, size.num_frames)
             weights = r.reference_strength, r.reference_attention
-            scale = self.reference_scale()
-            video.append(conditions.ReferenceClip(*clip, *weights, *scale))
-        if keyframes:
+            facts = r.video, frames, *weights, *self.reference_scale(), window
+            if r.attention_mask:  # the reference reads it at the first stage's size
+                sides = self.full_size(frames).divided(self.scale)
+                facts += ((r.attention_mask, sides),)
+            video.append(conditions.ReferenceClip(*facts))
+        if keyframes and row.keyframes:
             video.append(conditions.NewKeyframes(keyframes))
+        if incoming and row.keyframes:
+            video.append(conditions.CarriedKeyframes(incoming, f"stage{n}"))
+        if carried_in:
+            video.append(conditions.Carried("video", f"stage{n}"))
         if r.detailing_lora and n == 2:
             factor, _ = reference_factors([r.detailing_lora], self.files)
             video.append(conditions.PreviousAsReference(max(factor, 2)))
         both = {"video": tuple(video), "audio": tuple(audio)}
         return {stream: both[stream] for stream in self.streams}
 
-    def images(self, size: Size, rate: int, first: int = 0) -> Iterator[Condition]:
-        """The images of a stage at `rate` times the frame rate, from frame `first` on."""
+    def images(
+        self, size: Size, rate: int, first: int = 0, owned: Optional[range] = None
+    ) -> Iterator[Condition]:
+        """The images of a stage at `rate` times the frame rate, from frame `first` on;
+        those at frames that it `owned` (None: all)."""
         r, crf = self.r, 18 if self.checkpoint.version >= (2, 4) else 33
         crf = crf if r.image_crf is None else r.image_crf
         for image in r.images:
-            frame = image.index(r.num_frames, r.fps) * rate - first
+            index = image.index(r.num_frames, r.fps)
+            frame = index * rate - first
+            if owned is not None and index not in owned:
+                continue
             source = image.path, image.strength, crf
             if frame == 0 and not r.keyframes:
                 yield conditions.ShowImage(*source)
             elif 0 <= frame < size.num_frames:
                 yield conditions.GuideImage(*source, frame)
-
-
-def default_guidance(checkpoint: Checkpoint, mode: str = "one") -> dict[str, Guidance]:
-    """The dev models' guidance by stream, the reference's constants; the STG block was
-    chosen for 48 blocks."""
-    if mode == "hq":
-        video = Guidance(3.0, 0.0, (), 3.0, 0.45)
-        return {"video": video, "audio": replace(video, cfg_scale=7, rescale_scale=1)}
-    last = checkpoint.config["transformer"]["num_layers"] - 1
-    block = min(28 if checkpoint.version >= (2, 3) else 29, last)
-    video = Guidance(3.0, 1.0, (block,), 3.0, 0.7)
-    return {"video": video, "audio": replace(video, cfg_scale=7.0)}
-
-
-def reference_factors(loras, files: InputFiles) -> tuple[int, int]:
-    """The factors for references in LoRAs' metadata: smaller, slower."""
-    factors = [1, 1]
-    for lora in loras:
-        metadata = files.lora(lora.path).metadata
-        for i, axis in enumerate(("downscale", "temporal_scale")):
-            value = metadata.get(f"reference_{axis}_factor", str(factors[i]))
-            if not re.fullmatch("[1-9]", value) or factors[i] not in (1, int(value)):
-                raise UserError(
-                    f"LoRA {lora.path}: reference_{axis}_factor {value!r} is not "
-                    "possible, or differs from another LoRA's"
-                )
-            factors[i] = int(value)
-    return tuple(factors)

@@ -5,9 +5,7 @@ Gemma runs on mlx-lm, which only this file imports.
 
 from __future__ import annotations
 
-import json
 import math
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Optional
@@ -16,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .base import Config, Trace, UserError, traced
+from .base import Config, Trace, UserError, note, parse_json, traced
 from .layers import (
     Attention,
     Component,
@@ -51,9 +49,7 @@ class TextEncoder:
         from mlx_lm.utils import load_model
 
         folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"text encoder {folder} has no config.json")
-        config = json.loads((folder / "config.json").read_text())
+        config = read_config(folder)
         if config.get("model_type") not in ("gemma3", "gemma3_text"):
             raise UserError(
                 f"text encoder {folder} is a {config.get('model_type')!r}, "
@@ -90,10 +86,8 @@ class TextEncoder:
         if ids[:1] != [self.bos]:
             ids = [self.bos] + ids
         if len(ids) > MAX_TOKENS:
-            warnings.warn(
-                f"the prompt has {len(ids)} tokens; "
-                f"the last {len(ids) - MAX_TOKENS} are ignored"
-            )
+            extra = len(ids) - MAX_TOKENS
+            note(f"the prompt has {len(ids)} tokens; the last {extra} are ignored")
         return ids[:MAX_TOKENS]
 
     def __call__(
@@ -120,6 +114,13 @@ class TextEncoder:
 
     def apply_layer(self, layer: nn.Module, x: mx.array) -> mx.array:
         return layer(x, "causal", None)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A text encoder's config.json."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"text encoder {folder} has no config.json")
+    return parse_json((folder / "config.json").read_text(), f"{folder}/config.json: ")
 
 
 def _tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], int]:
@@ -259,7 +260,7 @@ def enhance(folder: Path, prompt: str, seed: int, max_tokens: int = 400) -> str:
     from mlx_lm import generate, load
     from mlx_lm.sample_utils import make_sampler
 
-    config = json.loads((Path(folder) / "config.json").read_text())
+    config = read_config(Path(folder))
     model, tokenizer = load(str(folder), model_config=_for_mlx_lm(config))
     mx.random.seed(seed)
     turn = ENHANCE.format(prompt=prompt.strip())

@@ -260,7 +260,7 @@ class Trainer:
         self.opt.init(parameters)
         if resume is not None:
             parameters = self._resumed(Path(resume), parameters)
-        attach(model, [(self.lora, 1.0)])
+        attach(model, [(self.lora, 1.0)], apart=True)
         self.trainee = Trainee(model, {}, self.by_block)
         if self.memory.streamed:
             self.trainee.read = self._read
@@ -276,7 +276,7 @@ class Trainer:
         weights = checkpoint.weights("transformer", self.pipe.dtype)
         blocks = list(build_blocks(config, weights, checkpoint.quantization))
         for i, block in enumerate(blocks):
-            attach(block, [(self.lora, 1.0)], f"{BLOCKS}{i}.")
+            attach(block, [(self.lora, 1.0)], prefix=f"{BLOCKS}{i}.", apart=True)
         return blocks
 
     def _resumed(self, path: Path, new: Parameters) -> Parameters:

@@ -8,7 +8,6 @@ where the iterator ends. The frames do not depend on how a clip is cut into chun
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any, Callable, Iterator, Optional, Union
 import mlx.core as mx
 import mlx.nn as nn
 
-from .base import Config, Trace, UserError, traced
+from .base import Config, Trace, UserError, note, traced
 from .conv import conv3d
 from .layers import (
     Component,
@@ -70,23 +69,30 @@ class VideoVAEConfig(Config):
         "scaling_factor": (1.0,),
         "norm_layer": ("pixel_norm",),
         "latent_log_var": ("uniform",),
-        "use_quant_conv": (False,),
-        "causal_decoder": (False,),
-        "normalize_latent_channels": (False,),
         "spatial_padding_mode": ("reflect", "zeros"),
         "encoder_spatial_padding_mode": ("zeros",),
     }
+    FIXED |= dict.fromkeys(
+        ("use_quant_conv", "causal_decoder", "normalize_latent_channels"), (False,)
+    )
 
 
 # Stream helpers. `map` is used because, unlike a loop, it has no variable that would
 # keep a frame while the next one is computed.
 
 
+computing: deque[mx.array] = deque()
+
+
 def materialize(x: mx.array) -> mx.array:
-    """A copy whose evaluation has begun: a slice keeps its parent's buffer, a lazy array
-    its graph."""
+    """A copy that is being evaluated: a slice keeps its parent's buffer, a lazy array its
+    graph. A GPU computes one while the next is prepared, not more: each convolution
+    needs workspace."""
     x = mx.contiguous(x)
     mx.async_eval(x)
+    computing.append(x)
+    while len(computing) > (mx.default_device().type != mx.cpu):
+        mx.eval(computing.popleft())
     return x
 
 
@@ -96,6 +102,20 @@ def split(x: mx.array) -> list[mx.array]:
 
 def single_frames(chunks: Chunks) -> Chunks:
     return map(mx.contiguous, chain.from_iterable(map(split, chunks)))
+
+
+def few_frames(frames: Chunks) -> Chunks:
+    """Single frames, or on a GPU up to 4 of fewer than 4096 pixels together: Metal
+    convolves larger chunks faster (Winograd)."""
+    first = next(frames, None)
+    if first is None:
+        return
+    gpu, (height, width) = mx.default_device().type != mx.cpu, first.shape[2:4]
+    size = min(math.ceil(4096 / (height * width)), 4) if gpu else 1
+    frames = chain(iter([first]), frames)
+    del first
+    groups = iter(lambda: [*islice(frames, size)], [])
+    yield from map(partial(mx.concatenate, axis=1), groups)
 
 
 def residual_pairs(chunks: Chunks, branch: Layer) -> Pairs:
@@ -123,8 +143,7 @@ class Conv3d(nn.Module):
 
     def __init__(self, dim_in: int, dim: int, causal: bool, reflect: bool = False):
         super().__init__()
-        self.causal = causal
-        self.reflect = reflect
+        self.causal, self.reflect = causal, reflect
         self.conv = nn.Conv3d(dim_in, dim, 3)
 
     def __call__(self, chunks: Chunks, single: bool = False) -> Chunks:
@@ -135,7 +154,8 @@ class Conv3d(nn.Module):
             if tail is None:
                 tail = mx.repeat(x[:, :1], 2 if self.causal else 1, axis=1)
             x = mx.concatenate([tail, x], axis=1)
-            tail = None if single else materialize(x[:, -2:])
+            last = materialize(x if single else x[:, -2:])
+            tail = None if single else last
             return x
 
         def last_window() -> Chunks:
@@ -181,12 +201,11 @@ class ResBlock(nn.Module):
         if embedding is not None:
             first, second = mx.split(self.scale_shift_table + embedding, 2)
 
+        act1, act2 = (partial(norm_act, shift_scale=s) for s in (first, second))
+
         def branch(chunks: Chunks) -> Chunks:
-            chunks = map(partial(norm_act, shift_scale=first), chunks)
-            chunks = map(
-                partial(norm_act, shift_scale=second), self.conv1(chunks, single)
-            )
-            return self.conv2(chunks, single)
+            chunks = self.conv1(map(act1, chunks), single)
+            return self.conv2(map(act2, chunks), single)
 
         return starmap(mx.add, residual_pairs(chunks, branch))
 
@@ -234,21 +253,20 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """Depth-to-space of a convolution, plus that of the input if residual. From here on
-    frames are many and large, so they are passed on one at a time."""
+    frames are many and large, so few are passed on at a time."""
 
     def __init__(
         self, dim: int, conv: Conv, stride: Stride, multiplier=1, residual=False
     ):
         super().__init__()
-        self.stride = stride
-        self.residual = residual
+        self.stride, self.residual = stride, residual
         self.dim = dim // multiplier
         self.conv = conv(dim, self.dim * math.prod(stride))
 
     def __call__(self, chunks: Chunks) -> Chunks:
         chunks = starmap(self.upsample, residual_pairs(chunks, self.conv))
         # Of a clip doubled in time, the first frame is surplus.
-        return islice(single_frames(chunks), self.stride[0] - 1, None)
+        return few_frames(islice(single_frames(chunks), self.stride[0] - 1, None))
 
     def upsample(self, x: mx.array, y: mx.array) -> mx.array:
         y = depth_to_space(y, self.stride)
@@ -299,9 +317,8 @@ class Encoder(nn.Module):
         conv = partial(Conv3d, causal=True)
         dim = config.encoder_base_channels
         self.conv_in = conv(3 * config.patch_size**2, dim)
-        self.down_blocks, dim = build(
-            config.encoder_blocks, dim, DOWN, Downsample, conv
-        )
+        blocks = config.encoder_blocks
+        self.down_blocks, dim = build(blocks, dim, DOWN, Downsample, conv)
         # The last channel is the log-variance of all others.
         self.conv_out = conv(dim, config.latent_channels + 1)
 
@@ -317,7 +334,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to patches, one frame per chunk."""
+    """Latents to patches."""
 
     def __init__(self, config: VideoVAEConfig):
         super().__init__()
@@ -380,10 +397,8 @@ class VideoVAE(Component):
         Frames beyond 8k + 1 are left out with a warning. Raises UserError if a side is
         not divisible by 32.
         """
-        single = frames.shape[1] < 9
-        return mx.concatenate(
-            [*self.encode_stream(iter([frames]), trace, single)], axis=1
-        )
+        stream = self.encode_stream(iter([frames]), trace, frames.shape[1] < 9)
+        return mx.concatenate([*stream], axis=1)
 
     def encode_stream(
         self, chunks: Chunks, trace: Optional[Trace] = None, single: bool = False
@@ -449,7 +464,8 @@ class VideoVAE(Component):
 
         starts = range(0, latents.shape[1], LATENTS_PER_CHUNK)
         chunks = (latents[:, i : i + LATENTS_PER_CHUNK] for i in starts)
-        return map(image, self.decoder(map(self.denormalize, chunks), timestep, trace))
+        patches = self.decoder(map(self.denormalize, chunks), timestep, trace)
+        return map(image, single_frames(patches))
 
     @classmethod
     def infer_sizes(
@@ -481,9 +497,7 @@ def latent_groups(chunks: Chunks) -> Chunks:
                 "both sides must be divisible by 32"
             )
         if len(group) < size:
-            warnings.warn(
-                f"the last {len(group)} frames are left out: the number must be 8k + 1"
-            )
+            note(f"the last {len(group)} frames are left out: not 8k + 1")
             return
         yield mx.concatenate(group, axis=1)
         size = 8
@@ -491,7 +505,7 @@ def latent_groups(chunks: Chunks) -> Chunks:
 
 def encoder_alone(section: dict[str, Any]) -> dict[str, Any]:
     """The `vae` section of an encoder whose VAE has a diffusion decoder."""
-    own = {k: v for k, v in section["encoder"].items() if k != "out_channels"}
-    own["encoder_blocks"] = own.pop("blocks")
+    config = {k: v for k, v in section["encoder"].items() if k != "out_channels"}
+    config["encoder_blocks"] = config.pop("blocks")
     channels = section["latent_channels"]
-    return own | {"latent_channels": channels, "timestep_conditioning": False}
+    return config | {"latent_channels": channels, "timestep_conditioning": False}

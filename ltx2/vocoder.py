@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .base import Config, UserError
+from .base import Config, UserError, hann_sinc
 from .layers import Component, channels_last
 
 MEL_RATE = 100  # frames per second of the audio VAE's mel
@@ -194,14 +194,6 @@ class Generator(Vocoder):
         return mx.tanh(x) if self.config.use_tanh_at_final else mx.clip(x, -1, 1)
 
 
-def hann_sinc(ratio: int, width: int = 6, rolloff: float = 0.99) -> mx.array:
-    """Taps (1, K, 1) of torchaudio's default low-pass for resampling by `ratio`."""
-    reach = math.ceil(width / rolloff)
-    t = (np.arange(2 * reach * ratio + 1) / ratio - reach) * rolloff
-    window = np.cos(np.clip(t, -width, width) * np.pi / width / 2) ** 2
-    return mx.array(np.sinc(t) * window * rolloff / ratio, mx.float32)[None, :, None]
-
-
 class VocoderWithBWE(Vocoder):
     """BigVGAN at 16 kHz, resampled, plus the high band that a second one generates."""
 
@@ -241,5 +233,10 @@ class VocoderWithBWE(Vocoder):
         """Log-mel (B, T, 64, 2) to waveform (B, 480 T, 2), float32 in [-1, 1]."""
         waveform = self.vocoder(mel)
         residual = self.bwe_generator(self.log_mel(waveform))
-        skip = upsample(waveform, hann_sinc(self.ratio), self.ratio)
-        return mx.clip(skip + residual, -1, 1)
+        return mx.clip(self.resample(waveform) + residual, -1, 1)
+
+    def resample(self, waveform: mx.array) -> mx.array:
+        """To the output rate; the cutoff is torchaudio's, 0.99 of half the input rate."""
+        time = np.arange(-7 * self.ratio, 7 * self.ratio + 1) / self.ratio * 0.99
+        taps = mx.array(hann_sinc(time) * 0.99 / self.ratio, mx.float32)
+        return upsample(waveform, taps[None, :, None], self.ratio)

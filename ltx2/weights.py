@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import (
-    Any,
-    Container,
-    Iterable,
-    Iterator,
-    Literal,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-)
+from typing import Any, Literal, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import hub
+from . import hub, parts
 from .base import UserError, checked
 from .hub import File
 from .linear import quantize
-from .parts import (
-    COMPONENTS,
-    KINDS,
-    Part,
-    Parts,
-    best,
-    check_config,
-    check_part,
-    check_version,
-    claims,
-    config_errors,
-    first_file,
-    generation,
-    limit_depth,
-    own_section,
-    parse_version,
-    read_parts,
-)
-from .upsampler import UpsamplerConfig
+from .parts import COMPONENTS, GEMMA_4, KINDS, UPSAMPLERS, Parts, Tensors, read_chosen
 
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
-GEMMA_4 = (2, 4)  # the first version that packs its own text encoder
 # Computed in float32 whatever the dtype: the vocoder as in the reference, the other
 # convolutions because Metal's fast ones lose up to 5 % a layer in 16 bits.
 FLOAT32 = ("vae", "audio_vae", "vocoder", "spatial_upsampler", "temporal_upsampler")
@@ -65,51 +37,48 @@ class Quantization:
     mode: Literal["affine", "mxfp4", "nvfp4", "mxfp8"] = "affine"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FolderConfig:
-    """What config.json of a converted folder has beside the checkpoint's sections."""
+    """The keys of a converted folder's config.json, except the checkpoint's sections."""
 
-    model_type: str
+    model_type: str = "ltx2"
     model_version: str
-    kind: str
+    kind: str  # "dev" or "distilled"
     text_encoder: str
-    provenance: dict[str, Any]
-    quantization: Optional[Quantization] = None
-    quantization_config: Optional[Quantization] = None  # the same, as the Hub reads it
-    defaults: dict[str, Any] = field(default_factory=dict)
-
-
-class Problem(NamedTuple):
-    """A file that is not used: the components it seems to hold, and why."""
-
-    components: set[str]
-    text: str
+    provenance: Optional[dict[str, Any]]  # None: not converted
+    quantization: Optional[dict[str, Any]] = None
+    quantization_config: Optional[dict[str, Any]] = None  # the same, for the Hub
+    defaults: dict[str, Any] = field(default_factory=dict)  # of videos and training
 
 
 # Models
 
 
-@dataclass
-class Checkpoint:
+@dataclass(kw_only=True)
+class Checkpoint(FolderConfig):
     """A model as its headers and its configuration describe it; nothing is read yet."""
 
-    model_version: str
-    kind: str  # "dev" or "distilled"
-    kind_assumed: bool  # neither chosen nor in the file's name
-    config: dict[str, dict[str, Any]]  # the checkpoint's sections
-    parts: Parts
-    others: list[File] = field(default_factory=list)  # config.json and the license
-    quantization: Optional[dict[str, Any]] = None
-    text_encoder: str = TEXT_ENCODER
-    provenance: Optional[dict[str, Any]] = None  # of converted models
-    defaults: dict[str, Any] = field(default_factory=dict)  # the video's size and rate
-    problems: list[Problem] = field(default_factory=list)
+    kind_assumed: bool = False  # neither chosen nor in the file's name
+    config: dict[str, dict[str, Any]]  # the checkpoint's sections, and its parts'
+    found: InitVar[Parts]
+    parts: dict[str, Tensors] = field(init=False)
+    others: list[File]  # config.json and the license
+    problems: Sequence[parts.Problem] = ()
 
-    def __post_init__(self):
-        parse_version(self.model_version)
-        self.parts = {k: self.parts[k] for k in COMPONENTS if k in self.parts}
+    def __post_init__(self, found: Parts):
+        parts.parse_version(self.model_version)
+        held: dict[str, Tensors] = {}
+        for part in found.values():
+            held.setdefault(part.component, {}).update(part.tensors)
+            section = COMPONENTS[part.component][0]
+            if section != "transformer" and part.section is not None:
+                self.config[section] = part.section
+        self.parts = {name: held[name] for name in COMPONENTS if name in held}
+        used = {COMPONENTS[name][0] for name in held}
+        unused = {section for section, _ in COMPONENTS.values()} - used
+        self.config = {k: v for k, v in self.config.items() if k not in unused}
         for name, tensors in self.parts.items():
-            check_config(name, self.config, tensors)
+            parts.check_config(name, self.config.get(COMPONENTS[name][0]), tensors)
 
     @property
     def files(self) -> list[File]:
@@ -119,12 +88,12 @@ class Checkpoint:
 
     @property
     def version(self) -> tuple[int, ...]:
-        return parse_version(self.model_version)
+        return parts.parse_version(self.model_version)
 
     @property
     def generation(self) -> str:
         """ "2.0", "2.3" or "2.5"."""
-        return generation(self.version)
+        return parts.generation(self.version)
 
     @property
     def components(self) -> list[str]:
@@ -134,7 +103,7 @@ class Checkpoint:
         """Raise UserError for parts that this model does not have."""
         missing = [name for name in names if name not in self.parts]
         if missing:
-            problems = [p.text for p in self.problems if p.components & {*missing}]
+            problems = [text for held, text in self.problems if held & {*missing}]
             reasons = f" (not used: {'; '.join(problems[:3])})" if problems else ""
             raise UserError(
                 f"missing model parts: {', '.join(missing)}{reasons}; place their files "
@@ -146,14 +115,11 @@ class Checkpoint:
         their configuration or each other; only headers are read."""
         self.require(*names)
         for name in names:
-            self.build(name, self.weights(name))
+            self.build(name, self.shapes(name))
         keys = {"transformer": "in_channels", "vae": "latent_channels"}
-        latent = {
-            name: self.config[name].get(keys.get(name, "in_channels"), 128)
-            for name in names
-            if name in ("transformer", "vae") or "upsampler" in name
-        }
-        if len(set(latent.values())) > 1:
+        keys |= dict.fromkeys(UPSAMPLERS, "in_channels")
+        latent = {n: self.config[n].get(keys[n], 128) for n in names if n in keys}
+        if len({*latent.values()}) > 1:
             sizes = ", ".join(f"{name} {n}" for name, n in latent.items())
             raise UserError(f"parts of different models: latent channels are {sizes}")
 
@@ -169,31 +135,32 @@ class Checkpoint:
     def weights(self, name: str, dtype: Optional[mx.Dtype] = None) -> Weights:
         """A component's tensors, lazily, with its module's names and layouts; floating
         ones cast to `dtype`, fp8 decoded to bfloat16."""
+        return self._tensors(name, dtype, File.arrays)
+
+    def shapes(self, name: str, dtype: Optional[mx.Dtype] = None) -> Weights:
+        """As `weights`, but zeros, for planning: only headers are read."""
+        return self._tensors(name, dtype, File.zeros)
+
+    def _tensors(self, name: str, dtype: Optional[mx.Dtype], read: Callable) -> Weights:
         self.require(name)
         part = self.parts[name]
-        arrays = {f: f.arrays() for f in {f for f, _ in part.values()}}
+        arrays = {f: read(f) for f in {f for f, _ in part.values()}}
         weights = {inner: arrays[f][key] for inner, (f, key) in part.items()}
         if any(f.metadata.get("format") != "mlx" for f in arrays):
             fp8 = [k for k, (f, key) in part.items() if f.header[key][0] == "F8_E4M3"]
             weights = COMPONENTS[name][1].sanitize(decode_fp8(weights, fp8))
-        if dtype is not None:
-            for key, w in weights.items():
-                if mx.issubdtype(w.dtype, mx.floating):
-                    weights[key] = w.astype(dtype)
-        return weights
+        cast = lambda w: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w
+        return {key: cast(w) for key, w in weights.items()} if dtype else weights
 
     def build(self, name: str, weights: Weights) -> nn.Module:
         """The component as configured, not loaded; `weights` must fit it exactly."""
         section, component = COMPONENTS[name]
-        file = first_file(self.parts[name]).name
+        file = parts.first_file(self.parts[name]).name
         shapes = {key: w.shape for key, w in weights.items()}
-        with config_errors(file):
-            limit_depth(self.config[section], sum(map(len, self.parts.values())))
+        with parts.config_errors(file):
+            parts.limit_depth(self.config[section], sum(map(len, self.parts.values())))
             sized = component.infer_sizes(self.config[section], shapes)
             module = component.from_config(sized)
-        mx.eval(
-            mx.random.state
-        )  # initial values, never computed, make its graph longer
         if any(key.endswith(".scales") for key in weights):
             options, picked = self.quantization, lambda k, _: f"{k}.scales" in weights
             try:
@@ -207,26 +174,22 @@ class Checkpoint:
             if expected.get(key) != shapes.get(key)
         ]
         if wrong:
-            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise UserError(
-                f"{file}: {name} tensors do not match its config: "
-                f"{'; '.join(wrong[:5])}{more}"
-            )
+            more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
+            text = "; ".join(wrong[:5] + more)
+            raise UserError(f"{file}: {name} tensors do not match its config: {text}")
         return module
 
     def load(
         self, name: str, dtype: Optional[mx.Dtype] = None, lazy: bool = False
     ) -> nn.Module:
-        """A component with its weights; only its own files are opened.
+        """A component with its weights; only its files are opened.
 
         `dtype` casts floating weights (except FLOAT32). With `lazy` they are read when
         they are first used, else now, in groups, so that no command buffer waits long
         for the disk. Raises UserError if a tensor is missing, unknown or of another
-        shape than the configuration says.
+        shape than configured.
         """
         weights = self.weights(name, mx.float32 if name in FLOAT32 else dtype)
-        if name in FLOAT32:  # a permuted kernel would be copied by each convolution
-            weights = {key: mx.contiguous(w) for key, w in weights.items()}
         module = self.build(name, weights)
         module.load_weights(list(weights.items()))
         if not lazy:
@@ -252,27 +215,10 @@ def open_model(
     those next to it, `parts` are files by component. Files to download are listed first;
     without `fetch` only headers and config.json are. Raises UserError if no model is found.
     """
-    parts, (files, file) = parts or {}, hub.resolve(name, file)
-    files = hub.choose(name, files, file)
-    if files[0].name == "config.json":
-        model = converted_checkpoint(files)
-    else:
-        model = official_checkpoint(files, parts)
-    found = [f for f in files if f.role == "upsampler"]
-    if upsamplers:  # instead of a converted folder's own, too
-        model.parts = {k: v for k, v in model.parts.items() if "upsampler" not in k}
-        found = []
-    for f in found:
-        try:
-            add_upsampler(model, f)
-        except UserError as error:
-            model.problems.append(
-                Problem({c for c in COMPONENTS if "upsampler" in c}, str(error))
-            )
-    for other in upsamplers:
-        add_upsampler(model, hub.single_file(other))
-    for part, other in parts.items():
-        replace_part(model, part, hub.single_file(other))
+    chosen = read_chosen(upsamplers, parts or {})
+    files = hub.choose(name, *hub.resolve(name, file))
+    is_converted = files[0].name == "config.json"
+    model = (converted if is_converted else official)(files, chosen)
     if kind is not None:
         model.kind, model.kind_assumed = kind, False
     if model.kind not in KINDS:
@@ -282,137 +228,71 @@ def open_model(
     return model
 
 
-# Official files
-
-
-def official_checkpoint(files: list[File], skip: Container[str] = ()) -> Checkpoint:
-    """A model from released files: the checkpoint first, then files that may hold other
-    parts. Those that do not fit are remembered, in case that a part is missing; of
-    several that do, the best is used and noted, except for the components to `skip`."""
+def official(files: list[File], chosen: Parts) -> Checkpoint:
+    """A model from released files: the first is the checkpoint, the others may hold other
+    parts. Of a part that exists several times, the best is used and noted."""
     first, *rest = files
     if first.role in ("lora", "upsampler"):
-        option = {"lora": "a LoRA", "upsampler": "an upsampler"}[first.role]
-        raise UserError(f"{first.name} is {option}: pass it with --{first.role}")
-    found = read_parts(first)
-    if "transformer" not in {component for component, _ in found}:
-        held = ", ".join({c: 0 for c, _ in found}) or "no part of LTX-2"
+        kind = {"lora": "a LoRA", "upsampler": "an upsampler"}[first.role]
+        raise UserError(f"{first.name} is {kind}: pass it with --{first.role}")
+    own = parts.read_parts(first)
+    if ("transformer", "") not in own:
+        held = ", ".join({component: 0 for component, _ in own}) or "no part of LTX-2"
         raise UserError(f"{first.name} is not a model, it holds {held}")
-    config = found["transformer", ""].config
-    kind = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", first.name.lower())
-    model = Checkpoint(
-        check_version(first, config),
-        kind[0] if kind else "dev",
-        not kind,
-        config,
-        {"transformer": found["transformer", ""].tensors},
-        [f for f in rest if f.name.startswith("LICENSE")],
+    version = parts.check_version(first, own["transformer", ""].section)
+    named = re.search(r"(?<![a-z])(dev|distilled)(?![a-z])", first.name.lower())
+    kind = named[0] if named else "dev"
+    packed = parts.parse_version(version) >= GEMMA_4
+    found, problems = parts.join_parts(own, chosen, rest, version, kind)
+    return Checkpoint(
+        model_version=version,
+        kind=kind,
+        kind_assumed=not named,
+        text_encoder="gemma" if packed else TEXT_ENCODER,
+        provenance=None,
+        config=parts.sections(first),
+        found=found,
+        others=[f for f in rest if f.name.startswith("LICENSE")],
+        problems=problems,
     )
-    if model.version >= GEMMA_4:
-        model.text_encoder = "gemma"
-    candidates: dict[tuple[str, str], list[Part]] = {}
-    for f in (f for f in rest if f.role in ("part", "checkpoint")):
-        try:
-            for piece, part in read_parts(f).items():
-                check_part(part, piece[0], model.version, first)
-                candidates.setdefault(piece, []).append(part)
-        except hub.Unreachable:
-            raise
-        except UserError as error:
-            model.problems.append(Problem(claims(f), str(error)))
-    for piece, parts in candidates.items():
-        if piece not in found:
-            found[piece] = best(piece[0], parts, model.kind, piece[0] not in skip)
-    for (component, _), part in found.items():
-        add_part(model, component, part)
-    absent = {s for c, (s, _) in COMPONENTS.items()} - {
-        COMPONENTS[c][0] for c in model.parts
-    }
-    model.config = {k: v for k, v in model.config.items() if k not in absent}
-    model.__post_init__()
-    return model
 
 
-def add_part(model: Checkpoint, component: str, part: Part) -> None:
-    model.config.update(own_section(component, part))
-    model.parts.setdefault(component, {}).update(part.tensors)
-
-
-def replace_part(model: Checkpoint, name: str, f: File) -> None:
-    """Take a component from a file that the user named."""
-    names = [c for c in COMPONENTS if c != "transformer" and "upsampler" not in c]
-    if name not in names:
-        raise UserError(f"unknown part {name!r}: choose from {', '.join(names)}")
-    found = {piece: part for piece, part in read_parts(f).items() if piece[0] == name}
-    if not found:
-        raise UserError(f"{f.name} does not hold the {name}")
-    for (_, piece), part in found.items():
-        checkpoint = first_file(model.parts["transformer"])
-        check_part(part, name, model.version, checkpoint)
-        old = model.parts.pop(name, {}) if piece else {}  # other pieces stay
-        kept = {k: v for k, v in old.items() if not k.startswith(f"{piece}.")}
-        model.parts[name] = kept
-        add_part(model, name, part)
-    model.__post_init__()
-
-
-def add_upsampler(model: Checkpoint, f: File) -> None:
-    """Add an official upsampler's file; its name says which generation it is for."""
-    if f.role != "upsampler":
-        raise UserError(f.problem or f"{f.name} is not a latent upsampler")
-    version = re.match(r"ltx-(2[\d.]*)-", f.name.split("/")[-1])
-    if version and generation(parse_version(version[1])) != model.generation:
-        raise UserError(f"{f.name} does not go with LTX-2 {model.model_version}")
-    with config_errors(f.name):
-        c = UpsamplerConfig.from_dict(f.config)
-    axis = "temporal" if c.temporal_upsample else "spatial"
-    scale = "" if c.spatial_scale in (1, 2) else f"_x{c.spatial_scale:g}"
-    name = f"{axis}_upsampler{scale}"
-    if name not in COMPONENTS:
-        raise UserError(f"{f.name}: {name} is not implemented")
-    model.config[name] = f.config
-    model.parts[name] = {key: (f, key) for key in f.keys}
-
-
-# Converted folders
-
-
-def converted_checkpoint(files: list[File]) -> Checkpoint:
+def converted(files: list[File], chosen: Parts) -> Checkpoint:
     """A folder that `Conversion.write` made, checked to be complete."""
     config, names = files[0].json(), {f.name for f in files}
-    parts: Parts = {}
-    expected: set[str] = set()
+    own, expected = {}, set()
     for f in files:
         shard = re.fullmatch(r"(.+?)(?:-\d+-of-(\d+))?\.safetensors", f.name)
         if shard and shard[1] in COMPONENTS:
             if f.problem:
                 raise UserError(f.problem)
-            # Of more shards than files, one of the first is missing.
-            expected.update(
-                islice(shard_names(shard[1], int(shard[2] or 1)), len(files))
-            )
-            parts.setdefault(shard[1], {}).update({key: (f, key) for key in f.keys})
+            shards = shard_names(shard[1], int(shard[2] or 1))
+            expected.update(islice(shards, len(files)))  # of more, one is missing
+            for key in f.keys:
+                parts.add_tensor(own, config, shard[1], key, (f, key))
+    held = {part.component for part in own.values()}
     for name, (section, _) in COMPONENTS.items():
-        if section in config and name not in parts:
+        if section in config and name not in held:
             expected.add(f"{name}.safetensors")
     if expected - names:
         raise UserError(f"the model lacks {', '.join(sorted(expected - names)[:5])}")
     path = f"{files[0].path}: "
     known = FolderConfig.__dataclass_fields__.keys() & config.keys()
     found = checked(FolderConfig, {key: config.pop(key) for key in known}, path)
+    checked(Optional[Quantization], found.quantization, f"{path}quantization")
     for key, kind in {"source": str, "files": dict[str, str]}.items():
-        checked(kind, found.provenance.get(key), f"{path}provenance.{key}")
-    inside = files[0].path.parent / found.text_encoder
+        value = (found.provenance or {}).get(key)
+        checked(kind, value, f"{path}provenance.{key}")
+    version, encoder, repo = found.model_version, found.text_encoder, files[0].repo
+    if (files[0].path.parent / encoder).is_dir():
+        found.text_encoder = str(files[0].path.parent / encoder)
+    elif repo and "/" not in encoder and parts.parse_version(version) < GEMMA_4:
+        found.text_encoder = f"{repo}/{encoder}"
     return Checkpoint(
-        found.model_version,
-        found.kind,
-        False,
-        config,
-        parts,
-        [f for f in files if not f.name.endswith(".safetensors")],
-        asdict(found.quantization) if found.quantization else None,
-        str(inside) if inside.is_dir() else found.text_encoder,
-        found.provenance,
-        found.defaults,
+        **vars(found),
+        config=config,
+        found=parts.join_parts(own, chosen, [], version)[0],
+        others=[f for f in files if not f.name.endswith(".safetensors")],
     )
 
 
@@ -434,52 +314,65 @@ def text_encoder_files(name: str) -> list[File]:
             f"text encoder {name} is a single file without tokenizer: pass a folder or "
             f"repository like {TEXT_ENCODER}"
         )
-    if not folder.is_dir() and "/" not in name:
+    repo, inner = hub.split_repository(name)
+    if folder.is_dir():
+        found = hub.folder_files(folder)
+    elif repo:  # or a folder in a converted model's repository
+        found = hub.repository_files(repo, inner)
+    else:
         raise UserError(f"text encoder {name}: no such folder")
-    found = hub.folder_files(folder) if folder.is_dir() else hub.repository_files(name)
     kinds = (".safetensors", ".json", ".model")
     return [f for f in found if f.name.endswith(kinds)]
 
 
-def check_text_encoder(name: str) -> None:
-    """Raise UserError unless a Gemma 3 folder or repository is complete: configuration,
-    tokenizer, all shards, all layers' tensors. Only headers are read."""
-    files = {f.name: f for f in text_encoder_files(name)}
-    if "config.json" not in files or not {"tokenizer.json", "tokenizer.model"} & {
-        *files
-    }:
-        lacks = "tokenizer" if "config.json" in files else "config.json"
-        raise UserError(f"text encoder {name} has no {lacks}")
+def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
+    """Raise UserError unless a Gemma 3 folder or repository is complete (configuration,
+    tokenizer, all shards, all layers' tensors) and of the size that `model` was trained
+    with. Only headers are read."""
+    where = f"text encoder {name}"
+    files = {f.name.split("/")[-1]: f for f in text_encoder_files(name)}
+    for names in (["config.json"], ["tokenizer.json", "tokenizer.model"]):
+        if not files.keys() & {*names}:
+            raise UserError(f"{where} has no {' or '.join(names)}")
     config = files["config.json"].json()
-    path = f"text encoder {name}, config.json: "
-    section = checked(dict, config.get("text_config", config), f"{path}text_config")
-    layers = section.get("num_hidden_layers", 26)
-    layers = checked(int, layers, f"{path}num_hidden_layers", 1000)
-    if "model.safetensors.index.json" in files:
-        index = files["model.safetensors.index.json"].json().get("weight_map")
-        shards = {
-            *checked(dict[str, str], index, f"text encoder {name}: weight_map").values()
-        }
-        if shards - files.keys():
-            lacks = ", ".join(sorted(shards - files.keys())[:5])
-            raise UserError(f"text encoder {name} lacks {lacks}: download it again")
-    shards = [
-        f for f in files.values() if re.fullmatch(r"model.*\.safetensors", f.name)
-    ]
-    for f in shards:
-        if f.problem:
-            raise UserError(f"text encoder {name}: {f.problem}")
-    keys = {key for f in shards for key in f.keys}
+    kind = config.get("model_type")
+    if kind not in ("gemma3", "gemma3_text"):
+        raise UserError(f"{where} is {kind!r}, not Gemma 3: use {TEXT_ENCODER}")
+    section = checked(dict, config.get("text_config", config), f"{where}: text_config")
+    sizes = {k: v for k, v in section.items() if re.search("size$|num_|_dim$", k)}
+    sizes = checked(dict[str, Optional[int]], sizes, f"{where}: text_config", 10**7)
+    if index := files.get("model.safetensors.index.json"):
+        shards = index.json().get("weight_map")
+        shards = checked(dict[str, str], shards, f"{where}: weight_map")
+        lacks = ", ".join(sorted({*shards.values()} - files.keys())[:5])
+        if lacks:
+            raise UserError(f"{where} lacks {lacks}: download it again")
+    shapes = {}
+    for file, f in files.items():
+        if re.fullmatch(r"model.*\.safetensors", file):
+            if f.problem:
+                raise UserError(f"{where}: {f.problem}")
+            shapes |= {key: f.header[key][1] for key in f.keys}
     prefix = "language_model.model." if "text_config" in config else "model."
-    leaves = {k.split(".0.", 1)[1] for k in keys if k.startswith(f"{prefix}layers.0.")}
-    expected = {f"{prefix}layers.{i}.{leaf}" for i in range(layers) for leaf in leaves}
-    expected |= {f"{prefix}{k}.weight" for k in ("embed_tokens", "norm")}
-    missing = sorted(expected - keys)
-    if missing or not leaves:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        example = f"it has {min(keys)}" if keys else "it has no weights"
-        name = f"text encoder {name} lacks {missing[0] if missing else 'layers'}{more}"
-        raise UserError(f"{name}; {example}")
+    first, count = f"{prefix}layers.0.", sizes.get("num_hidden_layers") or 0
+    leaves = [key.removeprefix(first) for key in shapes if key.startswith(first)]
+    names = [f"layers.{i}.{k}" for i in range(min(count, 999)) for k in leaves]
+    names += ["norm.weight", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"]
+    lacks = [f"{prefix}{k}" for k in names if f"{prefix}{k}" not in shapes]
+    if lacks:
+        example = f"it has {min(shapes)}" if shapes else "it has no weights"
+        some = f"{len(lacks)} tensors: {lacks[0]}, ..."
+        raise UserError(f"{where} lacks {some}; {example}")
+    width, found = sizes.get("hidden_size"), shapes[f"{prefix}norm.weight"]
+    if found != (width,):
+        raise UserError(f"{where}: hidden_size is {width}, but norm.weight is {found}")
+    for inner, (f, key) in model.parts["connectors"].items() if model else ():
+        states = f.header[key][1][-1]
+        if inner.endswith("aggregate_embed.weight") and states != width * (count + 1):
+            raise UserError(
+                f"{where} has {count} layers of {width}, this model was trained with "
+                f"another size: use {TEXT_ENCODER}"
+            )
 
 
 def fetch_text_encoder(name: str) -> Path:

@@ -402,6 +402,21 @@ def test_a_text_encoder_in_the_model_folder_is_copied(
     weights.check_text_encoder(found)
 
 
+def test_a_text_encoder_in_a_repository_is_found(
+    quantized, checkpoint, tmp_path, fake_hub
+):
+    model = Path(shutil.copytree(quantized, tmp_path / "model"))
+    with_encoder(model, checkpoint("gemma3"))
+    shutil.rmtree(fake_hub.repo)
+    shutil.copytree(model, fake_hub.repo)
+    found = weights.open_model("mlx-community/it").text_encoder
+    assert found == "mlx-community/it/text_encoder"
+    weights.check_text_encoder(found)
+    folder = weights.fetch_text_encoder(found)
+    assert folder == fake_hub.cache / "text_encoder"
+    assert "text_encoder/model.safetensors" in fake_hub.fetched
+
+
 def test_a_text_encoder_elsewhere_is_found_from_any_folder(
     small, checkpoint, tmp_path, monkeypatch
 ):
@@ -463,9 +478,9 @@ def test_a_lora_that_is_not_finite_is_refused(small, checkpoint, tmp_path, capsy
     message = refused(capsys, *args, "--lora", tmp_path / "lora.safetensors")
     assert "has NaN or infinite values" in message
     lora = checkpoint("ltx-2-lora")
-    assert "invalid strength 0" in refused(capsys, *args, "--lora", f"{lora}:0")
-    with pytest.raises(UserError, match="invalid strength inf"):
-        Conversion(weights.open_model(str(small)), loras=[(str(lora), float("inf"))])
+    assert "strength 0" in refused(capsys, *args, "--lora", f"{lora}:0")
+    with pytest.raises(UserError, match="strength inf"):
+        write(small, tmp_path / "m", loras=[(str(lora), float("inf"))])
 
 
 # The command line
@@ -506,6 +521,10 @@ def test_kind_and_dtype_from_the_command_line(checkpoint, tmp_path):
         (["-q", "--q-mode", "mxfp4", "--q-bits", "8"], "mxfp4 needs 4 bits"),
         (["-q", "--q-mode", "nvfp4", "--q-group-size", "64"], "groups of 16"),
         (["--file", "x"], "--file cannot be used"),
+        (["--file", ""], "--file is empty"),
+        (["--text-encoder="], "--text-encoder= is empty"),
+        (["--part", "vae"], "'vae' is not NAME=FILE"),
+        (["--part", "vae=nowhere"], "nowhere: no such file"),
         (["--upload-repo", "mine"], "must be owner/name"),
         (["--dequantize"], "not quantized: remove"),
         (["--dequantize", "-q"], "not quantized: remove"),

@@ -1,14 +1,19 @@
-"""DFR: the canvas and its tiles, whole runs of the reference, and what does not go with it."""
+"""DFR: its canvas and tiles, complete runs against the reference, and refused requests."""
 
 import dataclasses
+import gc
 import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from parity import channels_last, relative_error
-from test_ltx25 import plan, texts
-from test_pipeline import QuickVocoder, recorded_noise
+from test_ltx25 import plan
+from test_pipeline import (
+    QuickVocoder,
+    events_to_latents,
+    latents_of,
+    recorded_contexts,
+)
 
 import generate
 from ltx2 import media, pipeline, weights
@@ -16,7 +21,7 @@ from ltx2.base import UserError
 from ltx2.conditions import GuideImage, ShowImage
 from ltx2.request import Image, LoraFile, Request
 from ltx2.snapshot import Snapshot
-from ltx2.windows import canvas, tiles
+from ltx2.windows import canvas, conditioned_rate, tiles
 
 SIZE = {"height": 128, "width": 128, "stages": "dfr"}
 QUICK = SIZE | {"num_frames": 41, "temporal_rounds": 1, "sigmas": (1.0, 0.5, 0.0)}
@@ -24,7 +29,7 @@ QUICK = SIZE | {"num_frames": 41, "temporal_rounds": 1, "sigmas": (1.0, 0.5, 0.0
 
 @pytest.fixture(scope="module")
 def load(checkpoint):
-    """`load("dev")`: the small 2.5 with its upsamplers, or those named."""
+    """`load("dev")`: the small 2.5 with both upsamplers, or with those of `ups`."""
 
     def load(kind="distilled", ups=("spatial-x2", "temporal-x2"), model="ltx-2.5"):
         files = [str(checkpoint(up, in_channels=20)) for up in ups]
@@ -47,102 +52,70 @@ def load(checkpoint):
         (121, 121, (24, 48, 72, 96, 120)),
     ],
 )
-def test_a_canvas_is_whole_segments(frames, total, keyframes):
+def test_a_canvas_has_complete_segments(frames, total, keyframes):
     assert canvas(frames) == (total, keyframes)
 
 
 @pytest.mark.parametrize(
     "segments, rate, parts",
     [
-        (1, 2, [(0, 1, 0)]),
-        (2, 2, [(0, 1, 0), (0, 2, 1)]),
-        (5, 2, [(0, 3, 0), (2, 5, 1)]),
-        (3, 4, [(0, 1, 0), (0, 2, 1), (1, 3, 1)]),
-        (6, 4, [(0, 2, 0), (1, 4, 1), (3, 5, 1), (4, 6, 1)]),
+        (1, 2, [(0, 1)]),
+        (2, 2, [(0, 1), (1, 2)]),
+        (5, 2, [(0, 3), (3, 5)]),
+        (3, 4, [(0, 1), (1, 2), (2, 3)]),
+        (6, 4, [(0, 2), (2, 4), (4, 5), (5, 6)]),
     ],
 )
-def test_tiles_share_the_segments_and_lead_in_by_one(segments, rate, parts):
+def test_tiles_divide_the_segments(segments, rate, parts):
     ours = tiles(segments, 48, rate)
-    assert [(tile.start, tile.stop, tile.lead) for tile in ours] == parts
+    assert [(tile.start, tile.stop) for tile in ours] == parts
 
 
-def test_a_tile_knows_its_frames_and_its_neighbours_keyframes():
+def test_a_later_tile_begins_with_the_keyframe_before_its_seam():
     first, second = tiles(2, 48, 2)
-    latents, stills = mx.arange(13)[None], mx.array([[48, 96]])
-    for tile, frames, anchors in ((first, 49, [48]), (second, 97, [48, 96])):
-        assert (tile.first, tile.num_frames) == (0, frames)
-        assert [(at, x.item()) for at, x in tile.anchors(stills)] == [
-            (at, at) for at in anchors
-        ]
-        assert tile.seeds(latents)[0].tolist() == [at // 8 for at in tile.slots]
-    assert first.slots == (24,) and second.slots == (24, 72)
-    last = tiles(4, 48, 4)[3]
-    assert last.first == 96 and last.slots == (24, 72)
-    assert [at for at, _ in last.anchors(mx.arange(4)[None])] == [0, 48, 96]
+    assert (first.first, first.num_frames, first.held) == (0, 49, 0)
+    assert (second.first, second.num_frames, second.held) == (24, 73, 4)
+    assert first.slots == (24,) and second.slots == (48,)
+    stills = mx.array([[48, 96]])
+    assert [(at, x.item()) for at, x in first.anchors(stills)] == [(48, 48)]
+    assert [(at, x.item()) for at, x in second.anchors(stills)] == [(72, 96)]
+    before = {"video": mx.arange(13)[None], "refined": 100 + mx.arange(7)[None]}
+    before["slots"] = mx.array([[1000]])
+    cut = second.cut(before)[0].tolist()
+    assert cut == [1000, *range(4, 13)]
+    assert second.held_latents(before)[0].tolist() == [1000, 104, 105, 106]
+    assert second.seeds(before)[0].tolist() == [9]
 
 
 @pytest.mark.parametrize("segments", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("rate", [2, 4])
 @pytest.mark.parametrize("length", [48, 64])
-def test_tiles_are_stitched_to_the_canvas_and_the_earlier_wins(segments, rate, length):
+def test_tiles_cover_the_canvas_and_the_earlier_one_wins(segments, rate, length):
     frames = segments * length // 8 + 1
     ends = mx.arange(1, segments + 1)[None] * length
     given = {"video": mx.arange(frames)[None], "keyframes": ends}
     parts = tiles(segments, length, rate)
     for n, tile in enumerate(parts):
-        made = tile.cut(given["video"]) + 1000 * n
+        made = tile.first // 8 + mx.arange(tile.num_frames // 8 + 1)[None] + 1000 * n
         slots = mx.array([tile.slots]) + tile.first
         given = tile.merge(given, {"video": made, "keyframes": slots})
     assert given.keys() == {"video", "keyframes"}
     video, by = given["video"][0] % 1000, given["video"][0] // 1000
     assert video.tolist() == list(range(frames))
-    for n, tile in enumerate(parts):  # each up to its last keyframe's latent
+    for n, tile in enumerate(parts):  # each up to the latent of its last keyframe
         assert by[tile.stop * length // 8].item() == n
     every = range(length // 2, segments * length + 1, length // 2)
     assert given["keyframes"][0].tolist() == list(every)
 
 
+def test_above_30_frames_per_second_the_model_is_told_60():
+    assert [conditioned_rate(fps) for fps in (24, 30, 48, 96)] == [24, 30, 60, 60]
+
+
 # Runs
 
 
-def asked(g, checkpoint, folder):
-    """The request that the reference's run answered."""
-    info, options = g["info"], SIZE | {"image_crf": 0}
-    for name in ("num_frames", "temporal_rounds"):
-        options[name] = info[name]
-    for name in ("distilled_lora", "detailing_lora"):
-        for kind, strength in info[name]:
-            options[name] = LoraFile(str(checkpoint(f"ltx-2.5-{kind}")), strength)
-    images = []
-    for n, frame, strength in info["images"]:
-        images.append(Image(str(folder / f"{n}.png"), frame, strength))
-        media.save_png(images[-1].path, g[f"in.image{n}"])
-    sigmas = tuple(g["in.stage1.sigmas"].tolist())
-    return Request(info["prompt"], sigmas=sigmas, images=tuple(images), **options)
-
-
-@pytest.mark.parametrize("case", ["dfr", "dfr_rounds"])
-def test_a_run_is_the_references(load, case, golden, checkpoint, tmp_path):
-    g = golden(f"ltx-2.5/pipeline_{case}")
-    pipe = load("dev" if g["info"]["distilled_lora"] else "distilled")
-    request, stages = asked(g, checkpoint, tmp_path), g["info"]["stages"]
-    job = pipe.plan(request)
-    assert [(s.size.num_frames, s.size.fps) for s in job.stages] == [
-        (stage["frames"], stage["fps"]) for stage in stages
-    ]
-    pipe._loaded["vocoder"] = QuickVocoder()
-    events = pipe.stream(request, noise=recorded_noise(g), contexts=texts(golden))
-    made = next(e.snapshot for e in events if e.phase == "latents").latents
-    for stream, reference in (("video", "final"), ("audio", "stage1")):
-        reference = channels_last(g[f"out.{reference}.{stream}"])
-        assert relative_error(made[stream], reference) < 1e-5
-    if "out.last_frame" in g:
-        *_, result = (e for e in events if e.frames is not None)
-        shown = result.frames[-1, ::3, ::3].astype(np.float32)
-        assert np.abs(shown - np.rint(g["out.last_frame"] * 255)).max() <= 1
-
-
-def test_the_rate_and_the_length_double_and_the_sound_stays(
+def test_a_temporal_round_doubles_the_frame_rate_not_the_duration(
     load, checkpoint, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -164,32 +137,24 @@ def test_the_rate_and_the_length_double_and_the_sound_stays(
     assert (again.temporal_rounds, again.detailing_lora.strength) == (1, 0.5)
 
 
-def latents_of(pipe, *requests, **options):
-    """A run's events up to its latents, without the decoder."""
-    for event in pipe.stream(*requests, **options):
-        yield event
-        if event.phase == "latents":
-            break
-
-
-def test_a_run_goes_on_between_its_tiles_and_within_one(load, golden, tmp_path):
-    pipe, contexts = load(), texts(golden)
+def test_a_run_resumes_between_tiles_and_within_one(load, golden, tmp_path):
+    pipe, contexts = load(), recorded_contexts(golden, "ltx-2.5")
     [prompt] = contexts
     request = Request(prompt, no_audio=True, **QUICK)
-    events = list(latents_of(pipe, request, contexts=contexts))
-    whole = events[-1].snapshot.latents["video"]
-    assert whole.shape == (1, 11, 4, 4, 20)
+    events = list(events_to_latents(pipe, request, contexts=contexts))
+    complete = events[-1].snapshot.latents["video"]
+    assert complete.shape == (1, 11, 4, 4, 20)
     for step in (2, 4):
         left = next(e for e in events if (e.phase, e.step) == ("stage4", step))
         names = {"video", "refined", "keyframes", "slots"}
         assert left.snapshot.latents.keys() == names
         left.snapshot.save(tmp_path / "left.safetensors")
         read = Snapshot.read(tmp_path / "left.safetensors")
-        *_, last = latents_of(pipe, contexts=contexts, resume=read)
-        assert mx.array_equal(last.snapshot.latents["video"], whole)
+        resumed = latents_of(pipe, contexts=contexts, resume=read)
+        assert mx.array_equal(resumed["video"], complete)
 
 
-def test_a_tile_is_shown_the_images_of_its_frames(load, tmp_path):
+def test_a_tile_has_the_images_of_its_frames(load, tmp_path):
     media.save_png(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
     path = str(tmp_path / "a.png")
     images = tuple(Image(path, frame) for frame in (0, 60, -1))
@@ -199,21 +164,23 @@ def test_a_tile_is_shown_the_images_of_its_frames(load, tmp_path):
     *_, first, second = (stage.conditions["video"][:-1] for stage in job.stages)
     assert [type(condition) for condition in first] == [ShowImage]
     assert [type(condition) for condition in second] == [GuideImage] * 2
-    assert [condition.frame for condition in second] == [120 - 48, 144 - 48]
+    assert [condition.frame for condition in second] == [120 - 72, 144 - 72]
 
 
-def test_it_needs_the_memory_that_is_told(load, checkpoint):
+def test_the_memory_of_every_stage_is_predicted(load, checkpoint):
     lora = LoraFile(str(checkpoint("ltx-2.5-lora2")))
     options = QUICK | {"height": 192, "width": 256, "no_audio": True}
     request, pipe, peaks = Request("a fox", detailing_lora=lora, **options), load(), {}
-    for event in latents_of(pipe, request):
-        peaks[event.phase] = mx.get_peak_memory()
+    gc.collect()
+    others = mx.get_active_memory()  # of earlier tests
+    for event in events_to_latents(pipe, request):
+        peaks[event.phase] = mx.get_peak_memory() - others
     needs = pipe.memory(pipe.plan(request)).phases
     for stage in ("stage1", "stage2", "stage3", "stage4"):
         assert 0.8 < needs[stage].total(False) / peaks[stage] < 1.2, stage
 
 
-# What does not go together
+# Refused requests
 
 
 @pytest.mark.parametrize(
@@ -252,12 +219,12 @@ def test_it_needs_the_memory_that_is_told(load, checkpoint):
     ],
     ids=str,
 )
-def test_what_does_not_go_together(load, options, says):
+def test_options_that_dfr_refuses(load, options, says):
     with pytest.raises(UserError, match=says):
         load().plan(Request("a fox", **(SIZE | {"num_frames": 25} | options)))
 
 
-def test_what_is_missing_is_named(load, checkpoint):
+def test_missing_files_are_named(load, checkpoint):
     request = Request("a fox", num_frames=25, temporal_rounds=1, **SIZE)
     with pytest.raises(UserError, match="needs a temporal latent upsampler"):
         load(ups=["spatial-x2"]).plan(request)

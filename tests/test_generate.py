@@ -1,4 +1,4 @@
-"""The command line: what it refuses, and that a refusal is one line and costs nothing."""
+"""The command line: mistakes are one-line errors, found before weights are read."""
 
 import sys
 
@@ -27,8 +27,8 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def cli(checkpoint, files, monkeypatch, capsys, tmp_path):
-    """`cli("--seed", "3")`: exit code and stderr, on a small model, in a folder that
-    holds nothing but an earlier result."""
+    """`cli("--seed", "3")`: exit code and stderr of generate.py with a small model, in a
+    folder that only has an earlier result."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "output.mp4").write_text("earlier")
 
@@ -116,7 +116,7 @@ REFUSED = {
     "--distilled-lora FILES/noise.bin": "distilled_lora needs a dev model",
     # outputs and files
     "--output here.avi": "must end in .mp4",
-    "--output nowhere/out.mp4": "cannot be written",
+    "--output FILES/tone.wav/out.mp4": "cannot be written",
     "--audio-only": "must end in .wav",
     "--audio-only --output a.wav --image FILES/image.png": "images cannot be combined with audio_only",
     "--no-audio --audio-only --output a.wav": "no_audio cannot be combined with audio_only",
@@ -133,7 +133,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("flags", REFUSED, ids=str)
-def test_a_mistake_is_one_line_and_nothing_is_lost(cli, tmp_path, flags):
+def test_a_mistake_is_one_line_and_keeps_the_earlier_file(cli, tmp_path, flags):
     flags, reason = flags.split(), REFUSED[flags]
     if "--audio-only" in flags and "--output" not in flags:
         flags += ["--output", "output.mp4"]
@@ -158,7 +158,7 @@ GUIDED = {
 
 
 @pytest.mark.parametrize("flags", GUIDED, ids=str)
-def test_a_dev_model_refuses_what_it_cannot_do(cli, flags):
+def test_impossible_guidance_of_a_dev_model_is_one_line(cli, flags):
     code, err = cli(*flags.split(), kind="dev")
     assert code == 2 and err.count("\n") == 1 and GUIDED[flags] in err
 
@@ -168,19 +168,19 @@ def test_a_full_disk_is_one_line(cli, monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(media.VideoWriter, "write", full)
-    code, err = cli(reads=True)
+    code, err = cli("--sigmas", "1,0", reads=True)
     assert code == 2 and err == "error: [Errno 28] No space left on device\n"
     assert (tmp_path / "output.mp4").read_text() == "earlier"
 
 
 def test_a_truncated_model_is_one_line(cli, checkpoint, tmp_path):
-    whole = checkpoint("ltx-2")
+    complete = checkpoint("ltx-2")
     broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(whole.read_bytes()[:-1000])
+    broken.write_bytes(complete.read_bytes()[:-1000])
     code, err = cli("--model", str(broken))
     assert code == 2 and "download it again" in err and err.count("\n") == 1
 
 
-def test_a_text_encoder_is_no_model(cli, checkpoint):
+def test_a_text_encoder_as_the_model_is_one_line(cli, checkpoint):
     code, err = cli("--model", str(checkpoint("gemma3")))
     assert code == 2 and err.count("\n") == 1

@@ -12,16 +12,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = {  # a file imports files of lower layers only, not of its own
     "errors and configurations": "base",
-    "tools": "linear latents images options hub guards",
+    "tools": "linear latents options hub guards conv",
     "layers and files": "layers media sampling windows lora",
     "models": "dit text vae diffusion_decoder audio_vae vocoder upsampler duration",
+    "the files of a model": "parts",
     "weights and machines": "weights parallel preview guidance",
     "requests": "request conversion cache",
-    "conditions": "conditions",
+    "inputs and components": "conditions components",
     "memory": "memory",
+    "defaults": "defaults",
     "stages": "stages",
     "snapshots": "snapshot",
-    "the run": "pipeline",
+    "a run": "run",
+    "the pipeline": "pipeline",
     "diagnostics": "checks",
     "training: gradients": "gradients",
     "training: files": "dataset adapters",
@@ -31,19 +34,18 @@ LAYER = {name: n for n, files in enumerate(LAYERS.values()) for name in files.sp
 # The only files that import a package; those of LATE import it inside of a function,
 # because the import takes long or the package may not be needed.
 KNOWN_BY = {
-    "PIL": {"adapters", "images"},
-    "huggingface_hub": {"hub", "conversion"},
+    "PIL": {"adapters", "media"},
+    "huggingface_hub": {"hub"},
     "imageio_ffmpeg": {"media"},
     "mlx_lm": {"text"},
-    "pillow_heif": {"images"},
+    "pillow_heif": {"media"},
     "sentencepiece": {"text"},
-    "soundfile": {"media"},
     "subprocess": {"media"},
     "tokenizers": {"text"},
 }
 LATE = {"huggingface_hub", "mlx_lm", "sentencepiece", "tokenizers"}
 IMPORTED_AS = {"mlx[cpu]": "mlx", "pillow": "PIL"}  # else the name with underscores
-MAX_LINES = 7500  # of generate.py, convert.py and ltx2/
+MAX_LINES = 12200  # of the scripts and ltx2/; to shrink: the aim is 9500
 MAX_FILE, MAX_FUNCTION = 520, 60
 
 SCRIPTS = [ROOT / f"{name}.py" for name in ("generate", "convert", "train")]

@@ -30,7 +30,7 @@ MODELS = {  # configuration: version, tensors, and the files they are in
         ],
     ),
 }
-DIFFUSION = "ltx-2.5-video-vae-diffusion"  # has a configuration of its own
+DIFFUSION = "ltx-2.5-video-vae-diffusion"  # has another configuration
 UPSAMPLERS = {
     "ltx-2-spatial-upscaler-x2-1.0": "spatial_upsampler",
     "ltx-2-temporal-upscaler-x2-1.0": "temporal_upsampler",
@@ -40,7 +40,7 @@ UPSAMPLERS = {
 
 
 def released(layout: str, config: str, version: str = "") -> File:
-    """A released file as its header tells it; the tensors are zeros nobody computes."""
+    """A released file by its header; the tensors are zeros that are never computed."""
     with gzip.open(HERE / "layouts" / f"{layout}.tsv.gz", "rt") as rows:
         table = list(csv.DictReader(rows, delimiter="\t"))
     config = "ltx-2.5-diffusion-vae" if layout == DIFFUSION else config
@@ -57,9 +57,13 @@ def released(layout: str, config: str, version: str = "") -> File:
     return f
 
 
-def model(config: str) -> weights.Checkpoint:
+def opened(files: list[File]) -> weights.Checkpoint:
+    return weights.official(files, {})
+
+
+def model(config: str, *others: File) -> weights.Checkpoint:
     version, _, layouts = MODELS[config]
-    return weights.official_checkpoint([released(f, config, version) for f in layouts])
+    return opened([*(released(f, config, version) for f in layouts), *others])
 
 
 @pytest.mark.parametrize("config", MODELS)
@@ -68,48 +72,48 @@ def test_every_tensor_has_one_parameter(config):
     before = mx.get_active_memory()
     source = model(config)
     for name in source.components:
-        source.build(name, source.weights(name))
+        source.build(name, source.shapes(name))
     assert sum(len(f.keys) for f in source.files) == MODELS[config][1]
     assert mx.get_peak_memory() - before < 1 << 20
 
 
-def test_a_diffusion_vae_without_the_other():
+def test_a_diffusion_vae_without_the_convolutional_one():
     version, _, layouts = MODELS["ltx-2.5-22b"]
     files = [released(f, "ltx-2.5-22b", version) for f in layouts if "conv" not in f]
-    source = weights.official_checkpoint(files)
+    source = opened(files)
     for name in ("vae", "diffusion_decoder"):
-        source.build(name, source.weights(name))
+        source.build(name, source.shapes(name))
     assert len(source.parts["vae"]) == 84 + 2
     assert len(source.parts["diffusion_decoder"]) == 309 + 2
 
 
 @pytest.mark.parametrize("file", UPSAMPLERS)
 def test_every_upsampler_tensor_has_one_parameter(file):
-    source = model("ltx-2.3-22b" if "2.3" in file else "ltx-2-19b-dev")
-    weights.add_upsampler(source, released(file, file))
+    config = "ltx-2.3-22b" if "2.3" in file else "ltx-2-19b-dev"
+    source = model(config, released(file, file))
     name = UPSAMPLERS[file]
-    source.build(name, source.weights(name))
+    source.build(name, source.shapes(name))
     assert source.components[-1] == name
 
 
-def test_statistics_that_nobody_reads_are_known():
+def test_unused_statistics_are_accepted():
     source = model("ltx-2-19b-dev")
     f = source.files[0]
     for key in vae.UNUSED_KEYS:
         f.header[f"vae.{key}"] = ("BF16", (128,))
-    source = weights.official_checkpoint([f])
-    source.build("vae", source.weights("vae"))
+    source = opened([f])
+    source.build("vae", source.shapes("vae"))
 
 
-def test_contradictions_are_named():
+def test_tensors_that_do_not_match_are_named():
     f = released("ltx-2-19b", "ltx-2-19b-dev", "2.0.0")
     del f.header["vae.decoder.conv_in.conv.bias"]
     f.header["vae.decoder.conv_out.conv.bias"] = ("BF16", (47,))
     for i in range(5):
         f.header[f"vae.zebra.{i}"] = ("BF16", (1,))
-    source = weights.official_checkpoint([f])
+    source = opened([f])
     with pytest.raises(UserError) as error:
-        source.build("vae", source.weights("vae"))
+        source.build("vae", source.shapes("vae"))
     message = str(error.value)
     assert "decoder.conv_in.conv.bias is missing, not (1024,)" in message
     assert "decoder.conv_out.conv.bias is (47,), not (48,)" in message
@@ -120,6 +124,6 @@ def test_contradictions_are_named():
 def test_timestep_conditioning_must_be_what_the_tensors_say():
     f = released("ltx-2-19b", "ltx-2-19b-dev", "2.0.0")
     f.metadata["config"] = json.dumps(CONFIGS["ltx-2-19b-distilled"])
-    source = weights.official_checkpoint([f])
+    source = opened([f])
     with pytest.raises(UserError, match="last_scale_shift_table is missing"):
-        source.build("vae", source.weights("vae"))
+        source.build("vae", source.shapes("vae"))

@@ -1,16 +1,20 @@
 """LoRAs: effect, sum, removal, and file formats."""
 
+import json
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from parity import cosine, relative_error
 from streams import inputs, load, quantized
 
+from ltx2 import lora, weights
 from ltx2.base import UserError
 from ltx2.dit import Pass
-from ltx2.lora import Lora, LoRALinear, attach, linear_shape
+from ltx2.linear import quantize
+from ltx2.lora import FusedLinear, Lora, LoRALinear, linear_shape
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +32,20 @@ def in_four_bits(checkpoint, name):
     return quantized(load(checkpoint(name)), 4)
 
 
+@pytest.fixture
+def attach(checkpoint, name):
+    """`lora.attach` with a function that reads weights of the checkpoint again."""
+
+    def run(model, loras):
+        source = weights.open_model(str(checkpoint(name)))
+        tensors = source.weights("transformer", model.dtype)
+        lora.attach(model, loras, lambda keys: {k: tensors[k] for k in keys})
+
+    return run
+
+
 @pytest.fixture(params=["plain", "in_four_bits"])
-def model(request):
+def model(request, attach):
     model = request.getfixturevalue(request.param)
     attach(model, [])
     return model
@@ -51,15 +67,11 @@ def equal(ours, theirs):
     return all(map(mx.array_equal, ours, theirs))
 
 
-def lora_layers(model):
-    return {k: m for k, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-
 # Effect
 
 
 @pytest.mark.parametrize("case", ["one", "two"])
-def test_velocities_match_the_reference(plain, loras, g, case):
+def test_velocities_match_the_reference(plain, attach, loras, g, case):
     attach(plain, list(zip(loras, g["info"]["strengths"][case])))
     for stream, ours in zip(("video", "audio"), velocities(plain, g)):
         exact, published = (
@@ -70,25 +82,34 @@ def test_velocities_match_the_reference(plain, loras, g, case):
         assert 1e-3 < relative_error(ours, published) < 5e-3
 
 
-def test_the_effects_of_two_loras_add_up(model, loras):
+def test_the_effects_of_two_loras_add_up(model, attach, loras):
     strengths = (0.8, -0.3)
+    base = {k: as_linear(m) for k, m in lora.linear_layers(model).items()}
     attach(model, list(zip(loras, strengths)))
-    layers = lora_layers(model)
-    assert layers.keys() == loras[0].factors.keys() | loras[1].factors.keys()
+    changed = loras[0].factors.keys() | loras[1].factors.keys()
     assert loras[0].factors.keys() & loras[1].factors.keys()
-    for path, layer in layers.items():
+    for path, layer in lora.linear_layers(model).items():
         outputs, inputs = linear_shape(layer)
         x = mx.random.normal((1, 5, inputs), key=mx.random.key(0))
-        expected = layer.linear(x)
-        for lora, strength in zip(loras, strengths):
-            if path in lora.factors:
-                a, b = (w.astype(mx.float32) for w in lora.factors[path])
+        expected = base[path](x)
+        for one, strength in zip(loras, strengths):
+            if path in one.factors:
+                a, b = (w.astype(mx.float32) for w in one.factors[path])
                 expected += strength * (x @ a.T @ b.T)
         assert layer(x).shape == (1, 5, outputs)
         assert relative_error(layer(x), expected) < 1e-5
+        assert isinstance(layer, (LoRALinear, FusedLinear)) == (path in changed)
 
 
-def test_removing_loras_restores_the_base_bit_for_bit(model, loras, g):
+def as_linear(layer):
+    """The layer as it is now, which attaching cannot change."""
+    if not isinstance(layer, nn.QuantizedLinear):
+        weight, bias = layer.weight, layer.get("bias", 0)
+        return lambda x: x @ weight.T + bias
+    return layer
+
+
+def test_removing_loras_restores_the_base_bit_for_bit(model, attach, loras, g):
     before = velocities(model, g)
     weights = dict(tree_flatten(model.parameters()))
     attach(model, [(loras[0], 1.0), (loras[1], 1.0)])
@@ -96,21 +117,51 @@ def test_removing_loras_restores_the_base_bit_for_bit(model, loras, g):
     assert not mx.allclose(changed[0], before[0], atol=1e-2)
     assert not mx.allclose(changed[1], before[1], atol=1e-2)
     attach(model, [(loras[0], 1.0)])  # replaces both
-    assert not mx.allclose(velocities(model, g)[0], changed[0], atol=1e-2)
-    for nothing in ([], [(loras[0], 0.0), (loras[1], 0.0)]):
-        attach(model, nothing)
-        assert equal(velocities(model, g), before)
-        assert not lora_layers(model)
+    one = velocities(model, g)
+    assert not mx.allclose(one[0], changed[0], atol=1e-2)
+    attach(model, [(loras[0], 1.0)])
+    assert equal(velocities(model, g), one)
+    attach(model, [])
+    assert equal(velocities(model, g), before)
     after = dict(tree_flatten(model.parameters()))
     assert weights.keys() == after.keys()
-    assert all(weights[key] is after[key] for key in weights)
+    assert all(mx.array_equal(weights[key], after[key]) for key in weights)
+    kinds = {type(layer) for layer in lora.linear_layers(model).values()}
+    assert kinds <= {nn.Linear, nn.QuantizedLinear}
 
 
-def test_a_bfloat16_run_stays_bfloat16(checkpoint, name, plain, loras, g):
+def test_unquantized_weights_are_rounded_once(checkpoint, name, loras):
+    """The published rule: the base plus B A, rounded to the base's dtype."""
+    model = load(checkpoint(name), mx.bfloat16)
+    path = next(iter(loras[0].factors))
+    layer = lora.linear_layers(model)[path]
+    a, b = (w.astype(mx.float32) for w in loras[0].factors[path])
+    expected = (layer.weight.astype(mx.float32) + 0.7 * (b @ a)).astype(mx.bfloat16)
+    lora.attach(model, [(loras[0], 0.7)])
+    assert mx.array_equal(layer.weight, expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_rows_add_the_lora_to_the_dequantized_weight(monkeypatch, bias):
+    linear = nn.Sequential(nn.Linear(64, 96, bias))
+    quantize(linear, group_size=32, bits=8)
+    a, b = mx.random.normal((4, 64)), mx.random.normal((96, 4))
+    layer = LoRALinear(linear.layers[0], a, b, mx.full(4, 0.5))
+    x = mx.random.normal((2, 20, 64))
+    few = layer(x)
+    monkeypatch.setattr(lora, "MERGE_FROM", 40)
+    assert relative_error(layer(x), few) < 1e-5
+    # For the distilled LoRA (rank 384), counted at 6144 rows: 2 M N per product
+    side = 2 * 6144 * 384 * (4096 + 4096)
+    merged = 2 * 4096 * 4096 * 384
+    assert merged < 0.4 * side
+
+
+def test_a_bfloat16_run_stays_bfloat16(checkpoint, name, plain, attach, loras, g):
     attach(plain, [(loras[0], 0.8)])
     rounded = load(checkpoint(name), mx.bfloat16)
     factors = {k: (a.astype(mx.float32), b) for k, (a, b) in loras[0].factors.items()}
-    attach(rounded, [(replace(loras[0], factors=factors), 0.8)])
+    lora.attach(rounded, [(replace(loras[0], factors=factors), 0.8)])
     for a, b in zip(velocities(rounded, g), velocities(plain, g)):
         assert a.dtype == mx.bfloat16
         assert cosine(a, b) > 0.9999
@@ -119,14 +170,14 @@ def test_a_bfloat16_run_stays_bfloat16(checkpoint, name, plain, loras, g):
 # Files
 
 
-def write(path, lora, rename, **more):
+def write(path, source, rename, metadata=None, **more):
     """Write the LoRA with other keys: `rename(module path, "A" or "B")`."""
     tensors = {
         rename(module, part): w
-        for module, factors in lora.factors.items()
+        for module, factors in source.factors.items()
         for part, w in zip("AB", factors)
     }
-    mx.save_safetensors(str(path), tensors | more)
+    mx.save_safetensors(str(path), tensors | more, metadata)
     return path
 
 
@@ -161,32 +212,120 @@ def comfy_name(module, part):
     return f"diffusion_model.{module}.lora_{way}.weight"
 
 
-@pytest.mark.parametrize(
-    "rename",
-    [
-        lambda module, part: f"diffusion_model.{module}.lora_{part}.weight",
-        lambda module, part: f"model.diffusion_model.{module}.lora_{part}.weight",
-        comfy_name,
-        diffusers_name,
-    ],
-    ids=["official", "with the file's prefix", "ComfyUI", "diffusers"],
-)
-def test_key_styles(plain, lora_of_all_layers, tmp_path, rename):
-    lora = Lora.read(write(tmp_path / "x.safetensors", lora_of_all_layers, rename))
-    lora.check(plain)
-    assert lora.factors.keys() == lora_of_all_layers.factors.keys()
-    for path, factors in lora.factors.items():
+def flat_name(prefix):
+    """kohya's and musubi's names."""
+    way = {"A": "down", "B": "up"}
+    return lambda module, part: (
+        f"{prefix}{module.replace('.', '_')}.lora_{way[part]}.weight"
+    )
+
+
+def peft_name(prefix, adapter=""):
+    return lambda module, part: f"{prefix}{module}.lora_{part}{adapter}.weight"
+
+
+RENAMES = {
+    "official": peft_name("diffusion_model."),
+    "with the file's prefix": peft_name("model.diffusion_model."),
+    "ComfyUI": comfy_name,
+    "diffusers": diffusers_name,
+    "diffusers, long ago": lambda module, part: (
+        f"transformer.{module}.lora.{dict(A='down', B='up')[part]}.weight"
+    ),
+    "kohya": flat_name("lora_unet_"),
+    "musubi": flat_name("lora_transformer_"),
+    "LyCORIS": flat_name("lycoris_"),
+    "peft": peft_name("base_model.model."),
+    "peft with its adapter's name": peft_name("base_model.model.", ".default"),
+    "bare": peft_name(""),
+    "compiled": peft_name("_orig_mod."),
+}
+
+
+@pytest.mark.parametrize("style", RENAMES)
+def test_key_styles(plain, lora_of_all_layers, tmp_path, style):
+    file = write(tmp_path / "x.safetensors", lora_of_all_layers, RENAMES[style])
+    read = Lora.read(file)
+    read.check(plain)
+    assert read.factors.keys() == lora_of_all_layers.factors.keys()
+    for path, factors in read.factors.items():
         assert equal(factors, lora_of_all_layers.factors[path])
 
 
-def test_alpha_by_rank_scales_the_effect(lora_of_all_layers, tmp_path):
-    alphas = {
-        f"diffusion_model.{module}.alpha": mx.array(4.0)  # half the rank
-        for module in lora_of_all_layers.factors
-    }
-    path = write(tmp_path / "x.safetensors", lora_of_all_layers, comfy_name, **alphas)
-    for module, (a, b) in Lora.read(path).factors.items():
-        assert equal((a, 2 * b), lora_of_all_layers.factors[module])
+def test_kohyas_names_of_a_models_layers_are_unique(plain):
+    paths = lora.linear_layers(plain)
+    assert len({path.replace(".", "_") for path in paths}) == len(paths)
+
+
+def test_blocks_find_their_part_of_a_lora(checkpoint, name, loras, tmp_path, g):
+    """Streamed blocks are not in a model that knows all names."""
+    file = write(tmp_path / "x.safetensors", loras[0], RENAMES["kohya"])
+    complete, parts = (load(checkpoint(name)) for _ in range(2))
+    lora.attach(complete, [(Lora.read(file), 0.5)])
+    for i, block in enumerate(parts.transformer_blocks):
+        prefix = f"transformer_blocks.{i}."
+        lora.attach(block, [(Lora.read(file), 0.5)], prefix=prefix)
+    assert any("transformer_blocks" in path for path in loras[0].factors)
+    outside = [p for p in loras[0].factors if not p.startswith("transformer_blocks")]
+    layers = lora.linear_layers(complete)
+    for path, layer in lora.linear_layers(parts).items():
+        assert path in outside or mx.array_equal(layer.weight, layers[path].weight)
+
+
+PEFT = {"peft_type": "LORA", "r": 8, "lora_alpha": 16.0}
+DIFFUSERS = {f"transformer.{key}": value for key, value in PEFT.items()}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"lora_adapter_metadata": json.dumps(DIFFUSERS)},
+        {"ss_network_alpha": "16.0", "ss_network_dim": "8"},
+        {"lora_alpha": "16", "r": "8"},
+        {"lora_adapter_metadata": json.dumps(PEFT | {"alpha_pattern": {"to_q": 16}})},
+    ],
+    ids=["diffusers", "kohya", "plain", "pattern"],
+)
+def test_alpha_in_the_metadata_scales_the_effect(loras, tmp_path, metadata):
+    file = write(tmp_path / "x.safetensors", loras[0], comfy_name, metadata)
+    assert_scaled(Lora.read(file), loras[0], 16)
+
+
+def assert_scaled(ours, source, alpha):
+    for module, (a, b) in ours.factors.items():
+        a_0, b_0 = source.factors[module]
+        assert equal((a, b), (a_0, b_0.astype(mx.float32) * (alpha / len(a))))
+    assert f"alpha {alpha}, strength 0.5" in ours.describe(0.5)
+
+
+def test_alpha_tensors_count_more_than_metadata(loras, tmp_path):
+    alphas = {f"diffusion_model.{m}.alpha": mx.array(2.0) for m in loras[0].factors}
+    metadata = {"ss_network_alpha": "16"}
+    file = write(tmp_path / "x.safetensors", loras[0], comfy_name, metadata, **alphas)
+    assert_scaled(Lora.read(file), loras[0], 2)
+
+
+def test_an_adapter_folder_is_read_with_its_configuration(loras, tmp_path):
+    rename = peft_name("base_model.model.")
+    write(tmp_path / "adapter_model.safetensors", loras[0], rename)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(PEFT))
+    assert_scaled(Lora.read(tmp_path), loras[0], 16)
+    config = PEFT | {"use_rslora": True, "lora_alpha": 2.0}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for module, (a, b) in Lora.read(tmp_path).factors.items():
+        assert relative_error(b, loras[0].factors[module][1] / len(a) ** 0.5 * 2) < 1e-6
+
+
+def test_alpha_can_differ_by_module(loras, tmp_path):
+    first, *others = loras[0].factors
+    config = {"lora_alpha": 4.0, "alpha_pattern": {first: 1}}
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    file = write(tmp_path / "x.safetensors", loras[0], peft_name(""), metadata)
+    read = Lora.read(file)
+    for module, alpha in {first: 1, others[0]: 4}.items():
+        a, b = read.factors[module]
+        assert relative_error(b, loras[0].factors[module][1] * alpha / len(a)) < 1e-6
+    assert "rank 4, alpha 1 to 4, strength 1" in read.describe(1.0)
 
 
 def test_metadata_is_kept(loras):
@@ -194,7 +333,7 @@ def test_metadata_is_kept(loras):
 
 
 @pytest.mark.parametrize("name", ["ltx-2"], indirect=True)
-def test_another_generations_lora_is_refused(checkpoint, model, loras, g):
+def test_another_generations_lora_is_refused(checkpoint, model, attach, loras, g):
     attach(model, [(loras[0], 1.0)])
     before = velocities(model, g)
     other = Lora.read(checkpoint("ltx-2.3-lora"))
@@ -208,7 +347,7 @@ def test_another_generations_lora_is_refused(checkpoint, model, loras, g):
 
 def test_a_pair_that_does_not_fit_is_refused(plain, loras):
     path, (a, b) = next(iter(loras[0].factors.items()))
-    wrong = replace(loras[0], factors={path: (a[:2], b)})
+    wrong = replace(loras[0], factors={path: (a[:, :2], b)})
     with pytest.raises(UserError, match=path):
         wrong.check(plain)
 
@@ -222,15 +361,43 @@ def test_a_missing_factor_is_refused(loras, tmp_path):
         Lora.read(tmp_path / "half.safetensors")
 
 
+A, B = mx.ones((2, 4)), mx.ones((4, 2))
+
+
+def pair(a=A, b=B, **more):
+    return {"x.lora_A.weight": a, "x.lora_B.weight": b} | {
+        f"x.{key}": w for key, w in more.items()
+    }
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
         (None, "no such file"),
         (b"Not a LoRA", "not a safetensors file"),
         ({}, "has no factors"),
-        ({"vae.decoder.conv_in.conv.weight": mx.zeros(1)}, "unrecognized key vae"),
-        ({"diffusion_model.proj_out.weight": mx.zeros(1)}, "unrecognized key diff"),
-        ({"lora_unet_proj_out.lora_up.weight": mx.zeros(1)}, "unrecognized key lora"),
+        ({"vae.decoder.conv_in.conv.weight": A}, "unrecognized key vae"),
+        ({"diffusion_model.proj_out.weight": A}, "unrecognized key diff"),
+        # more than a LoRA, or something else
+        (pair() | {"x.dora_scale": A}, "is a DoRA .x.dora_scale"),
+        (pair() | {"x.lora_magnitude_vector.default.weight": A}, "is a DoRA"),
+        (pair() | {"x.diff_b": A}, "changes biases"),
+        (pair() | {"x.lora_B.bias": A}, "changes biases"),
+        (pair() | {"x.diff": A}, "replaces weights"),
+        ({"x.lokr_w1": A, "x.alpha": A}, "is a LoKr"),
+        ({"x.hada_w1_a": A}, "is a LoHa"),
+        (pair() | {"text_encoders.gemma3.x.lora_A.weight": A}, "the text encoder"),
+        (pair() | {"lora_te1_x.lora_down.weight": A}, "the text encoder"),
+        # factors and alphas
+        (pair(mx.ones((0, 4)), mx.ones((4, 0))), "factors of x do not fit"),
+        (pair(mx.ones((3, 4))), "factors of x do not fit"),
+        (pair(mx.ones(4)), "factors of x do not fit"),
+        (pair(A[..., None, None], B[..., None, None]), "factors of x do not fit"),
+        (pair(A.astype(mx.uint8)), "factors of x do not fit"),
+        (pair(alpha=mx.ones(2)), "alpha of x is"),
+        (pair(alpha=mx.array(float("nan"))), "alpha of x is nan"),
+        (pair(alpha=mx.array(0.0)), "alpha of x is 0.0"),
+        (pair() | {"transformer.x.lora_down.weight": A}, "two factors A for x"),
     ],
 )
 def test_a_file_that_is_not_a_lora_is_refused(tmp_path, content, message):
@@ -241,3 +408,44 @@ def test_a_file_that_is_not_a_lora_is_refused(tmp_path, content, message):
         mx.save_safetensors(str(path), content)
     with pytest.raises(UserError, match=f"strange.safetensors.*{message}"):
         Lora.read(path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["{", "[]", "[" * 50000, '{"alpha_pattern": 3}', '{"lora_alpha": [8]}']
+    + ['{"lora_alpha": "much"}', '{"peft_type": "IA3"}', '{"use_dora": true}'],
+)
+def test_an_adapter_with_a_strange_configuration_is_refused(tmp_path, config):
+    metadata = {"lora_adapter_metadata": config}
+    mx.save_safetensors(str(tmp_path / "x.safetensors"), pair(), metadata)
+    with pytest.raises(UserError, match="LoRA .*x.safetensors[: ]"):
+        Lora.read(tmp_path / "x.safetensors")
+
+
+def test_a_folder_with_several_files_is_refused(tmp_path):
+    for name in ("a", "b"):
+        mx.save_safetensors(str(tmp_path / f"{name}.safetensors"), pair())
+    with pytest.raises(UserError, match="2 safetensors files, name one"):
+        Lora.read(tmp_path)
+
+
+@pytest.mark.parametrize("strength", [0.0, float("nan"), float("inf")])
+def test_a_strength_without_effect_is_refused(plain, loras, strength):
+    with pytest.raises(UserError, match="strength"):
+        lora.attach(plain, [(loras[0], strength)])
+    with pytest.raises(UserError, match="strength"):
+        lora.fuse({}, [(loras[0], strength)])
+
+
+def test_values_that_are_not_finite_are_found(loras):
+    loras[0].check_values()
+    path, (a, b) = next(iter(loras[0].factors.items()))
+    with pytest.raises(UserError, match=f"a factor of {path} is not finite"):
+        replace(loras[0], factors={path: (a, b * float("nan"))}).check_values()
+
+
+def test_a_module_with_two_names_is_refused(plain, loras):
+    path, factors = next(iter(loras[0].factors.items()))
+    both = {path: factors, path.replace(".", "_"): factors}
+    with pytest.raises(UserError, match=f"two factors .* for {path}"):
+        replace(loras[0], factors=both).check(plain)

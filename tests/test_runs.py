@@ -1,21 +1,30 @@
-"""What runs promise beyond the reference: repeatable, resumable, described, exact in time."""
+"""Runs beyond the reference: repeatable, resumable, with metadata and exact timing."""
 
 import dataclasses
 import json
 import sys
+from collections import Counter
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from test_pipeline import (
+    QuickVocoder,
+    events_to_latents,
+    latents_of,
+    recorded_contexts,
+)
 
 import generate
-from ltx2 import media, pipeline
+from ltx2 import media, memory, pipeline
 from ltx2.base import OutputError, UserError
 from ltx2.request import Image, LoraFile, Request
 from ltx2.snapshot import Snapshot
 from ltx2.text import enhance
 
 SIZE = {"height": 64, "width": 96, "num_frames": 17}
+SHORT = SIZE | {"sigmas": (1.0, 0.5, 0.0)}
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +34,14 @@ def pipe(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def contexts(pipe):
-    return pipe.encode_prompts(["a cat", "a dog"])
+def contexts(golden):
+    """Contexts of two prompts."""
+    return dict(zip(("a cat", "a dog"), recorded_contexts(golden, "ltx-2").values()))
+
+
+@pytest.fixture
+def quick_vocoder(monkeypatch):
+    monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +56,19 @@ def clip(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """A folder that keeps encoded prompts."""
+    return str(tmp_path_factory.mktemp("encoded"))
+
+
 @pytest.fixture
-def command(pipe, checkpoint, monkeypatch, tmp_path, capsys):
-    """`command("--seed", "3")`: generate.py in an empty folder; what it printed."""
+def command(checkpoint, encoded, quick_vocoder, monkeypatch, tmp_path, capsys):
+    """`command("--seed", "3")`: runs generate.py in an empty folder, returns its output."""
     monkeypatch.chdir(tmp_path)
 
     def call(*flags, small=True):
-        argv = ["generate.py"]
+        argv = ["generate.py", "--cache-contexts", encoded]
         if small:
             argv += ["--model", str(checkpoint("ltx-2-notc")), "--kind", "distilled"]
             argv += ["--text-encoder", str(checkpoint("gemma3")), "--dtype", "float32"]
@@ -59,15 +80,17 @@ def command(pipe, checkpoint, monkeypatch, tmp_path, capsys):
     return call
 
 
-# The same, and not the same
+# Repeatable and resumable
 
 
-def test_the_seed_and_nothing_else_makes_the_difference(pipe, contexts):
-    run = lambda seed: pipe.generate("a cat", contexts=contexts, seed=seed, **SIZE)
+def test_results_depend_on_the_seed_only(pipe, contexts):
+    run = lambda seed: latents_of(
+        pipe, Request("a cat", seed=seed, **SHORT), contexts=contexts
+    )
     first, again, other = run(1), run(1), run(2)
-    assert mx.array_equal(first.video_latents, again.video_latents)
-    assert mx.array_equal(first.audio_latents, again.audio_latents)
-    assert not mx.allclose(first.video_latents, other.video_latents, atol=0.1)
+    assert mx.array_equal(first["video"], again["video"])
+    assert mx.array_equal(first["audio"], again["audio"])
+    assert not mx.allclose(first["video"], other["video"], atol=0.1)
 
 
 def test_noise_depends_on_name_and_seed():
@@ -79,46 +102,50 @@ def test_noise_depends_on_name_and_seed():
     assert abs(many.mean().item()) < 0.02 and abs(many.var().item() - 1) < 0.02
 
 
-def test_noise_and_sigmas_may_be_numpys(pipe, contexts, tmp_path):
+def test_noise_and_sigmas_can_be_numpy_arrays(pipe, contexts, quick_vocoder, tmp_path):
     normals = pipeline.seeded_noise(10)
     noise = lambda name, shape: np.array(normals(name, shape), np.float64)
     sigmas = np.array([1, 0.7, 0.3, 0])
-    given = pipe.generate(
+    result = pipe.generate(
         "a cat", contexts=contexts, noise=noise, sigmas=sigmas, **SIZE
     )
-    same = pipe.generate("a cat", contexts=contexts, sigmas=(1, 0.7, 0.3, 0), **SIZE)
-    assert mx.array_equal(given.video_latents, same.video_latents)
-    given.save(tmp_path / "out.mp4")
+    request = Request("a cat", sigmas=(1, 0.7, 0.3, 0), **SIZE)
+    same = latents_of(pipe, request, contexts=contexts)
+    assert mx.array_equal(result.video_latents, same["video"][0])
+    result.save(tmp_path / "out.mp4")
     recorded = media.read_metadata(tmp_path / "out.mp4")["request"]
     assert recorded["sigmas"] == [1, 0.7, 0.3, 0]
 
 
-def test_many_videos_encode_each_prompt_once(pipe, monkeypatch):
-    asked = []
-    encode = pipe.encode_prompts
-    monkeypatch.setattr(
-        pipe, "encode_prompts", lambda p, *a: asked.append(list(p)) or encode(p, *a)
-    )
-    requests = [Request(p, seed=s, **SIZE) for p in ("a cat", "a dog") for s in (1, 2)]
+def test_several_videos_encode_each_prompt_once(
+    pipe, contexts, quick_vocoder, monkeypatch
+):
+    encoded = []
+    encode = lambda prompts, *_: encoded.append(list(prompts)) or contexts
+    monkeypatch.setattr(pipe, "encode_prompts", encode)
+    requests = [
+        Request(prompt, seed=seed, **SHORT)
+        for prompt in ("a cat", "a dog")
+        for seed in (1, 2)
+    ]
     results = [e for e in pipe.stream(*requests) if isinstance(e, pipeline.Result)]
-    assert asked == [["a cat", "a dog"]]
+    assert encoded == [["a cat", "a dog"]]
     made = [(r.request.prompt, r.request.seed) for r in results]
     assert made == [(r.prompt, r.seed) for r in requests]
     latents = [r.video_latents for r in results]
     assert not any(mx.array_equal(latents[0], x) for x in latents[1:])
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end(pipe, contexts, tmp_path):
-    request = Request("a cat", **SIZE)
-    whole = pipe.generate("a cat", contexts=contexts, **SIZE)
-    events = pipe.stream(request, contexts=contexts)
+def test_an_interrupted_run_resumes_to_the_same_result(pipe, contexts, tmp_path):
+    events = list(events_to_latents(pipe, Request("a cat", **SIZE), contexts=contexts))
+    complete = events[-1].snapshot.latents
     stopped = next(e for e in events if e.snapshot and e.step == 5)
-    stopped.snapshot.save(tmp_path / "kept.safetensors")
-    snapshot = Snapshot.read(tmp_path / "kept.safetensors")
+    stopped.snapshot.save(tmp_path / "saved.safetensors")
+    snapshot = Snapshot.read(tmp_path / "saved.safetensors")
     assert (snapshot.stage, snapshot.step) == (0, 5)
-    *_, resumed = pipe.stream(snapshot.request, contexts=contexts, resume=snapshot)
-    assert mx.array_equal(resumed.video_latents, whole.video_latents)
-    assert mx.array_equal(resumed.audio_latents, whole.audio_latents)
+    resumed = latents_of(pipe, snapshot.request, contexts=contexts, resume=snapshot)
+    assert mx.array_equal(resumed["video"], complete["video"])
+    assert mx.array_equal(resumed["audio"], complete["audio"])
 
 
 def test_latents_of_another_model_are_refused(pipe, contexts, checkpoint):
@@ -140,28 +167,29 @@ def test_latents_of_another_model_are_refused(pipe, contexts, checkpoint):
     ],
     ids=lambda o: next(iter(o)),
 )
-def test_every_sampler_goes_on_where_it_was(pipe, contexts, checkpoint, options):
+def test_every_sampler_resumes_in_the_middle(pipe, contexts, checkpoint, options):
     if "steps" in options:
         model, encoder = checkpoint("ltx-2-notc"), str(checkpoint("gemma3"))
         pipe = pipeline.load(model, encoder, "dev", "float32")
         contexts = {p: contexts["a cat"] for p in ("a cat", "bad")}
         options = {**options, "negative_prompt": "bad"}
     request = Request("a cat", no_audio=True, **options, **SIZE)
-    events = list(pipe.stream(request, contexts=contexts))
-    snapshots = [e.snapshot for e in events if getattr(e, "snapshot", None)]
+    events = list(events_to_latents(pipe, request, contexts=contexts))
+    snapshots = [e.snapshot for e in events if e.snapshot]
+    complete = snapshots[-1].latents["video"]
     for snapshot in snapshots[4], snapshots[-2], snapshots[-1]:
-        *_, resumed = pipe.stream(contexts=contexts, resume=snapshot)
-        assert mx.array_equal(resumed.video_latents, events[-1].video_latents)
+        resumed = latents_of(pipe, contexts=contexts, resume=snapshot)
+        assert mx.array_equal(resumed["video"], complete)
 
 
-def test_what_looks_back_is_not_resumed_in_the_middle(pipe, contexts):
+def test_a_sampler_with_memory_is_not_resumed_in_the_middle(pipe, contexts):
     request = Request("a cat", sampler="gradient_estimation", **SIZE)
     event = next(e for e in pipe.stream(request, contexts=contexts) if e.snapshot)
     with pytest.raises(UserError, match="resume only between stages"):
         next(pipe.stream(contexts=contexts, resume=event.snapshot))
 
 
-def test_a_second_stage_goes_on_with_the_first_ones_sound(checkpoint, contexts):
+def test_a_resumed_second_stage_has_the_audio_of_the_first(checkpoint, contexts):
     files = (checkpoint("gemma3"), checkpoint("spatial-x2-rational"))
     encoder, upsampler = map(str, files)
     model = checkpoint("ltx-2-notc")
@@ -171,19 +199,20 @@ def test_a_second_stage_goes_on_with_the_first_ones_sound(checkpoint, contexts):
     request = Request(
         "a cat", "bad", 128, 128, 9, stages="two", steps=2, distilled_lora=lora
     )
-    *events, whole = pipe.stream(request, contexts=texts)
+    events = list(events_to_latents(pipe, request, contexts=texts))
+    complete = events[-1].snapshot.latents
     snapshot = next(e.snapshot for e in events if e.phase == "stage2" and e.step == 1)
-    *_, resumed = pipe.stream(contexts=texts, resume=snapshot)
-    assert mx.array_equal(resumed.video_latents, whole.video_latents)
-    assert mx.array_equal(resumed.audio_latents, whole.audio_latents)
+    resumed = latents_of(pipe, contexts=texts, resume=snapshot)
+    assert mx.array_equal(resumed["video"], complete["video"])
+    assert mx.array_equal(resumed["audio"], complete["audio"])
 
 
-# Time
+# Timing
 
 
 @pytest.mark.parametrize("frames, fps", [(9, 24), (17, 23.976), (25, 30), (1, 24)])
-def test_sound_and_picture_end_together(pipe, contexts, tmp_path, frames, fps):
-    size = {**SIZE, "num_frames": frames, "fps": fps}
+def test_audio_and_video_end_together(pipe, contexts, tmp_path, frames, fps):
+    size = {**SHORT, "num_frames": frames, "fps": fps}
     result = pipe.generate("a cat", contexts=contexts, **size)
     assert len(result.frames) == frames
     result.save(tmp_path / "out.mp4")
@@ -193,37 +222,39 @@ def test_sound_and_picture_end_together(pipe, contexts, tmp_path, frames, fps):
     assert abs(len(sound) - round(frames / made.fps * rate)) <= 1
 
 
-def test_a_retake_keeps_what_is_outside(pipe, contexts, clip):
-    whole = pipe.generate(
-        "a cat", contexts=contexts, video=clip, retake=(0, 9), retake_streams=("audio",)
+def test_a_retake_changes_only_its_seconds(pipe, contexts, clip):
+    options = {"video": clip, "sigmas": SHORT["sigmas"]}
+    run = lambda *span, **more: latents_of(
+        pipe, Request("a cat", retake=span, **options, **more), contexts=contexts
     )
-    again = pipe.generate("a cat", contexts=contexts, video=clip, retake=(0.4, 0.5))
+    clip_video = run(0, 9, retake_streams=("audio",))["video"]
+    again = run(0.4, 0.5)
     # Latent frames last [0, 1), [1, 9), [9, 17) frames; 0.4 to 0.5 s touch the last.
-    assert mx.array_equal(again.video_latents[:2], whole.video_latents[:2])
-    assert not mx.allclose(again.video_latents[2], whole.video_latents[2], atol=0.1)
-    start = pipe.generate(
-        "a cat", contexts=contexts, video=clip, retake=(0, 9), retake_streams=("video",)
-    )
+    assert mx.array_equal(again["video"][:, :2], clip_video[:, :2])
+    assert not mx.allclose(again["video"][:, 2], clip_video[:, 2], atol=0.1)
+    clip_audio = run(0, 9, retake_streams=("video",))["audio"]
     # Audio tokens last 40 ms, the first 10: 0.4 s is in the eleventh.
-    kept = [i for i in range(18) if 4 * i + 1 <= 40 or 4 * i - 3 >= 50]
-    assert mx.array_equal(again.audio_latents[kept], start.audio_latents[kept])
-    assert not mx.allclose(again.audio_latents, start.audio_latents, atol=0.1)
+    outside = mx.array([i for i in range(18) if 4 * i + 1 <= 40 or 4 * i - 3 >= 50])
+    assert mx.array_equal(again["audio"][:, outside], clip_audio[:, outside])
+    assert not mx.allclose(again["audio"], clip_audio, atol=0.1)
 
 
 @pytest.mark.parametrize("seconds", [0.34, -0.34])
-def test_an_extension_keeps_the_clip(pipe, contexts, clip, seconds):
-    kept = pipe.generate(
-        "a cat", contexts=contexts, video=clip, retake=(0, 9), retake_streams=("audio",)
-    ).video_latents
-    longer = pipe.generate("a cat", contexts=contexts, video=clip, extend=seconds)
-    assert len(longer.frames) == 25
+def test_an_extension_does_not_change_the_clip(pipe, contexts, clip, seconds):
+    options = {"video": clip, "sigmas": SHORT["sigmas"]}
+    run = lambda **more: latents_of(
+        pipe, Request("a cat", **options, **more), contexts=contexts
+    )["video"][0]
+    clip_video = run(retake=(0, 9), retake_streams=("audio",))
+    longer = run(extend=seconds)
+    assert 8 * len(longer) - 7 == 25  # frames
     if seconds > 0:
-        assert mx.array_equal(longer.video_latents[:3], kept)
-    else:  # its first latent, a single frame, is made anew as eight
-        assert mx.array_equal(longer.video_latents[2:], kept[1:])
+        assert mx.array_equal(longer[:3], clip_video)
+    else:  # the clip's first latent, a single frame, becomes one of eight frames
+        assert mx.array_equal(longer[2:], clip_video[1:])
 
 
-def test_a_clip_of_any_size_and_rate_is_brought_to_what_is_possible(pipe, tmp_path):
+def test_a_clip_is_fitted_to_a_possible_size_length_and_rate(pipe, tmp_path):
     frames = np.zeros((20, 74, 150, 3), np.uint8)
     with media.VideoWriter(tmp_path / "odd.mp4", 30) as video:
         video.write(frames)
@@ -234,7 +265,7 @@ def test_a_clip_of_any_size_and_rate_is_brought_to_what_is_possible(pipe, tmp_pa
     assert len(job.notes) == 3 and "resized and cropped to 128x64" in job.notes[0]
 
 
-def test_a_rounded_rate_is_the_clips_own(pipe, tmp_path):
+def test_a_rounded_frame_rate_counts_as_the_clips(pipe, tmp_path):
     with media.VideoWriter(tmp_path / "film.mp4", 23.976) as video:
         video.write(np.zeros((9, 64, 64, 3), np.uint8))
     for fps in (None, 23.976):
@@ -243,7 +274,7 @@ def test_a_rounded_rate_is_the_clips_own(pipe, tmp_path):
         assert (job.request.num_frames, job.notes) == (9, ())
 
 
-def test_images_keep_their_time_when_the_rate_doubles(checkpoint, tmp_path):
+def test_images_keep_their_time_when_the_frame_rate_doubles(checkpoint, tmp_path):
     upsampler, encoder = str(checkpoint("temporal-x2")), str(checkpoint("gemma3"))
     model = checkpoint("ltx-2-notc")
     pipe = pipeline.load(model, encoder, "distilled", "float32", [upsampler])
@@ -254,14 +285,14 @@ def test_images_keep_their_time_when_the_rate_doubles(checkpoint, tmp_path):
     assert (job.stages[1].size.num_frames, job.stages[1].size.fps) == (33, 48)
 
 
-def test_a_clip_fits_all_stages(checkpoint, tmp_path):
+def test_a_reference_clip_fits_all_stages(checkpoint, tmp_path):
     upsampler, encoder = str(checkpoint("spatial-x2-rational")), str(
         checkpoint("gemma3")
     )
     pipe = pipeline.load(checkpoint("ltx-2"), encoder, "distilled", None, [upsampler])
     with media.VideoWriter(tmp_path / "clip.mp4", 24) as video:
         video.write(np.zeros((9, 200, 300, 3), np.uint8))
-    lora = LoraFile(str(checkpoint("ltx-2-lora2")))  # reads its reference half as big
+    lora = LoraFile(str(checkpoint("ltx-2-lora2")))  # its reference has half the size
     request = Request("a", video=str(tmp_path / "clip.mp4"), loras=(lora,))
     job = pipe.plan(request)
     assert [(s.size.width, s.size.height) for s in job.stages] == [
@@ -276,37 +307,38 @@ def test_a_clip_fits_all_stages(checkpoint, tmp_path):
 # Inputs
 
 
-def test_a_given_sound_goes_into_the_result_as_it_is(pipe, contexts, tmp_path):
+def test_an_audio_file_becomes_the_soundtrack_unchanged(pipe, contexts, tmp_path):
     short = np.random.default_rng(0).uniform(-0.3, 0.3, (3000, 1)).astype(np.float32)
-    media.write_wav(tmp_path / "short.wav", short, 8000)  # mono, and too short
-    given = media.read_audio(tmp_path / "short.wav")[0]
     path = str(tmp_path / "short.wav")
-    result = pipe.generate("a cat", contexts=contexts, audio=path, **SIZE)
-    assert result.sample_rate == 8000 and np.array_equal(result.waveform, given)
+    media.write_wav(path, short, 8000)  # mono, and too short
+    sound = media.read_audio(path)[0]
+    result = pipe.generate("a cat", contexts=contexts, audio=path, **SHORT)
+    assert result.sample_rate == 8000 and np.array_equal(result.waveform, sound)
     result.save(tmp_path / "out.mp4")
-    assert media.probe(tmp_path / "out.mp4").audio_duration == pytest.approx(
-        17 / 24, 0.01
-    )
+    made = media.probe(tmp_path / "out.mp4")
+    assert made.audio_duration == pytest.approx(17 / 24, 0.01)
 
 
 def test_an_image_stays_the_first_frame(pipe, contexts, tmp_path):
     media.save_png(tmp_path / "i.png", np.full((64, 96, 3), (200, 40, 90), np.uint8))
-    images = (Image(str(tmp_path / "i.png")),)
-    options = {"contexts": contexts, "images": images, **SIZE}
-    one, other = (pipe.generate("a cat", seed=s, **options) for s in (1, 2))
-    assert mx.array_equal(one.video_latents[0], other.video_latents[0])
-    assert not mx.array_equal(one.video_latents[1], other.video_latents[1])
+    options = SHORT | {"images": (Image(str(tmp_path / "i.png")),)}
+    one, other = (
+        latents_of(pipe, Request("a cat", seed=seed, **options), contexts=contexts)
+        for seed in (1, 2)
+    )
+    assert mx.array_equal(one["video"][:, 0], other["video"][:, 0])
+    assert not mx.array_equal(one["video"][:, 1], other["video"][:, 1])
 
 
-def test_the_prompt_is_enhanced_the_same_by_seed(checkpoint):
+def test_an_enhanced_prompt_depends_on_the_seed(checkpoint):
     longer = lambda seed: enhance(checkpoint("gemma3"), "a cat", seed, max_tokens=12)
     assert longer(1) == longer(1) != longer(2)
 
 
-# On the command line
+# The command line
 
 
-def test_an_mp4_is_made_again_from_itself(command, tmp_path):
+def test_an_mp4_is_regenerated_from_its_metadata(command, tmp_path):
     command("--prompt", "a cat", "--seed", "5", "--save-latents", "--save-json")
     recorded = media.read_metadata(tmp_path / "output.mp4")
     assert recorded == json.loads((tmp_path / "output.json").read_text())
@@ -321,7 +353,7 @@ def test_an_mp4_is_made_again_from_itself(command, tmp_path):
     assert not mx.array_equal(latents("again")["latents.video"], one["latents.video"])
 
 
-def test_previews_show_the_colours_of_the_end(pipe, contexts):
+def test_previews_have_the_colors_of_the_frames(pipe, contexts, quick_vocoder):
     preview = pipe.preview()
     result = pipe.generate("a cat", contexts=contexts, **SIZE)
     strip = preview(result.video_latents[None])
@@ -331,7 +363,7 @@ def test_previews_show_the_colours_of_the_end(pipe, contexts):
     assert np.corrcoef(seen.ravel(), quick.ravel())[0, 1] > 0.5
 
 
-def test_ctrl_c_keeps_the_latents(command, monkeypatch, tmp_path):
+def test_ctrl_c_saves_the_latents(command, monkeypatch, tmp_path):
     step = generate.Progress.save_preview
 
     def interrupt(run, event):
@@ -348,7 +380,7 @@ def test_ctrl_c_keeps_the_latents(command, monkeypatch, tmp_path):
     assert "wrote b.mp4" in command(*flags, small=False)
 
 
-def test_a_bad_picture_is_not_written(command, monkeypatch, tmp_path):
+def test_an_invalid_video_is_not_written(command, monkeypatch, tmp_path):
     (tmp_path / "output.mp4").write_text("earlier")
     flat = lambda self, x, **_: iter([mx.zeros((1, 9, 64, 96, 3))])
     monkeypatch.setattr("ltx2.vae.VideoVAE.decode_stream", flat)
@@ -358,53 +390,105 @@ def test_a_bad_picture_is_not_written(command, monkeypatch, tmp_path):
     assert (tmp_path / "output.latents.safetensors").exists()
 
 
-# Fewer operations, if asked for
+# Speed-ups
 
 
 @pytest.fixture(scope="module")
 def guided(checkpoint, contexts):
-    """Latents of a guided run with these options, and how often the model was asked."""
+    """`guided(**options)`: latents of a guided run, and the passes of each model call."""
     encoder = str(checkpoint("gemma3"))
     pipe = pipeline.load(checkpoint("ltx-2-notc"), encoder, "dev", "float32")
     texts = {"a cat": contexts["a cat"], "bad": contexts["a dog"]}
 
     def run(**options):
-        asked = []
-        ask = type(pipe.transformer).__call__
+        calls, call = [], type(pipe.transformer).__call__
+
+        def count(self, video, audio, texts, passes, trace):
+            calls.append(len(passes))
+            return call(self, video, audio, texts, passes, trace)
+
+        request = Request("a cat", "bad", steps=12, no_audio=True, **SIZE, **options)
         with pytest.MonkeyPatch.context() as patch:
-            count = lambda self, v, a, texts, passes, t: (
-                asked.append(len(passes)) or ask(self, v, a, texts, passes, t)
-            )
             patch.setattr(type(pipe.transformer), "__call__", count)
-            request = Request(
-                "a cat", "bad", steps=12, no_audio=True, **SIZE, **options
-            )
-            *_, result = pipe.stream(request, contexts=texts)
-        return result.video_latents, asked
+            latents = latents_of(pipe, request, contexts=texts)
+        return latents["video"], calls
 
     return run
 
 
-def test_a_guidance_interval_saves_the_passes_outside(guided):
-    whole, asked = guided()
-    assert asked == [3] * 12
+def change(x, reference):
+    """The norm of the difference, relative to the reference's."""
+    return (mx.linalg.norm(x - reference) / mx.linalg.norm(reference)).item()
+
+
+def test_a_guidance_interval_omits_passes_outside_of_it(guided):
+    complete, calls = guided()
+    assert calls == [3] * 12
     same, _ = guided(guidance_interval=(0.0, 1.0))
-    assert mx.array_equal(same, whole)
-    part, asked = guided(guidance_interval=(0.5, 1.0))
-    assert asked == [3] * 10 + [1] * 2
-    error = (mx.linalg.norm(part - whole) / mx.linalg.norm(whole)).item()
+    assert mx.array_equal(same, complete)
+    part, calls = guided(guidance_interval=(0.5, 1.0))
+    assert calls == [3] * 10 + [1] * 2
+    error = change(part, complete)
     print(f"guidance_interval: {error:.3f}")
     assert 0 < error < 0.2
 
 
-def test_a_step_cache_asks_less_and_stays_near(guided):
-    whole, _ = guided()
-    near, asked = guided(step_cache=0.05)
-    further, less = guided(step_cache=0.2)
-    assert len(less) < len(asked) < 12
-    error, more = (
-        (mx.linalg.norm(x - whole) / mx.linalg.norm(whole)).item()
-        for x in (near, further)
-    )
-    print(f"step_cache: {len(asked)} of 12 asked, {error:.3f}; {len(less)}, {more:.3f}")
-    assert 0 < error < 0.2 and error < more
+def test_a_step_cache_saves_calls_with_a_small_error(guided):
+    complete, _ = guided()
+    near, calls = guided(step_cache=0.05)
+    further, fewer = guided(step_cache=0.2)
+    assert len(fewer) < len(calls) < 12
+    error, larger = change(near, complete), change(further, complete)
+    print(f"step_cache: {len(calls)} of 12, {error:.3f}; {len(fewer)}, {larger:.3f}")
+    assert 0 < error < 0.2 and error < larger
+
+
+# Nothing is done twice
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """`counted(owner, name)`: a list to which each call of a function adds its first
+    argument."""
+
+    def count(owner, name):
+        calls, function = [], getattr(owner, name)
+
+        def call(*arguments, **options):
+            calls.append(arguments[0])
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+        return calls
+
+    return count
+
+
+def test_a_run_plans_once_and_reads_each_file_once(
+    checkpoint, counted, command, tmp_path
+):
+    images = [str(tmp_path / f"{name}.png") for name in ("first", "last")]
+    for image in images:
+        media.save_png(image, np.full((128, 128, 3), (200, 40, 90), np.uint8))
+    calls = {
+        name: counted(owner, name)
+        for owner, name in (
+            (pipeline, "plan"),
+            (memory.Estimator, "__call__"),
+            (media, "load_image"),
+            (mx, "load"),
+        )
+    }
+    lora, upsampler = checkpoint("ltx-2-lora"), checkpoint("spatial-x2-rational")
+    flags = ["--lora", str(lora), "--upsampler", str(upsampler), "--stages", "two"]
+    for image, frame in zip(images, (0, -1)):
+        flags += ["--image", f"{image}@{frame}"]
+    size = ["--height", "128", "--width", "128", "--sigmas", "1,0.5,0"]
+    command("--prompt", "a cat", *flags, *size)
+    assert len(calls["plan"]) == len(calls["__call__"]) == 1
+    assert calls["load_image"] == images
+    reads = Counter(Path(path).stem for path in calls["load"])
+    # A lazy read of a file's tensors; each component of the model has its own.
+    most = {"ltx-2-notc": 18, "spatial-x2-rational": 3, "ltx-2-lora": 2, "model": 1}
+    assert reads.keys() == most.keys()  # "model" is the text encoder
+    assert all(reads[name] <= most[name] for name in most), reads

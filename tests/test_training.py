@@ -94,7 +94,7 @@ def adapted(model, g, case: str, lora: Lora | None = None, **options) -> Trainee
     info = g["info"]
     lora = lora or Lora.read(TRAIN / info["model"] / info["lora_file"])
     alpha = info["lora"]["alpha"] / info["lora"]["rank"] if "lora" in info else 1.0
-    attach(model, [(lora, alpha)])
+    attach(model, [(lora, alpha)], apart=True)
     return Trainee(model, gradients.factor_parameters(lora), **options)
 
 
@@ -164,8 +164,7 @@ def test_three_steps_are_the_references(g, name, case):
         trainee.update(parameters)
         if limit:
             assert norm == pytest.approx(g[f"step{k}.out.grad_norm"].item(), rel=1e-4)
-        get = lambda p: mx.array(g[f"step{k}.out.{golden_name(p)}"])
-        theirs = {p: get(p) for p in before}
+        theirs = {p: mx.array(g[f"step{k}.out.{golden_name(p)}"]) for p in before}
         moved = all_of(theirs) - all_of(before)
         assert mx.abs(moved).max() > 1e-4
         wrong = all_of(parameters) - all_of(theirs)
@@ -212,7 +211,7 @@ def test_every_factor_learns_also_outside_of_the_blocks(g, name, by_block):
             k: (a, mx.random.normal(b.shape)) for k, (a, b) in lora.factors.items()
         },
     )
-    attach(model, [(lora, 1.0)])
+    attach(model, [(lora, 1.0)], apart=True)
     trainee = Trainee(model, gradients.factor_parameters(lora), by_block)
     assert len(trainee.outer) > 20
     e = example(model, g)
@@ -284,7 +283,7 @@ def test_gradients_go_through_a_quantized_base(checkpoint, name, bits, least, by
         if found:
             picked = lambda path, _: quant_predicate(path)
             quantize(model, group_size=32, bits=bits, class_predicate=picked)
-        attach(model, [(lora, 1.0)])
+        attach(model, [(lora, 1.0)], apart=True)
         trainee = Trainee(model, gradients.factor_parameters(lora), by_block)
         found.append(all_of(trainee.gradients(random_example(model))[1]))
     assert cosine(*found) > least
@@ -297,7 +296,7 @@ def test_new_factors_leave_the_base_as_it_is(g):
     layers = gradients.target_layers(model, gradients.TARGETS["both"])
     assert len(layers) == 2 * 6 * 4
     lora = gradients.new_factors(layers, 3, 0)
-    attach(model, [(lora, 1.0)])
+    attach(model, [(lora, 1.0)], apart=True)
     trainee = Trainee(model, gradients.factor_parameters(lora))
     assert trainee.loss(e)[0].item() == before
     _, grads = trainee.gradients(e)
@@ -556,7 +555,7 @@ def test_training_holds_the_memory_that_is_planned(checkpoint, by_block):
     source = weights.open_model(str(path))
     model = source.load("transformer", mx.float32)
     lora = gradients.new_factors(gradients.target_layers(model, ("to_q",)), 2, 0)
-    attach(model, [(lora, 1.0)])
+    attach(model, [(lora, 1.0)], apart=True)
     trainee = Trainee(model, gradients.factor_parameters(lora), by_block)
     e = random_example(model, (5, 8, 8), 40, 1024)
     mx.eval([t.latent for t in e.tokens], e.targets, e.contexts)

@@ -14,6 +14,7 @@ from huggingface_hub import errors
 from mlx.utils import tree_flatten
 
 from ltx2 import hub, weights
+from ltx2 import parts as model_parts  # "parts" is a fixture
 from ltx2.base import UserError
 
 
@@ -84,8 +85,8 @@ def test_the_kind_is_read_from_the_file_name(checkpoint, tmp_path, name, kind, a
     ],
 )
 def test_versions(text, version, generation):
-    assert weights.parse_version(text) == version
-    assert weights.generation(version) == generation
+    assert model_parts.parse_version(text) == version
+    assert model_parts.generation(version) == generation
 
 
 def test_without_version_the_configuration_gives_the_generation(checkpoint, tmp_path):
@@ -307,8 +308,8 @@ def test_invalid_options_for_a_valid_file(checkpoint, tmp_path):
     )
     for options, message in (
         ({"kind": "fast"}, "kind must be dev or distilled"),
-        ({"upsamplers": [str(path)]}, "is not a latent upsampler"),
-        ({"upsamplers": [str(later)]}, "does not go with LTX-2 2.0.0"),
+        ({"upsamplers": [str(path)]}, "does not hold the spatial_upsampler or"),
+        ({"upsamplers": [str(later)]}, "upscaler-x2.safetensors is for LTX-2 2.3, not"),
     ):
         with pytest.raises(UserError, match=message):
             weights.open_model(str(path), **options)
@@ -428,7 +429,7 @@ DIT = "model.diffusion_model."
 
 
 def rename(**replaced):
-    """Change keys: every beginning or part that is given."""
+    """Replace parts of keys."""
 
     def change(tensors, metadata):
         renamed = {k: w for k, w in tensors.items()}
@@ -579,7 +580,7 @@ def test_a_missing_part_is_named_with_the_file_that_was_not_used(parts):
             "audio.safetensors does not hold the vae",
         ),
         ({"vae": "nowhere.safetensors"}, "no such file"),
-        ({"vae": "vae"}, "is not a file"),
+        ({"vae": "vae"}, "no such file"),
         ({"transformer": TRANSFORMER}, "unknown part 'transformer'"),
         ({"decoder": TRANSFORMER}, "choose from connectors, vae"),
     ],
@@ -613,6 +614,34 @@ def test_formats_that_are_not_supported_are_named(checkpoint, parts, tmp_path):
     }.items():
         with pytest.raises(UserError, match=message):
             weights.open_model(str(name))
+
+
+def int8_copy(path: Path, name: str) -> None:
+    """The same file with linear weights in int8, as ComfyUI has it."""
+    tensors, metadata = mx.load(str(path), return_metadata=True)
+    for key, w in tensors.items():
+        if "layers." in key or "blocks." in key:
+            tensors[key] = mx.zeros(w.shape, mx.int8)
+    mx.save_safetensors(str(path.parent / name), tensors, metadata)
+
+
+def test_files_of_ltx_2_5_in_int8_are_passed_over(checkpoint, tmp_path, fake_hub):
+    shutil.rmtree(fake_hub.repo)
+    pack = Path(shutil.copytree(checkpoint("ltx-2.5"), fake_hub.repo))
+    path = pack / "diffusion_models" / "ltx-2.5-transformer.safetensors"
+    chosen = path.rename(path.with_name(hub.DEFAULT_FILES[1]))
+    shutil.copy(chosen, path.with_name("ltx-2.5-22b-dev-transformer-bf16.safetensors"))
+    int8_copy(chosen, "ltx-2.5-22b-distilled-transformer-comfy-int8.safetensors")
+    encoder = pack / "text_encoders" / "ltx-2.5-text-encoder.safetensors"
+    int8_copy(encoder, "ltx-2.5-a-text-encoder-int8.safetensors")
+    expected = weights.open_model(str(checkpoint("ltx-2.5")))
+    model = weights.open_model("Lightricks/LTX-2.5", fetch=False)
+    assert model.kind == "distilled" and model.components == expected.components
+    model.check(*model.components)
+    assert not any("int8" in f.name for f in model.files) and not fake_hub.fetched
+    name = "Lightricks/LTX-2.5/diffusion_models/ltx-2.5-22b-dev-transformer-bf16"
+    model = weights.open_model(f"{name}.safetensors", fetch=False)
+    assert model.kind == "dev" and model.components == expected.components
 
 
 # Hostile headers and configurations
@@ -719,6 +748,15 @@ def index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
 
 
+def gemma_config(**changes):
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"] |= changes
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
 MODEL = "model.safetensors"
 
 
@@ -726,6 +764,7 @@ MODEL = "model.safetensors"
     "damage, message",
     [
         (lambda f: (f / MODEL).unlink(), "it has no weights"),
+        (lambda f: (f / "config.json").write_text("{}"), "is None, not Gemma 3"),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "config.json").write_text("[]"), "must be an object"),
@@ -734,9 +773,14 @@ MODEL = "model.safetensors"
             "truncated",
         ),
         (index, "lacks model-1.safetensors: download"),
+        (gemma_config(hidden_size="x"), "hidden_size must be an integer, got 'x'"),
+        (gemma_config(hidden_size=7), "hidden_size is 7, but norm.weight is"),
+        (gemma_config(num_hidden_layers=9), "tensors: language_model.model.layers.7"),
+        (gemma_config(num_hidden_layers=10**9), "num_hidden_layers must be above 0"),
+        (gemma_config(num_hidden_layers=10**6), "lacks .* tensors"),
         (
             lambda f: renamed(f / MODEL, "layers.1.", "layers.9."),
-            "layers.1.*and 1. more",
+            "lacks 13 tensors: .*layers.1.",
         ),
         (lambda f: renamed(f / MODEL, "language_model.", ""), "it has model.embed"),
         (lambda f: renamed(f / MODEL, "lang", "_orig_mod.lang"), "it has _orig_mod"),
@@ -748,6 +792,17 @@ def test_an_unfit_text_encoder_is_one_line(gemma, damage, message):
     with pytest.raises(UserError, match=message) as error:
         weights.check_text_encoder(str(gemma))
     assert "\n" not in str(error.value)
+
+
+def test_a_text_encoder_of_another_size_is_refused(gemma, checkpoint):
+    weights.check_text_encoder(str(gemma), weights.open_model(str(checkpoint("ltx-2"))))
+    model = weights.open_model(str(checkpoint("ltx-2")))
+    f, key = model.parts["connectors"][
+        "text_embedding_projection.aggregate_embed.weight"
+    ]
+    f.header[key] = ("BF16", (96, 12))
+    with pytest.raises(UserError, match="7 layers of 48, this model was trained with"):
+        weights.check_text_encoder(str(gemma), model)
 
 
 def test_a_text_encoder_in_a_single_file_is_refused(gemma):
@@ -764,3 +819,12 @@ def test_the_transformer_is_read_without_computing(checkpoint):
     graph = io.StringIO()
     mx.export_to_dot(graph, *[w for _, w in tree_flatten(loaded.parameters())])
     assert set(re.findall(r'label ="(\w+)"', graph.getvalue())) == {"Load"}
+
+
+def test_planning_opens_no_file(checkpoint, monkeypatch):
+    model = weights.open_model(str(checkpoint("ltx-2")))
+    seen = lambda tensors: {k: (w.shape, w.dtype) for k, w in tensors.items()}
+    expected = [seen(model.weights(name, mx.float16)) for name in model.components]
+    monkeypatch.setattr(mx, "load", None)
+    model.check(*model.components)
+    assert [seen(model.shapes(n, mx.float16)) for n in model.components] == expected

@@ -1,0 +1,171 @@
+"""The model's components: loaded when they are needed, freed afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Iterator, Optional, Sequence, Union
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from . import hub, weights
+from .base import Trace
+from .cache import ContextCache
+from .dit import Block, DiT, DiTConfig, StreamedBlocks, build_blocks
+from .guidance import Contexts
+from .lora import Lora, attach
+from .parallel import Machines
+from .request import LoraFile
+from .text import MAX_TOKENS, Gemma4TextEncoder, TextEncoder
+
+
+class Components:
+    """A model that loads each component when it is needed."""
+
+    def __init__(
+        self,
+        checkpoint: weights.Checkpoint,
+        text_encoder: Optional[str] = None,
+        dtype: mx.Dtype = mx.bfloat16,
+        origin: Optional[dict[str, Any]] = None,
+        low_memory: Optional[bool] = None,
+        cache_contexts: Union[str, Path, None] = None,
+        machines: Optional[Machines] = None,
+    ):
+        self.checkpoint, self.dtype, self.origin = checkpoint, dtype, origin or {}
+        self.low_memory, self.cache_contexts = low_memory, cache_contexts
+        self.machines = machines or Machines()
+        self.text_encoder = checkpoint.encoder(text_encoder)
+        self._loaded: dict[str, nn.Module] = {}
+        self._loras: tuple[LoraFile, ...] = ()  # of the loaded transformer
+
+    def component(self, name: str) -> nn.Module:
+        """A component of the model, loaded once."""
+        if name not in self._loaded:
+            hub.fetch_all(self.checkpoint.files)
+            dtype = self._text_dtype if name == "connectors" else self.dtype
+            self._loaded[name] = self.checkpoint.load(name, dtype)
+        return self._loaded[name]
+
+    transformer = property(lambda self: self.component("transformer"))
+    connectors = property(lambda self: self.component("connectors"))
+    vae = property(lambda self: self.component("vae"))
+    audio_vae = property(lambda self: self.component("audio_vae"))
+    vocoder = property(lambda self: self.component("vocoder"))
+
+    @property
+    def _text_dtype(self) -> mx.Dtype:
+        """Gemma's states overflow float16."""
+        return mx.bfloat16 if self.dtype == mx.float16 else self.dtype
+
+    @property
+    def _stored(self) -> mx.Dtype:
+        """The dtype in which the transformer's weights are stored."""
+        file, key = next(iter(self.checkpoint.parts["transformer"].values()))
+        dtype = hub.DTYPES[file.header[key][0]]
+        return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
+
+    def free(self, *names: str) -> None:
+        """Free the memory of these components."""
+        for name in names:
+            self._loaded.pop(name, None)
+            if name == "transformer":
+                self._loras = ()
+        mx.clear_cache()
+
+    def adopt(self, transformer: DiT) -> None:
+        """Use this transformer, with what is attached to it, until it is freed."""
+        self._loaded["transformer"], self._loras = transformer, ()
+
+    def transformer_with(self, loras: tuple[LoraFile, ...], streamed: bool) -> DiT:
+        """The transformer with a stage's LoRAs: in memory, or with blocks that are read
+        in each step, or this machine's part of it."""
+        rebuilt = streamed or self.machines.mode == "tensor"
+        if loras != self._loras and rebuilt:
+            self.free("transformer")
+        elif loras != self._loras:
+            tensors = self.checkpoint.weights("transformer", self.dtype)
+            read = lambda keys: {k: mx.contiguous(tensors[k]) for k in keys}
+            attach(self.transformer, _factors(loras), read, stored=self._stored)
+        if rebuilt and "transformer" not in self._loaded:
+            model = self.checkpoint.load("transformer", self.dtype, lazy=True)
+            attach(model, _factors(loras), stored=self._stored)
+            self.machines.shard(model)
+            if streamed:
+                blocks = lambda: self._blocks(loras)
+                model.transformer_blocks = StreamedBlocks(blocks)
+            self._loaded["transformer"] = model
+        self._loras = loras
+        weights.evaluate(w for _, w in tree_flatten(self.transformer.parameters()))
+        return self.transformer
+
+    def _blocks(self, loras: tuple[LoraFile, ...]) -> Iterator[Block]:
+        """The transformer's blocks one by one, with LoRAs, of which nothing is read yet."""
+        config = DiTConfig.from_dict(self.checkpoint.config["transformer"])
+        tensors = self.checkpoint.weights("transformer", self.dtype)
+        factors = _factors(loras)
+        blocks = build_blocks(config, tensors, self.checkpoint.quantization)
+        for i, block in enumerate(blocks):
+            prefix = f"transformer_blocks.{i}."
+            attach(block, factors, prefix=prefix, stored=self._stored)
+            self.machines.shard(block)
+            yield block
+
+    def files(self) -> dict[str, str]:
+        """The weights' files with their fingerprints."""
+        files = self.checkpoint.files
+        return {f.name: f.fingerprint for f in files if f.role and f.path}
+
+    def _encoder_files(self) -> list[hub.File]:
+        """The text encoder's weights, if they are not among the model's own."""
+        packed = self.checkpoint.version >= weights.GEMMA_4
+        files = [] if packed else weights.text_encoder_files(self.text_encoder)
+        return [f for f in files if f.name.endswith(".safetensors")]
+
+    def check_text_encoder(self) -> None:
+        """UserError unless the text encoder is complete and of the model's size."""
+        if self.checkpoint.version < weights.GEMMA_4:
+            weights.check_text_encoder(self.text_encoder, self.checkpoint)
+
+    def contexts(
+        self, prompts: Sequence[str], trace: Optional[Trace]
+    ) -> dict[str, Contexts]:
+        """Contexts by prompt, from the cache folder if there is one."""
+        encode = lambda prompts: self.encode_prompts(prompts, trace)
+        if self.cache_contexts is None or trace is not None:
+            return encode(prompts)
+        encoder = {f.name: f.fingerprint for f in self._encoder_files()}
+        made_by = [self.files(), encoder, str(self.dtype)]
+        return ContextCache(self.cache_contexts, made_by)(prompts, encode)
+
+    def encode_prompts(
+        self, prompts: Sequence[str], trace: Optional[Trace] = None
+    ) -> dict[str, Contexts]:
+        """Contexts (video, audio), each (1, 1024, D), by prompt; frees what it loads."""
+        if self.checkpoint.version >= weights.GEMMA_4:
+            gemma = self.checkpoint.load("gemma", self._text_dtype, lazy=True)
+            encoder = Gemma4TextEncoder(gemma, low_memory=True)
+            del gemma
+        else:
+            folder = weights.fetch_text_encoder(self.text_encoder)
+            encoder = TextEncoder(folder, self._text_dtype, low_memory=True)
+        states = encoder(prompts, trace)
+        mx.eval(states)
+        del encoder
+        mx.clear_cache()
+        contexts = {}
+        for prompt, s in zip(prompts, states):
+            contexts[prompt] = self.connectors(s, MAX_TOKENS, trace)
+            mx.eval(contexts[prompt])
+        self.free("connectors")
+        return contexts
+
+    def encode_prompt(self, prompt: str) -> Contexts:
+        """Contexts (video, audio) of one prompt, each (1, 1024, D)."""
+        return self.encode_prompts([prompt])[prompt]
+
+
+def _factors(loras: tuple[LoraFile, ...]) -> list[tuple[Lora, float]]:
+    """LoRAs whose factors are not read yet, with their strengths."""
+    return [(Lora.read(file.path), file.strength) for file in loras]

@@ -1,0 +1,366 @@
+"""A request made definite: what goes together, and each model's defaults."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any, Iterator, Mapping
+
+from . import media
+from .base import UserError
+from .conditions import InputFiles
+from .duration import whole_frames
+from .guidance import Guidance
+from .latents import SPACE_SCALE, TIME_SCALE, Size
+from .options import check, check_range, check_step
+from .request import Request
+from .sampling import DISTILLED_SIGMAS, shifted_sigmas
+from .weights import Checkpoint
+
+NEGATIVE_PROMPT = (  # it begins with tags of the training captions
+    "has_subtitles, has_blurbox, transition from black, transition to black, "
+    "speech_ending_short, low quality, blurry, distorted, flickering, watermark, text on screen, "
+    "muffled sound, noise, clipping, silence"
+)
+SIZE = {"height": 512, "width": 768, "num_frames": 121, "fps": 24.0}
+MAX_FRAMES, MAX_SIDE = 2049, 4096
+AUTO_DURATION = (1.0, 20.0)  # seconds, the reference's
+DECODERS = {"conv": "vae", "diffusion": "diffusion_decoder"}
+BOTH = ("video", "audio")
+PARTS = {  # that a job needs for all, or for a stream
+    "all": ("transformer", "connectors"),
+    "video": ("vae",),
+    "audio": ("audio_vae", "vocoder"),
+}
+
+
+class Filled:
+    """A request that is checked against a model and filled in step by step: `r`."""
+
+    def __init__(self, r: Request, checkpoint: Checkpoint, files: InputFiles):
+        self.r, self.checkpoint, self.files = r, checkpoint, files
+        self.notes: list[str] = []
+        self.clip_frames, self.clip_streams = 0, ()  # of the input video
+        self.streams = BOTH[bool(r.audio_only) : 2 - bool(r.no_audio)]
+        self.distilled = checkpoint.kind == "distilled"
+        parts = checkpoint.components
+        upsamplers = [name for name in parts if name.startswith("spatial_upsampler")]
+        simple = r.changes_clip or r.audio_only or not self.distilled or not upsamplers
+        self.mode = r.stages or ("one" if simple else "two")
+        self.upsampler = upsamplers[0] if upsamplers else None
+        self.scale = Fraction(1)  # by which the first stage is smaller
+        if self.upsampler and self.mode != "one":
+            scale = checkpoint.config[self.upsampler]["spatial_scale"]
+            self.scale = Fraction(scale).limit_denominator(4)
+
+    # Checks
+
+    def unmet(self) -> dict[str, str]:
+        """What options need of a model and this one is not (see `options.check`)."""
+        unmet = {}
+        if self.distilled:
+            unmet["dev"] = "a dev model (this one is distilled)"
+        config = self.checkpoint.config["transformer"]
+        if not config.get("use_keyframes_abs_pos_embedding"):
+            unmet["2.5"] = f"LTX-2.5 (this model is {self.checkpoint.model_version})"
+        return unmet
+
+    def check(self) -> None:
+        """UserError for whatever does not go together, or needs a missing file."""
+        r, unmet = self.r, self.unmet()
+        check(r, self.mode, unmet)
+        for fault, message in self.faults(unmet):
+            if fault:
+                raise UserError(message)
+        self.checkpoint.require(
+            *PARTS["all"], *(p for s in self.streams for p in PARTS[s])
+        )
+        if self.checkpoint.text_encoder == "gemma":
+            self.checkpoint.require("gemma")
+        for lora in r.loras:
+            stages = 1 if self.mode == "one" else 2
+            if lora.stage not in (None, *range(1, stages + 1)):
+                raise UserError(
+                    f"LoRA {lora.path} is for stage {lora.stage}, but there are {stages}"
+                )
+            if lora.strength == 0:
+                raise UserError(
+                    f"LoRA {lora.path} has strength 0, no effect: remove it"
+                )
+            check_range(f"LoRA {lora.path}: strength", lora.strength, -10, 10)
+
+    def faults(self, unmet: Mapping[str, str]) -> Iterator[tuple[Any, str]]:
+        """What no single field can declare: whether it is so, and the message."""
+        r, count = self.r, len(DISTILLED_SIGMAS) - 1
+        settings = [g for g in (r.video_guidance, r.audio_guidance) if g]
+        active = any(g.active for g in settings if isinstance(g, Guidance))
+        partial = [g for g in settings if isinstance(g, Mapping)]
+        yield (
+            self.distilled and (active or partial),
+            "guidance needs a dev model (this one is distilled): remove its settings",
+        )
+        yield (
+            len(self.streams) == 1 and any("modality_scale" in g for g in partial),
+            "modality_scale needs both video and audio",
+        )
+        yield (
+            r.retake and r.no_audio and "video" not in r.retake_streams,
+            "retake has nothing to regenerate: audio is off and video is kept",
+        )
+        yield (
+            not r.retake_streams or set(r.retake_streams) - set(BOTH),
+            f"unknown retake_streams {','.join(r.retake_streams)!r}: choose from video, "
+            "audio",
+        )
+        yield (
+            r.has_reference and not r.loras,
+            "a reference video needs an IC-LoRA: add --lora (or --retake or --extend, to "
+            "change the video)",
+        )
+        low, high = r.guidance_interval
+        yield low > high, "guidance_interval must be from a lower to a higher sigma"
+        yield (
+            self.distilled and r.steps not in (None, count),
+            f"steps is {r.steps}, but a distilled model has {count} steps of its own: "
+            "remove it, or pass sigmas",
+        )
+        yield from self.stage_faults(unmet)
+
+    def stage_faults(self, unmet: Mapping[str, str]) -> Iterator[tuple[Any, str]]:
+        """As `faults`, of the stages and the files they need."""
+        r, mode, stages = self.r, self.mode, f"--stages {self.mode}"
+        yield (
+            mode == "dfr" and "2.5" in unmet,
+            f"{stages} needs {unmet.get('2.5')}",
+        )
+        yield (
+            mode != "one" and not self.upsampler,
+            f"{stages} needs a latent upsampler, which this model does not have: add its "
+            "file with --upsampler",
+        )
+        yield mode == "hq" and self.distilled, f"{stages} needs {unmet.get('dev')}"
+        yield (
+            mode == "dfr" and self.scale != 2,
+            f"{stages} needs an x2 upsampler (this one is x{float(self.scale):g})",
+        )
+        yield mode == "dfr" and r.num_frames == 1, f"{stages} needs at least 9 frames"
+        refines = mode != "one" and not self.distilled
+        yield (
+            refines and not r.distilled_lora,
+            f"{stages} of a dev model needs its distilled LoRA: add --distilled-lora",
+        )
+        yield (
+            r.distilled_lora and not refines,
+            "distilled_lora needs a dev model and --stages two, hq or dfr",
+        )
+        for name in ("distilled_lora", "detailing_lora"):
+            lora = getattr(r, name)
+            yield (
+                lora and (lora.stage or not lora.strength),
+                f"{name} takes no stage, and its strength must not be 0",
+            )
+        yield (
+            (r.temporal_upsample or r.temporal_rounds)
+            and "temporal_upsampler" not in self.checkpoint.components,
+            "doubling the frame rate needs a temporal latent upsampler, which this model "
+            "does not have: add its file with --upsampler",
+        )
+        yield (
+            r.temporal_upsample and not self.distilled and mode == "one",
+            "temporal_upsample of a dev model needs --stages two and --distilled-lora",
+        )
+
+    # Size, length and rate
+
+    def fit_duration(self) -> None:
+        """The most frames that the duration head may predict, if it decides: by default
+        where the model has one and no input has a duration."""
+        r, head = self.r, "duration_head"
+        fixed = r.video or r.audio or r.num_frames is not None
+        if r.auto_duration is None and (
+            fixed or head not in self.checkpoint.components
+        ):
+            return
+        self.checkpoint.require(head)
+        fps = SIZE["fps"] if r.fps is None else r.fps
+        low, high = r.auto_duration or AUTO_DURATION
+        check_range("auto_duration", low, 0, MAX_FRAMES / fps)
+        check_range("auto_duration", high, low, MAX_FRAMES / fps)
+        frames = whole_frames(high, fps, low, high)
+        frames = frames if r.num_frames is None else min(r.num_frames, frames)
+        self.r = replace(r, auto_duration=(low, high), num_frames=frames)
+
+    def fit_size(self) -> None:
+        """The size, length and rate that the user, the clip or the model chooses."""
+        multiple = SPACE_SCALE * self.scale.numerator * self.reference_scale()[0]
+        if self.r.video is not None:
+            self.fit_clip(multiple)
+        defaults = SIZE | self.checkpoint.defaults
+        missing = {k: defaults[k] for k in SIZE if getattr(self.r, k) is None}
+        r = self.r = replace(self.r, **missing)
+        config = self.checkpoint.config.get("vae", {})
+        # A decoder that reflects its borders needs two latents.
+        reflects = config.get("spatial_padding_mode", "reflect") == "reflect"
+        low = max(multiple, 2 * SPACE_SCALE) if reflects else multiple
+        high = MAX_SIDE // multiple * multiple
+        check_step("height", r.height, multiple, low, high)
+        check_step("width", r.width, multiple, low, high)
+        check_step("num_frames", r.num_frames, TIME_SCALE, 1, MAX_FRAMES, plus=1)
+        keyframes, most = r.generated_keyframes, max(r.num_frames - 2, 0)
+        if isinstance(keyframes, tuple):
+            most = r.num_frames - 1
+        for value in keyframes if isinstance(keyframes, tuple) else (keyframes,):
+            check_range("generated_keyframes", value, 0, most)
+        check_range("fps", r.fps, 1, 120)
+        for image in r.images:
+            image.index(r.num_frames, r.fps)
+            check_range(f"image {image.path}: strength", image.strength, 0.01, 1)
+            self.files.image(image.path)
+        seconds = self.files.probe(r.audio).audio_duration if r.audio else 0
+        if r.audio and r.audio_start >= seconds:
+            raise UserError(
+                f"{r.audio} has no sound at {r.audio_start:g} s: it is {seconds:.2f} s "
+                "long"
+            )
+
+    def fit_clip(self, multiple: int) -> None:
+        """The input video's size, length and rate as far as the model can have them, how
+        much of it is read, and notes about what was changed."""
+        r, clip = self.r, self.files.probe(self.r.video)
+        if not clip.has_video:
+            raise UserError(f"{r.video} has no video: pass a sound with --audio")
+        fps = float(clip.fps if r.fps is None else r.fps)
+        check_range("fps", fps, 1, 120)
+        same_rate = media.frame_rate(fps) == clip.fps
+        there = clip.num_frames if same_rate else math.floor(clip.duration * fps + 0.01)
+        frames = (min(max(there, 1), MAX_FRAMES) - 1) // TIME_SCALE * TIME_SCALE + 1
+        low = -(-2 * SPACE_SCALE // multiple) * multiple
+        fit = lambda side: max(min(side, MAX_SIDE) // multiple * multiple, low)
+        height = fit(clip.height) if r.height is None else r.height
+        width = fit(clip.width) if r.width is None else r.width
+        total = frames if r.num_frames is None else r.num_frames
+        if r.extend is not None:
+            check_range("extend", abs(r.extend), 1 / fps, MAX_FRAMES / fps)
+            more = max(round(abs(r.extend) * fps / TIME_SCALE), 1)
+            total = frames + more * TIME_SCALE
+        if r.retake is not None:
+            check_range("num_frames of a retake of this clip", total, 1, frames)
+            start, end = r.retake
+            if not 0 <= start < end or start >= total / fps:
+                raise UserError(
+                    f"retake is {start:g}-{end:g}, but the clip is from 0 to "
+                    f"{total / fps:.2f} s: use a start before an end inside it"
+                )
+        frames = min(frames, total)
+        changes = {
+            f"{clip.width}x{clip.height} resized and cropped to {width}x{height}": (
+                (height, width) != (clip.height, clip.width)
+            ),
+            f"{float(clip.fps):g} fps changed to {fps:g}": not same_rate,
+            f"{frames} of {there} frames are read (8k+1)": frames != there,
+        }
+        self.notes += [f"{r.video}: {text}" for text, true in changes.items() if true]
+        self.clip_frames, self.clip_streams = frames, BOTH[: 1 + clip.has_audio]
+        self.r = replace(r, height=height, width=width, num_frames=total, fps=fps)
+
+    def reference_scale(self) -> tuple[int, int]:
+        """By how much a reference clip is smaller and slower, by the LoRAs' metadata."""
+        loras = [lora for lora in self.r.loras if lora.stage in (None, 1)]
+        return reference_factors(loras if self.r.has_reference else (), self.files)
+
+    # Defaults by model
+
+    def guidance(self) -> dict[str, Guidance]:
+        """The model's guidance, changed by the request's, by stream."""
+        r = self.r
+        if self.distilled or self.mode == "dfr":
+            return {}
+        guidance = default_guidance(self.checkpoint, self.mode)
+        usual_blocks = default_guidance(self.checkpoint)["video"].stg_blocks
+        last = self.checkpoint.config["transformer"]["num_layers"] - 1
+        for name, defaults in guidance.items():
+            settings = getattr(r, f"{name}_guidance")
+            if isinstance(settings, Guidance):
+                guidance[name] = settings
+            elif settings:
+                # Where STG is off by default, it still has a usual block.
+                blocks = {} if defaults.stg_scale else {"stg_blocks": usual_blocks}
+                guidance[name] = replace(defaults, **{**blocks, **settings})
+            check(guidance[name], label=f"{name} ")
+            for block in guidance[name].stg_blocks or ():
+                check_range(f"{name} stg_blocks", block, 0, last)
+        if r.audio:  # is not changed
+            del guidance["audio"]
+        if len(self.streams) == 1:  # there is no other stream to agree with
+            alone = {"modality_scale": 1.0}
+            guidance = {k: replace(guidance[k], **alone) for k in self.streams}
+        return guidance
+
+    def negative_prompt(self, guidance: Mapping[str, Guidance]) -> tuple[str, ...]:
+        """The prompt of the unconditional pass, if there is one."""
+        prompt = self.r.negative_prompt
+        if any(g.cfg_scale != 1 for g in guidance.values()):
+            return (NEGATIVE_PROMPT if prompt is None else prompt,)
+        if prompt is not None:
+            raise UserError("negative_prompt needs cfg_scale above 1, and a dev model")
+        return ()
+
+    def decoder(self) -> str:
+        """The component that decodes: the lighter one if the model has both."""
+        c, parts = self.checkpoint.config.get("vae", {}), self.checkpoint.components
+        has = {"conv": "decoder_blocks" in c, "diffusion": "diffusion_decoder" in parts}
+        kind = self.r.video_decoder or ("conv" if has["conv"] else "diffusion")
+        if not has[kind] and "video" in self.streams:
+            raise UserError(f"this model has no {kind} video decoder")
+        return DECODERS[kind]
+
+    def sigmas(self, size: Size) -> tuple[float, ...]:
+        """The first stage's schedule: the request's, the distilled one, or by steps."""
+        r = self.r
+        if r.sigmas is not None:
+            s, falling = r.sigmas, all(a > b for a, b in zip(r.sigmas, r.sigmas[1:]))
+            if len(s) < 2 or not falling or not 0 <= s[-1] < s[0] <= 1:
+                raise UserError(
+                    "sigmas must fall from at most 1 to at least 0, e.g. "
+                    f"1,0.9,0.7,0.4,0; got {','.join(f'{v:g}' for v in s)}"
+                )
+            return s
+        if self.distilled or self.mode == "dfr":
+            return DISTILLED_SIGMAS
+        default = 30 if self.checkpoint.version >= (2, 3) else 40
+        default = 15 if self.mode == "hq" else default
+        steps = default if r.steps is None else r.steps
+        check_range("steps", steps, 2, 1000)
+        # Only the reference's hq pipeline counts its tokens.
+        counted = (size.tokens,) if self.mode == "hq" else ()
+        return shifted_sigmas(steps, *counted)
+
+
+def default_guidance(checkpoint: Checkpoint, mode: str = "one") -> dict[str, Guidance]:
+    """The dev models' guidance by stream, the reference's constants; the STG block was
+    chosen for 48 blocks."""
+    if mode == "hq":
+        video = Guidance(3.0, 0.0, (), 3.0, 0.45)
+        return {"video": video, "audio": replace(video, cfg_scale=7, rescale_scale=1)}
+    last = checkpoint.config["transformer"]["num_layers"] - 1
+    block = min(28 if checkpoint.version >= (2, 3) else 29, last)
+    video = Guidance(3.0, 1.0, (block,), 3.0, 0.7)
+    return {"video": video, "audio": replace(video, cfg_scale=7.0)}
+
+
+def reference_factors(loras, files: InputFiles) -> tuple[int, int]:
+    """The factors for references in LoRAs' metadata: smaller, slower."""
+    factors = [1, 1]
+    for lora in loras:
+        metadata = files.lora(lora.path).metadata
+        for i, axis in enumerate(("downscale", "temporal_scale")):
+            value = metadata.get(f"reference_{axis}_factor", str(factors[i]))
+            if not re.fullmatch("[1-9]", value) or factors[i] not in (1, int(value)):
+                raise UserError(
+                    f"LoRA {lora.path}: reference_{axis}_factor {value!r} is not "
+                    "possible, or differs from another LoRA's"
+                )
+            factors[i] = int(value)
+    return tuple(factors)

@@ -1,0 +1,365 @@
+"""A run in its parts: events, text, conditions, denoising and decoding."""
+
+from __future__ import annotations
+
+import platform
+import time
+import zlib
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Iterator, Optional, Union
+
+import mlx.core as mx
+import numpy as np
+
+from . import __version__, media
+from .audio_vae import AudioVAEConfig
+from .base import Trace, note, traced, within
+from .components import Components
+from .conditions import Condition, Encoders, InputFiles, Stage
+from .duration import whole_frames
+from .guards import FrameGuard, check_latents, check_waveform
+from .guidance import Contexts, GuidedDenoiser
+from .latents import Conditioning, Streams, audio_from_tokens, latent_frames
+from .request import Request
+from .sampling import SAMPLERS, Noise
+from .snapshot import Snapshot
+from .stages import Job, plan
+from .windows import Window, blended, carried_tokens, crossfaded
+
+
+def seeded_noise(seed: int) -> Noise:
+    """Normals that depend on the seed and the name only, the same on every machine."""
+
+    def noise(name: str, shape: tuple[int, ...]) -> mx.array:
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        return mx.array(rng.standard_normal(shape, np.float32))
+
+    return noise
+
+
+# Events
+
+
+@dataclass(kw_only=True)
+class Event:
+    """Something that happened; what a kind of event does not have is None."""
+
+    phase: str = ""
+    job: int = 0  # the number of the request
+    step: Optional[int] = None
+    steps: Optional[int] = None
+    snapshot: Optional[Snapshot] = None
+    denoised: Optional[Streams] = None  # latents that a step estimates, with batch axis
+    frames: Optional[np.ndarray] = None  # (n, H, W, 3) uint8
+
+
+class Phase(Event):
+    """A phase begins: step 0 of its steps. In "latents" a video is denoised."""
+
+
+class Step(Event):
+    """A denoising step is done: a snapshot, and what it estimates as the end."""
+
+
+class Frames(Event):
+    """Frames are decoded; `step` of `steps` frames are."""
+
+
+@dataclass(kw_only=True)
+class Result(Event):
+    """A video with its sound; latents are normalized, as the model sees them, and have
+    no batch axis. `generate` gives all frames (F, H, W, 3)."""
+
+    request: Request
+    fps: float
+    video_latents: Optional[mx.array] = None  # (F, H, W, C)
+    audio_latents: Optional[mx.array] = None  # (T, mel bins, C)
+    waveform: Optional[np.ndarray] = None  # (samples, 2) float32
+    sample_rate: Optional[int] = None
+    sound_file: Optional[str] = None  # that the waveform is all of
+    phases: dict[str, tuple[float, float]] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sound(self) -> Union[str, tuple[np.ndarray, int], None]:
+        """What `media.VideoWriter` takes."""
+        if self.waveform is None:
+            return None
+        return self.sound_file or (self.waveform, self.sample_rate)
+
+    def save(self, path: Union[str, Path]) -> None:
+        """Write an mp4 with the sound exactly as long as the video, or a wav."""
+        if self.frames is None:
+            media.write_wav(path, self.waveform, self.sample_rate, self.metadata)
+            return
+        with media.VideoWriter(path, self.fps, self.sound, self.metadata) as video:
+            video.write(self.frames)
+
+
+class Meter:
+    """Seconds and peak bytes by phase; a phase that comes again adds up."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, tuple[float, float]] = {}
+
+    @contextmanager
+    def phase(self, name: str):
+        mx.reset_peak_memory()
+        start = time.perf_counter()
+        yield
+        seconds, peak = self.phases.get(name, (0.0, 0.0))
+        seconds += time.perf_counter() - start
+        self.phases[name] = seconds, max(peak, mx.get_peak_memory())
+
+
+def finished(job: Job, at: Snapshot) -> Snapshot:
+    """A run after its last stage: the streams of the result, by window."""
+    latents = {k: x for k, x in at.kept.items() if k.split(".")[-1] in job.streams}
+    latents = {k: x for k, x in latents.items() if not k.startswith("carry.")}
+    latents = latents or at.latents  # resumed after its last stage
+    if "video" in latents:
+        latents["video"] = latents["video"][:, : job.size.latent[0]]
+    return replace(at, stage=len(job.stages), latents=latents, kept={})
+
+
+@dataclass
+class Run:
+    """The steps of a run that `Pipeline.stream` puts in order."""
+
+    model: Components
+    inputs: InputFiles
+    noise: Optional[Noise]
+    trace: Optional[Trace]
+    frozen_from_noise: bool
+    streamed: bool
+    meter: Meter = field(default_factory=Meter)
+
+    def noise_of(self, job: Job) -> Noise:
+        """Noise as float32 arrays, by name and shape."""
+        if self.noise is None:
+            return seeded_noise(job.request.seed)
+        return lambda *request: mx.array(self.noise(*request)).astype(mx.float32)
+
+    def encode_text(self, jobs: list[Job]) -> dict[str, Contexts]:
+        """Contexts by prompt, each encoded once."""
+        prompts = list(dict.fromkeys(p for job in jobs for p in job.prompts))
+        with self.meter.phase("text"):
+            encode = lambda: self.model.contexts(prompts, self.trace)
+            return self.model.machines.on_rank_0(encode)
+
+    def predict_duration(self, job: Job, contexts: dict[str, Contexts]) -> Job:
+        """The job with the duration that its prompt needs, if the model predicts it."""
+        r, model = job.request, self.model
+        if r.auto_duration is None or not contexts:
+            return job
+        head = model.checkpoint.load("duration_head", mx.float32)
+        predict = lambda: head(*contexts[r.prompt]).item()
+        seconds = model.machines.on_rank_0(predict)
+        frames = min(whole_frames(seconds, r.fps, *r.auto_duration), r.num_frames)
+        note(
+            f"{frames} frames, {frames / r.fps:.1f} s: the prompt needs {seconds:.1f} s "
+            "(--num-frames or --auto-duration set it)"
+        )
+        shorter = replace(r, num_frames=frames, auto_duration=None)
+        return plan(shorter, model.checkpoint, self.inputs)
+
+    def load_conditions(
+        self, job: Job, resume: Optional[Snapshot]
+    ) -> list[dict[Condition, Conditioning]]:
+        """By stage, the conditionings from input files; none for finished stages."""
+        component = self.model.component
+        encoders = Encoders(self.inputs, component, self.frozen_from_noise)
+        with self.meter.phase("inputs"):
+            return [
+                {
+                    c: c.load(stage.size, encoders)
+                    for c in stage.all_conditions
+                    if not c.carried and i >= (resume.stage if resume else 0)
+                }
+                for i, stage in enumerate(job.stages)
+            ]
+
+    def denoise(
+        self,
+        job: int,
+        stage: Stage,
+        at: Snapshot,
+        conditions: dict[Condition, Conditioning],
+        contexts: list[Contexts],
+        noise: Noise,
+    ) -> Iterator[Step]:
+        """One stage: a Step after each of its steps, and the snapshot at its end."""
+        with self.meter.phase(stage.phase):
+            trace = within(self.trace, stage.name)
+            transformer = self.model.transformer_with(stage.loras, self.streamed)
+            before = self.upsampled(stage, {} if stage.first else at.latents)
+            source = before | {k: x for k, x in at.kept.items() if "carry." in k}
+            source["smaller"] = at.latents.get("video")
+            source["final_audio"] = at.kept.get("audio")
+            c = transformer.config
+            channels = {"video": c.in_channels, "audio": c.audio_in_channels}
+            states = stage.states(channels, source, conditions)
+            draw = lambda k, shape: noise(f"{stage.name}.{k}", shape)
+            blend = lambda k, x: states[k].blend(x)
+            denoiser = GuidedDenoiser(
+                self.model.machines.transformer(transformer),
+                states,
+                contexts,
+                stage.guidance,
+                trace,
+                stage.guidance_interval,
+                stage.step_cache,
+                self.model.machines.agree,
+            )
+            if at.step:
+                x, denoiser.cached_x0 = at.tokens, at.guided
+            else:
+                start = lambda k, s: s.noised(
+                    draw(k, s.latent.shape), stage.noise_scale
+                )
+                x = {k: start(k, state) for k, state in states.items()}
+            sample = SAMPLERS[stage.sampler]
+            steps = sample(denoiser, x, stage.sigmas, blend, draw, at.step)
+            for i, (x, x0) in enumerate(steps, at.step + 1):
+                mx.eval(x, x0)
+                guided = denoiser.cached_x0 if stage.skips_steps else {}
+                now = replace(at, step=i, tokens=x, guided=guided)
+                denoised = self.latents(stage, states, x0)
+                count = {"step": min(i, stage.steps), "steps": stage.steps}
+                what = {"snapshot": now, "denoised": denoised}
+                yield Step(phase=stage.name, job=job, **count, **what)
+            for k, v in x.items():
+                traced(trace, k, v)
+                check_latents(f"{stage.name}, {k}", v)
+            latents = stage.part.merge(before, self.latents(stage, states, x))
+            final = (k for k in stage.final if k in latents)
+            kept = {stage.window.prefix + k: latents[k] for k in final}
+            kept = at.kept | kept | stage.carry(latents)
+            after = {"stage": at.stage + 1, "step": 0, "tokens": {}, "guided": {}}
+            return replace(at, **after, latents=latents, kept=kept)
+
+    def upsampled(self, stage: Stage, latents: Streams) -> Streams:
+        """The previous latents at the stage's size."""
+        if stage.upsampler is None:
+            return latents
+        # Normalized latents in and out; only the statistics are read of the VAE.
+        vae = self.model.checkpoint.load("vae", mx.float32, lazy=True)
+        upsample = self.model.component(stage.upsampler)
+        larger = {
+            k: vae.normalize(upsample(vae.denormalize(latents[k])))
+            for k in stage.upsampled
+        }
+        mx.eval(larger)
+        return latents | larger
+
+    def latents(self, stage: Stage, states, tokens: Streams) -> Streams:
+        """Tokens as latents, without those that only guide; "keyframes" are generated
+        single frames (1, K, H, W, C). A frozen stream is what it was given."""
+        tokens = {
+            k: states[k].latent if states[k].frozen else x for k, x in tokens.items()
+        }
+        latents = {k: x[:, : states[k].num_target_tokens] for k, x in tokens.items()}
+        if "video" in latents:
+            size, state = stage.size, states["video"]
+            target, channels = state.num_target_tokens, tokens["video"].shape[-1]
+            latents["video"] = latents["video"].reshape(1, *size.latent, channels)
+            slots = np.flatnonzero(state.keyframes[target:]) + target
+            if len(slots):
+                made = tokens["video"][:, mx.array(slots)]
+                shape = (1, -1, *size.latent_sides, channels)
+                latents["keyframes"] = made.reshape(shape)
+        if "audio" in latents:
+            config = AudioVAEConfig.from_dict(self.model.checkpoint.config["audio_vae"])
+            latents["audio"] = audio_from_tokens(latents["audio"], config.z_channels)
+        return latents
+
+    def decode(self, n: int, job: Job, latents: Streams) -> Iterator[Event]:
+        """Audio, then frames as they are decoded, then the result."""
+        size, streams = job.size, job.streams
+        result = Result(request=job.request, fps=size.fps, job=n)
+        result.phases = self.meter.phases
+        if "audio" in streams:
+            skip = {w: carried_tokens(w, size.fps) for w in job.windows}
+            parts = [latents[w.prefix + "audio"][0, skip[w] :] for w in job.windows]
+            result.audio_latents = mx.concatenate(parts)
+            yield Phase(phase="audio", job=n, step=0, steps=0)
+            with self.meter.phase("audio"):
+                self.decode_audio(job, latents, result)
+        if "video" in streams:
+            skip = {w: latent_frames(w.carried_in) for w in job.windows if w.carried_in}
+            parts = [(latents[w.prefix + "video"][0], w) for w in job.windows]
+            parts = [x[skip.get(w, 0) :] for x, w in parts]
+            result.video_latents = mx.concatenate(parts)
+            yield Phase(phase="video", job=n, step=0, steps=size.num_frames)
+            guard = FrameGuard()
+            decode = lambda window: self.decode_video(job, latents, window)
+            with self.meter.phase("video"):
+                for frames in blended(job.windows, decode):
+                    guard.update(frames[0])
+                    pixels = np.array(mx.round(frames[0] * 255).astype(mx.uint8))
+                    count = {"step": guard.frames, "steps": size.num_frames}
+                    yield Frames(phase="video", job=n, frames=pixels, **count)
+            guard.check()
+        result.metadata = self.provenance(job)
+        yield result
+
+    def decode_audio(self, job: Job, latents: Streams, result: Result) -> None:
+        """The waveform: the audio input unchanged, or decoded."""
+        r, model, size = job.request, self.model, job.size
+        if r.audio:
+            seconds = size.num_frames / size.fps
+            sound = media.read_audio(r.audio, r.audio_start, seconds)
+            result.waveform, result.sample_rate = sound
+            result.sound_file = None if r.audio_start else r.audio
+            return
+        pieces = []
+        for window in job.windows:
+            mel = model.audio_vae.decode(latents[window.prefix + "audio"])
+            traced(self.trace, "audio.mel", mel)
+            waveform = traced(self.trace, "audio.waveform", model.vocoder(mel))
+            pieces.append(np.array(waveform[0]))
+        result.sample_rate = model.vocoder.sample_rate
+        result.waveform = pieces[0]
+        if len(pieces) > 1:
+            facts = job.windows, size.fps, result.sample_rate
+            result.waveform = crossfaded(pieces, *facts)
+        check_waveform(result.waveform)
+
+    def decode_video(
+        self, job: Job, latents: Streams, window: Window
+    ) -> Iterator[mx.array]:
+        """Frames (1, n, H, W, 3) in [0, 1] of a window."""
+        video, trace = latents[window.prefix + "video"], within(self.trace, "video")
+        noise = self.noise_of(job)
+        draw = lambda name, shape: noise(window.prefix + name, shape)
+        bias = {"bias": job.request.decode_bias}
+        model = self.model.component(job.decoder)
+        if job.decoder == "diffusion_decoder":
+            draw_frame = lambda i, shape: draw(f"vae.frame{i}", shape)
+            return model.decode_stream(video, draw_frame, trace=trace, **bias)
+        conditioned = model.config.timestep_conditioning
+        drawn = draw("vae", video.shape) if conditioned else None
+        return model.decode_stream(video, noise=drawn, trace=trace, **bias)
+
+    def provenance(self, job: Job) -> dict[str, Any]:
+        """How a result was made: enough to make it again."""
+        model, checkpoint = self.model, self.model.checkpoint
+        return {
+            "request": asdict(job.request),
+            "negative_prompt": job.negative_prompt,
+            "model": {
+                "version": checkpoint.model_version,
+                "kind": checkpoint.kind,
+                "quantization": checkpoint.quantization,
+                "files": model.files(),
+            },
+            "load": model.origin | {"text_encoder": model.text_encoder},
+            "versions": {
+                "ltx2": __version__,
+                "mlx": mx.__version__,
+                "platform": platform.platform(),
+            },
+            "seconds": {k: round(s, 2) for k, (s, _) in self.meter.phases.items()},
+        }
