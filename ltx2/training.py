@@ -215,7 +215,7 @@ class Trainer:
                     n.buffers for n in needs.values()
                 )
                 train = phases["train"]
-                total = train.weights + more[0]
+                total = train.weights - 3 * 4 * numbers + more[0]  # without gradients
                 phases["sample"] = memory.Footprint(total, more[1], train.streamable)
             return memory.planned(text | phases, memory.available(), low)
 
