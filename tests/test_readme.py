@@ -189,11 +189,11 @@ def test_generate(command, folder, saved, checkpoint, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", TRAIN)
-def test_train(command, monkeypatch, folder, checkpoint, tmp_path, capsys):
+def test_train(command, folder, checkpoint, tmp_path, capsys):
     model, encoder = (str(checkpoint(n)) for n in ("ltx-2", "gemma3"))
     extra = ["--model", model, "--text-encoder", encoder, "--iters", "2"]
     extra += ["--adapter-path", str(tmp_path / "my-lora"), "--resolution", "128x64x9"]
-    run(train, command, extra, monkeypatch, folder)
+    run(train, command, extra, folder)
     assert "wrote" in capsys.readouterr().out
     assert (tmp_path / "my-lora" / "adapters.safetensors").is_file()
 
