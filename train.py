@@ -66,12 +66,10 @@ def main() -> None:
         args.kind,
         args.dtype or ("float32" if cpu else "bfloat16"),
     )
-    given = {k: v for k, v in vars(args).items() if v is not None}
-    fields = training.Options.__dataclass_fields__.keys() & given.keys()
-    options = training.Options(**{k: given[k] for k in fields})
-    options = training.Options(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()}
-    )
+    known = training.Options.__dataclass_fields__
+    passed = {k: v for k, v in vars(args).items() if k in known and v is not None}
+    lists = {k: tuple(v) for k, v in passed.items() if isinstance(v, list)}
+    options = training.Options(**passed | lists)
     trainer = training.Trainer(pipe, options, folder, args.cache, args.low_memory)
     trainer.fit(dataset.find_clips(args.data, options.reference_data))
     plan = trainer.plan()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
@@ -144,7 +145,8 @@ def run(block: Block, flat: Parameters, streams: Streams) -> Parameters:
 def end(model: DiT, flat: Parameters, streams: Streams, example: Example) -> Losses:
     """The loss, and the mean squared error of each stream's generated tokens; 0 where
     all are held."""
-    velocities, errors = model.velocities(*carried(flat, streams)), []
+    errors = []
+    velocities = model.velocities(*carried(flat, streams))
     for v, target, mask in zip(velocities, example.targets, example.masks):
         if target is not None:
             n, channels = target.shape[1:]
@@ -211,11 +213,34 @@ class Trainee:
 
     def loss(self, example: Example) -> Losses:
         """The loss alone."""
+        return end(self.model, *self._states(example), example)
+
+    def _states(self, example: Example) -> tuple[Parameters, Streams]:
         flat, streams = begin(self.model, example)
         for _, block in self.blocks():
             flat |= run(block, flat, streams)
             mx.async_eval(flat)
-        return end(self.model, flat, streams, example)
+        return flat, streams
+
+    @contextmanager
+    def untrained(self) -> Iterator[None]:
+        """The base in a block: with B zero, factors have no effect."""
+        trained = self.parameters
+        zero = lambda k, w: mx.zeros_like(w) if k.endswith("lora_b") else w
+        self.update({k: zero(k, w) for k, w in trained.items()})
+        yield
+        self.update(trained)
+
+    def preserved(self, example: Example, contexts: Both) -> Example:
+        """With another text, for which the base's velocities are to stay."""
+        pairs = zip(contexts, example.contexts)
+        contexts = tuple(c if old is not None else None for c, old in pairs)
+        other = replace(example, contexts=contexts)
+        with self.untrained():
+            velocities = self.model.velocities(*carried(*self._states(other)))
+            mx.eval(velocities)
+        cut = lambda v, t: None if t is None else v[:, : t.shape[1]].astype(t.dtype)
+        return replace(other, targets=tuple(map(cut, velocities, example.targets)))
 
     def gradients(self, example: Example) -> tuple[Losses, Parameters]:
         """The loss, and its gradients by the names of the parameters."""

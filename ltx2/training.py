@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from . import __version__, latents, media, memory
 from .adapters import ADAPTERS, CONFIG, STATE, official, save_arrays, save_losses
-from .base import UserError, note
+from .base import UserError, checked, note
 from .dataset import (
     PROMPTS_AT_ONCE,
     Clip,
@@ -53,7 +53,8 @@ from .text import MAX_TOKENS
 from .vae import DOWN
 
 # The reference's, unless a model's config.json has others.
-DEFAULTS = {"iters": 2000, "batch_size": 1, "learning_rate": 1e-4, "rank": 32}
+DEFAULTS: dict[str, Any] = {"iters": 2000, "batch_size": 1, "learning_rate": 1e-4}
+DEFAULTS |= {"rank": 32, "preserve": ()}
 MEAN_OF = 100  # steps in the running mean of the loss
 HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
 # Copies that a block keeps for its backward pass, of the states of all tokens, of those of
@@ -89,6 +90,11 @@ class Options:
     reference_data: Optional[str] = ask("folder of reference clips, for an IC-LoRA")
     reference_downscale: int = ask("how much smaller", 1, between=(1, 9))
     trigger: str = ask("word to put in front of each caption", "")
+    preserve: Optional[tuple[str, ...]] = ask(
+        "prompt whose clips are not to change; repeatable (default: the model's)",
+        type=str,
+        repeat=True,
+    )
     val_clips: Optional[int] = ask("to hold out (default: a tenth, up to 8)")
     grad_checkpoint: bool = ask("always recompute blocks, which saves memory", False)
     steps_per_report: int = ask("steps", 10, between=(1, 10**7))
@@ -101,6 +107,7 @@ class Options:
     def resolved(self, defaults: Mapping[str, float]) -> Options:
         """With the model's defaults. Raises UserError for values that are not possible."""
         known = DEFAULTS | {k: v for k, v in defaults.items() if k in DEFAULTS}
+        known["preserve"] = checked(tuple[str, ...], known["preserve"], "preserve")
         missing = {k: v for k, v in known.items() if getattr(self, k) is None}
         found = replace(self, **missing)
         check(found)
@@ -208,7 +215,7 @@ class Trainer:
                     n.buffers for n in needs.values()
                 )
                 train = phases["train"]
-                total = train.weights + more[0]
+                total = train.weights - 3 * 4 * numbers + more[0]  # without gradients
                 phases["sample"] = memory.Footprint(total, more[1], train.streamable)
             return memory.planned(text | phases, memory.available(), low)
 
@@ -243,6 +250,7 @@ class Trainer:
                 self.data.encode()
                 jobs = map(self.pipe.plan, self.requests())
                 self.data.encode_captions([p for job in jobs for p in job.prompts])
+                self.data.encode_captions(self.options.preserve)
             mx.eval(mx.distributed.all_sum(mx.zeros(1)))
         self.folder.mkdir(parents=True, exist_ok=True)
         o, model = self.options, self._transformer(lazy=self.memory.streamed)
@@ -354,6 +362,11 @@ class Trainer:
             rng = np.random.default_rng([o.seed, index])
             example = draw_example(self.trainee.model, self._sample(index), o, rng)
             (loss, _), grads = self.trainee.gradients(example)
+            if o.preserve:
+                prompt = o.preserve[rng.integers(len(o.preserve))]
+                kept = self.trainee.preserved(example, self.data.context(prompt))
+                _, more = self.trainee.gradients(kept)
+                grads = {k: g + more[k] for k, g in grads.items()}
             sums = {k: g / count + sums.get(k, 0) for k, g in grads.items()}
             mx.eval(loss, sums)
             total += loss.item() / count
@@ -411,11 +424,8 @@ class Trainer:
             folder.mkdir(exist_ok=True)
             base = folder / f"{0:07d}-{n}.mp4"
             if not base.exists() and not request.audio_only:
-                trained = self.trainee.parameters
-                zero = lambda k, w: mx.zeros_like(w) if k.endswith("lora_b") else w
-                self.trainee.update({k: zero(k, w) for k, w in trained.items()})
-                self._generate(request).save(base)
-                self.trainee.update(trained)
+                with self.trainee.untrained():
+                    self._generate(request).save(base)
             result = self._generate(request)
             if result.frames is not None:
                 frames = np.stack([*media.read_video(base)])

@@ -48,9 +48,7 @@ class FolderConfig:
     provenance: Optional[dict[str, Any]]  # None: not converted
     quantization: Optional[dict[str, Any]] = None
     quantization_config: Optional[dict[str, Any]] = None  # the same, for the Hub
-    defaults: dict[str, float] = field(
-        default_factory=dict
-    )  # the video's size and rate
+    defaults: dict[str, Any] = field(default_factory=dict)  # of videos and training
 
 
 # Models

@@ -34,8 +34,12 @@ CASES = (
     "av av_first_frame av_one_sigma_first_frame video_only audio_only audio_to_video "
     "video_to_audio reference_half mask batch2_alpha2r"
 ).split()
-ALL = [(m, case) for m in ("ltx-2-tiny", "ltx-2.3-tiny") for case in CASES]
+ALL = [("ltx-2-tiny", case) for case in CASES]
+NEWER = "av av_first_frame video_only video_to_audio reference_half batch2_alpha2r"
+ALL += [("ltx-2.3-tiny", case) for case in NEWER.split()]
 ALL += [("ltx-2.5-tiny", "av_first_frame")]
+STEPS = [("ltx-2-tiny", "adamw_constant")]
+STEPS += [(f"{m}-tiny", "adamw_clip_linear_zero_b") for m in ("ltx-2", "ltx-2.3")]
 FPS = 24
 
 
@@ -142,8 +146,7 @@ def test_losses_and_gradients_are_the_references(g, name, case, by_block):
 # Steps
 
 
-@pytest.mark.parametrize("case", ["adamw_constant", "adamw_clip_linear_zero_b"])
-@pytest.mark.parametrize("name", ["ltx-2-tiny", "ltx-2.3-tiny"])
+@pytest.mark.parametrize("name, case", STEPS)
 def test_three_steps_are_the_references(g, name, case):
     g = g(name, case)
     info, model = g["info"], transformer(name)
@@ -303,6 +306,34 @@ def test_new_factors_leave_the_base_as_it_is(g):
     for key, w in grads.items():  # only B learns at first
         assert w.any() == key.endswith("lora_b"), key
     assert {k.rsplit(".", 1)[1] for k in trainee.parameters} == {"lora_a", "lora_b"}
+
+
+def test_what_is_to_be_preserved_is_the_bases_prediction(g):
+    g, model = g("ltx-2.3-tiny", "av"), transformer("ltx-2.3-tiny")
+    trainee = adapted(model, g, "av")
+    e = example(model, g)
+    texts = tuple(-c for c in e.contexts)
+    before, loss = trainee.parameters, trainee.loss(e)[0].item()
+    other = trainee.preserved(e, texts)
+    assert trainee.parameters is before and trainee.loss(e)[0].item() == loss
+    assert trainee.loss(other)[0].item() > 1e-4
+    with trainee.untrained():
+        assert trainee.loss(other)[0].item() == 0
+    _, grads = trainee.gradients(other)
+    assert all(mx.isfinite(w).all() and w.any() for w in grads.values())
+
+
+def test_preserving_a_prompt_changes_the_training(run):
+    flags = ("--iters", "1")
+    folders = [
+        run(*flags, *more, to=to)[0]
+        for to, more in (
+            ("plain", ()),
+            ("held", ("--preserve", "a dog", "--preserve", "a cat")),
+        )
+    ]
+    plain, held = map(files, folders)
+    assert not same(plain, held)
 
 
 @pytest.mark.parametrize("streams, count", [("both", 48), ("video", 16), ("audio", 16)])
