@@ -324,7 +324,7 @@ def test_what_is_to_be_preserved_is_the_bases_prediction(g):
 
 
 def test_preserving_a_prompt_changes_the_training(run):
-    flags = ("--iters", "1")
+    flags = ("--iters", "2")  # in the first one the model is still the base
     folders = [
         run(*flags, *more, to=to)[0]
         for to, more in (
