@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
-from ltx2.base import OutputError, Parser, UserError, run, table
+from ltx2.base import Parser, UserError, run, table
 from ltx2.guidance import Guidance
 from ltx2.options import add_flags
 from ltx2.request import Request
@@ -134,6 +134,7 @@ def main() -> None:
             text = json.dumps(result.metadata, indent=2) + "\n"
             Path(output).with_suffix(".json").write_text(text)
         print(f"wrote {output}")
+    next(events, None)  # the last file is written, too
     print(timings(result.phases))
 
 
@@ -250,7 +251,7 @@ def enhanced(pipe: Any, job: Any) -> Any:
 
 
 class Progress:
-    """Shows events as they pass, and saves latents if interrupted."""
+    """Shows events as they pass, and saves the latents of videos that are not written."""
 
     def __init__(self, args: argparse.Namespace, outputs: list[str], preview: Any):
         self.args, self.outputs, self.preview = args, outputs, preview
@@ -278,13 +279,13 @@ class Progress:
                 elif not bar.disable:
                     bar.update(event.step - bar.n)
                 yield event
-        except (KeyboardInterrupt, OutputError):
+                if event.step is None and not event.snapshot:  # its file is written
+                    latest.pop(event.job, None)
+        finally:  # whatever has happened, also to who takes the events
+            bar.close()
             for event in latest.values():
                 path = self.save_latents(event)
                 print(f"\nsaved latents: continue with --resume {path}")
-            raise
-        finally:
-            bar.close()
 
     def save_latents(self, event: Any) -> Path:
         path = Path(self.outputs[event.job]).with_suffix(".latents.safetensors")

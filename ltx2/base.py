@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import re
+import signal
 import sys
 import types
 import typing
@@ -30,6 +31,10 @@ JSON_NAMES |= {list: "a list", tuple: "a list", dict: "an object", type(None): "
 
 class UserError(Exception):
     """A user's mistake in one line: what is wrong, what is allowed, what to type."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The system ends the program by a signal, whose number it has."""
 
 
 class OutputError(Exception):
@@ -213,7 +218,15 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main` and print its notes. A user's mistake or the system's
     refusal (no such file, no permission, disk full) is one line on stderr and exit code
-    2, a result that is not fit to be written exit code 1."""
+    2, a result that is not fit to be written exit code 1. SIGHUP and SIGTERM end it as
+    Ctrl-C does."""
+
+    def stop(number: int, _: Any) -> None:
+        raise Stopped(number)
+
+    for name in ("SIGHUP", "SIGTERM"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), stop)
     LOG.setLevel(logging.INFO)
     LOG.handlers[:] = [Printer()]
     warnings.showwarning = lambda message, *_: note(str(message))
@@ -222,6 +235,7 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, OutputError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(1 if isinstance(error, OutputError) else 2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if isinstance(stopped, Stopped) else signal.SIGINT
         sys.stderr.write("interrupted\n")
-        sys.exit(130)
+        sys.exit(128 + number)

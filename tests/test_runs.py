@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from test_pipeline import (
 )
 
 import generate
-from ltx2 import media, memory, pipeline
+from ltx2 import base, media, memory, pipeline
 from ltx2.base import OutputError, UserError
 from ltx2.request import Image, LoraFile, Request
 from ltx2.snapshot import Snapshot
@@ -378,6 +379,32 @@ def test_ctrl_c_saves_the_latents(command, monkeypatch, tmp_path):
     monkeypatch.setattr(generate.Progress, "save_preview", step)
     flags = ("--resume", "output.latents.safetensors", "--output", "b.mp4")
     assert "wrote b.mp4" in command(*flags, small=False)
+
+
+def test_a_full_disk_keeps_the_latents(command, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(media.VideoWriter, "write", full)
+    with pytest.raises(OSError):
+        command("--prompt", "a cat")
+    assert [p.name for p in tmp_path.iterdir()] == ["output.latents.safetensors"]
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_a_run_as_ctrl_c_does(command, monkeypatch, tmp_path, name, code):
+    def stop(progress, event):
+        if event.step == 3:
+            signal.raise_signal(getattr(signal, name))
+
+    monkeypatch.setattr(generate.Progress, "save_preview", stop)
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)]
+    with pytest.raises(SystemExit) as end:
+        base.run(lambda: command("--prompt", "a cat"))
+    for number, handler in zip((signal.SIGTERM, signal.SIGHUP), before):
+        signal.signal(number, handler)
+    assert end.value.code == code
+    assert [p.name for p in tmp_path.iterdir()] == ["output.latents.safetensors"]
 
 
 def test_an_invalid_video_is_not_written(command, monkeypatch, tmp_path):
