@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Iterator, Optional
@@ -122,19 +123,19 @@ def main() -> None:
     if args.enhance_prompt:
         jobs = [enhanced(pipe, job) for job in jobs]
     preview = pipe.preview() if args.preview_every else None
-    progress = Progress(args, outputs, preview)
-    events = progress.watch(pipe.stream(*jobs, resume=resume))
+    stream = pipe.stream(*jobs, resume=resume)
     if pipe.machines.rank > 0:
-        for _ in events:  # rank 0 writes
+        for _ in stream:  # rank 0 writes
             pass
         return
-    for job, output in zip(jobs, outputs):
-        result = write(output, job, events)
-        if args.save_json:
-            text = json.dumps(result.metadata, indent=2) + "\n"
-            Path(output).with_suffix(".json").write_text(text)
-        print(f"wrote {output}")
-    next(events, None)  # the last file is written, too
+    with closing(Progress(args, outputs, preview).watch(stream)) as events:
+        for job, output in zip(jobs, outputs):
+            result = write(output, job, events)
+            if args.save_json:
+                text = json.dumps(result.metadata, indent=2) + "\n"
+                Path(output).with_suffix(".json").write_text(text)
+            print(f"wrote {output}")
+        next(events, None)  # the last file is written, too
     print(timings(result.phases))
 
 

@@ -207,6 +207,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Optional[Sequence[str]] = None, namespace: Any = None):
         args = sys.argv[1:] if args is None else [*args]
         for flag, value in zip(["", *args], args):
+            if flag == "--prompt":  # may be empty for some adapters
+                continue
             if not value or re.fullmatch(r"--?[\w-]+=", value):
                 self.error(f"{value or flag or 'an argument'} is empty")
         return super().parse_args(args, namespace)

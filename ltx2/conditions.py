@@ -103,8 +103,9 @@ class Encoders:
                 cells = media.resize_and_crop(frame[None], size.height, size.width)
                 cells = cells.reshape(h, size.height // h, w, size.width // w, 3)
                 rows.append(cells.mean((1, 3, 4)) / 2 + 0.5)
-        rest = np.stack(rows[1:]).reshape(-1, latents.TIME_SCALE, h, w).mean(axis=1)
-        return np.concatenate([rows[:1], rest])
+        count = (len(rows) - 1) // latents.TIME_SCALE * latents.TIME_SCALE
+        rest = np.array(rows[1 : 1 + count]).reshape(-1, latents.TIME_SCALE, h, w)
+        return np.concatenate([rows[:1], rest.mean(axis=1)])
 
     def sound(self, path: str, start: float, seconds: float, tokens: int) -> mx.array:
         """Latents (1, tokens, mel, C) of a sound; mono is doubled, a short one padded
@@ -266,6 +267,8 @@ class ReferenceClip(Condition):
         scale, visible = (self.downscale, self.slow), self.attention
         if self.mask:
             path, sides = self.mask
+            if sides.height % smaller.latent[1] or sides.width % smaller.latent[2]:
+                sides = size
             weights = source.weights(path, *frames, sides, smaller, self.slow)
             visible = visible * weights[self.skip :].flatten()
         facts = clip, size.rate, self.strength, *scale, visible

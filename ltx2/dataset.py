@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -25,7 +26,7 @@ from .conditions import Encoders, InputFiles
 from .guidance import Contexts
 from .hub import File
 from .latents import SPACE_SCALE, TIME_SCALE, Size, Streams, audio_tokens
-from .options import check_step, match_groups
+from .options import check_step
 from .parts import GEMMA_4, first_file
 from .pipeline import Pipeline
 from .weights import text_encoder_files
@@ -108,7 +109,7 @@ def _captioned(folder: Path) -> Iterator[Clip]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in PICTURES | VIDEOS | SOUNDS:
             text = path.with_suffix(".txt")
-            caption = text.read_text("utf-8-sig").strip() if text.is_file() else ""
+            caption = _text(text).strip() if text.is_file() else ""
             if caption:
                 yield Clip(path, " ".join(caption.split()))
             else:
@@ -119,7 +120,7 @@ def _listed(path: Path) -> Iterator[Clip]:
     """Rows of a .jsonl, .json or .csv; paths are relative to it."""
     for n, row in enumerate(_rows(path), 1):
         found = {
-            k: next((row[c] for c in names if row.get(c)), None)
+            k: next((row[c] for c in names if str(row.get(c) or "").strip()), None)
             for k, names in COLUMNS.items()
         }
         if found["path"] is None or found["caption"] is None:
@@ -134,8 +135,15 @@ def _listed(path: Path) -> Iterator[Clip]:
         yield Clip(caption=" ".join(caption.split()), **where)
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8: save it as UTF-8") from None
+
+
 def _rows(path: Path) -> Iterable[dict[str, Any]]:
-    text = path.read_text("utf-8-sig")
+    text = _text(path)
     lines = [line for line in text.splitlines() if line.strip()]
     if path.suffix == ".csv":
         return csv.DictReader(lines)
@@ -156,7 +164,11 @@ def _same_name(clip: Clip, folder: str) -> Optional[Path]:
 
 def parse_bucket(text: str) -> Size:
     """WxHxF, the value of --resolution."""
-    w, h, f = map(int, match_groups("WxHxF", r"(\d+)x(\d+)x(\d+)", text))
+    if not (match := re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)):
+        raise UserError(
+            f"--resolution {text!r} is not of the form WxHxF: use 768x512x49"
+        )
+    w, h, f = map(int, match.groups())
     for name, side in (("width", w), ("height", h)):
         check_step(f"--resolution {text}: {name}", side, SPACE_SCALE, SPACE_SCALE, 4096)
     check_step(f"--resolution {text}: frames", f, TIME_SCALE, 1, 1001, plus=1)

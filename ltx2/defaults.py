@@ -57,6 +57,21 @@ class Resolver:
             scale = checkpoint.config[self.upsampler]["spatial_scale"]
             self.scale = Fraction(scale).limit_denominator(4)
 
+    @property
+    def tiled(self) -> bool:
+        """Whether stages can be tiled: each with the reference, none with a cache."""
+        r = self.r
+        skips = any(
+            (
+                g["skip_step"]
+                if isinstance(g, Mapping) and "skip_step" in g
+                else getattr(g, "skip_step", 0)
+            )
+            for g in (r.video_guidance, r.audio_guidance)
+        )
+        shown = self.mode == "one" or r.reference_in_stage_2
+        return bool(shown and not r.step_cache and not skips)
+
     # Checks
 
     def unmet(self) -> dict[str, str]:
@@ -124,8 +139,13 @@ class Resolver:
         )
         low, high = r.guidance_interval
         yield (
-            r.tile_size and self.mode == "two" and not r.reference_in_stage_2,
-            "tile_size in two stages needs reference_in_stage_2",
+            not r.prompt.strip() and not self.recipe.no_prompt,
+            "the prompt is empty: say what to show",
+        )
+        yield (
+            r.tile_size and not self.tiled,
+            "tile_size in two stages needs reference_in_stage_2, and goes without "
+            "step_cache and skip_step",
         )
         yield (
             r.tile_size and (len(r.tile_size) != 2 or any(map(odd, r.tile_size))),
@@ -219,7 +239,8 @@ class Resolver:
         check_step("height", r.height, multiple, low, high)
         check_step("width", r.width, multiple, low, high)
         check_step("num_frames", r.num_frames, TIME_SCALE, 1, MAX_FRAMES, plus=1)
-        if (tile := self.recipe.tile) and r.has_reference and r.tile_size is None:
+        tile = self.recipe.tile if r.has_reference and self.tiled else None
+        if tile and r.tile_size is None:
             tile = tile if r.width >= r.height else tile[::-1]
             r = self.r = replace(r, tile_size=tile)
         if r.num_frames > (most := self.recipe.frames):
@@ -283,6 +304,12 @@ class Resolver:
         self.clip_frames, self.clip_streams = frames, BOTH[: 1 + clip.has_audio]
         if r.attention_mask:
             mask = self.files.probe(r.attention_mask)
+            if mask.num_frames == 1:
+                self.files.image(r.attention_mask)
+            if not mask.has_video:
+                raise UserError(
+                    f"{r.attention_mask} has no video: use a clip or picture"
+                )
             there = frames if mask.num_frames == 1 else frames_at(mask, fps)
             if there < frames:
                 raise UserError(

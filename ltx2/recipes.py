@@ -13,7 +13,7 @@ from .request import Request
 
 NAME = r"ltx-2\.5-22b-(?:ic-)?lora-(.+)-\d+(?:\.\d+)*\.safetensors"
 # The reference's own settings for dev weights: without guidance.
-PLAIN = {"cfg_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0}
+PLAIN = {"cfg_scale": 1.0, "stg_scale": 0.0, "rescale_scale": 0.7}
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Recipe:
     kind: str = "distilled"  # of the base
     scale: int = 1  # from the clip's sides to the result's
     tile: Optional[tuple[int, int]] = None  # sides of tiles, of a wide clip
+    no_prompt: bool = False  # the prompt may be empty
     advice: str = ""
     refused: str = ""
 
@@ -33,9 +34,9 @@ class Recipe:
 ONE = {"stages": "one"}
 NIGHT = ONE | {"fps": 24.0}
 WINDOWS = ONE | {"chunk_frames": 97, "carry_frames": 17}
-MATTE = ONE | {"no_audio": True, "video_guidance": PLAIN | {"rescale_scale": 0.7}}
+MATTE = ONE | {"no_audio": True, "video_guidance": PLAIN}
 RECIPES = {
-    "alpha-gen": Recipe("", MATTE, 145, "dev", advice='made for --prompt ""'),
+    "alpha-gen": Recipe("", MATTE, 145, "dev", no_prompt=True),
     "clean-plate": Recipe("", ONE, advice="the prompt describes the empty scene"),
     "water-simulation": Recipe("ADD WATER", ONE, 185),
     "deblur": Recipe("DEBLUR", ONE, 121),
@@ -72,20 +73,25 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
             continue
         if recipe.refused:
             raise UserError(f"{name} {recipe.refused}, which are not supported")
-        changes = {k: v for k, v in dict(recipe.defaults).items() if not is_set(r, k)}
+        usual = dict(recipe.defaults) if r.has_reference or not r.video else {}
+        changes = {k: v for k, v in usual.items() if not is_set(r, k)}
+        if r.audio:
+            changes.pop("no_audio", None)
         if kind == "distilled":  # has no guidance to set
             changes.pop("video_guidance", None)
-        if recipe.trigger and recipe.trigger.lower() not in r.prompt.lower():
+        if recipe.trigger and not re.search(rf"\b{recipe.trigger}\b", r.prompt, re.I):
             changes["prompt"] = f"{recipe.trigger} {r.prompt}".strip()
         said = [f"{k} {v!r}" for k, v in changes.items() if k != "video_guidance"]
         notes += [f"{name}: " + ", ".join(said)] if said else []
         notes += [f"{name}: {recipe.advice}"] if recipe.advice else []
+        if recipe.no_prompt and r.prompt:
+            notes.append(f'{name} was made for an empty prompt: --prompt ""')
         if recipe.kind != kind:
             notes.append(f"{name} was made for a {recipe.kind} model")
         r = replace(r, **changes)
-        scale, frames = max(all_of.scale, recipe.scale), min(
-            all_of.frames, recipe.frames
-        )
+        scale = max(all_of.scale, recipe.scale if r.has_reference else 1)
+        frames = min(all_of.frames, recipe.frames)
         tile = recipe.tile or all_of.tile
-        all_of = Recipe(frames=frames, scale=scale, tile=tile)
+        bare = recipe.no_prompt or all_of.no_prompt
+        all_of = Recipe(frames=frames, scale=scale, tile=tile, no_prompt=bare)
     return r, all_of, notes

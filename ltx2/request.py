@@ -14,6 +14,8 @@ from .sampling import SAMPLERS
 
 STAGES = ("one", "two", "hq", "dfr")
 NOT_DFR = "one two hq"  # dfr has a schedule, keyframes and rates of its own
+WINDOWED = {"modes": "one two"}
+WINDOWED["excludes"] = "retake extend audio_only temporal_upsample"
 
 
 @dataclass(frozen=True)
@@ -111,17 +113,19 @@ class Request:
     chunk_frames: Optional[int] = ask(
         "make a long video in windows of this many frames (97 if one of the next two is "
         "passed)",
-        modes="one two",
-        excludes="retake extend audio_only temporal_upsample",
+        **WINDOWED,
     )
-    carry_frames: int = ask("frames that a window carries to the next", 25)
+    carry_frames: Optional[int] = ask(
+        "frames that a window carries to the next (default: 25)", **WINDOWED
+    )
     blend_frames: Optional[int] = ask(
-        "of them, frames that are blended, 0 is a hard cut (default: all)"
+        "of them, frames that are blended, 0 is a hard cut (default: all)", **WINDOWED
     )
     conditioned_fps: Optional[float] = ask(
         "frame rate of the motion: twice fps is slow motion at half speed (default: fps)",
         between=(1, 240),
         modes=NOT_DFR,
+        excludes="retake",
     )
     seed: int = ask("of the noise", 10, between=(0, 2**63 - 1))
     # Sampling. A mapping of guidance settings changes the model's defaults.

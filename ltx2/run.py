@@ -225,7 +225,8 @@ class Run:
                 yield Step(phase=stage.name, job=job, **count, **what)
             for k, v in x.items():
                 traced(trace, k, v)
-                check_latents(f"{stage.name}, {k}", v)
+                if not states[k].frozen:  # given, as silence may be
+                    check_latents(f"{stage.name}, {k}", v)
             latents = stage.part.merge(before, self.latents(stage, states, x))
             final = (k for k in stage.final if k in latents)
             kept = {stage.window.prefix + k: latents[k] for k in final}

@@ -184,11 +184,12 @@ class Planner(Resolver):
         if not any(is_set(r, name) for name in names):
             return [windows.Window(0, r.num_frames)]
         chunk = 97 if r.chunk_frames is None else r.chunk_frames
-        blend = r.carry_frames if r.blend_frames is None else r.blend_frames
+        carry = 25 if r.carry_frames is None else r.carry_frames
+        blend = carry if r.blend_frames is None else r.blend_frames
         check_step("chunk_frames", chunk, TIME_SCALE, 25, MAX_FRAMES, plus=1)
-        check_step("carry_frames", r.carry_frames, TIME_SCALE, 17, chunk - 8, plus=1)
-        check_range("blend_frames", blend, 0, r.carry_frames)
-        return windows.divide(r.num_frames, chunk, r.carry_frames, blend)
+        check_step("carry_frames", carry, TIME_SCALE, 17, chunk - 8, plus=1)
+        check_range("blend_frames", blend, 0, carry)
+        return windows.divide(r.num_frames, chunk, carry, blend)
 
     def window(
         self,
@@ -306,8 +307,9 @@ class Planner(Resolver):
             if r.retake is not None:
                 span = r.retake if stream in r.retake_streams else None
                 items.append(conditions.RetakeClip(*clip, stream, span))
-        if r.has_reference and (n == 1 or r.reference_in_stage_2):
-            frames = min(self.clip_frames - window.start, size.num_frames)
+        frames = min(self.clip_frames - window.start, size.num_frames)
+        shown = r.has_reference and (n == 1 or r.reference_in_stage_2)
+        if shown and frames > carried_in:  # else the reference ends before the window
             weights = r.reference_strength, r.reference_attention
             facts = r.video, frames, *weights, *self.reference_scale(), window
             if r.attention_mask:  # the reference reads it at the first stage's size

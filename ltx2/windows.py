@@ -58,6 +58,7 @@ class Window:
             count, at_end = places, bool(self.carried_out) and places > 0
             even = evenly_spaced(count - at_end, self.own_frames)
             places = [self.owned[i] for i in even] + [self.owned[-1]] * at_end
+        places = sorted(set(places))
         return tuple(frame - self.start for frame in places if frame in self.owned)
 
     def handed_on(self, keyframes: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,11 +9,12 @@ from test_pipeline import latents_of, save_clip
 
 from ltx2 import media, pipeline
 from ltx2.base import UserError
-from ltx2.conditions import Encoders, InputFiles
+from ltx2.conditions import Encoders, InputFiles, ReferenceClip
 from ltx2.latents import Size
 from ltx2.recipes import RECIPES
 from ltx2.request import LoraFile, Request
 from ltx2.tiles import spans
+from ltx2.windows import Window
 
 RUN = ("alpha-gen", "cinemagraph", "pixel-spatial-upscaler-x2", "restore")
 FRAMES = np.random.default_rng(0).integers(0, 255, (17, 64, 96, 3), np.uint8)
@@ -113,6 +114,68 @@ def test_tiles_are_turned_with_the_clip(pipe, adapter, tmp_path, sides):
     assert [stage.tile for stage in job.stages] == [tile]
 
 
+def test_alpha_gen_uses_a_dev_model_without_guidance(checkpoint, adapter, clip):
+    dev = pipeline.load(str(checkpoint("ltx-2.5")), None, "dev", "float32")
+    job = dev.plan(Request("", video=clip, loras=(adapter("alpha-gen-0.9"),)))
+    guidance = job.stages[0].guidance["video"]
+    assert (guidance.cfg_scale, guidance.stg_scale, guidance.rescale_scale) == (
+        1,
+        0,
+        0.7,
+    )
+    assert guidance.modality_scale == 1 and job.streams == ("video",)
+
+
+def test_only_an_adapter_for_no_prompt_takes_an_empty_one(pipe, adapter, clip):
+    with pytest.raises(UserError, match="the prompt is empty"):
+        pipe.plan(Request(" ", video=clip, loras=(adapter("clean-plate-1.0"),)))
+
+
+def test_a_trigger_is_a_word_of_its_own(pipe, adapter, clip):
+    lora = adapter("colorization-0.9")
+    job = pipe.plan(Request("a colorized photo", video=clip, loras=(lora,)))
+    assert job.request.prompt == "COLORIZE a colorized photo"
+
+
+def test_a_recipe_gives_way_where_it_cannot_be_followed(pipe, adapter, clip):
+    options = {"video": clip, "loras": (adapter("restore-1.0"),)}
+    assert pipe.plan(Request("a", retake=(0.1, 0.3), **options)).stages
+    job = pipe.plan(Request("a", stages="two", height=64, width=64, **options))
+    assert [stage.tile for stage in job.stages] == [None, None]
+    again = pipe.plan(job.request)
+    assert again.stages == job.stages
+
+
+# Windows
+
+
+@pytest.mark.parametrize(
+    "name, frames", [("chunk_frames", 33), ("carry_frames", 25), ("blend_frames", 8)]
+)
+def test_all_options_of_windows_have_the_same_limits(pipe, name, frames):
+    size = {"height": 64, "width": 64, "num_frames": 121, name: frames}
+    assert len(pipe.plan(Request("a", **size)).windows) > 1
+    for option in ({"audio_only": True}, {"stages": "dfr"}):
+        with pytest.raises(UserError, match=f"{name} (cannot|needs)"):
+            pipe.plan(Request("a", **size, **option))
+
+
+def test_windows_after_the_end_of_a_reference_have_none(pipe, adapter, clip):
+    size = {"num_frames": 65, "chunk_frames": 25, "carry_frames": 17, "stages": "one"}
+    request = Request("a", video=clip, loras=(adapter("deblur-0.9"),), **size)
+    shown = [
+        any(isinstance(c, ReferenceClip) for c in stage.all_conditions)
+        for stage in pipe.plan(request).stages
+    ]
+    assert shown[0] and not any(shown[1:])
+
+
+def test_keyframes_of_a_window_are_in_order():
+    window = Window(0, 25, carried_out=17)
+    assert window.keyframes((23, 2, 23)) == (2, 23)
+    assert window.handed_on((2, 23)) == (15,)
+
+
 # Tiles
 
 
@@ -161,6 +224,8 @@ def test_a_mask_is_averaged_over_each_latent(tmp_path):
     np.testing.assert_allclose(weights, expected, atol=1e-6)
     media.save_png(tmp_path / "mask.png", frames[1])
     weights = source.weights(str(tmp_path / "mask.png"), 0, 17, size, size, 1)
+    slow = source.weights(str(tmp_path / "mask.png"), 0, 25, size, size, 2)
+    assert len(slow) == 2  # of 13 frames, the last 4 are left out as in the encoder
     np.testing.assert_allclose(weights, [[[1, 0], [1, 0]]] * 3, atol=1e-6)
 
 
