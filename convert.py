@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ltx2.base import Parser, UserError, note, run
+from ltx2.options import name_and_file
 
 EPILOG = """\
 examples:
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     text = "checkpoint to use (default: the distilled 19B, or the only one)"
     add("--file", help=text)
     text = "file to use for a component, like vae=FILE; repeatable"
-    add("--part", type=part, metavar="NAME=FILE", help=text, **many)
+    add("--part", type=name_and_file, metavar="NAME=FILE", help=text, **many)
     text = "latent upsampler (default: those next to the checkpoint); repeatable"
     add("--upsampler", metavar="FILE", help=text, **many)
     text = "folder to write (default: %(default)s)"
@@ -51,13 +52,6 @@ def parser() -> argparse.ArgumentParser:
     text = "upload to this Hub repository; a folder that exists is not converted again"
     add("--upload-repo", metavar="OWNER/NAME", help=text)
     return p
-
-
-def part(text: str) -> tuple[str, str]:
-    name, found, file = text.partition("=")
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
-    return name, file
 
 
 def lora(text: str) -> tuple[str, float]:

@@ -11,7 +11,7 @@ from typing import Any, Iterator, Optional
 
 from ltx2.base import Parser, UserError, run, table
 from ltx2.guidance import Guidance
-from ltx2.options import add_flags
+from ltx2.options import add_flags, name_and_file
 from ltx2.request import Request
 
 EPILOG = """\
@@ -23,7 +23,7 @@ DEMO = Path(__file__).parent / "demo" / "model"
 NOTICE = """\
 demo model, for prompts like "A red circle moves from left to right, with a low tone": see demo/README.md
 for the real model: python convert.py --quantize -q-bits 4 (lists what it downloads first)"""
-LOADING = ("model", "kind", "text_encoder", "upsamplers", "dtype")
+LOADING = ("model", "kind", "text_encoder", "upsamplers", "parts", "dtype")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     upsampler = "latent upsampler instead of those next to the model; repeatable"
     to = {"dest": "upsamplers", "action": "append"}
     add("--upsampler", metavar="FILE", help=upsampler, **to)
+    text = "file to use for a component, like vae=FILE; repeatable"
+    to = {"dest": "parts", "action": "append", "type": name_and_file}
+    add("--part", metavar="NAME=FILE", help=text, **to)
     dtypes = ["bfloat16", "float16", "float32"]
     add("--dtype", choices=dtypes, help="(default: bfloat16)")
     low = "always read the transformer's blocks from disk in each step"

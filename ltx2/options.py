@@ -139,6 +139,11 @@ def match_groups(form: str, pattern: str, text: str) -> tuple[Any, ...]:
     return match.groups()
 
 
+def name_and_file(text: str) -> tuple[str, str]:
+    """NAME=FILE in its two parts."""
+    return match_groups("NAME=FILE", r"([^=]+)=(.+)", text)
+
+
 def span(text: str) -> tuple[float, ...]:
     """FROM-TO as two numbers."""
     return tuple(map(float, match_groups("FROM-TO", r"([\d.]+)-([\d.]+)", text)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterator, Optional, Sequence, Union
+from typing import Any, Iterator, Mapping, Optional, Sequence, Union
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +16,7 @@ from .components import Components
 from .conditions import InputFiles
 from .dit import DiTConfig
 from .guidance import Contexts, guidance_passes
+from .options import check_choice
 from .parallel import Group, Machines, Ranks
 from .preview import Preview
 from .request import Request
@@ -210,11 +211,12 @@ def load(
     group: Optional[Group] = None,
     parallel: Optional[str] = None,
     share: Optional[str] = None,
+    parts: Mapping[str, str] | Sequence[tuple[str, str]] = (),
 ) -> Pipeline:
     """A pipeline from an official file, a folder, a converted folder or a Hub repo.
 
     `kind` ("dev" or "distilled") overrides what the file name says, `upsamplers` those
-    next to the model. `dtype` (bfloat16) is of the text side and the transformer.
+    next to the model, `parts` are files by component. `dtype` (bfloat16) is of the text side and the transformer.
     Weights are read when a phase needs them; with `low_memory` (None: if not all of
     them fit) the transformer's blocks are read in each step, with the same result.
     `cache_contexts` is a folder that keeps encoded prompts. A `group` of machines, all
@@ -222,9 +224,12 @@ def load(
     name of `parallel`). Raises UserError when files do not fit together.
     """
     name = str(dtype or "bfloat16").removeprefix("mlx.core.")
-    checkpoint = weights.open_model(model, kind, upsamplers=upsamplers, fetch=False)
+    check_choice("dtype", name, ("bfloat16", "float16", "float32"))
+    files = {"upsamplers": upsamplers, "parts": dict(parts)}
+    checkpoint = weights.open_model(model, kind, **files, fetch=False)
     origin = {"model": str(model), "kind": checkpoint.kind, "dtype": name}
     origin["upsamplers"] = [str(path) for path in upsamplers]
+    origin["parts"] = {name: str(path) for name, path in files["parts"].items()}
     machines = Machines() if group is None else Ranks(group, parallel or share)
     dtype = getattr(mx, name)
     options = low_memory, cache_contexts, machines

@@ -523,7 +523,7 @@ def test_kind_and_dtype_from_the_command_line(checkpoint, tmp_path):
         (["--file", "x"], "--file cannot be used"),
         (["--file", ""], "--file is empty"),
         (["--text-encoder="], "--text-encoder= is empty"),
-        (["--part", "vae"], "'vae' is not NAME=FILE"),
+        (["--part", "vae"], "'vae' is not of the form NAME=FILE"),
         (["--part", "vae=nowhere"], "nowhere: no such file"),
         (["--upload-repo", "mine"], "must be owner/name"),
         (["--dequantize"], "not quantized: remove"),

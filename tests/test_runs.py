@@ -364,6 +364,16 @@ def test_previews_have_the_colors_of_the_frames(pipe, contexts, quick_vocoder):
     assert np.corrcoef(seen.ravel(), quick.ravel())[0, 1] > 0.5
 
 
+def test_a_part_of_another_file_is_used_and_recorded(command, checkpoint, tmp_path):
+    vae = str(checkpoint("ltx-2", 1))
+    command("--prompt", "a cat", "--part", f"vae={vae}", "--save-json")
+    made = json.loads((tmp_path / "output.json").read_text())
+    assert made["load"]["parts"] == {"vae": vae}
+    command("--from", "output.mp4", "--output", "again.mp4", small=False)
+    frames = [[*media.read_video(tmp_path / f)] for f in ("output.mp4", "again.mp4")]
+    assert np.array_equal(*frames)
+
+
 def test_ctrl_c_saves_the_latents(command, monkeypatch, tmp_path):
     step = generate.Progress.save_preview
 
