@@ -124,7 +124,7 @@ def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
         raise UserError(f"{option} cannot be combined with --latents {args.latents}")
     if not synthetic:
         return Snapshot.read(args.latents)
-    job = pipe.plan(Request("", stages="one", **{**SIZE, **options}))
+    job = pipe.plan(Request("only decoded", stages="one", **{**SIZE, **options}))
     draw, scale = seeded_noise(job.request.seed), float(args.latents == "random")
     video, audio = pipe.vae.config, pipe.audio_vae.config
     shapes = {
