@@ -157,8 +157,11 @@ class Pipeline(Components):
         """
         requests = requests or (resume.request,)
         jobs = [self.plan(r) if isinstance(r, Request) else r for r in requests]
-        if resume is not None and resume.stage == len(jobs[0].stages):
-            contexts = {}  # it is only decoded
+        if resume is not None:
+            resume.check_request(jobs[0].request)
+            jobs = [self.plan(resume.request)]  # of the length that was predicted
+            if resume.stage == len(jobs[0].stages):
+                contexts = {}  # it is only decoded
         plan = self._prepare(jobs, contexts is None, resume)
         run = Run(self, self.inputs, noise, trace, frozen_from_noise, plan.streamed)
         if contexts is None:

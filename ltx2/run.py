@@ -148,7 +148,14 @@ class Run:
         """Noise as float32 arrays, by name and shape."""
         if self.noise is None:
             return seeded_noise(job.request.seed)
-        return lambda *request: mx.array(self.noise(*request)).astype(mx.float32)
+
+        def noise(name: str, shape: tuple[int, ...]) -> mx.array:
+            x = mx.array(self.noise(name, shape)).astype(mx.float32)
+            if x.shape != tuple(shape):  # it would be broadcast
+                raise ValueError(f"noise {name} has shape {x.shape}, not {shape}")
+            return x
+
+        return noise
 
     def encode_text(self, jobs: list[Job]) -> dict[str, Contexts]:
         """Contexts by prompt, each encoded once."""

@@ -36,6 +36,20 @@ class Snapshot:
 
     ARRAYS = ("tokens", "guided", "latents", "kept")
 
+    def check_request(self, request: Request) -> None:
+        """UserError if a planned request is another one, but for a predicted length."""
+        mine, other = (
+            json.loads(json.dumps(dataclasses.asdict(r)))
+            for r in (self.request, request)
+        )
+        length = {"num_frames", "auto_duration"}
+        changed = [k for k in mine if k not in length and mine[k] != other[k]]
+        if changed:
+            raise UserError(
+                f"the saved latents were made with another {' and '.join(changed)}: "
+                "resume with the same request, or with none"
+            )
+
     def check(self, job: Job, files: dict[str, str]) -> None:
         """UserError if the model or the plan differ, or the state is incomplete."""
         if self.files != files or self.stages != as_json(job):

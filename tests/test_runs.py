@@ -155,7 +155,7 @@ def test_latents_of_another_model_are_refused(pipe, contexts, checkpoint):
     other = pipeline.load(checkpoint("ltx-2.3"), str(checkpoint("gemma3")), "distilled")
     with pytest.raises(UserError, match="with a different model or settings"):
         next(other.stream(contexts=contexts, resume=event.snapshot))
-    with pytest.raises(UserError, match="with a different model or settings"):
+    with pytest.raises(UserError, match="made with another height and width"):
         next(pipe.stream(Request("a cat"), contexts=contexts, resume=event.snapshot))
 
 
@@ -362,6 +362,22 @@ def test_previews_have_the_colors_of_the_frames(pipe, contexts, quick_vocoder):
     seen = result.frames[[0, 5, 13]].reshape(3, 2, 32, 3, 32, 3).mean((2, 4))
     quick = strip[:, ::8, ::8].astype(float)
     assert np.corrcoef(seen.ravel(), quick.ravel())[0, 1] > 0.5
+
+
+@pytest.mark.parametrize("change", [{"seed": 3}, {"prompt": "a dog"}])
+def test_latents_of_another_request_are_refused(pipe, contexts, change):
+    request = Request("a cat", **SHORT)
+    *_, last = events_to_latents(pipe, request, contexts=contexts)
+    other = dataclasses.replace(request, **change)
+    with pytest.raises(UserError, match=f"made with another {[*change][0]}"):
+        next(pipe.stream(other, contexts=contexts, resume=last.snapshot))
+    assert next(pipe.stream(request, contexts=contexts, resume=last.snapshot))
+
+
+def test_noise_of_another_shape_is_an_error(pipe, contexts):
+    noise = lambda name, shape: np.zeros((1, 1, shape[-1]))
+    with pytest.raises(ValueError, match="noise stage1.video has shape .1, 1, "):
+        latents_of(pipe, Request("a cat", **SHORT), contexts=contexts, noise=noise)
 
 
 def test_a_part_of_another_file_is_used_and_recorded(command, checkpoint, tmp_path):
