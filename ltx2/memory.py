@@ -214,7 +214,8 @@ class Estimator:
             frame = FLOAT * 3 * size.height * size.width
             convolves = decoder == "vae"
             decode = self.convolutions if convolves else self.neighborhoods
-            buffers = contexts + decode(size, UP) + 4 * frame
+            blended = max(stage.window.blended_out for stage in stages)
+            buffers = contexts + decode(size, UP) + (4 + blended) * frame
             phases["video"] = Footprint(sound + self.size[decoder], buffers)
         return phases
 

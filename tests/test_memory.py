@@ -120,6 +120,24 @@ def test_a_larger_model_is_predicted(load, request_):
     assert_stages_predicted(pipe, request)
 
 
+def test_memory_does_not_grow_with_the_number_of_windows(checkpoint):
+    pipe = pipeline.load(str(checkpoint("ltx-2.5")), None, "distilled", "float32")
+    options = {"height": 128, "width": 192, "stages": "one", "no_audio": True}
+    options |= {"chunk_frames": 49, "carry_frames": 25, "sigmas": (1.0, 0.0)}
+    peaks = []
+    for count in (2, 10):
+        job = pipe.plan(Request("a", num_frames=49 + 24 * (count - 1), **options))
+        assert len(job.windows) == count
+        gc.collect()
+        others = mx.get_active_memory()
+        *_, result = pipe.stream(job, contexts=random_contexts(pipe, job))
+        peaks.append({k: peak - others for k, (_, peak) in result.phases.items()})
+        planned = job.memory.phases["video"].total(False)
+        assert 0.85 < planned / peaks[-1]["video"] < 1.15
+    for phase in ("stage1", "video"):
+        assert peaks[1][phase] < 1.05 * peaks[0][phase]
+
+
 def test_blocks_are_streamed_if_they_do_not_fit(load, request_, monkeypatch):
     pipe = load("ltx-2.3", transformer={"num_layers": 16})
     job = pipe.plan(request_(no_audio=True))
