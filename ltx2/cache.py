@@ -13,7 +13,7 @@ from .guidance import Contexts
 
 
 class ContextCache:
-    """A folder of contexts; `made_by` is all beside the prompt that they depend on."""
+    """A folder of contexts; `made_by` is what else they depend on than the prompt."""
 
     def __init__(self, folder: str | Path, made_by: Any):
         self.folder, self.made_by = Path(folder).expanduser(), made_by

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterator, Optional, Sequence, Union
 
@@ -93,22 +94,28 @@ class Components:
             attach(model, _factors(loras), stored=self._stored)
             self.machines.shard(model)
             if streamed:
-                blocks = lambda: self._blocks(loras)
+                blocks = lambda: self.blocks(_factors(loras))
                 model.transformer_blocks = StreamedBlocks(blocks)
             self._loaded["transformer"] = model
         self._loras = loras
         weights.evaluate(w for _, w in tree_flatten(self.transformer.parameters()))
         return self.transformer
 
-    def _blocks(self, loras: tuple[LoraFile, ...]) -> Iterator[Block]:
-        """The transformer's blocks one by one, with LoRAs, of which nothing is read yet."""
-        config = DiTConfig.from_dict(self.checkpoint.config["transformer"])
+    @cached_property
+    def dit_config(self) -> DiTConfig:
+        """The transformer's configuration."""
+        return DiTConfig.from_dict(self.checkpoint.config["transformer"])
+
+    def blocks(
+        self, loras: Sequence[tuple[Lora, float]], apart: bool = False
+    ) -> Iterator[Block]:
+        """The transformer's blocks one by one, with LoRAs (see `attach`), of which
+        nothing is read yet."""
         tensors = self.checkpoint.weights("transformer", self.dtype)
-        factors = _factors(loras)
-        blocks = build_blocks(config, tensors, self.checkpoint.quantization)
+        blocks = build_blocks(self.dit_config, tensors, self.checkpoint.quantization)
         for i, block in enumerate(blocks):
-            prefix = f"transformer_blocks.{i}."
-            attach(block, factors, prefix=prefix, stored=self._stored)
+            how = {"prefix": f"transformer_blocks.{i}.", "stored": self._stored}
+            attach(block, loras, **how, apart=apart)
             self.machines.shard(block)
             yield block
 
@@ -117,7 +124,8 @@ class Components:
         files = self.checkpoint.files
         return {f.name: f.fingerprint for f in files if f.role and f.path}
 
-    def _encoder_files(self) -> list[hub.File]:
+    @cached_property
+    def encoder_files(self) -> list[hub.File]:
         """The text encoder's weights, if they are not among the model's own."""
         packed = self.checkpoint.version >= weights.GEMMA_4
         files = [] if packed else weights.text_encoder_files(self.text_encoder)
@@ -135,9 +143,12 @@ class Components:
         encode = lambda prompts: self.encode_prompts(prompts, trace)
         if self.cache_contexts is None or trace is not None:
             return encode(prompts)
-        encoder = {f.name: f.fingerprint for f in self._encoder_files()}
-        made_by = [self.files(), encoder, str(self.dtype)]
-        return ContextCache(self.cache_contexts, made_by)(prompts, encode)
+        return self.context_cache(self.cache_contexts)(prompts, encode)
+
+    def context_cache(self, folder: str | Path) -> ContextCache:
+        """A folder of contexts that this model and its text encoder make."""
+        encoder = {f.name: f.fingerprint for f in self.encoder_files}
+        return ContextCache(folder, [self.files(), encoder, str(self.dtype)])
 
     def encode_prompts(
         self, prompts: Sequence[str], trace: Optional[Trace] = None

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, Callable, ClassVar, Iterator, Mapping, Optional
+from typing import Any, Callable, ClassVar, Iterable, Iterator, Mapping, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,11 +79,7 @@ class Encoders:
         """Latents (1, f, h, w, C) of a clip from a frame on, at the size's sides and
         rate, as a stream; of every `slow`-th frame after the first."""
         frames = media.read_video(path, start, num_frames, size.fps)
-        chunks = (
-            mx.array(media.resize_and_crop(frame[None], size.height, size.width))[None]
-            for i, frame in enumerate(frames)
-            if i == 0 or (i - 1) % slow == 0
-        )
+        chunks = (mx.array(x)[None] for x in fitted(frames, size, slow))
         return mx.concatenate([*self.component("vae").encode_stream(chunks)], axis=1)
 
     def weights(
@@ -92,20 +87,20 @@ class Encoders:
     ) -> np.ndarray:
         """The brightness (f, h, w) in [0, 1] of a clip's frames (see `clip`) or a picture
         at the sides of `size`, averaged over each latent of `grid`."""
-        if self.files.probe(path).num_frames == 1:
-            frames = [self.files.image(path)] * (start + num_frames)
+        still = self.files.probe(path).num_frames == 1
+        if still:
+            frames = [self.files.image(path)]
         else:
-            frames = media.read_video(path, 0, start + num_frames, size.fps)
+            frames = media.read_video(path, start, num_frames, size.fps)
         _, h, w = grid.latent
-        rows = []
-        for i, frame in enumerate(islice(frames, start, None)):
-            if i == 0 or (i - 1) % slow == 0:
-                cells = media.resize_and_crop(frame[None], size.height, size.width)
-                cells = cells.reshape(h, size.height // h, w, size.width // w, 3)
-                rows.append(cells.mean((1, 3, 4)) / 2 + 0.5)
-        count = (len(rows) - 1) // latents.TIME_SCALE * latents.TIME_SCALE
-        rest = np.array(rows[1 : 1 + count]).reshape(-1, latents.TIME_SCALE, h, w)
-        return np.concatenate([rows[:1], rest.mean(axis=1)])
+        shape = h, size.height // h, w, size.width // w, 3
+        pixels = (x.reshape(shape) for x in fitted(frames, size, slow))
+        shown = np.array([x.mean((1, 3, 4)) / 2 + 0.5 for x in pixels])
+        if still:
+            shown = shown.repeat(1 + -(-(num_frames - 1) // slow), axis=0)
+        count = (len(shown) - 1) // latents.TIME_SCALE * latents.TIME_SCALE
+        rest = shown[1 : 1 + count].reshape(-1, latents.TIME_SCALE, h, w)
+        return np.concatenate([shown[:1], rest.mean(axis=1)])
 
     def sound(self, path: str, start: float, seconds: float, tokens: int) -> mx.array:
         """Latents (1, tokens, mel, C) of a sound; mono is doubled, a short one padded
@@ -119,6 +114,13 @@ class Encoders:
         x = mx.pad(x, [(0, 0), (0, tokens - x.shape[1]), (0, 0), (0, 0)])
         mx.eval(x)
         return x
+
+
+def fitted(frames: Iterable[np.ndarray], size: Size, slow: int) -> Iterator[np.ndarray]:
+    """Every `slow`-th frame after the first, (1, H, W, 3) in [-1, 1] at the size's sides."""
+    for i, frame in enumerate(frames):
+        if i == 0 or (i - 1) % slow == 0:
+            yield media.resize_and_crop(frame[None], size.height, size.width)
 
 
 class Condition:
@@ -267,6 +269,7 @@ class ReferenceClip(Condition):
         scale, visible = (self.downscale, self.slow), self.attention
         if self.mask:
             path, sides = self.mask
+            # Latents of a size that was enlarged 1.5 times are no whole pixels of it.
             if sides.height % smaller.latent[1] or sides.width % smaller.latent[2]:
                 sides = size
             weights = source.weights(path, *frames, sides, smaller, self.slow)

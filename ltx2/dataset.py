@@ -10,7 +10,6 @@ import csv
 import hashlib
 import json
 import math
-import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -26,10 +25,9 @@ from .conditions import Encoders, InputFiles
 from .guidance import Contexts
 from .hub import File
 from .latents import SPACE_SCALE, TIME_SCALE, Size, Streams, audio_tokens
-from .options import check_step
-from .parts import GEMMA_4, first_file
+from .options import check_step, match_groups
+from .parts import first_file
 from .pipeline import Pipeline
-from .weights import text_encoder_files
 
 PICTURES = frozenset(".png .jpg .jpeg .webp .bmp .tif .tiff .heic .heif".split())
 VIDEOS = frozenset(".mp4 .mov .mkv .webm .avi .m4v .gif .mpg .ts".split())
@@ -164,11 +162,8 @@ def _same_name(clip: Clip, folder: str) -> Optional[Path]:
 
 def parse_bucket(text: str) -> Size:
     """WxHxF, the value of --resolution."""
-    if not (match := re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)):
-        raise UserError(
-            f"--resolution {text!r} is not of the form WxHxF: use 768x512x49"
-        )
-    w, h, f = map(int, match.groups())
+    form = "WxHxF (--resolution 768x512x49)"
+    w, h, f = map(int, match_groups(form, r"(\d+)x(\d+)x(\d+)", text))
     for name, side in (("width", w), ("height", h)):
         check_step(f"--resolution {text}: {name}", side, SPACE_SCALE, SPACE_SCALE, 4096)
     check_step(f"--resolution {text}: frames", f, TIME_SCALE, 1, 1001, plus=1)
@@ -237,9 +232,6 @@ class Dataset:
     def __init__(self, folder: str | Path, pipe: Pipeline, downscale: int = 1):
         """Reference clips have `downscale` times smaller sides."""
         self.folder, self.pipe, self.downscale = Path(folder), pipe, downscale
-        packed = pipe.checkpoint.version >= GEMMA_4
-        files = [] if packed else text_encoder_files(pipe.text_encoder)
-        self.encoder_files = [f for f in files if f.name.endswith(".safetensors")]
         self.items: list[Item] = []
         self.held_out: list[Item] = []
 
@@ -262,9 +254,7 @@ class Dataset:
 
     @cached_property
     def contexts(self) -> ContextCache:
-        encoder = {f.name: f.fingerprint for f in self.encoder_files}
-        made_by = [self.pipe.files(), encoder, str(self.pipe.dtype)]
-        return ContextCache(self.folder, made_by)
+        return self.pipe.context_cache(self.folder)
 
     def key(self, clip: Clip, size: Size, streams: Sequence[str]) -> str:
         """What an item's latents depend on."""

@@ -22,8 +22,8 @@ from .weights import Checkpoint
 
 NEGATIVE_PROMPT = (  # it begins with tags of the training captions
     "has_subtitles, has_blurbox, transition from black, transition to black, "
-    "speech_ending_short, low quality, blurry, distorted, flickering, watermark, text on screen, "
-    "muffled sound, noise, clipping, silence"
+    "speech_ending_short, low quality, blurry, distorted, flickering, watermark, "
+    "text on screen, muffled sound, noise, clipping, silence"
 )
 SIZE = {"height": 512, "width": 768, "num_frames": 121, "fps": 24.0}
 MAX_FRAMES, MAX_SIDE = 2049, 4096
@@ -61,16 +61,13 @@ class Resolver:
     def tiled(self) -> bool:
         """Whether stages can be tiled: each with the reference, none with a cache."""
         r = self.r
+        settings = [g for g in (r.video_guidance, r.audio_guidance) if g]
         skips = any(
-            (
-                g["skip_step"]
-                if isinstance(g, Mapping) and "skip_step" in g
-                else getattr(g, "skip_step", 0)
-            )
-            for g in (r.video_guidance, r.audio_guidance)
+            g.get("skip_step") if isinstance(g, Mapping) else g.skip_step
+            for g in settings
         )
         shown = self.mode == "one" or r.reference_in_stage_2
-        return bool(shown and not r.step_cache and not skips)
+        return shown and not r.step_cache and not skips
 
     # Checks
 
@@ -137,7 +134,6 @@ class Resolver:
             "a reference video needs an IC-LoRA: add --lora (or --retake or --extend, to "
             "change the video)",
         )
-        low, high = r.guidance_interval
         yield (
             not r.prompt.strip() and not self.recipe.no_prompt,
             "the prompt is empty: say what to show",
@@ -151,6 +147,7 @@ class Resolver:
             r.tile_size and (len(r.tile_size) != 2 or any(map(odd, r.tile_size))),
             "tile_size is height,width: two multiples of 32 from 64 on, as 1024,1536",
         )
+        low, high = r.guidance_interval
         yield low > high, "guidance_interval must be from a lower to a higher sigma"
         yield (
             self.distilled and r.steps not in (None, count),
@@ -303,20 +300,21 @@ class Resolver:
         self.notes += [f"{r.video}: {text}" for text, true in changes.items() if true]
         self.clip_frames, self.clip_streams = frames, BOTH[: 1 + clip.has_audio]
         if r.attention_mask:
-            mask = self.files.probe(r.attention_mask)
-            if mask.num_frames == 1:
-                self.files.image(r.attention_mask)
-            if not mask.has_video:
-                raise UserError(
-                    f"{r.attention_mask} has no video: use a clip or picture"
-                )
-            there = frames if mask.num_frames == 1 else frames_at(mask, fps)
-            if there < frames:
-                raise UserError(
-                    f"{r.attention_mask} has {there} frames at {fps:g} fps, fewer than "
-                    f"the {frames} of the reference: use a longer clip, or a picture"
-                )
+            self.check_mask(r.attention_mask, frames, fps)
         self.r = replace(r, height=height, width=width, num_frames=total, fps=fps)
+
+    def check_mask(self, path: str, frames: int, fps: float) -> None:
+        """UserError unless a mask is a picture, or a clip as long as its reference."""
+        mask = self.files.probe(path)
+        if not mask.has_video:
+            raise UserError(f"{path} has no video: use a clip or picture")
+        if mask.num_frames == 1:
+            self.files.image(path)
+        elif (there := frames_at(mask, fps)) < frames:
+            raise UserError(
+                f"{path} has {there} frames at {fps:g} fps, fewer than the {frames} of "
+                "the reference: use a longer clip, or a picture"
+            )
 
     def reference_scale(self) -> tuple[int, int]:
         """By how much a reference clip is smaller and slower, by the LoRAs' metadata."""
@@ -346,7 +344,7 @@ class Resolver:
                 check_range(f"{name} stg_blocks", block, 0, last)
         if r.audio:  # is not changed
             del guidance["audio"]
-        if len(self.streams) == 1:  # there is no other stream to agree with
+        if len(self.streams) == 1:  # it cannot agree with another stream
             alone = {"modality_scale": 1.0}
             guidance = {k: replace(guidance[k], **alone) for k in self.streams}
         return guidance

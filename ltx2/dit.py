@@ -170,7 +170,7 @@ def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
 
 @dataclass
 class StreamContext:
-    """What the blocks read of a stream besides its state: AdaLN outputs by timestep
+    """What the blocks read of a stream, apart from its state: AdaLN outputs by timestep
     level, RoPE tables and mask."""
 
     ada: mx.array  # (U, 6 or 9, D)

@@ -127,20 +127,20 @@ class GuidedDenoiser:
         self,
         transformer: DiT,
         states: dict[str, LatentState],
-        contexts: list[Contexts],
+        texts: list,
         guidance: Mapping[str, Guidance],
         trace: Optional[Trace] = None,
         interval: tuple[float, float] = (0.0, 1.0),
         cache: float = 0.0,
         agree: Callable[[float], float] = float,
     ):
-        """`contexts` are those of the prompt and the negative prompt. `interval` is the
+        """`texts` are `DiT.project_text`'s of prompt and negative prompt. `interval` is the
         range of sigmas that are guided, `cache` the relative change of the tokens below
         which x0 is reused; `agree` makes several machines decide that alike."""
         self.transformer, self.states, self.trace = transformer, states, trace
         self.guidance = {k: guidance.get(k, NO_GUIDANCE) for k in states}
         self.passes = guidance_passes(guidance)
-        self.texts = transformer.project_text(contexts)
+        self.texts = texts
         ropes = {"video": transformer.video_rope, "audio": transformer.audio_rope}
         self.ropes = {k: ropes[k](s.bounds) for k, s in states.items()}
         self.interval, self.cache, self.agree = interval, cache, agree

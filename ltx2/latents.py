@@ -41,7 +41,7 @@ class Size:
 
     @property
     def rate(self) -> float:
-        """The frame rate that the model is told, by the tokens' positions."""
+        """The frame rate of the tokens' positions."""
         return self.conditioned_fps or self.fps
 
     @property
@@ -300,6 +300,12 @@ def evenly_spaced(count: int, num_frames: int) -> tuple[int, ...]:
     """Frames that divide a video into `count` + 1 equal parts."""
     places = np.rint(np.linspace(0, num_frames - 1, count + 2))
     return tuple(map(int, places[1:-1]))
+
+
+def divided_evenly(total: int, count: int) -> list[int]:
+    """Where `count` whole parts of a length begin and end, the longer ones first."""
+    length, longer = divmod(total, count)
+    return [n * length + min(n, longer) for n in range(count + 1)]
 
 
 @dataclass(frozen=True)

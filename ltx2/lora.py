@@ -61,6 +61,7 @@ class Lora:
     factors: dict[str, Factors]
     metadata: dict[str, str]
     alphas: set[float] = field(default_factory=set)  # of all modules, if there are any
+    fits: bool = False  # it has been checked against the model
 
     @classmethod
     def read(cls, path: str | Path) -> Lora:
@@ -127,6 +128,7 @@ class Lora:
         if len(self.factors) < len(found):
             twice = next(p for p in self.factors if [*found.values()].count(p) > 1)
             raise UserError(f"LoRA {self.name} has two factors A and B for {twice}")
+        self.fits = True
 
     def find(self, paths: Iterable[str]) -> dict[str, str]:
         """The model's path of each module that is among `paths`. Names are compared with

@@ -96,7 +96,7 @@ class MemoryPlan:
 def planned(
     phases: Mapping[str, Footprint], limit: int, low_memory: Optional[bool]
 ) -> MemoryPlan:
-    """A plan that streams blocks if told to, or if nothing is said and it must."""
+    """A plan that streams blocks with `low_memory`, or if it is None and they do not fit."""
     plan = MemoryPlan(phases, limit, bool(low_memory))
     must = low_memory is None and not plan.fits
     return replace(plan, streamed=True) if must else plan

@@ -131,11 +131,15 @@ def check_step(
 # Types of flags
 
 
+class FormError(UserError, argparse.ArgumentTypeError):
+    """A value of another form; the parser names its flag."""
+
+
 def match_groups(form: str, pattern: str, text: str) -> tuple[Any, ...]:
     """The groups of a flag's value, which must match `pattern`; `form` is its name."""
     match = re.fullmatch(pattern, text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form {form}")
+        raise FormError(f"{text!r} is not of the form {form}")
     return match.groups()
 
 

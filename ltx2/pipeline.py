@@ -14,7 +14,6 @@ from . import hub, memory, weights
 from .base import Trace, UserError
 from .components import Components
 from .conditions import InputFiles
-from .dit import DiTConfig
 from .guidance import Contexts, guidance_passes
 from .options import check_choice
 from .parallel import Group, Machines, Ranks
@@ -45,10 +44,11 @@ class Pipeline(Components):
         self.checkpoint.check(*(set(job.components) - self._checked))
         self._checked |= set(job.components)
         files = {file.path for stage in job.stages for file in stage.loras}
-        if files:
+        loras = [lora for lora in map(self.inputs.lora, files) if not lora.fits]
+        if loras:
             model = self.checkpoint.load("transformer", self.dtype, lazy=True)
-            for path in files:
-                self.inputs.lora(path).check(model)
+            for lora in loras:
+                lora.check(model)
         return replace(job, memory=self._estimate(job))
 
     @cached_property
@@ -71,10 +71,9 @@ class Pipeline(Components):
         given; also decides how several machines split the work."""
         found = memory.joined([job.memory for job in jobs], self.low_memory)
         passes = max(len(guidance_passes(s.guidance)) for j in jobs for s in j.stages)
-        config = DiTConfig.from_dict(self.checkpoint.config["transformer"])
         group_size = (self.checkpoint.quantization or {}).get("group_size", 1)
         fits = found.fits and not found.streamed
-        self.machines.split(len(jobs), passes, fits, config, group_size)
+        self.machines.split(len(jobs), passes, fits, self.dit_config, group_size)
         if self.machines.mode == "tensor":
             count = self.machines.count
             parts = [self._estimate(job, count) for job in jobs]
@@ -82,7 +81,7 @@ class Pipeline(Components):
         if text and self.machines.rank == 0:
             self.check_text_encoder()
             prompts = {prompt for job in jobs for prompt in job.prompts}
-            need = self._estimator.text(len(prompts), self._encoder_files())
+            need = self._estimator.text(len(prompts), self.encoder_files)
             found = memory.joined([found], self.low_memory, {"text": need})
         if not found.fits:
             smaller = memory.suggest_smaller(jobs[0].request, self._fits)
@@ -159,7 +158,8 @@ class Pipeline(Components):
         jobs = [self.plan(r) if isinstance(r, Request) else r for r in requests]
         if resume is not None:
             resume.check_request(jobs[0].request)
-            jobs = [self.plan(resume.request)]  # of the length that was predicted
+            if jobs[0].request != resume.request:  # only the predicted length is new
+                jobs = [self.plan(resume.request)]
             if resume.stage == len(jobs[0].stages):
                 contexts = {}  # it is only decoded
         plan = self._prepare(jobs, contexts is None, resume)

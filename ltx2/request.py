@@ -14,8 +14,12 @@ from .sampling import SAMPLERS
 
 STAGES = ("one", "two", "hq", "dfr")
 NOT_DFR = "one two hq"  # dfr has a schedule, keyframes and rates of its own
-WINDOWED = {"modes": "one two"}
-WINDOWED["excludes"] = "retake extend audio_only temporal_upsample"
+# Rules that several options share.
+WINDOWED = {
+    "modes": "one two",
+    "excludes": "retake extend audio_only temporal_upsample",
+}
+OF_REFERENCE = {"needs": "video", "excludes": "retake extend"}
 
 
 @dataclass(frozen=True)
@@ -264,29 +268,25 @@ class Request:
         "0 to 1, how closely the reference's tokens are kept",
         1.0,
         metavar="STRENGTH",
-        needs="video",
-        excludes="retake extend",
+        **OF_REFERENCE,
         between=(0, 1),
     )
     reference_attention: float = ask(
         "0 to 1, how much the video attends to the reference",
         1.0,
         metavar="WEIGHT",
-        needs="video",
-        excludes="retake extend",
+        **OF_REFERENCE,
         between=(0, 1),
     )
     attention_mask: Optional[str] = ask(
         "clip or picture that weighs the reference by place, from black (0) to white (1)",
         metavar="FILE",
-        needs="video",
-        excludes="retake extend",
+        **OF_REFERENCE,
     )
     reference_in_stage_2: bool = ask(
         "show the reference in stage 2 too, with its LoRA",
         False,
-        needs="video",
-        excludes="retake extend",
+        **OF_REFERENCE,
         modes="two",
     )
     tile_size: Optional[tuple[int, int]] = ask(

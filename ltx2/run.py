@@ -18,7 +18,6 @@ from .audio_vae import AudioVAEConfig
 from .base import Trace, note, traced, within
 from .components import Components
 from .conditions import Condition, Encoders, InputFiles, Stage
-from .dit import DiTConfig
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .guidance import Contexts, GuidedDenoiser
@@ -252,7 +251,7 @@ class Run:
         source = before | {k: x for k, x in at.kept.items() if "carry." in k}
         source["smaller"] = at.latents.get("video")
         source["final_audio"] = at.kept.get("audio")
-        config = DiTConfig.from_dict(self.model.checkpoint.config["transformer"])
+        config = self.model.dit_config
         channels = {"video": config.in_channels, "audio": config.audio_in_channels}
         return stage.states(channels, source, conditions)
 
@@ -266,10 +265,11 @@ class Run:
         """The stage's transformer with its LoRAs and guidance, whole or in tiles."""
         machines, model = self.model.machines, self.model
         transformer = model.transformer_with(stage.loras, self.streamed)
+        texts = transformer.project_text(contexts)
         make = lambda states: GuidedDenoiser(
             machines.transformer(transformer),
             states,
-            contexts,
+            texts,
             stage.guidance,
             trace,
             stage.guidance_interval,

@@ -9,7 +9,7 @@ from typing import Callable, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .latents import LatentState, Size, Streams
+from .latents import LatentState, Size, Streams, divided_evenly
 
 Denoiser = Callable[[Streams, float, int], Streams]
 Part = tuple[LatentState, np.ndarray, np.ndarray]
@@ -42,8 +42,7 @@ def spans(side: int, size: int) -> list[Span]:
     most = max(2, 1 + (side - size) // ((size + 1) // 2))
     while (count * size - side) / (count - 1) < overlap and count < most:
         count += 1
-    step, longer = divmod(side - size, count - 1)
-    starts = [n * step + min(n, longer) for n in range(count)]
+    starts = divided_evenly(side - size, count - 1)
     shared = [a + size - b for a, b in zip(starts, starts[1:])]
     pairs = zip(starts, [0, *shared], [*shared, 0])
     return [Span(s, s + size, before, after) for s, before, after in pairs]
@@ -76,8 +75,8 @@ def part(state: LatentState, size: Size, rows: Span, columns: Span) -> Part:
 
 
 class TiledDenoiser:
-    """Computes x0 as a denoiser of each tile does: the video's is the weighted sum, what
-    several tiles see beside it, and the sound, the mean."""
+    """Computes x0 with a denoiser for each tile: the weighted sum for the video, the mean
+    for the sound and for appended tokens that several tiles have."""
 
     def __init__(
         self,
@@ -96,8 +95,8 @@ class TiledDenoiser:
         self.unseen = video.clean_latent * mx.array(seen == 0)[None, :, None]
         self.parts = []
         for state, index, weights in parts:
-            beside = 1 / seen[index[len(weights) :]]
-            weights = mx.array(np.append(weights, beside))[None, :, None]
+            appended = 1 / seen[index[len(weights) :]]
+            weights = mx.array(np.append(weights, appended))[None, :, None]
             denoiser = make(states | {"video": state})
             self.parts.append((denoiser, mx.array(index), weights))
 

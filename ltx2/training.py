@@ -27,9 +27,8 @@ from .dataset import (
     default_buckets,
     parse_bucket,
 )
-from .dit import Block, DiT, DiTConfig, StreamedBlocks, build_blocks
+from .dit import Block, DiT, StreamedBlocks
 from .gradients import (
-    BLOCKS,
     SCHEDULES,
     TARGETS,
     Example,
@@ -204,7 +203,7 @@ class Trainer:
             raise UserError(f"no layer's name ends in {', '.join(self.endings)}")
         numbers = self.options.rank * sum(sum(map(linear_shape, layers.values()), ()))
         sizes = [item.size for item in self.data.items + self.data.held_out]
-        text = {"text": estimator.text(PROMPTS_AT_ONCE, self.data.encoder_files)}
+        text = {"text": estimator.text(PROMPTS_AT_ONCE, self.pipe.encoder_files)}
         samples = [self.pipe.plan(r).memory.phases for r in self.requests()[:1]]
 
         def planned(sizes: list[Size], by_block: bool, low: Optional[bool]):
@@ -271,13 +270,7 @@ class Trainer:
 
     def _read(self) -> list[Block]:
         """The blocks with factors; their weights are not read yet."""
-        checkpoint = self.pipe.checkpoint
-        config = DiTConfig.from_dict(checkpoint.config["transformer"])
-        weights = checkpoint.weights("transformer", self.pipe.dtype)
-        blocks = list(build_blocks(config, weights, checkpoint.quantization))
-        for i, block in enumerate(blocks):
-            attach(block, [(self.lora, 1.0)], prefix=f"{BLOCKS}{i}.", apart=True)
-        return blocks
+        return list(self.pipe.blocks([(self.lora, 1.0)], apart=True))
 
     def _resumed(self, path: Path, new: Parameters) -> Parameters:
         """The factors of an earlier training, and its step and moments if they are
@@ -398,7 +391,7 @@ class Trainer:
     def requests(self) -> list[Request]:
         """Sample clips of the most common size, with fixed seeds."""
         o, items = self.options, self.data.items
-        # There is no reference to sample with.
+        # A sample has no reference clip.
         if items[0].clip.reference or not o.sample_every:
             return []
         sizes = [item.size for item in items]

@@ -21,6 +21,7 @@ from .latents import (
     Size,
     Streams,
     audio_tokens,
+    divided_evenly,
     evenly_spaced,
     latent_frames,
 )
@@ -265,12 +266,10 @@ class Tile(Whole):
 
 def tiles(segments: int, length: int, rate: int) -> list[Tile]:
     """Divide a canvas into at most `rate` tiles of whole segments, longer ones first."""
-    count = min(rate, segments)
-    size, longer = divmod(segments, count)
-    ends = [n * size + min(n, longer) for n in range(count + 1)]
+    ends = divided_evenly(segments, min(rate, segments))
     return [Tile(*pair, segments, length, rate) for pair in zip(ends, ends[1:])]
 
 
 def conditioned_rate(fps: float) -> float:
-    """The rate that dfr tells the model: above 30 it is 60."""
+    """The frame rate of dfr's positions: above 30 it is 60."""
     return MAX_FPS if fps > 30 else fps

@@ -226,3 +226,9 @@ def test_default_buckets_are_the_models(pipe):
     own = dataset.default_buckets({"width": 96, "height": 96, "num_frames": 25})
     assert [(b.width, b.num_frames) for b in own] == [(96, n) for n in (25, 17, 9, 1)]
     assert {b.num_frames for b in dataset.default_buckets({})} == {1, 9, 25, 49}
+
+
+@pytest.mark.parametrize("text", ["abc", "64x64", "64x64x9x1"])
+def test_a_bucket_of_another_form_is_one_line(text):
+    with pytest.raises(UserError, match=f"'{text}' is not of the form WxHxF"):
+        dataset.parse_bucket(text)

@@ -538,14 +538,19 @@ def test_foreign_comments_are_not_metadata(tmp_path, comment):
         media.read_metadata(tmp_path / "b.wav")
 
 
+def write_with(metadata, path):
+    """A short mp4 or wav with this metadata."""
+    if path.suffix == ".mp4":
+        with media.VideoWriter(path, 24, metadata=metadata) as video:
+            video.write(clip(1))
+    else:
+        media.write_wav(path, tones(0.1, 24000), 24000, metadata)
+
+
 @pytest.mark.parametrize("name", ["out.mp4", "out.wav"])
 def test_metadata_may_be_longer_than_an_argument(tmp_path, name):
     settings = {"prompt": "a long prompt; " * 20_000}
-    if name == "out.mp4":
-        with media.VideoWriter(tmp_path / name, 24, metadata=settings) as video:
-            video.write(clip(1))
-    else:
-        media.write_wav(tmp_path / name, tones(0.1, 24000), 24000, settings)
+    write_with(settings, tmp_path / name)
     assert media.read_metadata(tmp_path / name) == settings
 
 
@@ -556,11 +561,7 @@ def test_files_know_how_they_were_made(tmp_path, name):
         "sigmas": [1.0, 0.5],
         "seed": 7,
     }
-    if name == "out.mp4":
-        with media.VideoWriter(tmp_path / name, 24, metadata=settings) as video:
-            video.write(clip(1))
-    else:
-        media.write_wav(tmp_path / name, tones(0.1, 24000), 24000, settings)
+    write_with(settings, tmp_path / name)
     assert media.read_metadata(tmp_path / name) == settings
 
 
