@@ -230,11 +230,26 @@ class HoldSound(Condition):
     skip: int = 0  # tokens of it that belong to earlier windows
     encoder = "audio_vae"
 
-    def load(self, size: Size, source: Encoders) -> Conditioning:
+    def encoded(self, size: Size, source: Encoders) -> mx.array:
+        """Its latents in the window."""
         tokens = self.skip + size.audio_tokens
         seconds = tokens / latents.AUDIO_TOKENS_PER_SECOND + 1
-        sound = source.sound(self.path, self.start, seconds, tokens)[:, self.skip :]
+        return source.sound(self.path, self.start, seconds, tokens)[:, self.skip :]
+
+    def load(self, size: Size, source: Encoders) -> Conditioning:
+        sound = self.encoded(size, source)
         return in_order(latents.StartFrom(sound), latents.Freeze())
+
+
+@dataclass(frozen=True)
+class ReferenceSound(HoldSound):
+    """Let an IC-LoRA hear a clip's sound."""
+
+    def tokens(self, size: Size) -> int:
+        return size.audio_tokens
+
+    def load(self, size: Size, source: Encoders) -> Conditioning:
+        return latents.SoundReference(self.encoded(size, source))
 
 
 @dataclass(frozen=True)
@@ -333,12 +348,17 @@ def carry_key(stage: str, stream: str) -> str:
 
 @dataclass(frozen=True)
 class KeepAudio(Condition):
-    """Keep the previous stage's audio."""
+    """Keep the previous stage's audio, and let an IC-LoRA hear it (`heard`)."""
 
+    heard: bool = False
     carried = True
 
+    def tokens(self, size: Size) -> int:
+        return size.audio_tokens * self.heard
+
     def load(self, size: Size, source: Streams) -> Conditioning:
-        return latents.Freeze()
+        heard = [latents.SoundReference(source["audio"])] if self.heard else []
+        return in_order(latents.Freeze(), *heard)
 
 
 @dataclass(frozen=True)

@@ -296,6 +296,9 @@ class Resolver:
                 media.frame_rate(fps) != clip.fps
             ),
             f"{frames} of {there} frames are read (8k+1)": frames != there,
+            "it has no sound, so the adapter hears none": (
+                self.recipe.hears and not clip.has_audio
+            ),
         }
         self.notes += [f"{r.video}: {text}" for text, true in changes.items() if true]
         self.clip_frames, self.clip_streams = frames, BOTH[: 1 + clip.has_audio]

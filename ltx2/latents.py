@@ -362,6 +362,18 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class SoundReference:
+    """A sound (1, T, mel, C) for an IC-LoRA, which ends 40 ms before the target begins."""
+
+    latents: mx.array
+
+    def __call__(self, state: LatentState) -> LatentState:
+        bounds = audio_bounds(self.latents.shape[1])
+        bounds = bounds - bounds[0, -1, 1] - np.float32(0.04)
+        return state.append(audio_to_tokens(self.latents), bounds)
+
+
+@dataclass(frozen=True)
 class Regenerate:
     """Generate the tokens that overlap (start, end) in seconds, keep the rest: a retake."""
 

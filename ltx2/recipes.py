@@ -1,4 +1,4 @@
-"""The official adapters of LTX-2.5 by file name, and what their cards ask for."""
+"""The official adapters by file name, and what their cards ask for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import UserError
 from .options import is_set
 from .request import Request
 
-NAME = r"ltx-2\.5-22b-(?:ic-)?lora-(.+)-\d+(?:\.\d+)*\.safetensors"
+NAME = r"ltx-2\.[35]-22b-(?:ic-)?lora-(.+)-\d+(?:\.\d+)*\.safetensors"
 # The reference's own settings for dev weights: without guidance.
 PLAIN = {"cfg_scale": 1.0, "stg_scale": 0.0, "rescale_scale": 0.7}
 
@@ -27,6 +27,7 @@ class Recipe:
     scale: int = 1  # from the clip's sides to the result's
     tile: Optional[tuple[int, int]] = None  # sides of tiles, of a wide clip
     no_prompt: bool = False  # the prompt may be empty
+    hears: bool = False  # the clip's sound is a reference, too
     advice: str = ""
     refused: str = ""
 
@@ -34,6 +35,7 @@ class Recipe:
 ONE = {"stages": "one"}
 NIGHT = ONE | {"fps": 24.0}
 WINDOWS = ONE | {"chunk_frames": 97, "carry_frames": 17}
+DUB = {"stages": "two", "reference_in_stage_2": True}
 MATTE = ONE | {"no_audio": True, "video_guidance": PLAIN}
 RECIPES = {
     "alpha-gen": Recipe("", MATTE, 145, "dev", no_prompt=True),
@@ -47,6 +49,7 @@ RECIPES = {
     "pixel-spatial-upscaler-x2": Recipe("", ONE, scale=2),
     "day-to-night": Recipe("", NIGHT, 97, "dev", advice="use --steps 30 --cfg-scale 3"),
     "sdr-to-hdr": Recipe(refused="needs a file of scene embeddings and HDR output"),
+    "lipdub": Recipe("", DUB, hears=True),
     "layout-to-render": Recipe("", {"stages": "two"}),
     "ingredients": Recipe("", ONE, 121),
     "cinemagraph": Recipe("CINEMAGRAPH_MOTION", {}, 25),
@@ -58,6 +61,12 @@ def find(path: str) -> Optional[Recipe]:
     """The recipe of an official adapter, None for any other file."""
     match = re.fullmatch(NAME, Path(path).name)
     return RECIPES.get(match[1]) if match else None
+
+
+def modes_of(option: str, mode: str) -> list[str]:
+    """The values of `stages` that have an option; `mode` alone if all have."""
+    rules = Request.__dataclass_fields__[option].metadata
+    return rules.get("modes", mode).split()
 
 
 def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
@@ -74,7 +83,12 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
         if recipe.refused:
             raise UserError(f"{name} {recipe.refused}, which are not supported")
         usual = dict(recipe.defaults) if r.has_reference or not r.video else {}
-        changes = {k: v for k, v in usual.items() if not is_set(r, k)}
+        mode = r.stages or usual.get("stages", "one")
+        changes = {
+            k: v
+            for k, v in usual.items()
+            if not is_set(r, k) and mode in modes_of(k, mode)
+        }
         if r.audio:
             changes.pop("no_audio", None)
         if kind == "distilled":  # has no guidance to set
@@ -93,5 +107,8 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
         frames = min(all_of.frames, recipe.frames)
         tile = recipe.tile or all_of.tile
         bare = recipe.no_prompt or all_of.no_prompt
-        all_of = Recipe(frames=frames, scale=scale, tile=tile, no_prompt=bare)
+        hears = r.has_reference and (recipe.hears or all_of.hears)
+        all_of = Recipe(
+            frames=frames, scale=scale, tile=tile, no_prompt=bare, hears=hears
+        )
     return r, all_of, notes

@@ -11,7 +11,6 @@ from .conditions import WHOLE_CLIP, Condition, InputFiles, Stage
 from .defaults import BOTH, MAX_FRAMES, PARTS, Resolver, reference_factors
 from .guidance import Guidance
 from .latents import (
-    AUDIO_TOKENS_PER_SECOND,
     SPACE_SCALE,
     TIME_SCALE,
     Size,
@@ -52,6 +51,10 @@ MODES = {
     "two with a reference": (
         Row("small", OWN, "euler", True, 0, None, ()),
         Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", BOTH),
+    ),
+    "two of a dub": (  # whose reference is heard in stage 2, too
+        Row("small", OWN, "euler", True, 0, None, ()),
+        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", BOTH, True, True),
     ),
     "two of a dev model": (  # whose refining does not improve the sound
         Row("small", OWN, "euler", True, 0, None, AUDIO),
@@ -153,7 +156,7 @@ class Planner(Resolver):
         """The stages by the rows of the mode."""
         r, mode = self.r, self.mode
         if mode == "two" and (r.has_reference or r.keyframes and not self.distilled):
-            mode = "two with a reference"
+            mode = "two of a dub" if self.recipe.hears else "two with a reference"
         elif mode == "two" and not self.distilled:
             mode = "two of a dev model"
         rows = MODES[mode] + (DOUBLED,) * r.temporal_upsample
@@ -295,10 +298,13 @@ class Planner(Resolver):
         owned = window.owned if carried_in else range(r.num_frames)
         rate = round(size.fps / r.fps)
         video = list(self.images(size, rate, window.start * rate, owned))
-        audio = [conditions.KeepAudio()] if row.keeps_audio else []
+        skip = audio_tokens(window.start, r.fps)
+        hears = self.recipe.hears and "audio" in self.clip_streams
+        audio = [conditions.KeepAudio(hears)] if row.keeps_audio else []
         if r.audio:
-            skip = round(window.start / r.fps * AUDIO_TOKENS_PER_SECOND)
             audio = [conditions.HoldSound(r.audio, r.audio_start, skip)]
+        elif hears and not audio:
+            audio = [conditions.ReferenceSound(r.video, 0.0, skip)]
         if carried_in:
             audio.append(conditions.Carried("audio", f"stage{n}"))
         for stream, items in zip(self.clip_streams, (video, audio)):

@@ -36,6 +36,8 @@ FILES = {
     "detail.safetensors": "ltx-2-lora",
     "ic-lora.safetensors": "ltx-2-lora2",
     "ltx-2-19b-distilled.safetensors": "ltx-2",
+    "ltx-2.3-spatial-upscaler-x2-1.1.safetensors": "spatial-x2",
+    "ltx-2.3-22b-ic-lora-lipdub-0.9.safetensors": "ltx-2.3-lora2",
 }
 ADAPTER = "ltx-2.5-22b-ic-lora-{}.safetensors"
 FILES |= {
@@ -122,15 +124,15 @@ def run(script, command, extra, folder):
 
 def small_model(command, checkpoint):
     """Arguments for a small checkpoint. Prompts are encoded once for all commands."""
-    split = "ltx-2.5" in command
+    model = next((m for m in ("ltx-2.5", "ltx-2.3") if m in command), "ltx-2")
     kind = "dev" if any(flag in command for flag in GUIDED) else "distilled"
     extra = [
         "--model",
-        str(checkpoint("ltx-2.5" if split else "ltx-2")),
+        str(checkpoint(model)),
         "--kind",
         kind,
     ]
-    if not split:  # LTX-2.5 contains its text encoder
+    if model != "ltx-2.5":  # which contains its text encoder
         extra += ["--text-encoder", str(checkpoint("gemma3"))]
     if "--dtype" not in command:
         extra += ["--dtype", "float32"]

@@ -1,16 +1,24 @@
 """Official adapters are used as their cards ask, and masks weigh a reference by place."""
 
 import dataclasses
+import shutil
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_pipeline import latents_of, save_clip
+from parity import relative_error
+from test_pipeline import events_to_latents, latents_of, save_clip
 
 from ltx2 import media, pipeline
 from ltx2.base import UserError
-from ltx2.conditions import Encoders, InputFiles, ReferenceClip
-from ltx2.latents import Size
+from ltx2.conditions import (
+    Encoders,
+    InputFiles,
+    KeepAudio,
+    ReferenceClip,
+    ReferenceSound,
+)
+from ltx2.latents import LatentState, Size, SoundReference, audio_bounds
 from ltx2.recipes import RECIPES
 from ltx2.request import LoraFile, Request
 from ltx2.tiles import spans
@@ -237,3 +245,71 @@ def test_a_mask_must_be_as_long_as_its_reference(pipe, adapter, clip, tmp_path):
     options["attention_mask"] = str(tmp_path / "none.mkv")
     with pytest.raises(UserError, match="none.mkv"):
         pipe.plan(Request("a", loras=(adapter("deblur-0.9"),), **options))
+
+
+# Dub-It
+
+
+@pytest.fixture(scope="module")
+def dub(checkpoint):
+    """A pipeline of LTX-2.3 with its upsampler."""
+    encoder, upsampler = (str(checkpoint(k)) for k in ("gemma3", "spatial-x2"))
+    model = checkpoint("ltx-2.3")
+    return pipeline.load(model, encoder, "distilled", "float32", [upsampler])
+
+
+@pytest.fixture
+def dubbed(checkpoint, tmp_path):
+    """`dubbed(sound=True)`: options of a request for a clip of 17 frames."""
+
+    def dubbed(sound=True):
+        path = tmp_path / "ltx-2.3-22b-ic-lora-lipdub-0.9.safetensors"
+        shutil.copy(checkpoint("ltx-2.3-lora"), path)
+        tone = np.sin(np.arange(32000) / 20)[None].repeat(2, axis=0) / 2
+        wave = (tone, 16000) if sound else ()
+        save_clip(tmp_path / "clip.mkv", FRAMES[:, :, :64], 24, *wave)
+        return {"video": str(tmp_path / "clip.mkv"), "loras": (LoraFile(str(path)),)}
+
+    return dubbed
+
+
+def test_dub_it_sees_and_hears_the_clip_in_both_stages(dub, dubbed):
+    job = dub.plan(Request("she speaks", sigmas=(1.0, 0.5, 0.0), **dubbed()))
+    for stage, sound in zip(job.stages, (ReferenceSound, KeepAudio), strict=True):
+        assert [type(c) for c in stage.conditions["video"]] == [ReferenceClip]
+        assert [type(c) for c in stage.conditions["audio"]] == [sound]
+        assert len(stage.loras) == 1 and stage.sampler == "euler"
+    shapes = {}
+
+    def noise(name, shape):
+        shapes[name] = shape
+        return pipeline.seeded_noise(1)(name, shape)
+
+    contexts = {"she speaks": (mx.zeros((1, 1024, 128)), mx.zeros((1, 1024, 64)))}
+    for event in events_to_latents(dub, job, noise=noise, contexts=contexts):
+        if event.snapshot and event.snapshot.step == 0:
+            made = event.snapshot.latents
+        if event.phase == "stage1" and event.denoised:
+            first = event.denoised["audio"]
+    # As long a sound is appended; the second stage keeps the first one's.
+    assert shapes["stage1.audio"] == shapes["stage2.audio"] == (1, 2 * 18, 128)
+    assert relative_error(made["audio"], first) < 1e-5
+
+
+def test_the_sound_that_is_heard_ends_before_the_video_begins():
+    state = LatentState.initial(audio_bounds(18), 8)
+    state = SoundReference(mx.ones((1, 12, 2, 4)))(state)
+    assert state.num_target_tokens == 18 and state.denoise_mask.sum() == 18
+    np.testing.assert_allclose(state.bounds[0, 18], (-0.49, -0.48), atol=1e-6)
+    np.testing.assert_allclose(state.bounds[0, -1], (-0.08, -0.04), atol=1e-6)
+
+
+def test_a_silent_clip_is_not_heard(dub, dubbed):
+    job = dub.plan(Request("she speaks", **dubbed(sound=False)))
+    heard = [c.tokens(job.size) for s in job.stages for c in s.conditions["audio"]]
+    assert not any(heard) and "hears none" in job.notes[-1]
+
+
+def test_a_card_gives_way_to_the_stages_that_are_asked_for(dub, dubbed):
+    job = dub.plan(Request("she speaks", stages="one", **dubbed()))
+    assert [len(stage.conditions["audio"]) for stage in job.stages] == [1]
