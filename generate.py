@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--enhance-prompt", action="store_true", help="expand the prompt with Gemma")
     add("--output", metavar="FILE", help="(default: output.mp4)")
+    codecs = ["h264", "hevc", "prores", "ffv1", "exr"]
+    text = "hevc is HLG with 10 bits (default: by the ending, h264 for .mp4)"
+    add("--codec", choices=codecs, help=text)
 
     add = group("model").add_argument
     add("--model", help="(default: mlx_model, or the demo model if there is none)")
@@ -85,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    from ltx2 import media, pipeline
+    from ltx2 import formats, pipeline
 
     group = init_distributed()
     if args.parallel and group is None:
@@ -93,12 +96,13 @@ def main() -> None:
     load, request, resume, files = from_recording(args)
     load |= {k: v for k, v in vars(args).items() if k in LOADING and v is not None}
     requests = build_requests(args, request)
-    suffix = ".wav" if requests[0].audio_only else ".mp4"
+    sound_only = requests[0].audio_only
+    suffix = ".wav" if sound_only else formats.FORMATS[args.codec or "h264"].suffix
     output = f"output{suffix}" if args.output is None else args.output
     outputs = name_outputs(output, len(requests))
     inputs = {r.video for r in requests} | {r.audio for r in requests} | {args.recorded}
     for output in outputs:
-        media.check_output(output, suffix)
+        formats.check_output(output, args.codec, sound_only=sound_only)
         if any(i and Path(i).resolve() == Path(output).resolve() for i in inputs):
             raise UserError(f"--output {output} would overwrite an input file")
     if "model" not in load:
@@ -133,7 +137,7 @@ def main() -> None:
         return
     with closing(Progress(args, outputs, preview).watch(stream)) as events:
         for job, output in zip(jobs, outputs):
-            result = write(output, job, events)
+            result = write(output, args.codec, job, events)
             if args.save_json:
                 text = json.dumps(result.metadata, indent=2) + "\n"
                 Path(output).with_suffix(".json").write_text(text)
@@ -306,15 +310,15 @@ class Progress:
             media.save_png(path, self.preview(event.denoised["video"]))
 
 
-def write(path: str, job: Any, events: Iterator[Any]) -> Any:
-    """Write frames to the mp4 as they are decoded; the file appears when it is done."""
-    from ltx2 import media, pipeline
+def write(path: str, codec: Optional[str], job: Any, events: Iterator[Any]) -> Any:
+    """Write frames as they are decoded; the file appears when it is done."""
+    from ltx2 import formats, pipeline
 
     if "video" not in job.streams:
         result = next(e for e in events if isinstance(e, pipeline.Result))
         result.save(path)
         return result
-    with media.VideoWriter(path, job.size.fps) as video:
+    with formats.VideoWriter(path, job.size.fps, codec=codec) as video:
         for event in events:
             if isinstance(event, pipeline.Result):
                 video.sound, video.metadata = event.sound, event.metadata

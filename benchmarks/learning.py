@@ -27,7 +27,7 @@ import prompt_adherence  # noqa: E402
 
 from demo import data  # noqa: E402
 from demo.judge import masks, name_color, name_pitch, read_mp4, track  # noqa: E402
-from ltx2 import media, pipeline  # noqa: E402
+from ltx2 import formats, pipeline  # noqa: E402
 from ltx2.request import LoraFile  # noqa: E402
 
 DEMO = prompt_adherence.DEMO
@@ -99,7 +99,9 @@ def write_clips(name: str, folder: Path, count: int) -> None:
     rng = np.random.default_rng(7)
     for n in range(count):
         frames, sound, caption = clip(name, rng, False)
-        with media.VideoWriter(folder / f"{n:02d}.mp4", data.FPS, (sound, 24000)) as v:
+        with formats.VideoWriter(
+            folder / f"{n:02d}.mp4", data.FPS, (sound, 24000)
+        ) as v:
             v.write(frames)
         (folder / f"{n:02d}.txt").write_text(caption)
 

@@ -36,6 +36,10 @@ Image.MAX_IMAGE_PIXELS = 2**28  # phones make 200 megapixels
 # Messages of ffmpeg about a file that ends too early; it may still exit with 0.
 DAMAGE = re.compile("partial file|ended prematurely|overread|truncated|corrupt")
 
+# What a folder of EXR frames has besides them, and all its names.
+FOLDER_FILES = "sound.wav", "metadata.json"
+OF_FRAMES = re.compile(r"frame_\d{5,}\.exr|sound\.wav|metadata\.json")
+
 # Pixels made square; swscale's "bilinear" is the reference's conversion to RGB.
 SQUARE = "scale=w=round(iw*sar):h=ih:flags=bilinear"
 
@@ -43,13 +47,9 @@ SQUARE = "scale=w=round(iw*sar):h=ih:flags=bilinear"
 # brighter is clipped.
 SDR = "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709:t=bt709:r=pc,format=gbrp"
 
-# As properties of the frames: with -color_* options players see "unknown".
-BT709 = "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:"
-BT709 += "color_trc=bt709:colorspace=bt709:range=tv"
-
 
 @contextmanager
-def _system_errors(problem: str) -> Iterator[None]:
+def system_errors(problem: str) -> Iterator[None]:
     """Turn an error of the operating system in the block into a UserError."""
     try:
         yield
@@ -59,7 +59,7 @@ def _system_errors(problem: str) -> Iterator[None]:
 
 def _check_file(path: PathLike) -> None:
     """Raise if `path` is not a file with contents."""
-    with _system_errors(f"{path}: cannot be opened"):
+    with system_errors(f"{path}: cannot be opened"):
         size = os.stat(path).st_size
     if not os.path.isfile(path):  # reading a pipe would wait
         raise UserError(f"{path}: is a folder, pipe or device, give a file")
@@ -137,7 +137,7 @@ def resize_and_crop(
 
 
 @contextmanager
-def _ffmpeg(problem: str, *options: str, folder: str = ".") -> Iterator[Popen]:
+def ffmpeg(problem: str, *options: str, folder: str = ".") -> Iterator[Popen]:
     """Run ffmpeg during a block; raise `problem` with its reason if it fails."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-xerror"]
     command += shlex.split(" ".join(options))
@@ -166,13 +166,21 @@ def _ffmpeg(problem: str, *options: str, folder: str = ".") -> Iterator[Popen]:
         raise UserError(f"{problem} ({reason})")
 
 
-def _run(problem: str, *options: str, data: bytes = b"", folder: str = ".") -> bytes:
+def run_ffmpeg(
+    problem: str, *options: str, data: bytes = b"", folder: str = "."
+) -> bytes:
     """Run ffmpeg with `data` as its standard input; returns its standard output."""
-    with _ffmpeg(problem, *options, folder=folder) as process:
+    with ffmpeg(problem, *options, folder=folder) as process:
         return process.communicate(data)[0]
 
 
-def _input(path: PathLike) -> str:
+def has_encoder(name: str) -> bool:
+    """Whether ffmpeg can write this codec."""
+    listing = run_ffmpeg("ffmpeg does not run", "-encoders").decode()
+    return f" {name} " in listing
+
+
+def input_option(path: PathLike) -> str:
     """The option that opens an existing file, whatever characters its name has."""
     _check_file(path)
     return f"-i {shlex.quote(f'file:{os.path.abspath(path)}')}"
@@ -186,7 +194,7 @@ def recompress(image: np.ndarray, crf: int) -> np.ndarray:
     height, width = (side // 2 * 2 for side in image.shape[:2])
     if crf == 0 or min(height, width) == 0:
         return image
-    pixels = _run(
+    pixels = run_ffmpeg(
         f"cannot re-compress {width}x{height} pixels at crf {crf}",
         f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -framerate 1 -i pipe:0",
         f"-map 0:v -vf scale=flags=bilinear -pix_fmt yuv420p -c:v libx264 -crf {crf}",
@@ -245,7 +253,7 @@ def _packets(path: PathLike, options: str) -> dict[str, tuple[dict[str, str], li
     """
     problem = f"{path}: cannot be read as sound or video"
     options = f"-map 0:V:0? -map 0:a:0? {options} -f framecrc pipe:1"
-    listing = _run(problem, _input(path), options).decode()
+    listing = run_ffmpeg(problem, input_option(path), options).decode()
     streams = {}
     for n in "01":
         facts = dict(re.findall(rf"^#(\w+) {n}: (.*)$", listing, re.MULTILINE))
@@ -297,7 +305,7 @@ def read_video(
     there are fewer frames; it is an error if there are none.
     """
     problem = f"{path}: cannot be read as video from frame {start_frame} on"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *shlex.split(_input(path))]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *shlex.split(input_option(path))]
     about = run(command, capture_output=True).stderr
     hdr = re.search(rb"Video: .*(smpte2084|arib-std-b67)", about)  # PQ, HLG
     rate = "" if fps is None else f"fps={frame_rate(fps)},"
@@ -306,7 +314,7 @@ def read_video(
     filters += f"{end},{SDR + ',' if hdr else ''}{SQUARE}"
     options = f"-map 0:V:0 -fps_mode passthrough -vf {filters} -pix_fmt rgb24"
     frame, ppm = None, "-c:v ppm -f image2pipe pipe:1"  # its header has the size
-    with _ffmpeg(problem, _input(path), options, ppm) as process:
+    with ffmpeg(problem, input_option(path), options, ppm) as process:
         while process.stdout.readline():  # b"P6\n"
             width, height = map(int, process.stdout.readline().split())
             process.stdout.readline()  # b"255\n"
@@ -333,7 +341,7 @@ def read_audio(
     filters = "aresample=async=1:first_pts=0:rematrix_maxval=1,"
     filters += f"aformat=channel_layouts=mono|stereo,atrim=start_sample={first}{end}"
     options = f"-map 0:a:0 -af {filters} -c:a pcm_f32be -f au pipe:1"
-    sound = _run(problem, _input(path), options)
+    sound = run_ffmpeg(problem, input_option(path), options)
     # The header of AU: a magic number, the header's size, 0, encoding, rate, channels.
     _, size, _, _, rate, channels = map(int, np.frombuffer(sound, ">u4", 6))
     waveform = np.frombuffer(sound, ">f4", offset=size).reshape(-1, channels)
@@ -371,48 +379,45 @@ def resample(waveform: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
 
 
 @contextmanager
-def _workspace(path: PathLike) -> Iterator[str]:
-    """A hidden folder next to `path`; a file "new" in it becomes `path` at the end.
+def workspace(path: PathLike, folder: bool = False) -> Iterator[str]:
+    """A hidden folder next to `path`; a file, or a folder of frames, "new" in it becomes
+    `path` at the end, in place of an earlier one.
 
     It is locked, so that the next run can remove what a killed one has left.
     """
     path, problem = Path(path), f"{path}: cannot be written"
-    if path.is_dir():
+    if path.is_dir() and not folder:
         raise UserError(f"{path}: is a folder, give the name of a file")
+    if path.is_dir() and not all(map(OF_FRAMES.fullmatch, os.listdir(path))):
+        raise UserError(f"{path}: has other files in it, give a new folder")
     for leftover in path.parent.glob(f".{glob.escape(path.name)}-????????.partial"):
         with suppress(OSError), open(leftover / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if its run lives
             shutil.rmtree(leftover)
-    with _system_errors(problem):
+    with system_errors(problem):
         if not path.parent.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
         made = tempfile.TemporaryDirectory(".partial", f".{path.name}-", path.parent)
-    with made as folder, open(f"{folder}/lock", "w") as lock:
+    with made as hidden, open(f"{hidden}/lock", "w") as lock:
         with suppress(OSError):  # some network drives have no locks
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield folder
-        if os.path.exists(f"{folder}/new"):
-            with _system_errors(problem):
-                os.replace(f"{folder}/new", path)
-
-
-def check_output(path: PathLike, suffix: str) -> None:
-    """Raise before any work if a file with this suffix cannot be written at `path`."""
-    if Path(path).suffix.lower() != suffix:
-        raise UserError(f"{path or 'output'}: the name must end in {suffix}")
-    with _workspace(path):
-        pass
+        yield hidden
+        if os.path.exists(f"{hidden}/new"):
+            with system_errors(problem):
+                if path.is_dir():
+                    os.replace(path, f"{hidden}/old")
+                os.replace(f"{hidden}/new", path)
 
 
 def save_png(path: PathLike, image: np.ndarray) -> None:
     """Write an image (H, W, 3) uint8, or frames (F, H, W, 3) as a horizontal strip."""
     if image.ndim == 4:
         image = np.concatenate(list(image), axis=1)
-    with _workspace(path) as folder, _system_errors(f"{path}: cannot be written"):
+    with workspace(path) as folder, system_errors(f"{path}: cannot be written"):
         Image.fromarray(image).save(f"{folder}/new", "PNG")
 
 
-def _write(
+def mux(
     path: PathLike, folder: str, options: str, metadata: Metadata | None, data: bytes
 ) -> None:
     """Write "new" in the workspace of `path` by ffmpeg: metadata is its input 0, and
@@ -423,7 +428,7 @@ def _write(
     options = f"-f ffmetadata -i metadata {options}"
     # Nothing else of a sound file comes along.
     only = "-map_metadata 0 -map_metadata:s -1 -map_chapters -1 new"
-    _run(f"{path}: cannot be written", options, only, data=data, folder=folder)
+    run_ffmpeg(f"{path}: cannot be written", options, only, data=data, folder=folder)
 
 
 def write_wav(
@@ -431,88 +436,17 @@ def write_wav(
 ) -> None:
     """Write a waveform (samples, channels) float32 as 16-bit sound, clipped to [-1, 1]."""
     options = f"-f f32le -ar {rate} -ac {waveform.shape[1]} -i pipe:0 -f wav"
-    with _workspace(path) as folder:
-        _write(path, folder, options, metadata, waveform.astype("<f4").tobytes())
+    with workspace(path) as folder:
+        mux(path, folder, options, metadata, waveform.astype("<f4").tobytes())
 
 
 def read_metadata(path: PathLike) -> Metadata:
-    """The metadata that `VideoWriter` or `write_wav` put into a file."""
+    """The metadata that `VideoWriter` or `write_wav` put into a file or folder."""
     problem = f"{path}: does not say how it was made"
-    listing = _run(problem, _input(path), "-f ffmetadata pipe:1").decode()
-    comment = re.search(r"^comment=(.*)$", listing, re.MULTILINE)
+    if os.path.isfile(inside := Path(path, FOLDER_FILES[1])):
+        return parse_json(inside.read_bytes(), f"{inside}")
+    listing = run_ffmpeg(problem, input_option(path), "-f ffmetadata pipe:1").decode()
+    comment = re.search(r"^comment=(.*)$", listing, re.MULTILINE | re.IGNORECASE)
     with suppress(UserError):
         return parse_json(re.sub(r"\\(.)", r"\1", comment[1] if comment else ""), "")
     raise UserError(problem)
-
-
-@dataclass
-class VideoWriter:
-    """Writes an mp4: `with VideoWriter(path, fps) as video: video.write(frames)`.
-
-    The file appears when the block has succeeded and its frames have been counted; an
-    earlier one stays until then, and a failure leaves nothing new. `sound`, cut or
-    padded to the video's length, is a waveform (samples, channels) with its rate or a
-    file, whose AAC is copied in whole packets if there is enough of it. `sound`
-    and `metadata`, a JSON object, may be set until the block ends.
-    """
-
-    path: PathLike
-    fps: float | Fraction
-    sound: tuple[np.ndarray, int] | PathLike | None = None
-    metadata: Metadata | None = None
-
-    def __enter__(self) -> VideoWriter:
-        self.num_frames, self._size = 0, None
-        self._block = self._written()
-        self._block.__enter__()
-        return self
-
-    def __exit__(self, *failure) -> None:
-        self._block.__exit__(*failure)
-
-    def write(self, frames: np.ndarray) -> None:
-        """Append frames (F, H, W, 3) uint8, all of one size with even sides."""
-        height, width = size = frames.shape[1:3]
-        if height % 2 or width % 2:
-            raise UserError(f"{self.path}: {width}x{height} is odd, give even sides")
-        self._size = self._size or size
-        if size != self._size or frames.dtype != np.uint8:
-            raise ValueError(f"{frames.shape} {frames.dtype} frames after {self._size}")
-        for frame in frames:
-            self._frames.write(b"P6 %d %d 255\n" % (width, height) + frame.tobytes())
-        self.num_frames += len(frames)
-
-    @contextmanager
-    def _written(self) -> Iterator[None]:
-        """Encode what is written in the block, then add sound and count the frames."""
-        fps, problem = frame_rate(self.fps), f"{self.path}: cannot be written"
-        source = f"-f image2pipe -c:v ppm -framerate {fps} -i pipe:0 -vf {BT709}"
-        codec = "-pix_fmt yuv420p -c:v libx264 -crf 19 -preset veryfast -f mp4 picture"
-        with _workspace(self.path) as folder:
-            with _ffmpeg(problem, source, codec, folder=folder) as encoder:
-                self._frames = encoder.stdin
-                yield
-                if not self.num_frames:
-                    raise ValueError(f"{self.path}: no frames were written")
-            sound, data = self._sound_options(self.num_frames / fps)
-            mux = f"-i picture {sound} -map 1:v -c:v copy -movflags +faststart -f mp4"
-            _write(self.path, folder, mux, self.metadata, data)
-            if (found := probe(f"{folder}/new").num_frames) != self.num_frames:
-                raise RuntimeError(f"{found} frames in the mp4 after {self.num_frames}")
-
-    def _sound_options(self, duration: Fraction) -> tuple[str, bytes]:
-        """The options that add `duration` seconds of sound, and what they read."""
-        if self.sound is None:
-            return "", b""
-        limit = f"-t {float(duration)} -c:a"
-        if isinstance(self.sound, tuple):
-            waveform, rate = self.sound
-        else:
-            media = probe(self.sound)
-            if media.audio_codec == "aac" and media.audio_duration >= duration:
-                seek = f"-ss {float(media.start)}" if media.start else ""
-                return f"{seek} {_input(self.sound)} -map 2:a:0 {limit} copy", b""
-            waveform, rate = read_audio(self.sound, duration=duration)
-        source = f"-f f32le -ar {rate} -ac {waveform.shape[1]} -i pipe:0 -map 2:a"
-        data = waveform.astype("<f4").tobytes()
-        return f"{source} {limit} aac -b:a 192k -af apad", data

@@ -13,7 +13,7 @@ from typing import Any, Iterator, Optional, Union
 import mlx.core as mx
 import numpy as np
 
-from . import __version__, media
+from . import __version__, formats, media
 from .audio_vae import AudioVAEConfig
 from .base import Trace, note, traced, within
 from .components import Components
@@ -91,17 +91,18 @@ class Result(Event):
 
     @property
     def sound(self) -> Union[str, tuple[np.ndarray, int], None]:
-        """What `media.VideoWriter` takes."""
+        """What `formats.VideoWriter` takes."""
         if self.waveform is None:
             return None
         return self.sound_file or (self.waveform, self.sample_rate)
 
-    def save(self, path: Union[str, Path]) -> None:
-        """Write an mp4 with the sound exactly as long as the video, or a wav."""
+    def save(self, path: Union[str, Path], codec: Optional[str] = None) -> None:
+        """Write a video with the sound exactly as long as it, or a wav."""
         if self.frames is None:
             media.write_wav(path, self.waveform, self.sample_rate, self.metadata)
             return
-        with media.VideoWriter(path, self.fps, self.sound, self.metadata) as video:
+        facts = path, self.fps, self.sound, self.metadata, codec
+        with formats.VideoWriter(*facts) as video:
             video.write(self.frames)
 
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ltx2 import dataset, media, pipeline
+from ltx2 import dataset, formats, media, pipeline
 from ltx2.base import UserError
 from ltx2.dataset import Dataset, choose_bucket, find_clips
 from ltx2.latents import Size
@@ -18,7 +18,7 @@ def write_clip(path, frames, width=64, height=64, fps=24, sound=True):
     rng = np.random.default_rng(len(path.name))
     tone = np.sin(np.arange(int(16000 * frames / fps)) / 20)[:, None]
     track = (tone.astype(np.float32), 16000) if sound else None
-    with media.VideoWriter(path, fps, track) as video:
+    with formats.VideoWriter(path, fps, track) as video:
         video.write(rng.integers(0, 255, (frames, height, width, 3), np.uint8))
 
 

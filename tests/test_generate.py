@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import generate
-from ltx2 import media, text, weights
+from ltx2 import formats, media, text, weights
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     frames = np.random.default_rng(0).integers(0, 255, (17, 64, 96, 3), np.uint8)
     tone = np.sin(np.arange(16000) / 20)[:, None].astype(np.float32)
-    with media.VideoWriter(folder / "clip.mp4", 24, (tone, 16000)) as video:
+    with formats.VideoWriter(folder / "clip.mp4", 24, (tone, 16000)) as video:
         video.write(frames)
     media.save_png(folder / "image.png", frames[0])
     media.write_wav(folder / "tone.wav", tone, 16000)
@@ -167,7 +167,7 @@ def test_a_full_disk_is_one_line(cli, monkeypatch, tmp_path):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(media.VideoWriter, "write", full)
+    monkeypatch.setattr(formats.VideoWriter, "write", full)
     code, err = cli("--sigmas", "1,0", reads=True)
     assert code == 2 and err == "error: [Errno 28] No space left on device\n"
     assert (tmp_path / "output.mp4").read_text() == "earlier"

@@ -12,12 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = {  # a file imports files of lower layers only, not of its own
     "errors and configurations": "base",
-    "tools": "linear latents options hub guards conv",
+    "tools": "linear latents options hub guards conv color",
     "layers and files": "layers media sampling windows lora tiles",
     "models": "dit text vae diffusion_decoder audio_vae vocoder upsampler duration",
     "the files of a model": "parts",
     "weights and machines": "weights parallel preview guidance",
-    "requests": "request conversion cache",
+    "requests": "request conversion cache formats",
     "inputs and components": "conditions components",
     "memory": "memory",
     "recipes": "recipes",

@@ -17,7 +17,7 @@ import pillow_heif
 import pytest
 from PIL import Image, ImageCms
 
-from ltx2 import media
+from ltx2 import formats, media
 from ltx2.base import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,9 @@ def tones(seconds, rate, channels=2):
 def folder(tmp_path_factory):
     """One video of 24 frames with stereo sound, and its relatives."""
     folder = tmp_path_factory.mktemp("media")
-    with media.VideoWriter(folder / "clip.mp4", 24, (tones(1, 48000), 48000)) as video:
+    with formats.VideoWriter(
+        folder / "clip.mp4", 24, (tones(1, 48000), 48000)
+    ) as video:
         video.write(clip(24))
     source = ["-i", folder / "clip.mp4"]
     media.write_wav(folder / "sound.wav", tones(3, 44100), 44100)
@@ -400,7 +402,7 @@ def test_sound_is_counted_from_the_first_picture(folder, tmp_path):
             for shift in range(-50, 51)
         ]
         assert min(errors) < 0.01
-    with media.VideoWriter(tmp_path / "out.mp4", 24, tmp_path / "a.mkv") as video:
+    with formats.VideoWriter(tmp_path / "out.mp4", 24, tmp_path / "a.mkv") as video:
         video.write(clip(24))
     copied, _ = media.read_audio(tmp_path / "out.mp4", 0.2, 0.1)
     expected, _ = media.read_audio(tmp_path / "a.mkv", 0.2, 0.1)
@@ -449,7 +451,7 @@ def test_an_mp4_has_exactly_its_frames_and_as_much_sound(
     tmp_path, fps, num_frames, rate
 ):
     path = tmp_path / "out.mp4"
-    with media.VideoWriter(path, fps, (tones(2, rate), rate)) as video:
+    with formats.VideoWriter(path, fps, (tones(2, rate), rate)) as video:
         for frames in (clip(1)[:0], *np.array_split(clip(num_frames), 3)):
             video.write(frames)
     found = media.probe(path)
@@ -465,7 +467,7 @@ def test_colours_survive_and_are_tagged_bt709(tmp_path):
     colours = np.array(
         [[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 100, 50]], np.uint8
     )
-    with media.VideoWriter(tmp_path / "out.mp4", 24) as video:
+    with formats.VideoWriter(tmp_path / "out.mp4", 24) as video:
         video.write(np.tile(colours[:, None, None], (1, 32, 32, 1)))
     frames = np.stack(list(media.read_video(tmp_path / "out.mp4")))
     assert np.abs(frames[:, 16, 16].astype(int) - colours).max() <= 3
@@ -475,7 +477,7 @@ def test_colours_survive_and_are_tagged_bt709(tmp_path):
 
 
 def test_short_sound_is_followed_by_silence(tmp_path):
-    with media.VideoWriter(tmp_path / "out.mp4", 24) as video:
+    with formats.VideoWriter(tmp_path / "out.mp4", 24) as video:
         video.write(clip(24))
         video.sound = tones(0.25, 16000), 16000
     sound, rate = media.read_audio(tmp_path / "out.mp4")
@@ -491,7 +493,7 @@ def test_short_sound_is_followed_by_silence(tmp_path):
     "suffix, copied", [("m4a", True), ("mp3", False), ("wav", False)]
 )
 def test_only_aac_is_copied_into_an_mp4(folder, tmp_path, suffix, copied):
-    with media.VideoWriter(
+    with formats.VideoWriter(
         tmp_path / "out.mp4", 24, folder / f"sound.{suffix}"
     ) as video:
         video.write(clip(24))
@@ -504,7 +506,7 @@ def test_only_aac_is_copied_into_an_mp4(folder, tmp_path, suffix, copied):
 
 
 def test_a_sound_file_shorter_than_the_video_is_padded(folder, tmp_path):
-    with media.VideoWriter(tmp_path / "out.mp4", 6, folder / "sound.m4a") as video:
+    with formats.VideoWriter(tmp_path / "out.mp4", 6, folder / "sound.m4a") as video:
         video.write(clip(24))
     assert media.probe(tmp_path / "out.mp4").audio_duration == pytest.approx(
         4, abs=1e-3
@@ -519,7 +521,7 @@ def test_chapters_and_metadata_of_a_sound_file_are_not_copied(tmp_path):
         *("-i", tmp_path / "a.wav", "-i", tmp_path / "foreign", "-map_metadata", 1),
         *("-metadata:s:a", "language=ger", tmp_path / "a.m4a"),
     )
-    with media.VideoWriter(tmp_path / "out.mp4", 24, tmp_path / "a.m4a") as video:
+    with formats.VideoWriter(tmp_path / "out.mp4", 24, tmp_path / "a.m4a") as video:
         video.write(clip(24))
     assert media.probe(tmp_path / "out.mp4").audio_codec == "aac"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "out.mp4"]
@@ -541,7 +543,7 @@ def test_foreign_comments_are_not_metadata(tmp_path, comment):
 def write_with(metadata, path):
     """A short mp4 or wav with this metadata."""
     if path.suffix == ".mp4":
-        with media.VideoWriter(path, 24, metadata=metadata) as video:
+        with formats.VideoWriter(path, 24, metadata=metadata) as video:
             video.write(clip(1))
     else:
         media.write_wav(path, tones(0.1, 24000), 24000, metadata)
@@ -588,31 +590,31 @@ def earlier(tmp_path):
 @pytest.mark.parametrize("mistake", [KeyboardInterrupt, ValueError])
 def test_an_interrupted_video_leaves_nothing(earlier, mistake):
     with pytest.raises(mistake):
-        with media.VideoWriter(earlier, 24) as video:
+        with formats.VideoWriter(earlier, 24) as video:
             video.write(clip(2))
             raise mistake
 
 
 def test_a_video_without_frames_or_of_two_sizes_is_a_bug(earlier):
     with pytest.raises(ValueError, match="no frames"):
-        with media.VideoWriter(earlier, 24):
+        with formats.VideoWriter(earlier, 24):
             pass
     with pytest.raises(ValueError, match="after"):
-        with media.VideoWriter(earlier, 24) as video:
+        with formats.VideoWriter(earlier, 24) as video:
             video.write(clip(1))
             video.write(clip(1, width=32))
 
 
 def test_odd_sizes_are_refused(earlier):
     with pytest.raises(UserError, match="63x48 is odd"):
-        with media.VideoWriter(earlier, 24) as video:
+        with formats.VideoWriter(earlier, 24) as video:
             video.write(clip(1, width=63))
 
 
 def test_frames_lost_on_the_way_are_noticed(earlier, monkeypatch):
     monkeypatch.setattr(media, "probe", lambda path: media.Media(num_frames=1))
     with pytest.raises(RuntimeError, match="1 frames in the mp4 after 2"):
-        with media.VideoWriter(earlier, 24) as video:
+        with formats.VideoWriter(earlier, 24) as video:
             video.write(clip(2))
 
 
@@ -622,7 +624,7 @@ def test_a_full_disk_is_one_line(earlier):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(UserError, match="out.mp4: cannot be written"):
-            with media.VideoWriter(earlier, 24) as video:
+            with formats.VideoWriter(earlier, 24) as video:
                 for _ in range(8):
                     video.write(noise)
     finally:
@@ -635,12 +637,12 @@ def test_missing_permission_is_one_line(earlier, monkeypatch):
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(UserError, match="out.mp4: .*Permission denied"):
-        with media.VideoWriter(earlier, 24) as video:
+        with formats.VideoWriter(earlier, 24) as video:
             video.write(clip(1))
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     for write in (
-        lambda: media.check_output(earlier, ".mp4"),
-        lambda: media.VideoWriter(earlier, 24).__enter__().write(clip(1)),
+        lambda: formats.check_output(earlier),
+        lambda: formats.VideoWriter(earlier, 24).__enter__().write(clip(1)),
         lambda: media.write_wav(earlier, tones(0.1, 8000), 8000),
         lambda: media.save_png(earlier, clip(1)[0]),
     ):
@@ -652,7 +654,7 @@ def test_a_failure_while_sound_is_added_leaves_nothing(earlier, tmp_path_factory
     broken = tmp_path_factory.mktemp("sound") / "sound.m4a"
     broken.write_text("not a sound")
     with pytest.raises(UserError, match="sound.m4a: cannot be read"):
-        with media.VideoWriter(earlier, 24, broken) as video:
+        with formats.VideoWriter(earlier, 24, broken) as video:
             video.write(clip(2))
 
 
@@ -660,8 +662,8 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
     """Not what a run left for another name, nor the folder of a run still alive."""
     writes = f"""
         import numpy as np, sys, time
-        from ltx2 import media
-        with media.VideoWriter({str(tmp_path / "out.mp4")!r}, 24) as video:
+        from ltx2 import formats
+        with formats.VideoWriter({str(tmp_path / "out.mp4")!r}, 24) as video:
             video.write(np.zeros((1, 32, 32, 3), np.uint8))
             print("written", flush=True)
             time.sleep(60)
@@ -670,18 +672,18 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as run:
         assert run.stdout.readline() == b"written\n"
         (left,) = os.listdir(tmp_path)
-        media.check_output(tmp_path / "out.mp4", ".mp4")
+        formats.check_output(tmp_path / "out.mp4")
         assert os.listdir(tmp_path) == [left]
         run.kill()
-    media.check_output(tmp_path / "other-out.mp4", ".mp4")
+    formats.check_output(tmp_path / "other-out.mp4")
     assert os.listdir(tmp_path) == [left]
-    media.check_output(tmp_path / "out.mp4", ".mp4")
+    formats.check_output(tmp_path / "out.mp4")
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     "name, reason",
-    [("out.avi", "must end in .mp4"), ("out", "must end in .mp4")]
+    [("out.avi", "must end in .mp4"), ("out.mpeg4", "must end in .mp4")]
     + [("file/out.mp4", "Not a directory"), ("file/a/out.mp4", "Not a directory")]
     + [("dir.mp4", "is a folder")],
 )
@@ -689,25 +691,25 @@ def test_an_impossible_output_is_refused_early(tmp_path, name, reason):
     (tmp_path / "dir.mp4").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"{name}: .*{reason}"):
-        media.check_output(tmp_path / name, ".mp4")
+        formats.check_output(tmp_path / name)
 
 
 def test_an_empty_name_of_an_output_is_refused():
     with pytest.raises(UserError, match="^output: the name must end in .mp4"):
-        media.check_output("", ".mp4")
+        formats.check_output("")
     with pytest.raises(UserError, match="is a folder, give the name of a file"):
         media.save_png("", clip(1)[0])
 
 
 def test_missing_folders_of_an_output_are_made(tmp_path):
-    media.check_output(tmp_path / "a" / "b" / "out.mp4", ".mp4")
+    formats.check_output(tmp_path / "a" / "b" / "out.mp4")
     assert os.listdir(tmp_path / "a" / "b") == []
     media.save_png(tmp_path / "c" / "out.png", clip(1)[0])
     assert os.listdir(tmp_path / "c") == ["out.png"]
 
 
 def test_a_possible_output_leaves_no_trace_of_the_check(tmp_path):
-    media.check_output(tmp_path / "out.MP4", ".mp4")
+    formats.check_output(tmp_path / "out.MP4")
     assert not os.listdir(tmp_path)
 
 

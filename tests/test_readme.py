@@ -15,7 +15,7 @@ from test_pipeline import QuickVocoder
 import convert
 import generate
 import train
-from ltx2 import checks, media, pipeline
+from ltx2 import checks, formats, media, pipeline
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -96,7 +96,7 @@ def folder(tmp_path_factory, checkpoint):
     frames = np.random.default_rng(0).integers(0, 255, (17, 64, 64, 3), np.uint8)
     tone = np.sin(np.arange(32000) / 20)[:, None].astype(np.float32)
     for clip in ("clip.mp4", "depth.mp4"):
-        with media.VideoWriter(folder / clip, 24, (tone, 16000)) as video:
+        with formats.VideoWriter(folder / clip, 24, (tone, 16000)) as video:
             video.write(frames)
     for image in ("first.png", "last.png", "noon.png", "mask.png"):
         media.save_png(folder / image, frames[0])

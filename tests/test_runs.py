@@ -18,7 +18,7 @@ from test_pipeline import (
 )
 
 import generate
-from ltx2 import base, media, memory, pipeline
+from ltx2 import base, formats, media, memory, pipeline
 from ltx2.base import OutputError, UserError
 from ltx2.request import Image, LoraFile, Request
 from ltx2.snapshot import Snapshot
@@ -52,7 +52,7 @@ def clip(tmp_path_factory):
     y, x = np.mgrid[:64, :96]
     frames = [np.stack([x + 5 * t, y, x + y], -1) % 256 for t in range(17)]
     tone = np.sin(np.arange(12000) / 20)[:, None].astype(np.float32) / 2
-    with media.VideoWriter(path, 24, (tone, 16000)) as video:
+    with formats.VideoWriter(path, 24, (tone, 16000)) as video:
         video.write(np.array(frames, np.uint8))
     return str(path)
 
@@ -257,7 +257,7 @@ def test_an_extension_does_not_change_the_clip(pipe, contexts, clip, seconds):
 
 def test_a_clip_is_fitted_to_a_possible_size_length_and_rate(pipe, tmp_path):
     frames = np.zeros((20, 74, 150, 3), np.uint8)
-    with media.VideoWriter(tmp_path / "odd.mp4", 30) as video:
+    with formats.VideoWriter(tmp_path / "odd.mp4", 30) as video:
         video.write(frames)
     request = Request("a", video=str(tmp_path / "odd.mp4"), retake=(0, 1), fps=24)
     job = pipe.plan(request)
@@ -267,7 +267,7 @@ def test_a_clip_is_fitted_to_a_possible_size_length_and_rate(pipe, tmp_path):
 
 
 def test_a_rounded_frame_rate_counts_as_the_clips(pipe, tmp_path):
-    with media.VideoWriter(tmp_path / "film.mp4", 23.976) as video:
+    with formats.VideoWriter(tmp_path / "film.mp4", 23.976) as video:
         video.write(np.zeros((9, 64, 64, 3), np.uint8))
     for fps in (None, 23.976):
         video = str(tmp_path / "film.mp4")
@@ -291,7 +291,7 @@ def test_a_reference_clip_fits_all_stages(checkpoint, tmp_path):
         checkpoint("gemma3")
     )
     pipe = pipeline.load(checkpoint("ltx-2"), encoder, "distilled", None, [upsampler])
-    with media.VideoWriter(tmp_path / "clip.mp4", 24) as video:
+    with formats.VideoWriter(tmp_path / "clip.mp4", 24) as video:
         video.write(np.zeros((9, 200, 300, 3), np.uint8))
     lora = LoraFile(str(checkpoint("ltx-2-lora2")))  # its reference has half the size
     request = Request("a", video=str(tmp_path / "clip.mp4"), loras=(lora,))
@@ -411,7 +411,7 @@ def test_a_full_disk_keeps_the_latents(command, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(media.VideoWriter, "write", full)
+    monkeypatch.setattr(formats.VideoWriter, "write", full)
     with pytest.raises(OSError):
         command("--prompt", "a cat")
     assert [p.name for p in tmp_path.iterdir()] == ["output.latents.safetensors"]
