@@ -207,6 +207,8 @@ def build_requests(
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
         if not prompts:
             raise UserError(f"{args.prompts} has no prompts: write one per line")
+    if prompts[0] is None and (passed | base).get("contexts_file"):
+        prompts = [""]
     if prompts[0] is None:
         raise UserError("no prompt: pass --prompt or --prompts")
     first = Request.from_json({**base, **passed, "prompt": prompts[0]})
@@ -251,6 +253,8 @@ def describe(pipe: Any, job: Any) -> str:
 
 def enhanced(pipe: Any, job: Any) -> Any:
     """The job with its prompt expanded."""
+    if job.request.contexts_file:
+        raise UserError("--enhance-prompt needs a prompt: remove --contexts")
     prompt, *negative = job.prompts
     prompt = pipe.enhance(prompt, job.request.seed)
     print(f"prompt: {prompt}")

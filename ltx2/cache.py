@@ -1,15 +1,36 @@
-"""Contexts kept on the disk, by prompt, model and text encoder."""
+"""Contexts on the disk: kept by prompt, model and text encoder, or in a file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import mlx.core as mx
 
+from .base import UserError
 from .guidance import Contexts
+
+NAMES = "{}_context", "{}_prompt_embeds", "{}"  # adapters', diffusers', a cache's
+
+
+def read_contexts(path: str | Path) -> tuple[Optional[mx.array], ...]:
+    """Contexts (1, N, D) of video and audio, None for one that is not there, from a
+    safetensors file. UserError if it has none for the video."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        arrays = mx.load(str(path), "safetensors")
+    except RuntimeError:
+        raise UserError(f"{path} is not a safetensors file") from None
+    found = []
+    for stream in ("video", "audio"):
+        x = [arrays[k] for k in (n.format(stream) for n in NAMES) if k in arrays]
+        found.append(x[0].reshape(1, *x[0].shape[-2:]) if x and x[0].ndim > 1 else None)
+    if found[0] is None:
+        raise UserError(f"{path} has no text embeddings, as video_context")
+    return tuple(found)
 
 
 class ContextCache:

@@ -16,7 +16,8 @@ import numpy as np
 
 from . import latents, media
 from .audio_vae import log_mel
-from .guidance import Guidance
+from .cache import read_contexts
+from .guidance import Contexts, Guidance
 from .latents import Conditioning, Size, Streams
 from .lora import Lora
 from .request import LoraFile
@@ -50,6 +51,10 @@ class InputFiles:
     def lora(self, path: str) -> Lora:
         """A LoRA whose factors are read where they are first used."""
         return self._once(Lora.read, path)
+
+    def contexts(self, path: str) -> Contexts:
+        """Contexts of video and audio in a file; None for what is not in it."""
+        return self._once(read_contexts, path)
 
     def clear(self) -> None:
         """Free what was read."""

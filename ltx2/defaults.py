@@ -30,8 +30,9 @@ MAX_FRAMES, MAX_SIDE = 2049, 4096
 AUTO_DURATION = (1.0, 20.0)  # seconds, the reference's
 DECODERS = {"conv": "vae", "diffusion": "diffusion_decoder"}
 BOTH = ("video", "audio")
-PARTS = {  # that a job needs for all, or for a stream
-    "all": ("transformer", "connectors"),
+PARTS = {  # that a job needs for all, for prompts, or for a stream
+    "all": ("transformer",),
+    "text": ("connectors",),
     "video": ("vae",),
     "audio": ("audio_vae", "vocoder"),
 }
@@ -88,11 +89,13 @@ class Resolver:
         for fault, message in self.faults(unmet):
             if fault:
                 raise UserError(message)
-        self.checkpoint.require(
-            *PARTS["all"], *(p for s in self.streams for p in PARTS[s])
-        )
-        if self.checkpoint.text_encoder == "gemma":
+        text = ("text",) * (not r.contexts_file or not self.distilled)
+        kinds = "all", *text, *self.streams
+        self.checkpoint.require(*(part for kind in kinds for part in PARTS[kind]))
+        if text and self.checkpoint.text_encoder == "gemma":
             self.checkpoint.require("gemma")
+        if r.contexts_file:
+            self.check_contexts()
         for lora in r.loras:
             stages = 1 if self.mode == "one" else 2
             if lora.stage not in (None, *range(1, stages + 1)):
@@ -104,6 +107,21 @@ class Resolver:
                     f"LoRA {lora.path} has strength 0, no effect: remove it"
                 )
             check_range(f"LoRA {lora.path}: strength", lora.strength, -10, 10)
+
+    def check_contexts(self) -> None:
+        """UserError unless a file's contexts are for this model and all streams."""
+        path, config = self.r.contexts_file, self.checkpoint.config["transformer"]
+        for stream, x in zip(BOTH, self.files.contexts(path)):
+            width = "caption_channels"  # that is projected to the transformer's
+            if config.get("caption_proj_before_connector"):
+                width = "audio_" * (stream == "audio") + "cross_attention_dim"
+            if x is None and stream in self.streams:
+                raise UserError(f"{path} is for video alone: add no_audio")
+            if x is not None and x.shape[-1] != config[width]:
+                raise UserError(
+                    f"{path} is for another model: its {stream} embeddings have width "
+                    f"{x.shape[-1]}, not {config[width]}"
+                )
 
     def faults(self, unmet: Mapping[str, str]) -> Iterator[tuple[Any, str]]:
         """What no single field can declare: whether it is so, and the message."""
@@ -135,8 +153,12 @@ class Resolver:
             "change the video)",
         )
         yield (
-            not r.prompt.strip() and not self.recipe.no_prompt,
+            not (r.prompts[0].strip() or self.recipe.no_prompt),
             "the prompt is empty: say what to show",
+        )
+        yield (
+            r.contexts_file and r.prompt,
+            "contexts_file is used instead of the prompt: remove one of them",
         )
         yield (
             r.tile_size and not self.tiled,
@@ -206,7 +228,7 @@ class Resolver:
         """The most frames that the duration head may predict, if it decides: by default
         where the model has one and no input has a duration."""
         r, head = self.r, "duration_head"
-        fixed = r.video or r.audio or r.num_frames is not None
+        fixed = r.video or r.audio or r.contexts_file or r.num_frames is not None
         if r.auto_duration is None and (
             fixed or head not in self.checkpoint.components
         ):

@@ -78,9 +78,9 @@ class Pipeline(Components):
             count = self.machines.count
             parts = [self._estimate(job, count) for job in jobs]
             found = memory.joined(parts, self.low_memory)
-        if text and self.machines.rank == 0:
+        prompts = {prompt for job in jobs for prompt in job.texts}
+        if text and prompts and self.machines.rank == 0:
             self.check_text_encoder()
-            prompts = {prompt for job in jobs for prompt in job.prompts}
             need = self._estimator.text(len(prompts), self.encoder_files)
             found = memory.joined([found], self.low_memory, {"text": need})
         if not found.fits:
@@ -166,7 +166,8 @@ class Pipeline(Components):
         run = Run(self, self.inputs, noise, trace, frozen_from_noise, plan.streamed)
         if contexts is None:
             yield Phase(phase="text", step=0, steps=0)
-            contexts = run.encode_text(jobs)
+        if contexts != {}:  # else it is only decoded
+            contexts = run.encode_text(jobs, contexts)
         jobs = [run.predict_duration(job, contexts) for job in jobs]
         conditions, done = {}, {}
         for n, job in self.machines.deal(jobs):

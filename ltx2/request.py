@@ -100,6 +100,12 @@ class Request:
     negative_prompt: Optional[str] = ask(
         "what to avoid, with guidance (default: common faults)", metavar="TEXT"
     )
+    contexts_file: Optional[str] = ask(
+        "text embeddings instead of a prompt, as an adapter may have them",
+        flag="contexts",
+        metavar="FILE",
+        excludes="auto_duration",
+    )
     height: Optional[int] = ask("in pixels (default: 512, or the clip's)")
     width: Optional[int] = ask("in pixels (default: 768, or the clip's)")
     num_frames: Optional[int] = ask(
@@ -314,7 +320,7 @@ class Request:
     )
 
     GROUPS = {
-        "output": "prompt height width num_frames auto_duration fps conditioned_fps chunk_frames carry_frames blend_frames no_audio audio_only "
+        "output": "prompt contexts_file height width num_frames auto_duration fps conditioned_fps chunk_frames carry_frames blend_frames no_audio audio_only "
         "video_decoder decode_bias",
         "inputs": "images keyframes image_crf audio video retake retake_streams extend "
         "reference_strength reference_attention attention_mask reference_in_stage_2 tile_size "
@@ -328,6 +334,11 @@ class Request:
             object.__setattr__(self, name, tuple(items))
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", tuple(map(float, self.sigmas)))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What contexts are made of: the prompt, or the file that has them."""
+        return (self.contexts_file or self.prompt,)
 
     @property
     def changes_clip(self) -> bool:

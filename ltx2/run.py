@@ -157,12 +157,18 @@ class Run:
 
         return noise
 
-    def encode_text(self, jobs: list[Job]) -> dict[str, Contexts]:
-        """Contexts by prompt, each encoded once."""
-        prompts = list(dict.fromkeys(p for job in jobs for p in job.prompts))
-        with self.meter.phase("text"):
-            encode = lambda: self.model.contexts(prompts, self.trace)
-            return self.model.machines.on_rank_0(encode)
+    def encode_text(
+        self, jobs: list[Job], contexts: Optional[dict[str, Contexts]]
+    ) -> dict[str, Contexts]:
+        """Contexts by prompt, each encoded once unless there are some, and by file."""
+        files = {job.request.contexts_file for job in jobs} - {None}
+        found = {path: self.inputs.contexts(path) for path in files}
+        prompts = list(dict.fromkeys(p for job in jobs for p in job.texts))
+        if contexts is None and prompts:
+            with self.meter.phase("text"):
+                encode = lambda: self.model.contexts(prompts, self.trace)
+                contexts = self.model.machines.on_rank_0(encode)
+        return (contexts or {}) | found
 
     def predict_duration(self, job: Job, contexts: dict[str, Contexts]) -> Job:
         """The job with the duration that its prompt needs, if the model predicts it."""

@@ -92,6 +92,11 @@ class Job:
         return self.prompts[1] if len(self.prompts) > 1 else None
 
     @property
+    def texts(self) -> list[str]:
+        """The prompts that the text encoder reads."""
+        return [p for p in self.prompts if p != self.request.contexts_file]
+
+    @property
     def streams(self) -> tuple[str, ...]:
         return self.stages[0].streams
 
@@ -112,7 +117,8 @@ class Job:
     @property
     def components(self) -> tuple[str, ...]:
         """The components that it needs, but for the text encoder."""
-        parts = [p for stream in ("all", *self.streams) for p in PARTS[stream]]
+        kinds = "all", *("text",) * bool(self.texts), *self.streams
+        parts = [p for kind in kinds for p in PARTS[kind]]
         parts += [s.upsampler for s in self.stages if s.upsampler]
         return *parts, *((self.decoder,) if "video" in self.streams else ())
 
@@ -145,7 +151,7 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
             f"{frames} frames are generated, in whole segments between keyframes, and "
             f"cut to {r.num_frames}"
         )
-    prompts = (r.prompt, *p.negative_prompt(guidance))
+    prompts = (*r.prompts, *p.negative_prompt(guidance))
     return Job(r, stages, prompts, p.decoder(), tuple(p.notes))
 
 

@@ -1,9 +1,16 @@
-"""Contexts in the cache: found again only if nothing they depend on has changed."""
+"""Contexts in the cache: found again only if nothing they depend on has changed. And
+contexts from a file, which replace a prompt."""
+
+import shutil
+import sys
 
 import mlx.core as mx
 import pytest
+from test_pipeline import latents_of
 
+import generate
 from ltx2 import pipeline
+from ltx2.base import UserError
 from ltx2.request import Request
 
 SIZE = {"height": 64, "width": 64, "num_frames": 9, "sigmas": (1.0, 0.0)}
@@ -54,3 +61,85 @@ def test_a_prompt_is_encoded_once(run, tmp_path):
 def test_a_prompt_is_encoded_again_with_another_model_dtype_or_encoder(run, change):
     run("a dog")
     assert run("a dog", **change)[1] == ["a dog"]
+
+
+# From a file
+
+SILENT = SIZE | {"no_audio": True}
+
+
+@pytest.fixture
+def model(checkpoint, tmp_path):
+    """A small LTX-2.5 without its text encoder."""
+    folder = shutil.copytree(checkpoint("ltx-2.5"), tmp_path / "model")
+    (folder / "text_encoders" / "ltx-2.5-text-encoder.safetensors").unlink()
+    return pipeline.load(str(folder), None, "distilled", "float32")
+
+
+VIDEO = mx.random.normal((1, 16, 72), key=mx.random.key(0))
+AUDIO = mx.random.normal((1, 16, 48), key=mx.random.key(1))
+
+
+@pytest.fixture
+def save(tmp_path):
+    """`save(video_context=x)`: the path of a file with these arrays."""
+
+    def save(**arrays):
+        path = str(tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors")
+        mx.save_safetensors(path, arrays)
+        return path
+
+    return save
+
+
+def test_contexts_in_a_file_replace_the_prompt_and_the_text_encoder(
+    model, checkpoint, save
+):
+    path = save(video_context=VIDEO, audio_context=AUDIO)
+    found = latents_of(model, Request("", contexts_file=path, **SIZE))
+    whole = pipeline.load(str(checkpoint("ltx-2.5")), None, "distilled", "float32")
+    given = {"contexts": {"a dog": (VIDEO, AUDIO)}}
+    expected = latents_of(whole, Request("a dog", **SIZE), **given)
+    assert all(mx.array_equal(found[k], expected[k]) for k in ("video", "audio"))
+
+
+def test_each_video_has_the_contexts_of_its_own_file(model, save):
+    files = save(video_prompt_embeds=VIDEO[0]), save(video=VIDEO[0] * 2)
+    two = (Request("", contexts_file=path, **SILENT) for path in files)
+    events = [e for e in model.stream(*two) if e.phase == "latents"]
+    first, second = (e.snapshot.latents["video"] for e in events)
+    assert not mx.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "arrays, prompt, reason",
+    [
+        ({"video_context": VIDEO}, "", "is for video alone: add no_audio"),
+        ({"video_context": AUDIO}, "", "video embeddings have width 48, not 72"),
+        ({"audio_context": AUDIO}, "", "has no text embeddings, as video_context"),
+        (
+            {"video": VIDEO, "audio": AUDIO},
+            "a dog",
+            "instead of the prompt: remove one",
+        ),
+    ],
+)
+def test_contexts_that_do_not_fit_are_refused(model, save, arrays, prompt, reason):
+    with pytest.raises(UserError, match=reason):
+        model.plan(Request(prompt, contexts_file=save(**arrays), **SIZE))
+
+
+def test_the_command_line_needs_no_prompt_then(checkpoint, save, tmp_path, monkeypatch):
+    path, output = save(video_context=VIDEO), str(tmp_path / "a.mp4")
+    argv = ["generate.py", "--model", str(checkpoint("ltx-2.5")), "--kind", "distilled"]
+    argv += ["--contexts", path, "--no-audio", "--output", output, "--num-frames", "9"]
+    monkeypatch.setattr(
+        sys, "argv", [*argv, "--height", "64", "--width", "64", "--plan"]
+    )
+    generate.main()
+    monkeypatch.setattr(sys, "argv", [*argv, "--enhance-prompt"])
+    with pytest.raises(UserError, match="remove --contexts"):
+        generate.main()
+    monkeypatch.setattr(sys, "argv", [*argv, "--contexts", output])
+    with pytest.raises(UserError, match="a.mp4: no such file"):
+        generate.main()
