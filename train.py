@@ -47,7 +47,7 @@ def main() -> None:
     args = parser().parse_args()
     import mlx.core as mx
 
-    from ltx2 import adapters, dataset, pipeline, training
+    from ltx2 import adapters, dataset, memory, pipeline, training
     from ltx2.conversion import OFFICIAL
 
     init_distributed()
@@ -81,10 +81,11 @@ def main() -> None:
         from ltx2 import hub
 
         hub.create_repository(args.upload_repo)  # fails now, not after the training
-    trainer.prepare(args.resume_adapter_file)
-    signal.signal(signal.SIGINT, lambda *_: stop(trainer))
-    for report in trainer.train():
-        show(report, trainer.options.iters)
+    with memory.limits(plan):
+        trainer.prepare(args.resume_adapter_file)
+        signal.signal(signal.SIGINT, lambda *_: stop(trainer))
+        for report in trainer.train():
+            show(report, trainer.options.iters)
     print(f"wrote {folder}")
     if trainer.step < trainer.options.iters:
         print(f"continue with --resume-adapter-file {folder}")

@@ -22,13 +22,26 @@ def workspace(
     frames, height, width = size
     if mx.default_device().type == mx.cpu:
         return 4 * 9 * taps * frames * height * width * dim_in, 0
+    outputs = 4 * (taps - 1) * frames * height * width * dim  # beside the sum
     aligned = dim_in % 32 == 0 == dim % 32
     if not aligned or dim_in + dim < 256 or frames * height * width < 4096:
-        return 0, 0
+        return outputs, 0
     rows, columns = ceil(height / 6), ceil(width / 6)
     padded = frames * (6 * rows + 2) * (6 * columns + 2) * dim_in
     transformed = 64 * frames * rows * columns * (dim_in + dim)
-    return 4 * taps * (padded + transformed), 4 * taps * 64 * dim_in * dim
+    filters = 4 * taps * 64 * dim_in * dim
+    return outputs + 4 * taps * (padded + transformed), filters
+
+
+def held(size: tuple[int, int, int], dim_in: int, dim: int, ahead: int) -> int:
+    """Bytes that `conv3d` of one clip with 3 taps takes at its peak: workspace, padded
+    input and two outputs, of `ahead` convolutions together; parts are computed one by
+    one."""
+    frames, height, width = size
+    work, channels = workspace(size, dim_in, dim), 3 * (frames + 2) * dim_in
+    ahead = 1 if max(work) > WORKSPACE else ahead
+    work = sum(min(part, WORKSPACE) for part in work)
+    return ahead * (work + 4 * height * width * (channels + 2 * frames * dim))
 
 
 def conv3d(x: mx.array, weight: mx.array, padding: int) -> mx.array:

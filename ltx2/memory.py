@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Callable, Iterable, Mapping, Optional
+from typing import Callable, Iterable, Iterator, Mapping, Optional
 
 import mlx.core as mx
 
 from .base import UserError, table
 from .conditions import Stage
+from .conv import held
 from .diffusion_decoder import tile
 from .dit import DiTConfig
 from .guidance import guidance_passes
@@ -29,13 +31,14 @@ from .text import MAX_TOKENS
 from .upsampler import UpsamplerConfig
 from .vae import DOWN, UP, VideoVAEConfig
 from .weights import FLOAT32, Checkpoint
+from .work import video_convs
 
 FLOAT = 4  # bytes: encoders and decoders compute in float32
 # Copies of the widest tensor that are alive together, on the CPU and on a GPU.
-CONVOLUTION = (34, 6)  # 3x3x3
-UPSAMPLER = (102, 6)  # whose convolutions see all frames at once
+UPSAMPLER = (40, 6)  # beside its convolutions, which see all frames at once
 SPECTRAL = (90, 12)  # the audio VAE and HiFi-GAN
 BIGVGAN = (215, 30)
+TIGHT = 3 / 4  # of the limit
 
 
 @dataclass(frozen=True)
@@ -141,13 +144,20 @@ def available() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def set_limits(plan: MemoryPlan) -> None:
-    """Keep what is needed from being paged out, and cached buffers within what is left.
-    Only Metal has such limits."""
-    if mx.metal.is_available():
-        peak = int(plan.peak[0])
-        mx.set_wired_limit(min(peak, plan.limit))
-        mx.set_cache_limit(max(plan.limit - peak, 1 << 28))
+@contextmanager
+def limits(plan: MemoryPlan) -> Iterator[None]:
+    """Make MLX wait where it would run ahead of the plan's limit. Only where it is tight,
+    keep what is needed from being paged out: wired memory has crashed macOS when much
+    of it came and went (mlx issue 3186). The limits before return at the end."""
+    peak, before = plan.peak[0], mx.set_memory_limit(plan.limit)
+    tight = mx.metal.is_available() and peak > TIGHT * plan.limit
+    wired = mx.set_wired_limit(int(min(peak, plan.limit))) if tight else 0
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
+        if tight:
+            mx.set_wired_limit(wired)
 
 
 class Estimator:
@@ -274,13 +284,19 @@ class Estimator:
             + contexts
         )
         if stage.upsampler:
-            c = UpsamplerConfig.from_dict(self.config[stage.upsampler])
-            wide = stage.part.tokens(size) * c.mid_channels
-            buffers = max(buffers, UPSAMPLER[self.gpu] * FLOAT * wide)
+            buffers = max(buffers, self.upsampling(stage))
         weights = self.size["transformer"] + others + loras
         in_blocks = loras * (1 - (1 + self.gpu) / self.dit.num_layers)
         spared = self.streamable["transformer"] // shards + in_blocks
         return Footprint(weights, buffers, int(spared))
+
+    def upsampling(self, stage: Stage) -> float:
+        """A residual block of the upsampler at the stage's size."""
+        c = UpsamplerConfig.from_dict(self.config[stage.upsampler])
+        size, dim = stage.size, c.mid_channels
+        tokens = stage.part.tokens(size)
+        clip = tokens // size.frame_tokens, *size.latent_sides
+        return held(clip, dim, dim, 2) + UPSAMPLER[self.gpu] * FLOAT * tokens * dim
 
     def neighborhoods(self, size: Size, _) -> float:
         """The diffusion decoder's last blocks: the frames that their windows span, as
@@ -297,28 +313,16 @@ class Estimator:
     def convolutions(self, size: Size, strides: dict, frames: int = 1) -> float:
         """The video VAE's decoder (`UP`) or encoder (`DOWN`): the frames that each
         convolution keeps, and the widest one at work."""
-        c, up = self.vae, strides is UP
-        if up:
-            blocks, dim = c.decoder_blocks[::-1], c.decoder_base_channels
-            dim *= math.prod(o.get("multiplier", 1) for _, o in blocks)
-            area = size.frame_tokens
-        else:
-            blocks, dim = c.encoder_blocks, c.encoder_base_channels
-            area = size.height * size.width // c.patch_size**2
-        kept = widest = 0.0
-        for name, options in blocks:
-            widest = max(widest, dim * area * frames)
-            if name == "res_x":
-                kept += 6 * dim * area * options["num_layers"]
-            else:
-                kept += 4 * dim * area
-                time, *space = strides[name]
-                factor, pixels = options.get("multiplier", 1), math.prod(space)
-                dim = dim // factor if up else dim * factor
-                area = area * pixels if up else area // pixels
-                frames = frames if up else math.ceil(frames / time)
-        widest = max(widest, dim * area * frames)
-        return FLOAT * (kept + 2 * dim * area + CONVOLUTION[self.gpu] * widest)
+        convs, up = list(video_convs(self.vae, size, strides, frames)), strides is UP
+        ahead = 1 + self.gpu  # a GPU computes one while the next one is prepared
+        kept = at_work = 0
+        for c in convs:
+            # The decoder lags, so its residuals wait for the next chunk, too.
+            area, residual = FLOAT * math.prod(c.size[1:]), c.size[0] * c.residual
+            kept += 2 * area * (c.dim_in + c.residual * up) * (up or frames > 1)
+            work = held(c.size, c.dim_in, c.dim, ahead) + area * residual
+            at_work = max(at_work, work)
+        return kept + at_work
 
     def spectra(self, tokens: int) -> float:
         """The audio VAE: its widest level has all mel bins."""

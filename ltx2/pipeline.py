@@ -164,6 +164,17 @@ class Pipeline(Components):
                 contexts = {}  # it is only decoded
         plan = self._prepare(jobs, contexts is None, resume)
         run = Run(self, self.inputs, noise, trace, frozen_from_noise, plan.streamed)
+        with memory.limits(plan):
+            yield from self._events(run, jobs, contexts, resume)
+
+    def _events(
+        self,
+        run: Run,
+        jobs: list[Job],
+        contexts: Optional[dict[str, Contexts]],
+        resume: Optional[Snapshot],
+    ) -> Iterator[Event]:
+        """What `stream` yields."""
         if contexts is None:
             yield Phase(phase="text", step=0, steps=0)
         if contexts != {}:  # else it is only decoded
@@ -200,7 +211,6 @@ class Pipeline(Components):
         hub.fetch_all(self.checkpoint.files)
         if resume is not None:
             resume.check(jobs[0], self.files())
-        memory.set_limits(plan)
         return plan
 
 

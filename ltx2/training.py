@@ -266,7 +266,6 @@ class Trainer:
             blocks = lambda: (block for _, block in self.trainee.blocks())
             model.transformer_blocks = StreamedBlocks(blocks)
         self.trainee.update(parameters)
-        memory.set_limits(self.memory)
 
     def _read(self) -> list[Block]:
         """The blocks with factors; their weights are not read yet."""
@@ -430,9 +429,7 @@ class Trainer:
         self.pipe.adopt(self.trainee.model)
         job = self.pipe.plan(request)
         contexts = {prompt: self.data.context(prompt) for prompt in job.prompts}
-        result = self.pipe.generate(**vars(request), contexts=contexts)
-        memory.set_limits(self.memory)  # in place of those of sampling
-        return result
+        return self.pipe.generate(**vars(request), contexts=contexts)
 
     # Files
 

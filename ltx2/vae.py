@@ -104,14 +104,19 @@ def single_frames(chunks: Chunks) -> Chunks:
     return map(mx.contiguous, chain.from_iterable(map(split, chunks)))
 
 
-def few_frames(frames: Chunks) -> Chunks:
+def frames_at_once(pixels: int) -> int:
     """Single frames, or on a GPU up to 4 of fewer than 4096 pixels together: Metal
     convolves larger chunks faster (Winograd)."""
+    gpu = mx.default_device().type != mx.cpu
+    return min(math.ceil(4096 / pixels), 4) if gpu else 1
+
+
+def few_frames(frames: Chunks) -> Chunks:
+    """As many frames together as pays."""
     first = next(frames, None)
     if first is None:
         return
-    gpu, (height, width) = mx.default_device().type != mx.cpu, first.shape[2:4]
-    size = min(math.ceil(4096 / (height * width)), 4) if gpu else 1
+    size = frames_at_once(math.prod(first.shape[2:4]))
     frames = chain(iter([first]), frames)
     del first
     groups = iter(lambda: [*islice(frames, size)], [])

@@ -15,8 +15,8 @@ def metal(monkeypatch):
 
 
 # A convolution of the reference's sizes (frames, rows, columns), channels in and out, and
-# GB held in total: workspace, input, and an output per tap (METAL.md, A6, at 768x512,
-# 1280x704 and 1920x1088)
+# GB held in total: workspace, with an output per tap, input and output, at 768x512,
+# 1280x704 and 1920x1088
 @pytest.mark.parametrize(
     "size, dim_in, dim, expected",
     [
@@ -37,15 +37,21 @@ def test_bytes_held_by_a_convolution_on_metal(metal, size, dim_in, dim, expected
     activations, filters = workspace(size, dim_in, dim)
     frames, height, width = size
     pixels = height * width
-    arrays = 4 * pixels * ((frames + 2) * dim_in + 3 * frames * dim)
+    arrays = 4 * pixels * ((frames + 2) * dim_in + frames * dim)
     assert (activations + filters + arrays) / 1e9 == pytest.approx(expected, rel=0.01)
 
 
-def test_workspace_is_that_of_winograd_only_where_it_is_used(metal):
-    assert workspace((1, 64, 64), 128, 128)[0] > 0
-    assert workspace((1, 64, 63), 128, 128) == (0, 0)  # fewer than 4096 pixels
-    assert workspace((1, 64, 64), 128, 96) == (0, 0)  # fewer than 256 channels
-    assert workspace((1, 64, 64), 128, 129) == (0, 0)  # not a multiple of 32
+@pytest.mark.parametrize(
+    "size, dim",
+    [
+        ((1, 64, 63), 128),  # fewer than 4096 pixels
+        ((1, 64, 64), 96),  # fewer than 256 channels
+        ((1, 64, 64), 129),  # not a multiple of 32
+    ],
+)
+def test_without_winograd_there_are_only_the_outputs_of_two_more_taps(metal, size, dim):
+    assert workspace((1, 64, 64), 128, 128)[0] > 2 * 4 * 64 * 64 * 128
+    assert workspace(size, 128, dim) == (2 * 4 * size[1] * size[2] * dim, 0)
 
 
 def test_the_cpu_unfolds_the_input():

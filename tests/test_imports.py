@@ -19,6 +19,7 @@ LAYERS = {  # a file imports files of lower layers only, not of its own
     "weights and machines": "weights parallel preview guidance",
     "requests": "request conversion cache formats",
     "inputs and components": "conditions components",
+    "work": "work",
     "memory": "memory",
     "recipes": "recipes",
     "defaults": "defaults",

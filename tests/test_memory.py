@@ -2,19 +2,27 @@
 
 import gc
 import sys
+from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import widths
+from checkpoints import CONFIGS, widths
 from test_pipeline import QuickVocoder, events_to_latents
 
 import generate
 from ltx2 import media, memory, pipeline, text, weights
 from ltx2.base import UserError
+from ltx2.latents import Size
 from ltx2.request import Image, LoraFile, Request
 from ltx2.text import MAX_TOKENS
+from ltx2.vae import DOWN, UP
+from ltx2.windows import WHOLE
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import convert_memory  # noqa: E402
 
 MID = {  # about 20 times the weights of the small models
     "transformer": {
@@ -195,15 +203,79 @@ def test_the_plan_flag_only_prints_the_plan(checkpoint, monkeypatch, capsys, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_limits_are_set_on_metal_only(monkeypatch):
-    limits = {}
-    monkeypatch.setattr(mx, "set_wired_limit", lambda n: limits.update(wired=n))
-    monkeypatch.setattr(mx, "set_cache_limit", lambda n: limits.update(cache=n))
-    plan = memory.MemoryPlan(
-        {"stage1": memory.Footprint(10 * 10**9, 10**9)}, 16 * 10**9
-    )
-    memory.set_limits(plan)
-    assert bool(limits) == mx.metal.is_available()
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    memory.set_limits(plan)
-    assert limits == {"wired": 11 * 10**9, "cache": 5 * 10**9}
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """The headers of the 19B."""
+    path = tmp_path_factory.mktemp("released") / "ltx-2-19b-distilled.safetensors"
+    convert_memory.synthesize(path, 48)
+    source = weights.open_model(str(path))
+    source.config["spatial_upsampler"] = CONFIGS["ltx-2-spatial-upscaler-x2-1.0"]
+    return source
+
+
+# GB of buffers: encoding a clip or an image, decoding, upsampling. Unbounded, a single
+# convolution of the clip would take 1.9, 4.3 and 9.7 GB, of the upsampler 1.3, 2 and 6.
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        ((768, 512, 121), (2.55, 1.10, 1.89, 1.28)),
+        ((1280, 704, 121), (4.77, 2.00, 3.41, 1.73)),
+        ((1920, 1088, 257), (11.05, 1.94, 6.07, 4.16)),
+    ],
+)
+def test_what_convolutions_hold_on_metal(released, monkeypatch, size, expected):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    estimator = memory.Estimator(released, mx.bfloat16)
+    stage = Namespace(size=Size(*size, 24.0), upsampler="spatial_upsampler", part=WHOLE)
+    convolve = estimator.convolutions
+    found = [convolve(stage.size, DOWN, frames) for frames in (8, 1)]
+    found += [convolve(stage.size, UP), estimator.upsampling(stage)]
+    assert [n / 1e9 for n in found] == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "metal, weights, expected",
+    [
+        (True, 10, []),  # there is room
+        (True, 13, [("wired", 14 * 10**9)]),
+        (True, 20, [("wired", 16 * 10**9)]),  # not more than is recommended
+        (False, 13, []),
+    ],
+)
+def test_only_a_tight_plan_is_wired_and_limits_return(
+    monkeypatch, metal, weights, expected
+):
+    calls, limits = [], {"wired": 5, "memory": 99}
+
+    def setter(name):
+        def set_limit(n):
+            calls.append((name, n))
+            before, limits[name] = limits[name], n
+            return before
+
+        return set_limit
+
+    for name in limits:
+        monkeypatch.setattr(mx, f"set_{name}_limit", setter(name))
+    monkeypatch.setattr(mx, "set_cache_limit", None)  # it would churn
+    monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
+    phases = {"stage1": memory.Footprint(weights * 10**9, 10**9)}
+    with pytest.raises(KeyboardInterrupt):
+        with memory.limits(memory.MemoryPlan(phases, 16 * 10**9)):
+            assert calls == [("memory", 16 * 10**9), *expected]
+            raise KeyboardInterrupt
+    assert limits == {"wired": 5, "memory": 99}
+
+
+def test_a_run_is_limited_until_it_ends_or_is_closed(load, request_, monkeypatch):
+    pipe, limit = load("ltx-2.3"), 10**10
+    monkeypatch.setattr(memory, "available", lambda: limit)
+    now = lambda: mx.set_memory_limit(limit)
+    job = pipe.plan(request_(no_audio=True))
+    before = now()
+    mx.set_memory_limit(before)
+    events = pipe.stream(job, contexts=random_contexts(pipe, job))
+    next(events)
+    assert now() == limit
+    events.close()
+    assert mx.set_memory_limit(before) == before
