@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
-from ltx2.base import Parser, UserError, run, table
+from ltx2.base import Parser, UserError, awake, run, table
 from ltx2.guidance import Guidance
 from ltx2.options import add_flags, name_and_file
 from ltx2.request import Request
@@ -83,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     resume = "resume an interrupted run, or only decode"
     add("--resume", metavar="LATENTS", help=resume)
     add("--preview-every", type=int, metavar="N", help="a preview image every N steps")
+    text = "let a Mac sleep during the run"
+    add("--no-caffeinate", action="store_true", help=text)
     return p
 
 
@@ -125,8 +127,15 @@ def main() -> None:
     if pipe.machines.mode:
         print(f"--parallel {pipe.machines.mode}: {pipe.machines}")
     memory.check()
-    if args.plan:
-        return
+    if not args.plan:
+        with awake(not args.no_caffeinate):
+            make(pipe, jobs, outputs, resume, args)
+
+
+def make(
+    pipe: Any, jobs: list, outputs: list[str], resume: Any, args: argparse.Namespace
+) -> None:
+    """Run the jobs and write their videos."""
     if args.enhance_prompt:
         jobs = [enhanced(pipe, job) for job in jobs]
     preview = pipe.preview() if args.preview_every else None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from generate import DEMO, init_distributed
-from ltx2.base import Parser, UserError, run
+from ltx2.base import Parser, UserError, awake, run
 from ltx2.options import add_flags
 
 EPILOG = """\
@@ -37,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
     low = "always read the transformer's blocks from disk in each step"
     add("--low-memory", action="store_true", default=None, help=low)
     add("--plan", action="store_true", help="print the memory plan and exit")
+    sleeps = "let a Mac sleep during the training"
+    add("--no-caffeinate", action="store_true", help=sleeps)
     add("--upload-repo", metavar="REPO", help="Hub repository to put the adapter into")
     options = p.add_argument_group("training").add_argument
     add_flags(lambda k: options, Options)
@@ -81,7 +83,7 @@ def main() -> None:
         from ltx2 import hub
 
         hub.create_repository(args.upload_repo)  # fails now, not after the training
-    with memory.limits(plan):
+    with awake(not args.no_caffeinate), memory.limits(plan):
         trainer.prepare(args.resume_adapter_file)
         signal.signal(signal.SIGINT, lambda *_: stop(trainer))
         for report in trainer.train():

@@ -1,7 +1,11 @@
 """LTX-2 on MLX: video with its sound from a prompt."""
 
 import importlib
+import os
 from typing import Any
+
+# Before MLX is imported: it would round the float32 convolutions of an M5 to 10 bits.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 __version__ = "0.1.0"
 HOMES = {

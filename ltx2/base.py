@@ -7,16 +7,18 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import re
 import signal
+import subprocess
 import sys
 import types
 import typing
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from numbers import Integral, Real
-from typing import Any, Callable, ClassVar, Iterable, Literal, Optional, Union
+from typing import Any, Callable, ClassVar, Iterable, Iterator, Literal, Optional, Union
 
 import mlx.core as mx
 
@@ -217,11 +219,48 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all flags)")
 
 
+# What MLX's error has in it, what has happened, and what helps.
+GPU_ERRORS = {
+    r"Timeout|Interactivity": "the system ended a GPU command that took too long: turn "
+    "the display off, make a smaller video, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1",
+    r"malloc\]|Memory": "out of memory: close other programs, make a smaller video, or "
+    "pass --low-memory",
+    r"\[METAL\]": "the GPU failed: try again, and test it with python -m ltx2.checks device",
+}
+
+
+def gpu_error(error: RuntimeError) -> str:
+    """An error of Metal or of MLX's allocator in one line; "" for any other one."""
+    text = " ".join(str(error).split())
+    if not re.search(r"\[(METAL|malloc|metal::malloc)\]", text):
+        return ""
+    helps = next(helps for sign, helps in GPU_ERRORS.items() if re.search(sign, text))
+    return f"{helps} ({text})"
+
+
+@contextmanager
+def awake(
+    wanted: bool = True,
+    platform: str = sys.platform,
+    start: Callable[[list[str]], subprocess.Popen] = subprocess.Popen,
+) -> Iterator[None]:
+    """Keep a Mac from sleeping meanwhile, but not its display. -w: this also ends if
+    this process is killed."""
+    command = ["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())]
+    process = start(command) if wanted and platform == "darwin" else None
+    try:
+        yield
+    finally:
+        if process:
+            process.terminate()
+            process.wait()
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main` and print its notes. A user's mistake or the system's
     refusal (no such file, no permission, disk full) is one line on stderr and exit code
-    2, a result that is not fit to be written exit code 1. SIGHUP and SIGTERM end it as
-    Ctrl-C does."""
+    2; a result that is not fit to be written or an error of the GPU exit code 1. SIGHUP
+    and SIGTERM end it as Ctrl-C does."""
 
     def stop(number: int, _: Any) -> None:
         raise Stopped(number)
@@ -234,9 +273,12 @@ def run(main: Callable[[], None]) -> None:
     warnings.showwarning = lambda message, *_: note(str(message))
     try:
         main()
-    except (UserError, OutputError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(1 if isinstance(error, OutputError) else 2)
+    except (UserError, OutputError, OSError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not (text := gpu_error(error)):
+            raise
+        sys.stderr.write(f"error: {text}\n")
+        sys.exit(1 if isinstance(error, (OutputError, RuntimeError)) else 2)
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if isinstance(stopped, Stopped) else signal.SIGINT
         sys.stderr.write("interrupted\n")

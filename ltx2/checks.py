@@ -1,4 +1,5 @@
-"""Diagnostics: trace a run, compare weights with their source, decode known latents.
+"""Diagnostics: trace a run, compare weights with their source, decode known latents,
+test the machine.
 See `python -m ltx2.checks --help`."""
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import re
 import sys
 from collections import defaultdict, namedtuple
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, NamedTuple, Optional
 
 import mlx.core as mx
@@ -302,7 +304,23 @@ def parser() -> argparse.ArgumentParser:
 
     text = "decode synthetic latents and report anomalies"
     checks.add_parser("probe", parents=[model], help=text, aliases=["known"])
+
+    text = "test this machine, without a model: kernels, rates, memory, disk"
+    d = checks.add_parser("device", help=text)
+    where = "on the disk to measure (default: this one)"
+    d.add_argument("--folder", default=".", help=where)
     return p
+
+
+def print_device(folder: str) -> None:
+    from . import device
+
+    print(device.machine(), flush=True)
+    rows = list(device.checks(Path(folder)))
+    print(table(("check", "", "found", "what to do"), rows))
+    states = [row.state for row in rows]
+    print(f"{states.count('wrong')} wrong, {states.count('slow')} slow")
+    sys.exit(1 if "wrong" in states else 0)
 
 
 def print_trace(args: argparse.Namespace) -> None:
@@ -324,6 +342,8 @@ def main() -> None:
     args = parser().parse_args()
     if args.check == "trace":
         return print_trace(args)
+    if args.check == "device":
+        return print_device(args.folder)
     from .weights import open_model
 
     model = open_model(args.model)

@@ -7,12 +7,35 @@ from pathlib import Path
 from typing import Any, Callable
 
 import checkpoints
+import mlx.core as mx
+import parity
 import pytest
 import split_checkpoint
 from fake_hub import fake_hub  # noqa: F401 (a fixture)
 from safetensors import safe_open
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser) -> None:
+    text = (
+        "run on the GPU, with its own tolerances; without it, also a Mac uses its CPU"
+    )
+    parser.addoption("--gpu", action="store_true", help=text)
+
+
+def pytest_configure(config) -> None:
+    if config.getoption("--gpu"):
+        if not mx.is_available(mx.gpu):
+            raise pytest.UsageError("--gpu: MLX has no GPU here")
+        parity.LOOSER = parity.GPU_LOOSER
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item) -> None:
+    """Tests marked `cpu` state what is only true of MLX's CPU backend."""
+    gpu = item.config.getoption("--gpu") and not item.get_closest_marker("cpu")
+    mx.set_default_device(mx.gpu if gpu else mx.cpu)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+# Tolerances are those of the CPU. A GPU adds in other orders, and Metal convolves with
+# Winograd's F(6, 3), whose error is about ten times that of a direct convolution.
+GPU_LOOSER = 30
+LOOSER = 1  # GPU_LOOSER with pytest --gpu
+
 
 def channels_last(x: np.ndarray) -> mx.array:
     """A golden in torch's layout (B, C, ...) as (B, ..., C)."""
@@ -16,9 +21,11 @@ def channels_last(x: np.ndarray) -> mx.array:
 
 
 def relative_error(ours: mx.array, reference: mx.array) -> float:
-    """The largest difference divided by the largest value of the reference."""
+    """The largest difference divided by the largest value of the reference, and by
+    LOOSER."""
     assert ours.shape == reference.shape
-    return (mx.abs(ours - reference).max() / mx.abs(reference).max()).item()
+    error = mx.abs(ours - reference).max() / mx.abs(reference).max()
+    return error.item() / LOOSER
 
 
 def cosine(ours: mx.array, reference: mx.array) -> float:

@@ -54,6 +54,7 @@ def test_without_winograd_there_are_only_the_outputs_of_two_more_taps(metal, siz
     assert workspace(size, 128, dim) == (2 * 4 * size[1] * size[2] * dim, 0)
 
 
+@pytest.mark.cpu
 def test_the_cpu_unfolds_the_input():
     assert workspace((2, 5, 7), 3, 100) == (4 * 27 * 2 * 5 * 7 * 3, 0)
 

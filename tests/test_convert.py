@@ -193,6 +193,7 @@ def test_large_components_are_sharded(small, tmp_path, monkeypatch):
         weights.open_model(str(tmp_path / "model"))
 
 
+@pytest.mark.cpu
 def test_one_tensor_is_in_memory_at_a_time(checkpoint, tmp_path):
     source = weights.open_model(str(checkpoint("ltx-2.3")))
     largest = max(

@@ -167,6 +167,7 @@ def test_a_tile_has_the_images_of_its_frames(load, tmp_path):
     assert [condition.frame for condition in second] == [120 - 72, 144 - 72]
 
 
+@pytest.mark.cpu
 def test_the_memory_of_every_stage_is_predicted(load, checkpoint):
     lora = LoraFile(str(checkpoint("ltx-2.5-lora2")))
     options = QUICK | {"height": 192, "width": 256, "no_audio": True}

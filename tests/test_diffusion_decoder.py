@@ -89,6 +89,7 @@ def test_tiles_give_the_same_as_no_tiles(source, monkeypatch):
     assert mx.abs(decode(decoder, latents) - split).max() < 1e-6
 
 
+@pytest.mark.cpu
 def test_memory_does_not_grow_with_the_clip():
     block = Block(16, 16, (5, 3, 3))
 

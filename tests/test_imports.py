@@ -21,6 +21,7 @@ LAYERS = {  # a file imports files of lower layers only, not of its own
     "inputs and components": "conditions components",
     "work": "work",
     "memory": "memory",
+    "the machine": "device",
     "recipes": "recipes",
     "defaults": "defaults",
     "stages": "stages",
@@ -42,7 +43,7 @@ KNOWN_BY = {
     "mlx_lm": {"text"},
     "pillow_heif": {"media"},
     "sentencepiece": {"text"},
-    "subprocess": {"media"},
+    "subprocess": {"base", "media"},
     "tokenizers": {"text"},
 }
 LATE = {"huggingface_hub", "mlx_lm", "sentencepiece", "tokenizers"}

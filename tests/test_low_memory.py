@@ -95,6 +95,7 @@ def test_each_streamed_block_is_used_before_the_next_is_built(checkpoint, monkey
         assert events == ["built", "used"] * config.num_layers
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("depth", [4, 12])
 def test_peak_memory_does_not_depend_on_the_depth(checkpoint, golden, depth):
     path = checkpoint("ltx-2.3", transformer={"num_layers": depth})

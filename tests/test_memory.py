@@ -24,6 +24,7 @@ from ltx2.windows import WHOLE
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import convert_memory  # noqa: E402
 
+pytestmark = pytest.mark.cpu  # where plans are measured
 MID = {  # about 20 times the weights of the small models
     "transformer": {
         "num_layers": 6,

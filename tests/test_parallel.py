@@ -20,6 +20,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+pytestmark = pytest.mark.cpu  # machines are processes with one GPU
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for the started processes
 
@@ -355,4 +356,5 @@ def test_groups_of_quantized_weights_are_not_divided(choose):
 
 
 if __name__ == "__main__":
+    mx.set_default_device(mx.cpu)
     worker(Path(sys.argv[1]))

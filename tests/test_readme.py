@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import option_table
 import pytest
+from test_device import small
 from test_pipeline import QuickVocoder
 
 import convert
@@ -240,8 +241,10 @@ def converted(folder, checkpoint):
 
 
 @pytest.mark.parametrize("command", CHECKS, ids=lambda c: c[22:60])
-def test_checks(command, converted):
+def test_checks(command, converted, monkeypatch):
     extra = []
+    if "device" in command:
+        small(monkeypatch)
     if "trace" in command:
         extra = ["--height", "64", "--width", "64", "--num-frames", "9"]
     try:

@@ -20,6 +20,7 @@ from test_pipeline import (
 import generate
 from ltx2 import base, formats, media, memory, pipeline
 from ltx2.base import OutputError, UserError
+from ltx2.guidance import GuidedDenoiser
 from ltx2.request import Image, LoraFile, Request
 from ltx2.snapshot import Snapshot
 from ltx2.text import enhance
@@ -415,6 +416,39 @@ def test_a_full_disk_keeps_the_latents(command, monkeypatch, tmp_path):
     with pytest.raises(OSError):
         command("--prompt", "a cat")
     assert [p.name for p in tmp_path.iterdir()] == ["output.latents.safetensors"]
+
+
+def test_latents_are_kept_when_the_gpu_fails(command, monkeypatch, tmp_path, capsys):
+    calls, guided = [], GuidedDenoiser.__call__
+
+    def step(self, *arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("[METAL] Caused GPU Timeout Error (00000002)")
+        return guided(self, *arguments)
+
+    monkeypatch.setattr(GuidedDenoiser, "__call__", step)
+    with pytest.raises(SystemExit) as end:
+        base.run(lambda: command("--prompt", "a cat"))
+    seen = capsys.readouterr()
+    assert end.value.code == 1 and seen.err.count("error: ") == 1
+    assert "continue with --resume output.latents.safetensors" in seen.out
+    command("--resume", "output.latents.safetensors", small=False)
+    assert len(calls) == 4 + 5  # of 8 steps, three were done
+    assert (tmp_path / "output.mp4").exists()
+
+
+@pytest.mark.parametrize("flags, wanted", [([], True), (["--no-caffeinate"], False)])
+def test_a_run_is_kept_awake_unless_it_only_plans(command, monkeypatch, flags, wanted):
+    seen = []
+    monkeypatch.setattr(generate, "make", lambda *_: seen.append("made"))
+    monkeypatch.setattr(
+        generate, "awake", lambda w: seen.append(w) or base.awake(False)
+    )
+    command("--prompt", "a cat", *flags)
+    assert seen == [wanted, "made"]
+    command("--prompt", "a cat", "--plan")
+    assert seen == [wanted, "made"]
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129)])

@@ -73,6 +73,7 @@ def test_a_long_prompt_is_truncated_with_one_note(encoder, caplog):
     assert "1030 tokens; the last 6 are ignored" in record.message
 
 
+@pytest.mark.cpu
 def test_low_memory_gives_the_same_bits_in_less_memory(checkpoint, encoder):
     low_memory = TextEncoder(checkpoint("gemma3"), mx.float32, low_memory=True)
     size = sum(w.nbytes for _, w in tree_flatten(encoder.model.parameters()["layers"]))

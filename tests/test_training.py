@@ -553,6 +553,7 @@ def test_two_machines_average_their_gradients(run, clips, cache, checkpoint, tmp
             assert mx.allclose(w, arrays[k], rtol=1e-3, atol=1e-5), k
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("by_block", [False, True], ids=["at once", "by block"])
 def test_training_holds_the_memory_that_is_planned(checkpoint, by_block):
     wide = checkpoints.widths(heads=4, video=64, audio=32)

@@ -149,6 +149,7 @@ def test_the_first_latent_is_one_frame_and_each_other_eight(model, frames):
     assert mx.array_equal(joined(chunks), model.decode(latents, **noise))
 
 
+@pytest.mark.cpu
 def test_memory_does_not_grow_with_the_clip(model):
     def peak(frames):
         latents, noise = draw(model, frames)
@@ -195,6 +196,7 @@ def test_a_latent_does_not_depend_on_later_frames(model):
     assert change[:, 2].max() > 1e-2
 
 
+@pytest.mark.cpu
 def test_encoding_memory_does_not_grow_with_the_clip(model):
     def peak(chunks):
         mx.reset_peak_memory()

@@ -1,0 +1,437 @@
+"""Is this machine in order? Kernels against numpy, rates, memory and disk.
+This is `python -m ltx2.checks device`."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import platform
+import shutil
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Union
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from safetensors.numpy import save
+
+from . import conv
+from .layers import apply_rope
+from .linear import quantize
+from .memory import available
+
+SECONDS = 0.25  # of each measured rate
+FILE_BYTES = 1 << 28  # read from the disk
+BEYOND = 1 << 31  # elements, whose offsets need more than 32 bits
+# The largest error, relative to the largest value. In float32 Winograd's convolutions have
+# 4e-6, TF32 more than 1e-4. MLX's CPU backend adds quantized products in 16 bits.
+LIMITS = {mx.float32: 2e-5, mx.float16: 1e-2, mx.bfloat16: 8e-2}
+HEADS = (64, 128, 256)  # sizes of attention heads
+WIDTH = 4096  # of the measured layer
+RELEASED = 16.7e9  # bytes of the 19B at 4 bits
+UPDATE = "update MLX and macOS; if that does not help, report this table"
+TF32 = "float32 is rounded to 10 bits (TF32): MLX_ENABLE_TF32=0 must be set before MLX runs"
+
+
+MODES = [("affine", bits, (32, 64, 128)) for bits in (2, 3, 4, 5, 6, 8)]
+MODES += [("mxfp4", 4, (32,)), ("nvfp4", 4, (16,)), ("mxfp8", 8, (32,))]
+
+
+class Row(NamedTuple):
+    """A line of the table; state is ok, slow, wrong or "-" (not checked)."""
+
+    check: str
+    state: str
+    found: str
+    advice: str = ""
+
+
+def judged(check: str, good: bool, found: str, advice: str, bad: str = "wrong") -> Row:
+    return Row(check, "ok", found) if good else Row(check, bad, found, advice)
+
+
+def name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+Case = tuple[str, mx.Dtype, Callable[[], tuple[mx.array, np.ndarray]]]
+
+
+def relative_error(ours: mx.array, exact: np.ndarray) -> float:
+    error = np.abs(exact64(ours) - exact).max() / np.abs(exact).max()
+    return error if np.isfinite(error) else math.inf
+
+
+def exact64(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32), np.float64)
+
+
+def judge(check: str, cases: Iterable[Case]) -> list[Row]:
+    """A row for all cases together, or one for each that is wrong."""
+    cases, rows, largest = [*cases], [], (0.0, "")
+    for case, dtype, compute in cases:
+        case, advice = f"{case}, {name(dtype)}", UPDATE
+        try:
+            error = relative_error(*compute())
+        except (RuntimeError, ValueError) as failed:
+            found = f"{case}: {' '.join(str(failed).split())[:80]}"
+            rows.append(Row(check, "wrong", found, advice))
+            continue
+        found = f"{error:.1e} ({case})"
+        largest = max(largest, (error / LIMITS[dtype], found))
+        if error > LIMITS[dtype]:
+            if dtype == mx.float32 and 1e-4 < error < 2e-2:
+                advice = TF32
+            rows.append(Row(check, "wrong", f"error {found}", advice))
+    return rows or [Row(check, "ok", f"{len(cases)} cases, largest error {largest[1]}")]
+
+
+class Draw:
+    """Normals of a seed, in a dtype."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(0)
+
+    def __call__(self, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+        return mx.array(self.rng.standard_normal(shape, np.float32)).astype(dtype)
+
+
+# Attention
+
+
+def attention_cases(dim: int) -> Iterator[Case]:
+    """Each kind of mask, many queries and one; heads that share keys, as in Gemma."""
+    draw, keys = Draw(), 150
+    for kind in ("no mask", "added mask", "boolean mask", "causal", "one query"):
+        for dtype in LIMITS:
+            queries = {"one query": 1, "causal": keys}.get(kind, 100)
+            q = 3 * draw(1, 2, queries, dim, dtype=dtype)
+            k, v = (draw(1, 1, keys, dim, dtype=dtype) for _ in range(2))
+            mask: Union[None, str, mx.array] = None
+            if kind == "added mask":
+                mask = draw(1, 1, queries, keys, dtype=dtype)
+            elif kind == "boolean mask":
+                mask = draw(1, 1, queries, keys) > 0
+            elif kind == "causal":
+                mask = kind
+
+            def compute(q=q, k=k, v=v, mask=mask) -> tuple[mx.array, np.ndarray]:
+                scale = 1 / math.sqrt(dim)
+                attend = mx.fast.scaled_dot_product_attention
+                ours = attend(q, k, v, scale=scale, mask=mask)
+                return ours, exact_attention(q, k, v, scale, mask)
+
+            yield kind, dtype, compute
+
+
+def exact_attention(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any
+) -> np.ndarray:
+    q, k, v = (exact64(x) for x in (q, k, v))
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    scores = q @ k.swapaxes(2, 3) * scale
+    if isinstance(mask, str):
+        scores = np.where(np.tri(*scores.shape[2:], dtype=bool), scores, -np.inf)
+    elif mask is not None and mask.dtype == mx.bool_:
+        scores = np.where(np.array(mask), scores, -np.inf)
+    elif mask is not None:
+        scores = scores + exact64(mask)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+# Convolutions and products in float32
+
+
+def convolution(size: tuple[int, ...], out: int, taps: tuple[int, ...], step: int = 1):
+    """A convolution of (1, *size), and exact values at some places of its output."""
+
+    def compute() -> tuple[mx.array, np.ndarray]:
+        draw = Draw()
+        x, w = draw(1, *size), draw(out, *taps, size[-1])
+        if len(taps) == 3:
+            y = conv.conv3d(x, w, padding=0)
+        else:
+            y = mx.conv2d(x, w) if len(taps) == 2 else mx.conv1d(x, w, dilation=step)
+        sides = y.shape[1:-1]
+        places = np.stack([draw.rng.integers(0, n, 64) for n in sides], 1)
+        return y[0][tuple(map(mx.array, places.T))], exact_at(x, w, places, step)
+
+    return compute
+
+
+def winograd_cases() -> Iterator[Case]:
+    """Wide ones, for which Metal takes Winograd's F(6, 3)."""
+    yield "3x3x3", mx.float32, convolution((3, 66, 66, 128), 128, (3, 3, 3))
+    yield "1x3x3", mx.float32, convolution((1, 66, 66, 128), 128, (1, 3, 3))
+    yield "3x3", mx.float32, convolution((66, 130, 128), 128, (3, 3))
+
+
+def convolution_cases() -> Iterator[Case]:
+    """Narrow ones, and those of the vocoder."""
+    draw, float32 = Draw(), mx.float32
+    yield "3x3x3", float32, convolution((6, 22, 26, 32), 48, (3, 3, 3))
+    yield "7, dilated", float32, convolution((2000, 64), 64, (7,), 3)
+
+    def depthwise() -> tuple[mx.array, np.ndarray]:
+        x, w = draw(1, 500, 32), draw(32, 12, 1)
+        dense = mx.where(mx.eye(32)[:, None] == 1, w, 0)
+        places = np.arange(489)[:, None]
+        return mx.conv1d(x, w, groups=32)[0], exact_at(x, dense, places, 1)
+
+    def transposed() -> tuple[mx.array, np.ndarray]:
+        x, w = draw(1, 200, 64), draw(32, 16, 64)
+        exact = np.zeros((199 * 8 + 16, 32))
+        for tap in range(16):
+            exact[tap : tap + 199 * 8 + 1 : 8] += (exact64(x) @ exact64(w)[:, tap].T)[0]
+        return mx.conv_transpose1d(x, w, stride=8)[0], exact
+
+    yield "depthwise", float32, depthwise
+    yield "transposed", float32, transposed
+
+
+def exact_at(x: mx.array, w: mx.array, places: np.ndarray, step: int) -> np.ndarray:
+    """The outputs (places, O) of a convolution at `places` (places, axes)."""
+    taps = np.indices(w.shape[1:-1]).reshape(places.shape[1], -1)
+    seen = exact64(x)[0][tuple(np.moveaxis(places[:, :, None] + step * taps, 1, 0))]
+    return np.einsum("ptc,otc->po", seen, exact64(w).reshape(len(w), -1, w.shape[-1]))
+
+
+def layer_cases() -> Iterator[Case]:
+    """Products with many rows and one, the norm, rotary embeddings, which are compiled."""
+    draw = Draw()
+    for dtype in LIMITS:
+        b, bias = draw(512, 200, dtype=dtype), draw(200, dtype=dtype)
+        for rows in (300, 1):
+            a = draw(rows, 512, dtype=dtype)
+            product = exact64(a) @ exact64(b)
+
+            def matmul(a=a, b=b, exact=product) -> tuple[mx.array, np.ndarray]:
+                return mx.matmul(a, b), exact
+
+            def addmm(a=a, b=b, c=bias, exact=product) -> tuple[mx.array, np.ndarray]:
+                return mx.addmm(c, a, b), exact + exact64(c)
+
+            yield f"matmul, {rows} rows", dtype, matmul
+            yield f"addmm, {rows} rows", dtype, addmm
+
+        x = draw(3, 40, 64, dtype=dtype)
+
+        def norm(x=x, dtype=dtype) -> tuple[mx.array, np.ndarray]:
+            wide, w = x.reshape(3, -1), draw(40 * 64, dtype=dtype)
+            y = exact64(wide)
+            y = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-6) * exact64(w)
+            return mx.fast.rms_norm(wide, w, 1e-6), y
+
+        def rope(x=x, dtype=dtype) -> tuple[mx.array, np.ndarray]:
+            cos, sin = (draw(3, 40, 32, dtype=dtype) for _ in range(2))
+            (a, b), c, s = np.split(exact64(x), 2, axis=-1), exact64(cos), exact64(sin)
+            exact = np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+            return apply_rope(x[None], cos, sin)[0], exact
+
+        yield "rms_norm", dtype, norm
+        yield "apply_rope", dtype, rope
+
+
+def tf32() -> Row:
+    """Whether float32 products are rounded as on an M5 or a GPU of NVIDIA."""
+    a, b = Draw()(300, 512), Draw()(512, 300)
+    error = relative_error(mx.matmul(a, b), exact64(a) @ exact64(b))
+    seen = error > 1e-4
+    found = f"{'seen' if seen else 'not seen'}, error of float32 {error:.1e}"
+    return judged("TF32", not seen, found, TF32)
+
+
+# Quantized products
+
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def fp8(codes: np.ndarray) -> np.ndarray:
+    """E4M3: a sign, four bits of exponent, three of mantissa."""
+    codes = codes.astype(np.int64)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
+    return np.where(codes & 128, -size, size)
+
+
+def decoded(parts: list[mx.array], group_size: int, bits: int, mode: str) -> np.ndarray:
+    """The weights (N, K) in a quantized matrix, in numpy."""
+    packed = np.array(parts[0])
+    stream = np.unpackbits(packed.view(np.uint8), axis=1, bitorder="little")
+    codes = stream.reshape(len(packed), -1, bits) @ (1 << np.arange(bits))
+    spread = lambda x: np.repeat(x, group_size, axis=1)
+    if mode == "affine":
+        return codes * spread(exact64(parts[1])) + spread(exact64(parts[2]))
+    scales = np.array(parts[1])
+    scales = fp8(scales) if mode == "nvfp4" else 2.0 ** (scales.astype(float) - 127)
+    if bits == 8:
+        return fp8(codes) * spread(scales)
+    return np.where(codes & 8, -FP4[codes & 7], FP4[codes & 7]) * spread(scales)
+
+
+def quantized_cases(mode: str, bits: int, groups: tuple[int, ...]) -> Iterator[Case]:
+    """Products with one row and with many; the weights before and after."""
+    draw = Draw()
+    for group in groups:
+        how = {"group_size": group, "bits": bits, "mode": mode}
+        for dtype in LIMITS:
+            w, x = draw(96, 256, dtype=dtype), draw(40, 256, dtype=dtype)
+
+            def weights(w=w, how=how, dtype=dtype) -> tuple[mx.array, np.ndarray]:
+                parts = mx.quantize(w, **how)
+                exact = decoded(parts, **how)
+                lost = np.linalg.norm(exact - exact64(w)) / np.linalg.norm(exact)
+                if lost > (0.04 if mode == "mxfp8" else 2.4 / 2**bits):
+                    raise ValueError(f"quantizing loses {lost:.2f}")
+                return mx.dequantize(*parts, **how, dtype=dtype), exact
+
+            def product(rows, w=w, x=x, how=how) -> tuple[mx.array, np.ndarray]:
+                parts, x = mx.quantize(w, **how), x[:rows]
+                exact = exact64(x) @ decoded(parts, **how).T
+                return mx.quantized_matmul(x, *parts, **how), exact
+
+            yield f"groups of {group}", dtype, weights
+            for rows in (1, 40):
+                yield f"groups of {group}, {rows} rows", dtype, partial(product, rows)
+
+
+# Large arrays, files, memory
+
+
+def large_offsets() -> Row:
+    """Elements whose offset in memory needs more than 32 bits."""
+    check, rows = "offsets beyond 2^31", BEYOND // 1024 + 8
+    if available() < 4 * BEYOND:
+        return Row(check, "-", f"needs {4 * BEYOND / 1e9:.1f} GB")
+    down, across = np.arange(rows) % 251, np.arange(1024) % 5
+    large = mx.array(down.astype(np.uint8))[:, None] + mx.array(across.astype(np.uint8))
+    right, last = mx.contiguous(large[:, -3:].T), mx.take(large, rows - 1, axis=0)
+    same = np.array_equal(right, across[-3:, None] + down)
+    same = same and np.array_equal(last, down[-1] + across)
+    return judged(check, same, f"{large.size} elements", UPDATE)
+
+
+def disk(folder: Path) -> list[Row]:
+    """The rate at which a file is read that is not in memory; tensors are complete when
+    they are used at once and in another order."""
+    size = min(FILE_BYTES, shutil.disk_usage(folder).free // 4)
+    tensors = {str(i): Draw()(size // 32, 1) + i for i in range(8)}
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".safetensors") as file:
+        if hasattr(fcntl, "F_NOCACHE"):  # macOS
+            fcntl.fcntl(file, fcntl.F_NOCACHE, 1)
+        file.write(save({k: np.array(x) for k, x in tensors.items()}))
+        file.flush()
+        os.fsync(file)
+        if hasattr(os, "posix_fadvise"):  # Linux
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        mx.eval(mx.load(file.name))
+        rate = size / (time.perf_counter() - start)
+        read = mx.load(file.name)
+        same = [mx.array_equal(2 * read[k], 2 * tensors[k]) for k in "60732514"]
+        same = mx.all(mx.stack(same)).item()
+    found = f"{rate / 1e9:.2f} GB/s: {RELEASED / rate:.1f} s for the 19B at 4 bits"
+    slow = "with --low-memory each step reads the model: put it on a faster disk"
+    return [
+        judged("disk", rate > 0.5e9, found, slow, "slow"),
+        judged("order of loads", same, "8 tensors", UPDATE),
+    ]
+
+
+def memory() -> Row:
+    """What may be used, and what Metal adds to it."""
+    info, limit = mx.device_info(), available()
+    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = f"{limit / 1e9:.1f} GB may be used, RAM {ram / 1e9:.1f}"
+    found += f", MLX's limit {mx.get_memory_limit() / 1e9:.1f}"
+    if "max_buffer_length" in info:
+        found += f", an array {info['max_buffer_length'] / 1e9:.1f}"
+    few = "the 19B at 4 bits is read in each step, a long video made in windows"
+    return judged("memory", limit > 1.2 * RELEASED, found, few, "slow")
+
+
+# Rates
+
+
+def seconds(compute: Callable[[], mx.array]) -> float:
+    """The lesser of two runs after a warm-up."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        mx.eval(compute())
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def matmul_rate(dtype: mx.Dtype) -> float:
+    """FLOPs a second of a square product, as large as takes about SECONDS."""
+    size, rate = 128, 0.0
+    while True:
+        a = mx.random.normal((size, size)).astype(dtype)
+        rate = 2 * size**3 / seconds(lambda a=a: mx.matmul(a, a))
+        fits = int((rate * SECONDS / 2) ** (1 / 3))
+        if size == 8192 or fits < 2 * size:
+            return rate
+        size = min(4 * size, 8192, fits // 128 * 128)
+
+
+def rates() -> list[Row]:
+    """Of products; of attention and a quantized layer, relative to them."""
+    found = {name(d): matmul_rate(d) for d in LIMITS}
+    best = max(found, key=found.get)
+    dtype, rate = getattr(mx, best), found[best]
+    text = ", ".join(f"{r / 1e12:.3g} {d}" for d, r in found.items())
+    advice = "use --dtype float32"
+    if rate < 1e10:
+        advice = "on Linux, put LD_PRELOAD=libopenblas.so.0 before the command"
+    good = rate >= 1e10 and found["bfloat16"] > found["float32"] / 2
+    rows = [judged("matmul, TFLOP/s", good, text, advice, "slow")]
+    tokens = min(max(int((rate * SECONDS / 16384) ** 0.5), 128), 16384) // 64 * 64
+    q = mx.random.normal((1, 32, tokens, 128)).astype(dtype)
+    layer = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
+    layer.set_dtype(dtype)
+    quantize(layer, bits=4)
+    x = mx.random.normal((min(tokens, 2048), WIDTH)).astype(dtype)
+    attend = lambda: mx.fast.scaled_dot_product_attention(q, q, q, scale=0.1)
+    for check, flops, compute, advice in (
+        ("attention", 4 * q.size * tokens, attend, UPDATE),
+        ("layer of 4 bits", 2 * x.size * WIDTH, lambda: layer(x), "use 8 bits or none"),
+    ):
+        share = flops / seconds(compute) / rate
+        text = f"{share * rate / 1e12:.3g} {best}, {share:.0%} of matmul"
+        # On a CPU, attention is not fused.
+        good = share > (0.1 if mx.default_device().type == mx.cpu else 0.3)
+        rows.append(judged(f"{check}, TFLOP/s", good, text, advice, "slow"))
+    return rows
+
+
+def machine() -> str:
+    """The machine and its versions in a line."""
+    info = mx.device_info()
+    kind = "CPU" if mx.default_device().type == mx.cpu else "GPU"
+    chip = " ".join(str(info[k]) for k in ("device_name", "architecture") if k in info)
+    versions = f"MLX {mx.__version__}, Python {platform.python_version()}"
+    return f"{kind}: {chip}, {platform.platform()}, {versions}"
+
+
+def checks(folder: Path) -> Iterator[Row]:
+    """All rows; takes less than a minute."""
+    yield memory()
+    for dim in HEADS:
+        yield from judge(f"attention, heads of {dim}", attention_cases(dim))
+    yield from judge("Winograd's convolutions", winograd_cases())
+    yield from judge("other convolutions", convolution_cases())
+    yield from judge("other layers", layer_cases())
+    yield tf32()
+    for mode, bits, groups in MODES:
+        cases = quantized_cases(mode, bits, groups)
+        yield from judge(f"{mode} at {bits} bits", cases)
+    yield large_offsets()
+    yield from disk(folder)
+    yield from rates()

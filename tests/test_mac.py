@@ -1,0 +1,158 @@
+"""What a Mac needs, proved without one: errors of its GPU, sleep, precision, waits."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import mlx.core as mx
+import pytest
+import yaml
+
+from ltx2 import base, parallel
+from ltx2.base import awake
+
+ROOT = Path(__file__).parents[1]
+METAL = "[METAL] Command buffer execution failed: "
+
+
+# Errors of the GPU
+
+
+@pytest.mark.parametrize(
+    "text, helps",
+    [
+        (METAL + "Caused GPU Timeout Error (00000002:kIOGPU...Timeout)", "display off"),
+        (METAL + "Impacting Interactivity (0000000e:kIO...)", "AGX_RELAX_CDM_CTXSTORE"),
+        (METAL + "Insufficient Memory (00000008:kIO...)", "--low-memory"),
+        (METAL + "Internal Error (0000000e:Internal Error)", "ltx2.checks device"),
+        ("[malloc] Unable to allocate 5 bytes.", "close other programs"),
+        (
+            "[metal::malloc] Attempting to allocate 5 bytes which is greater than\nthe "
+            "maximum allowed buffer size of 4 bytes.",
+            "out of memory",
+        ),
+    ],
+)
+def test_an_error_of_the_gpu_is_one_line_with_what_helps(capsys, text, helps):
+    def fail():
+        raise RuntimeError(text)
+
+    with pytest.raises(SystemExit) as end:
+        base.run(fail)
+    line = capsys.readouterr().err
+    assert end.value.code == 1 and line.startswith("error: ") and line.count("\n") == 1
+    assert helps in line and " ".join(text.split()) in line
+
+
+def test_other_runtime_errors_keep_their_traceback():
+    def fail():
+        raise RuntimeError("[matmul] Last dimension must match")
+
+    with pytest.raises(RuntimeError, match="Last dimension"):
+        base.run(fail)
+
+
+# Sleep
+
+
+class Launched:
+    """What `awake` starts, instead of a process."""
+
+    def __init__(self, started: list):
+        self.started, self.running = started, False
+
+    def __call__(self, command: list[str]) -> "Launched":
+        self.started.append(command)
+        self.running = True
+        return self
+
+    def terminate(self) -> None:
+        self.running = False
+
+    def wait(self) -> None:
+        assert not self.running
+
+
+def test_a_mac_stays_awake_until_the_run_ends():
+    process = Launched([])
+    with pytest.raises(KeyboardInterrupt):
+        with awake(platform="darwin", start=process):
+            [[program, *flags]] = process.started
+            assert program == "/usr/bin/caffeinate" and process.running
+            # It ends with this process, too; the display may sleep.
+            assert flags == ["-i", "-w", str(os.getpid())]
+            raise KeyboardInterrupt
+    assert not process.running
+
+
+@pytest.mark.parametrize("wanted, platform", [(False, "darwin"), (True, "linux")])
+def test_nothing_is_started_elsewhere_or_with_no_caffeinate(wanted, platform):
+    started = []
+    with awake(wanted, platform, Launched(started)):
+        assert not started
+
+
+# Precision
+
+
+@pytest.mark.parametrize("own, expected", [(None, "0"), ("1", "1")])
+def test_tf32_is_off_before_mlx_is_imported_unless_the_user_says_so(own, expected):
+    code = "import sys, ltx2, os; assert 'mlx' not in sys.modules; import ltx2.base; "
+    code += "print(os.environ['MLX_ENABLE_TF32'])"
+    env = {k: v for k, v in os.environ.items() if k != "MLX_ENABLE_TF32"}
+    env |= {"MLX_ENABLE_TF32": own} if own else {}
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env)
+    assert out.decode().strip() == expected
+
+
+# Waits
+
+
+def test_a_gpu_never_waits_for_another_machine(monkeypatch):
+    """Gathered velocities are evaluated before and after the exchange."""
+
+    def waits(*arrays: mx.array) -> set[str]:
+        graph = io.StringIO()
+        mx.export_to_dot(graph, *arrays)
+        return set(re.findall(r'label ="(\w+)"', graph.getvalue()))
+
+    def all_sum(x, group):
+        assert not waits(x)
+        return mx.sin(x)
+
+    tokens = mock.Mock(latent=mx.zeros((1, 3, 4)))
+    config = mock.Mock(out_channels=4, audio_out_channels=4)
+    velocity = lambda: mx.ones((1, 3, 4)) * 2
+    model = mock.Mock(config=config)
+    model.side_effect = lambda *_: [(velocity(), velocity())]
+    group = mock.Mock(rank=lambda: 0, size=lambda: 2)
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    passes = parallel.PassParallel(model, group)(tokens, tokens, [], ["a", "b"])
+    assert len(passes) == 2 and waits(mx.sin(velocity())) > {"Sin"}
+    assert waits(*passes[0], *passes[1]) == {"Split", "Squeeze"}
+
+
+# Installing and testing
+
+
+def test_required_versions_of_mlx_have_their_reason():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    versions = [line for line in lines if re.match(r"mlx\b(?!-)", line)]
+    assert len(versions) == 2 and all("mlx" in v and ">=0.32.2;" in v for v in versions)
+    assert lines[0].startswith("# ") and lines[1] == versions[0]
+
+
+def test_the_workflows_run_what_exists_on_linux_and_macos():
+    [path] = (ROOT / ".github" / "workflows").iterdir()
+    jobs = yaml.safe_load(path.read_text())["jobs"]
+    systems = {job["runs-on"].split("-")[0] for job in jobs.values()}
+    assert systems == {"ubuntu", "macos"}
+    commands = [s["run"] for job in jobs.values() for s in job["steps"] if "run" in s]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK) and ".ci/run" in commands
+    checks = jobs["mac"]["strategy"]["matrix"]["check"]
+    assert "python -m ${{ matrix.check }}" in commands
+    assert checks == ["ltx2.checks device", "pytest", "pytest --gpu"]
