@@ -73,7 +73,7 @@ class Encoders:
     def image(self, path: str, crf: int, size: Size) -> mx.array:
         """One latent frame (1, 1, h, w, C)."""
         pixels = media.recompress(self.files.image(path), crf)
-        pixels = media.resize_and_crop(pixels[None], size.height, size.width)
+        pixels = filling(pixels[None], size)
         x = self.component("vae").encode(mx.array(pixels)[None])
         mx.eval(x)
         return x
@@ -83,7 +83,7 @@ class Encoders:
     ) -> mx.array:
         """Latents (1, f, h, w, C) of a clip from a frame on, at the size's sides and
         rate, as a stream; of every `slow`-th frame after the first."""
-        frames = media.read_video(path, start, num_frames, size.fps)
+        frames = frames_of(path, start, num_frames, size.fps)
         chunks = (mx.array(x)[None] for x in fitted(frames, size, slow))
         return mx.concatenate([*self.component("vae").encode_stream(chunks)], axis=1)
 
@@ -96,7 +96,7 @@ class Encoders:
         if still:
             frames = [self.files.image(path)]
         else:
-            frames = media.read_video(path, start, num_frames, size.fps)
+            frames = frames_of(path, start, num_frames, size.fps)
         _, h, w = grid.latent
         shape = h, size.height // h, w, size.width // w, 3
         pixels = (x.reshape(shape) for x in fitted(frames, size, slow))
@@ -125,7 +125,28 @@ def fitted(frames: Iterable[np.ndarray], size: Size, slow: int) -> Iterator[np.n
     """Every `slow`-th frame after the first, (1, H, W, 3) in [-1, 1] at the size's sides."""
     for i, frame in enumerate(frames):
         if i == 0 or (i - 1) % slow == 0:
-            yield media.resize_and_crop(frame[None], size.height, size.width)
+            yield filling(frame[None], size)
+
+
+def filling(frames: np.ndarray, size: Size) -> np.ndarray:
+    """Frames (n, H, W, 3) uint8 at the size's sides, in [-1, 1]: resized and cropped to
+    what is shown of it, which the padding reflects."""
+    height, width = shown = size.shown or (size.height, size.width)
+    frames = media.resize_and_crop(frames, height, width)
+    rest = size.height - height, size.width - width
+    small = any(a >= b for a, b in zip(rest, shown))
+    pads = (0, 0), (0, rest[0]), (0, rest[1]), (0, 0)
+    return np.pad(frames, pads, "edge" if small else "reflect")
+
+
+def frames_of(
+    path: str, start: int, num_frames: int, fps: float
+) -> Iterator[np.ndarray]:
+    """Frames of a clip, whose last one is repeated."""
+    for frame in media.read_video(path, start, num_frames, fps):
+        yield frame
+        num_frames -= 1
+    yield from (frame for _ in range(num_frames))
 
 
 class Condition:

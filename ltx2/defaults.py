@@ -255,8 +255,17 @@ class Resolver:
         reflects = config.get("spatial_padding_mode", "reflect") == "reflect"
         low = max(multiple, 2 * SPACE_SCALE) if reflects else multiple
         high = MAX_SIDE // multiple * multiple
-        check_step("height", r.height, multiple, low, high)
-        check_step("width", r.width, multiple, low, high)
+        self.grid = multiple, low
+        step, low = (2, 2) if self.recipe.pads else self.grid
+        check_step("height", r.height, step, low, high)
+        check_step("width", r.width, step, low, high)
+        sides = self.padded(r.width), self.padded(r.height)
+        if sides != (r.width, r.height):
+            self.notes.append(
+                f"{r.width}x{r.height} is padded to {sides[0]}x{sides[1]}, and cut back"
+            )
+        if self.recipe.extra:
+            self.notes.append(f"{self.recipe.extra} more frames are made, and cut off")
         check_step("num_frames", r.num_frames, TIME_SCALE, 1, MAX_FRAMES, plus=1)
         tile = self.recipe.tile if r.has_reference and self.tiled else None
         if tile and r.tile_size is None:
@@ -281,6 +290,11 @@ class Resolver:
                 "long"
             )
 
+    def padded(self, side: int) -> int:
+        """A side that the model can have."""
+        multiple, low = self.grid
+        return max(-(-side // multiple) * multiple, low)
+
     def fit_clip(self, multiple: int) -> None:
         """The input video's size, length and rate as far as the model can have them, how
         much of it is read, and notes about what was changed."""
@@ -292,7 +306,8 @@ class Resolver:
         there = frames_at(clip, fps)
         frames = (min(max(there, 1), MAX_FRAMES) - 1) // TIME_SCALE * TIME_SCALE + 1
         low = -(-2 * SPACE_SCALE // multiple) * multiple
-        fit = lambda side: max(min(side, MAX_SIDE) // multiple * multiple, low)
+        step, low = (2, 2) if self.recipe.pads else (multiple, low)
+        fit = lambda side: max(min(side, MAX_SIDE) // step * step, low)
         larger = self.recipe.scale
         height = fit(clip.height * larger) if r.height is None else r.height
         width = fit(clip.width * larger) if r.width is None else r.width
@@ -323,7 +338,8 @@ class Resolver:
             ),
         }
         self.notes += [f"{r.video}: {text}" for text, true in changes.items() if true]
-        self.clip_frames, self.clip_streams = frames, BOTH[: 1 + clip.has_audio]
+        self.clip_streams = BOTH[: 1 + clip.has_audio]
+        self.clip_frames = frames + self.recipe.extra * (frames == total)
         if r.attention_mask:
             self.check_mask(r.attention_mask, frames, fps)
         self.r = replace(r, height=height, width=width, num_frames=total, fps=fps)

@@ -33,6 +33,7 @@ class Size:
     fps: float
     audio_tokens: int = 0
     conditioned_fps: Optional[float] = None  # of the positions; None: fps
+    shown: Optional[tuple[int, int]] = None  # height, width; the rest is padding
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -67,9 +68,9 @@ class Size:
 
     def divided(self, by: Fraction | int) -> Size:
         """The size with smaller sides."""
-        return replace(
-            self, width=round(self.width / by), height=round(self.height / by)
-        )
+        sides = round(self.width / by), round(self.height / by)
+        shown = self.shown and tuple(round(side / by) for side in self.shown)
+        return replace(self, width=sides[0], height=sides[1], shown=shown)
 
     def doubled(self) -> Size:
         """The size at twice the frame rate; the first frame is not doubled."""

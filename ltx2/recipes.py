@@ -28,6 +28,8 @@ class Recipe:
     tile: Optional[tuple[int, int]] = None  # sides of tiles, of a wide clip
     no_prompt: bool = False  # the prompt may be empty
     hears: bool = False  # the clip's sound is a reference, too
+    extra: int = 0  # frames that are made and cut off again
+    pads: bool = False  # a clip whose sides do not suit the model
     advice: str = ""
     refused: str = ""
 
@@ -45,7 +47,7 @@ RECIPES = {
     "decompression": Recipe("ENHANCE QUALITY", ONE, 121),
     "colorization": Recipe("COLORIZE", ONE, 121),
     "restore": Recipe("", WINDOWS, tile=(544, 960)),
-    "refine-details": Recipe("", ONE, tile=(576, 1024)),
+    "refine-details": Recipe("", ONE, tile=(576, 1024), extra=8),
     "pixel-spatial-upscaler-x2": Recipe("", ONE, scale=2),
     "day-to-night": Recipe("", NIGHT, 97, "dev", advice="use --steps 30 --cfg-scale 3"),
     "sdr-to-hdr": Recipe(refused="needs a file of scene embeddings and HDR output"),
@@ -70,10 +72,9 @@ def modes_of(option: str, mode: str) -> list[str]:
 
 
 def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
-    """The request as its adapters' cards ask for where it says nothing, their frames,
-    scale and tile together, and notes. Raises UserError for an adapter that cannot be
-    used."""
-    all_of, notes = Recipe(), []
+    """The request as its adapters' cards ask for where it says nothing, what else they
+    ask for together, and notes. Raises UserError for an adapter that cannot be used."""
+    all_of, shown, notes = Recipe(), r.has_reference, []
     found = [(Path(x.path).name, find(x.path)) for x in r.loras]
     if r.has_reference and found and not any(recipe for _, recipe in found):
         notes = [f"{found[0][0]} is unknown: its card may ask for --stages one"]
@@ -82,7 +83,7 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
             continue
         if recipe.refused:
             raise UserError(f"{name} {recipe.refused}, which are not supported")
-        usual = dict(recipe.defaults) if r.has_reference or not r.video else {}
+        usual = dict(recipe.defaults) if shown or not r.video else {}
         mode = r.stages or usual.get("stages", "one")
         changes = {
             k: v
@@ -103,12 +104,13 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
         if recipe.kind != kind:
             notes.append(f"{name} was made for a {recipe.kind} model")
         r = replace(r, **changes)
-        scale = max(all_of.scale, recipe.scale if r.has_reference else 1)
-        frames = min(all_of.frames, recipe.frames)
-        tile = recipe.tile or all_of.tile
-        bare = recipe.no_prompt or all_of.no_prompt
-        hears = r.has_reference and (recipe.hears or all_of.hears)
         all_of = Recipe(
-            frames=frames, scale=scale, tile=tile, no_prompt=bare, hears=hears
+            frames=min(all_of.frames, recipe.frames),
+            scale=max(all_of.scale, recipe.scale if shown else 1),
+            tile=recipe.tile or all_of.tile,
+            no_prompt=recipe.no_prompt or all_of.no_prompt,
+            hears=shown and (recipe.hears or all_of.hears),
+            extra=max(all_of.extra, recipe.extra if shown else 0),
+            pads=shown,
         )
     return r, all_of, notes

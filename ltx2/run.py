@@ -128,7 +128,8 @@ def finished(job: Job, at: Snapshot) -> Snapshot:
     latents = {k: x for k, x in latents.items() if not k.startswith("carry.")}
     latents = latents or at.latents  # resumed after its last stage
     if "video" in latents:
-        latents["video"] = latents["video"][:, : job.size.latent[0]]
+        cells = latent_frames(job.size.num_frames + job.extra)
+        latents["video"] = latents["video"][:, :cells]
     return replace(at, stage=len(job.stages), latents=latents, kept={})
 
 
@@ -339,14 +340,18 @@ class Run:
             skip = {w: latent_frames(w.carried_in) for w in job.windows if w.carried_in}
             parts = [(latents[w.prefix + "video"][0], w) for w in job.windows]
             parts = [x[skip.get(w, 0) :] for x, w in parts]
-            result.video_latents = mx.concatenate(parts)
+            result.video_latents = mx.concatenate(parts)[: size.latent[0]]
             yield Phase(phase="video", job=n, step=0, steps=size.num_frames)
             guard = FrameGuard()
             decode = lambda window: self.decode_video(job, latents, window)
             with self.meter.phase("video"):
                 for frames in blended(job.windows, decode):
-                    guard.update(frames[0])
-                    pixels = np.array(mx.round(frames[0] * 255).astype(mx.uint8))
+                    frames = frames[0, : size.num_frames - guard.frames]
+                    if not len(frames):  # they are only there to be cut off
+                        break
+                    frames = frames[:, : size.height, : size.width]
+                    guard.update(frames)
+                    pixels = np.array(mx.round(frames * 255).astype(mx.uint8))
                     count = {"step": guard.frames, "steps": size.num_frames}
                     yield Frames(phase="video", job=n, frames=pixels, **count)
             guard.check()
@@ -373,6 +378,8 @@ class Run:
         if len(pieces) > 1:
             facts = job.windows, size.fps, result.sample_rate
             result.waveform = crossfaded(pieces, *facts)
+        end = round(size.num_frames / size.fps * result.sample_rate)
+        result.waveform = result.waveform[:end]
         check_waveform(result.waveform)
 
     def decode_video(

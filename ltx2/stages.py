@@ -84,6 +84,7 @@ class Job:
     prompts: tuple[str, ...]  # and, if a pass reads it, the negative prompt
     decoder: str  # the component that makes the pixels
     notes: tuple[str, ...]  # what was changed about the inputs
+    extra: int = 0  # frames at the end that are made and cut off
     memory: Optional[MemoryPlan] = field(default=None, compare=False)
 
     @property
@@ -152,7 +153,7 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
             f"cut to {r.num_frames}"
         )
     prompts = (*r.prompts, *p.negative_prompt(guidance))
-    return Job(r, stages, prompts, p.decoder(), tuple(p.notes))
+    return Job(r, stages, prompts, p.decoder(), tuple(p.notes), p.recipe.extra)
 
 
 class Planner(Resolver):
@@ -184,21 +185,24 @@ class Planner(Resolver):
         """The size of the result with so many frames."""
         r = self.r
         sound = audio_tokens(frames, r.fps) * ("audio" in self.streams)
-        return Size(r.width, r.height, frames, r.fps, sound, r.conditioned_fps)
+        shown = r.height, r.width
+        height, width = map(self.padded, shown)
+        shown = None if shown == (height, width) else shown
+        return Size(width, height, frames, r.fps, sound, r.conditioned_fps, shown)
 
     def windows(self) -> list[windows.Window]:
         """The windows that a long video is made in, one if nothing of them is set."""
-        r = self.r
+        r, frames = self.r, self.r.num_frames + self.recipe.extra
         names = ("chunk_frames", "carry_frames", "blend_frames")
         if not any(is_set(r, name) for name in names):
-            return [windows.Window(0, r.num_frames)]
+            return [windows.Window(0, frames)]
         chunk = 97 if r.chunk_frames is None else r.chunk_frames
         carry = 25 if r.carry_frames is None else r.carry_frames
         blend = carry if r.blend_frames is None else r.blend_frames
         check_step("chunk_frames", chunk, TIME_SCALE, 25, MAX_FRAMES, plus=1)
         check_step("carry_frames", carry, TIME_SCALE, 17, chunk - 8, plus=1)
         check_range("blend_frames", blend, 0, carry)
-        return windows.divide(r.num_frames, chunk, carry, blend)
+        return windows.divide(frames, chunk, carry, blend)
 
     def window(
         self,

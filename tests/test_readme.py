@@ -45,6 +45,8 @@ FILES |= {
     ADAPTER.format(name): "ltx-2.5-lora2"
     for name in (
         "deblur-0.9",
+        "restore-1.0",
+        "day-to-night-0.9",
         "colorization-0.9",
         "decompression-0.9",
         "pixel-spatial-upscaler-x2-1.0",

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from parity import relative_error
-from test_pipeline import events_to_latents, latents_of, save_clip
+from test_pipeline import QuickVocoder, events_to_latents, save_clip
 
 from ltx2 import media, pipeline
 from ltx2.base import UserError
@@ -17,6 +17,8 @@ from ltx2.conditions import (
     KeepAudio,
     ReferenceClip,
     ReferenceSound,
+    filling,
+    frames_of,
 )
 from ltx2.latents import LatentState, Size, SoundReference, audio_bounds
 from ltx2.recipes import RECIPES
@@ -24,7 +26,6 @@ from ltx2.request import LoraFile, Request
 from ltx2.tiles import spans
 from ltx2.windows import Window
 
-RUN = ("alpha-gen", "cinemagraph", "pixel-spatial-upscaler-x2", "restore")
 FRAMES = np.random.default_rng(0).integers(0, 255, (17, 64, 96, 3), np.uint8)
 
 
@@ -62,7 +63,7 @@ def adapter(checkpoint, tmp_path):
         ("colorization-0.9", "COLORIZE a cat", 1, (96, 64)),
         ("clean-plate-1.0", "a cat", 1, (96, 64)),
         ("pixel-spatial-upscaler-x2-1.0", "a cat", 1, (192, 128)),
-        ("layout-to-render-1.0", "a cat", 2, (64, 64)),
+        ("layout-to-render-1.0", "a cat", 2, (96, 64)),
         ("something-new-1.0", "a cat", 2, (64, 64)),
     ],
 )
@@ -85,22 +86,80 @@ def test_what_the_user_asks_for_goes_before_the_card(pipe, adapter, clip):
     assert (job.request.prompt, len(job.stages)) == ("Deblur it", 2)
 
 
+PLAIN_LORAS = ("cinemagraph", "slow-motion-control")
+
+
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_every_official_adapter_is_used_or_refused(pipe, adapter, clip, name):
-    request = Request("a cat", loras=(adapter(f"{name}-1.0"),), sigmas=(1.0, 0.0))
-    if name in ("cinemagraph", "slow-motion-control"):  # plain LoRAs
-        options = {"height": 64, "width": 64, "num_frames": 9}
-    else:
-        options = {"video": clip}
-    request = Request(**vars(request) | options)
+def test_every_official_adapter_makes_a_clip_or_is_refused(
+    pipe, adapter, tmp_path, name
+):
+    """The clip's sides do not suit the model: they are padded, and cut back."""
+    save_clip(tmp_path / "odd.mkv", FRAMES[:9, :52, :74], 24)
+    options = {"loras": (adapter(f"{name}-1.0"),), "sigmas": (1.0, 0.5, 0.0)}
+    options |= {"no_audio": True, "video": str(tmp_path / "odd.mkv")}
+    if name in PLAIN_LORAS:
+        media.save_png(tmp_path / "first.png", FRAMES[0])
+        options |= {"video": None, "images": (str(tmp_path / "first.png"),)}
+        options |= {"height": 64, "width": 64, "num_frames": 9}
+    request = Request("a cat", **options)
     if RECIPES[name].refused:
         with pytest.raises(UserError, match="scene embeddings"):
             pipe.plan(request)
         return
-    if name in RUN:
-        assert mx.isfinite(latents_of(pipe, request)["video"]).all()
-    else:
-        assert pipe.plan(request).stages
+    job, events = pipe.plan(request), list(pipe.stream(request))
+    frames = np.concatenate([e.frames for e in events if e.frames is not None])
+    scale = 2 if "upscaler" in name else 1
+    sides = (64, 64) if name in PLAIN_LORAS else (52 * scale, 74 * scale)
+    assert frames.shape == (9, *sides, 3) == (9, job.size.height, job.size.width, 3)
+    assert len(job.stages) == 1 + (name in {*PLAIN_LORAS, "layout-to-render", "lipdub"})
+    size = job.stages[-1].size
+    whole = [64 * -(-side // 64) for side in sides] if scale == 2 else [64, 96]
+    whole = {"layout-to-render": [64, 128], "lipdub": [64, 128]}.get(name, whole)
+    whole = [64, 64] if name in PLAIN_LORAS else whole
+    assert [size.height, size.width] == whole
+    assert size.num_frames == (17 if name == "refine-details" else 9)
+    assert events[-1].video_latents.shape[0] == 2
+
+
+def test_a_clip_is_padded_not_stretched():
+    frames = FRAMES[:1, :52, :74]
+    padded = filling(frames, Size(96, 64, 1, 24.0, shown=(52, 74)))
+    np.testing.assert_allclose(padded[:, :52, :74], frames / 127.5 - 1, atol=1e-6)
+    assert np.array_equal(padded[0, 52], padded[0, 50])  # it reflects
+    assert np.array_equal(padded[0, :, 74], padded[0, :, 72])
+    smaller = Size(128, 128, 1, 24.0, shown=(52, 74)).divided(2)
+    assert (smaller.height, smaller.shown) == (64, (26, 37))
+    assert filling(frames[:, :8], Size(96, 64, 1, 24.0, shown=(8, 74))).shape[1] == 64
+
+
+def test_the_size_of_a_result_may_be_asked_for(pipe, adapter, clip):
+    loras = (adapter("refine-details-1.0"),)
+    options = {"height": 90, "width": 160, "video": clip, "loras": loras}
+    job = pipe.plan(Request("a", **options))
+    assert (job.size.width, job.size.height) == (160, 90)
+    assert (job.stages[0].size.width, job.stages[0].size.height) == (160, 96)
+    assert any("160x90 is padded to 160x96" in note for note in job.notes)
+    assert any("8 more frames" in note for note in job.notes)
+    assert pipe.plan(job.request).stages == job.stages
+    with pytest.raises(UserError, match="height must be a multiple of 2"):
+        pipe.plan(Request("a", **options | {"height": 91}))
+
+
+def test_frames_after_the_end_of_a_reference_repeat_its_last(pipe, adapter, clip):
+    job = pipe.plan(Request("a", video=clip, loras=(adapter("refine-details-1.0"),)))
+    (reference,) = job.stages[0].conditions["video"]
+    assert reference.num_frames == 25
+    frames = list(frames_of(clip, 8, 17, 24.0))
+    assert len(frames) == 17
+    assert all(np.array_equal(frame, FRAMES[16]) for frame in frames[8:])
+
+
+def test_what_is_cut_off_is_not_heard(pipe, adapter, clip, monkeypatch):
+    monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
+    loras = (adapter("refine-details-1.0"),)
+    request = Request("a", video=clip, loras=loras, sigmas=(1.0, 0.0))
+    *_, result = pipe.stream(request)
+    assert len(result.waveform) == round(17 / 24 * result.sample_rate)
 
 
 def test_notes_say_what_an_adapter_was_not_made_for(pipe, adapter, tmp_path):
