@@ -108,7 +108,7 @@ def write_clips(name: str, folder: Path, count: int) -> None:
 
 def autoencoded(name: str, folder: Path, count: int) -> float:
     """The share of training clips that still show it after the autoencoders."""
-    from ltx2.conditions import Encoders, InputFiles
+    from ltx2.inputs import Encoders, InputFiles
     from ltx2.latents import Size
 
     pipe = pipeline.load(str(DEMO), dtype="float32")

@@ -21,9 +21,9 @@ import mlx.core as mx
 from . import media
 from .base import LOG, UserError, checked, note
 from .cache import ContextCache
-from .conditions import Encoders, InputFiles
 from .guidance import Contexts
 from .hub import File
+from .inputs import Encoders, InputFiles
 from .latents import SPACE_SCALE, TIME_SCALE, Size, Streams, audio_tokens
 from .options import check_step, match_groups
 from .parts import first_file

@@ -10,9 +10,9 @@ from typing import Any, Iterator, Mapping
 
 from . import media
 from .base import UserError
-from .conditions import InputFiles
 from .duration import whole_frames
 from .guidance import Guidance
+from .inputs import InputFiles
 from .latents import SPACE_SCALE, TIME_SCALE, Size
 from .options import check, check_range, check_step
 from .recipes import follow

@@ -13,8 +13,8 @@ import numpy as np
 from . import hub, memory, weights
 from .base import Trace, UserError
 from .components import Components
-from .conditions import InputFiles
 from .guidance import Contexts, guidance_passes
+from .inputs import InputFiles
 from .options import check_choice
 from .parallel import Group, Machines, Ranks
 from .preview import Preview

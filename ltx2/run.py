@@ -17,10 +17,11 @@ from . import __version__, formats, media
 from .audio_vae import AudioVAEConfig
 from .base import Trace, note, traced, within
 from .components import Components
-from .conditions import Condition, Encoders, InputFiles, Stage
+from .conditions import Condition, Stage
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .guidance import Contexts, GuidedDenoiser
+from .inputs import Encoders, InputFiles
 from .latents import (
     Conditioning,
     LatentState,

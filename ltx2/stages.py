@@ -7,9 +7,10 @@ from typing import Iterator, Mapping, NamedTuple, Optional
 
 from . import conditions, windows
 from .base import UserError
-from .conditions import WHOLE_CLIP, Condition, InputFiles, Stage
+from .conditions import WHOLE_CLIP, Condition, Stage
 from .defaults import BOTH, MAX_FRAMES, PARTS, Resolver, reference_factors
 from .guidance import Guidance
+from .inputs import InputFiles
 from .latents import (
     SPACE_SCALE,
     TIME_SCALE,

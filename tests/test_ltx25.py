@@ -12,9 +12,9 @@ from test_pipeline import QuickVocoder, recorded_contexts
 import generate
 from ltx2 import pipeline, weights
 from ltx2.base import UserError
-from ltx2.conditions import InputFiles
 from ltx2.conversion import Conversion, quantization
 from ltx2.duration import whole_frames
+from ltx2.inputs import InputFiles
 from ltx2.request import Request
 from ltx2.stages import plan as plan_stages
 from ltx2.text import Gemma4Config, Gemma4TextEncoder

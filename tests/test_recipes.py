@@ -11,15 +11,8 @@ from test_pipeline import QuickVocoder, events_to_latents, save_clip
 
 from ltx2 import media, pipeline
 from ltx2.base import UserError
-from ltx2.conditions import (
-    Encoders,
-    InputFiles,
-    KeepAudio,
-    ReferenceClip,
-    ReferenceSound,
-    filling,
-    frames_of,
-)
+from ltx2.conditions import KeepAudio, ReferenceClip, ReferenceSound
+from ltx2.inputs import Encoders, InputFiles, filling, frames_of
 from ltx2.latents import LatentState, Size, SoundReference, audio_bounds
 from ltx2.recipes import RECIPES
 from ltx2.request import LoraFile, Request

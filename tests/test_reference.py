@@ -18,8 +18,8 @@ from safetensors import safe_open
 from test_pipeline import QuickVocoder, save_clip
 
 from ltx2 import pipeline, windows
-from ltx2.conditions import Encoders
 from ltx2.guidance import Guidance
+from ltx2.inputs import Encoders
 from ltx2.request import Image, LoraFile, Request
 
 V14 = Path(__file__).parent / "golden" / "v14"

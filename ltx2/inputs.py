@@ -1,0 +1,140 @@
+"""Input files of a run: each is read once, and encoded by the model's autoencoders."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable, Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from . import latents, media
+from .audio_vae import log_mel
+from .cache import read_contexts
+from .guidance import Contexts
+from .latents import Size
+from .lora import Lora
+
+
+class InputFiles:
+    """The user's images, clips and LoRAs, each opened once until it changes."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple, Any] = {}
+
+    def _once(self, read: Callable[[str], Any], path: str) -> Any:
+        changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
+        key = read, str(path), changed
+        if key not in self._read:
+            self._read[key] = read(path)
+        return self._read[key]
+
+    def image(self, path: str) -> np.ndarray:
+        """Pixels (H, W, 3) uint8."""
+        return self._once(media.load_image, path)
+
+    def probe(self, path: str) -> media.Media:
+        """What a clip or sound file holds."""
+        return self._once(media.probe, path)
+
+    def lora(self, path: str) -> Lora:
+        """A LoRA whose factors are read where they are first used."""
+        return self._once(Lora.read, path)
+
+    def contexts(self, path: str) -> Contexts:
+        """Contexts of video and audio in a file; None for what is not in it."""
+        return self._once(read_contexts, path)
+
+    def clear(self) -> None:
+        """Free what was read."""
+        self._read.clear()
+
+
+@dataclass
+class Encoders:
+    """Encodes input files with the model's autoencoders, which `component` loads.
+    Latents are evaluated, so that the encoder can be freed."""
+
+    files: InputFiles
+    component: Callable[[str], nn.Module]
+    frozen_from_noise: bool = False  # see latents.Freeze
+
+    def image(self, path: str, crf: int, size: Size) -> mx.array:
+        """One latent frame (1, 1, h, w, C)."""
+        pixels = media.recompress(self.files.image(path), crf)
+        pixels = filling(pixels[None], size)
+        x = self.component("vae").encode(mx.array(pixels)[None])
+        mx.eval(x)
+        return x
+
+    def clip(
+        self, path: str, start: int, num_frames: int, size: Size, slow: int = 1
+    ) -> mx.array:
+        """Latents (1, f, h, w, C) of a clip from a frame on, at the size's sides and
+        rate, as a stream; of every `slow`-th frame after the first."""
+        frames = frames_of(path, start, num_frames, size.fps)
+        chunks = (mx.array(x)[None] for x in fitted(frames, size, slow))
+        return mx.concatenate([*self.component("vae").encode_stream(chunks)], axis=1)
+
+    def weights(
+        self, path: str, start: int, num_frames: int, size: Size, grid: Size, slow: int
+    ) -> np.ndarray:
+        """The brightness (f, h, w) in [0, 1] of a clip's frames (see `clip`) or a picture
+        at the sides of `size`, averaged over each latent of `grid`."""
+        still = self.files.probe(path).num_frames == 1
+        if still:
+            frames = [self.files.image(path)]
+        else:
+            frames = frames_of(path, start, num_frames, size.fps)
+        _, h, w = grid.latent
+        shape = h, size.height // h, w, size.width // w, 3
+        pixels = (x.reshape(shape) for x in fitted(frames, size, slow))
+        shown = np.array([x.mean((1, 3, 4)) / 2 + 0.5 for x in pixels])
+        if still:
+            shown = shown.repeat(1 + -(-(num_frames - 1) // slow), axis=0)
+        count = (len(shown) - 1) // latents.TIME_SCALE * latents.TIME_SCALE
+        rest = shown[1 : 1 + count].reshape(-1, latents.TIME_SCALE, h, w)
+        return np.concatenate([shown[:1], rest.mean(axis=1)])
+
+    def sound(self, path: str, start: float, seconds: float, tokens: int) -> mx.array:
+        """Latents (1, tokens, mel, C) of a sound; mono is doubled, a short one padded
+        with zeros, as in the reference."""
+        sound, rate = media.read_audio(path, start, seconds)
+        sound = media.resample(sound[:, :2], rate, latents.MEL_RATE)
+        if sound.shape[1] == 1:
+            sound = np.repeat(sound, 2, axis=1)
+        x = self.component("audio_vae").encode(log_mel(mx.array(sound)[None]))
+        x = x[:, :tokens]
+        x = mx.pad(x, [(0, 0), (0, tokens - x.shape[1]), (0, 0), (0, 0)])
+        mx.eval(x)
+        return x
+
+
+def fitted(frames: Iterable[np.ndarray], size: Size, slow: int) -> Iterator[np.ndarray]:
+    """Every `slow`-th frame after the first, (1, H, W, 3) in [-1, 1] at the size's sides."""
+    for i, frame in enumerate(frames):
+        if i == 0 or (i - 1) % slow == 0:
+            yield filling(frame[None], size)
+
+
+def filling(frames: np.ndarray, size: Size) -> np.ndarray:
+    """Frames (n, H, W, 3) uint8 at the size's sides, in [-1, 1]: resized and cropped to
+    what is shown of it, which the padding reflects."""
+    height, width = shown = size.shown or (size.height, size.width)
+    frames = media.resize_and_crop(frames, height, width)
+    rest = size.height - height, size.width - width
+    small = any(a >= b for a, b in zip(rest, shown))
+    pads = (0, 0), (0, rest[0]), (0, rest[1]), (0, 0)
+    return np.pad(frames, pads, "edge" if small else "reflect")
+
+
+def frames_of(
+    path: str, start: int, num_frames: int, fps: float
+) -> Iterator[np.ndarray]:
+    """Frames of a clip, whose last one is repeated."""
+    for frame in media.read_video(path, start, num_frames, fps):
+        yield frame
+        num_frames -= 1
+    yield from (frame for _ in range(num_frames))
