@@ -64,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
     text = "file to use for a component, like vae=FILE; repeatable"
     to = {"dest": "parts", "action": "append", "type": name_and_file}
     add("--part", metavar="NAME=FILE", help=text, **to)
-    dtypes = ["bfloat16", "float16", "float32"]
-    add("--dtype", choices=dtypes, help="(default: bfloat16)")
+    dtypes = ["auto", "bfloat16", "float16", "float32"]
+    add("--dtype", choices=dtypes, help="auto: float16 on M1 and M2 (default: auto)")
     low = "always read the transformer's blocks from disk in each step"
     add("--low-memory", action="store_true", default=None, help=low)
     cache = "folder that keeps encoded prompts"
@@ -241,9 +241,8 @@ def describe(pipe: Any, job: Any) -> str:
     """The model and the stages of a job."""
     checkpoint, r = pipe.checkpoint, job.request
     assumed = ", assumed from no name" if checkpoint.kind_assumed else ""
-    lines = [
-        f"LTX-2 {checkpoint.model_version} ({checkpoint.kind}{assumed}), seed {r.seed}"
-    ]
+    kind, dtype = f"{checkpoint.kind}{assumed}", pipe.origin["dtype"]
+    lines = [f"LTX-2 {checkpoint.model_version} ({kind}), {dtype}, seed {r.seed}"]
     at_most = "up to " if r.auto_duration else ""
     lines += [
         pipe.inputs.lora(x.path).describe(x.strength)

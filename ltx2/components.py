@@ -40,6 +40,7 @@ class Components:
         self.text_encoder = checkpoint.encoder(text_encoder)
         self._loaded: dict[str, nn.Module] = {}
         self._loras: tuple[LoraFile, ...] = ()  # of the loaded transformer
+        self.fallback: Optional[mx.Dtype] = None  # if a first step is not finite
 
     def component(self, name: str) -> nn.Module:
         """A component of the model, loaded once."""
@@ -75,6 +76,13 @@ class Components:
                 self._loras = ()
         mx.clear_cache()
 
+    def fall_back(self) -> str:
+        """Load the transformer in the `fallback` dtype from now on; its name."""
+        self.dtype, self.fallback = self.fallback, None
+        self.free("transformer")
+        self.origin["dtype"] = str(self.dtype).removeprefix("mlx.core.")
+        return self.origin["dtype"]
+
     def adopt(self, transformer: DiT) -> None:
         """Use this transformer, with what is attached to it, until it is freed."""
         self._loaded["transformer"], self._loras = transformer, ()
@@ -99,6 +107,7 @@ class Components:
             self._loaded["transformer"] = model
         self._loras = loras
         weights.evaluate(w for _, w in tree_flatten(self.transformer.parameters()))
+        self.machines.wait()
         return self.transformer
 
     @cached_property

@@ -16,6 +16,7 @@ from .linear import (
     QuantizedLinear,
     ShardedRMSNorm,
     all_sum,
+    apply_in_parts,
     shard_columns,
     shard_rows,
 )
@@ -252,7 +253,7 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         up, _, down = self.net
-        out = [down(up(x[:, rows])) for rows in pieces(x)]
+        out = [apply_in_parts(down, up(x[:, rows])) for rows in pieces(x)]
         return all_sum(mx.concatenate(out, axis=1), self.group)
 
     def shard(self, group: Group) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from functools import cache
 from typing import Optional
 
 import mlx.core as mx
@@ -11,19 +9,9 @@ import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_inplace
 from mlx.utils import tree_map_with_path
 
+from .chips import this_chip
+
 Group = mx.distributed.Group
-
-# From so many rows on, dequantizing a layer and multiplying is faster: a quantized matmul
-# is slow on MLX's CPU backend (measured) and, at many rows, on M1 and M2 (g13, g14).
-DEQUANTIZE_FROM = {"cpu": 6, "applegpu_g13": 512, "applegpu_g14": 512}
-
-
-@cache
-def dequantize_from() -> float:
-    """The rows of DEQUANTIZE_FROM on this machine; infinity where it has none."""
-    cpu = mx.default_device().type == mx.cpu
-    chip = "cpu" if cpu else mx.device_info().get("architecture", "")
-    return next((n for k, n in DEQUANTIZE_FROM.items() if chip.startswith(k)), math.inf)
 
 
 class QuantizedLinear(nn.QuantizedLinear):
@@ -39,7 +27,7 @@ class QuantizedLinear(nn.QuantizedLinear):
 
     def product(self, x: mx.array) -> mx.array:
         """Without the bias."""
-        if x.size // x.shape[-1] >= dequantize_from():
+        if x.size // x.shape[-1] >= this_chip().dequantize_from:
             return x @ self.dequantized(x.dtype).T
         format = self.group_size, self.bits, self.mode
         return mx.quantized_matmul(x, *self.parts, True, *format)
@@ -47,6 +35,20 @@ class QuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         y = self.product(x)
         return y + self.bias if "bias" in self else y
+
+
+MANY_ROWS = 2048  # from which on the parts below pay
+
+
+def apply_in_parts(layer: nn.Module, x: mx.array) -> mx.array:
+    """`layer(x)`, of a dense layer with many inputs as a sum over parts of them where the
+    chip multiplies these faster; equal up to rounding."""
+    size, inputs = this_chip().inputs_at_a_time, x.shape[-1]
+    if type(layer) is not nn.Linear or inputs <= size or x.size < MANY_ROWS * inputs:
+        return layer(x)
+    parts = (slice(i, i + size) for i in range(0, inputs, size))
+    y = sum(x[..., part] @ layer.weight[:, part].T for part in parts)
+    return y + layer.bias if "bias" in layer else y
 
 
 def quantize(model: nn.Module, **options) -> None:

@@ -53,6 +53,10 @@ class Machines:
         """Rank 0's value, where ranks compute the same step."""
         return value
 
+    def wait(self) -> None:
+        """For the other machines of the same step: no GPU waits while one of them still
+        reads its weights."""
+
     def transformer(self, model: DiT) -> Union[DiT, PassParallel]:
         """The transformer as the denoiser calls it."""
         return model
@@ -107,6 +111,10 @@ class Ranks(Machines):
 
     def agree(self, value: float) -> float:
         return value if self.mode == "data" else broadcast(self.group, value)
+
+    def wait(self) -> None:
+        if self.mode != "data":
+            mx.eval(mx.distributed.all_sum(mx.zeros(1), group=self.group))
 
     def transformer(self, model: DiT) -> Union[DiT, PassParallel]:
         return PassParallel(model, self.group) if self.mode == "passes" else model

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import hub, memory, weights
 from .base import Trace, UserError
+from .chips import this_chip
 from .components import Components
 from .guidance import Contexts, guidance_passes
 from .inputs import InputFiles
@@ -230,15 +231,17 @@ def load(
     """A pipeline from an official file, a folder, a converted folder or a Hub repo.
 
     `kind` ("dev" or "distilled") overrides what the file name says, `upsamplers` those
-    next to the model, `parts` are files by component. `dtype` (bfloat16) is of the text side and the transformer.
+    next to the model, `parts` are files by component. `dtype` is of the
+    text side and the transformer; "auto", the default, is the chip's (see `chips`).
     Weights are read when a phase needs them; with `low_memory` (None: if not all of
     them fit) the transformer's blocks are read in each step, with the same result.
     `cache_contexts` is a folder that keeps encoded prompts. A `group` of machines, all
     of which call this, splits the work in one of parallel.MODES (`share` is the earlier
     name of `parallel`). Raises UserError when files do not fit together.
     """
-    name = str(dtype or "bfloat16").removeprefix("mlx.core.")
-    check_choice("dtype", name, ("bfloat16", "float16", "float32"))
+    name = str(dtype or "auto").removeprefix("mlx.core.")
+    check_choice("dtype", name, ("auto", "bfloat16", "float16", "float32"))
+    is_auto, name = name == "auto", this_chip().dtype if name == "auto" else name
     files = {"upsamplers": upsamplers, "parts": dict(parts)}
     checkpoint = weights.open_model(model, kind, **files, fetch=False)
     origin = {"model": str(model), "kind": checkpoint.kind, "dtype": name}
@@ -247,4 +250,6 @@ def load(
     machines = Machines() if group is None else Ranks(group, parallel or share)
     dtype = getattr(mx, name)
     options = low_memory, cache_contexts, machines
-    return Pipeline(checkpoint, text_encoder, dtype, origin, *options)
+    pipe = Pipeline(checkpoint, text_encoder, dtype, origin, *options)
+    pipe.fallback = mx.bfloat16 if is_auto and dtype == mx.float16 else None
+    return pipe

@@ -8,7 +8,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Iterator, Optional, Union
+from typing import Any, Generator, Iterator, Optional, Union
 
 import mlx.core as mx
 import numpy as np
@@ -105,6 +105,10 @@ class Result(Event):
         facts = path, self.fps, self.sound, self.metadata, codec
         with formats.VideoWriter(*facts) as video:
             video.write(self.frames)
+
+
+class NotFinite(Exception):
+    """A first step gave values that are not finite."""
 
 
 class Meter:
@@ -205,6 +209,19 @@ class Run:
             ]
 
     def denoise(
+        self, job: int, stage: Stage, at: Snapshot, *inputs: Any
+    ) -> Generator[Step, None, Snapshot]:
+        """One stage: a Step after each of its steps, and the snapshot at its end. Once, if
+        its first step is not finite, it is repeated in the model's fallback dtype."""
+        try:
+            return (yield from self._denoise(job, stage, at, *inputs))
+        except NotFinite:
+            dtype = self.model.fall_back()
+        note(f"the first step of {stage.name} is not finite: repeated in {dtype}")
+        at = replace(at, load=at.load | {"dtype": dtype})
+        return (yield from self._denoise(job, stage, at, *inputs))
+
+    def _denoise(
         self,
         job: int,
         stage: Stage,
@@ -212,8 +229,8 @@ class Run:
         conditions: dict[Condition, Conditioning],
         contexts: list[Contexts],
         noise: Noise,
-    ) -> Iterator[Step]:
-        """One stage: a Step after each of its steps, and the snapshot at its end."""
+    ) -> Generator[Step, None, Snapshot]:
+        """`denoise`, in the model's dtype."""
         with self.meter.phase(stage.phase):
             trace = within(self.trace, stage.name)
             before = self.upsampled(stage, {} if stage.first else at.latents)
@@ -232,6 +249,9 @@ class Run:
             steps = sample(denoiser, x, stage.sigmas, blend, draw, at.step)
             for i, (x, x0) in enumerate(steps, at.step + 1):
                 mx.eval(x, x0)
+                finite = (mx.isfinite(v).all() for v in x0.values())
+                if self.model.fallback and i == at.step + 1 and not all(finite):
+                    raise NotFinite
                 guided = denoiser.cached_x0 if stage.skips_steps else {}
                 now = replace(at, step=i, tokens=x, guided=guided)
                 denoised = self.latents(stage, states, x0)

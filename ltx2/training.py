@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from . import __version__, latents, media, memory
 from .adapters import ADAPTERS, CONFIG, STATE, official, save_arrays, save_losses
 from .base import UserError, checked, note
+from .chips import this_chip
 from .dataset import (
     PROMPTS_AT_ONCE,
     Clip,
@@ -43,7 +44,6 @@ from .gradients import (
     target_layers,
 )
 from .latents import LatentState, Size
-from .linear import dequantize_from
 from .lora import Lora, attach, linear_shape
 from .options import ask, check, comma_separated
 from .pipeline import Pipeline, Result
@@ -496,7 +496,7 @@ def footprints(
     state, text = e.per_token(tokens, sound), e.per_token(MAX_TOKENS, MAX_TOKENS)
     scores = heads * pairs * e.item
     block = sum(n * size for n, size in zip(KEPT, (state, text, scores)))
-    if bits and tokens > dequantize_from():  # such weights are kept, too
+    if bits and tokens > this_chip().dequantize_from:  # such weights are kept, too
         block += e.blocks / c.num_layers * 8 / bits * e.item
     held = block + (c.num_layers + 1) * state if by_block else c.num_layers * block
     weights = e.size["transformer"] + FACTORS * factors

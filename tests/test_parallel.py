@@ -4,6 +4,7 @@ Machines are processes here. Run as a script, this file is one of them.
 """
 
 import gc
+import io
 import json
 import os
 import re
@@ -358,3 +359,44 @@ def test_groups_of_quantized_weights_are_not_divided(choose):
 if __name__ == "__main__":
     mx.set_default_device(mx.cpu)
     worker(Path(sys.argv[1]))
+
+
+def operations(*arrays: mx.array) -> set[str]:
+    """What is still to compute."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *arrays)
+    return set(re.findall(r'label ="(\w+)"', graph.getvalue()))
+
+
+def test_no_gpu_waits_for_another_machine(monkeypatch):
+    group, sums = mx.distributed.init(), []
+
+    def all_sum(x, group):
+        sums.append(operations(x))
+        return x + 1  # not evaluated
+
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    tokens = [SimpleNamespace(latent=mx.zeros((1, n, 3))) for n in (4, 5)]
+    passes = parallel.PassParallel(Velocities(), group)
+    found = passes(*tokens, [], [None, None])
+    assert sums == [set(), set()]  # all inputs of the exchange were evaluated
+    assert operations(*(v for pair in found for v in pair)) <= {"Split", "Squeeze"}
+
+
+class Velocities:
+    """A transformer that computes ones."""
+
+    config = SimpleNamespace(out_channels=3, audio_out_channels=2)
+
+    def __call__(self, video, audio, texts, passes, trace):
+        return [(mx.ones((1, 4, 3)), mx.ones((1, 5, 2)))] * len(passes)
+
+
+@pytest.mark.parametrize("mode, waits", [("tensor", 1), ("passes", 1), ("data", 0)])
+def test_machines_of_the_same_step_wait_until_all_have_read(monkeypatch, mode, waits):
+    sums = []
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group: sums.append(x) or x)
+    machines = parallel.Ranks(mx.distributed.init())
+    machines.mode = mode
+    machines.wait()
+    assert len(sums) == waits

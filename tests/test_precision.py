@@ -7,9 +7,15 @@ import pytest
 from parity import cosine, relative_error
 from streams import inputs, load
 from test_dit import four_passes
+from test_pipeline import events_to_latents
 
-from ltx2 import conversion, linear, pipeline, weights
-from ltx2.linear import QuantizedLinear, dequantize_from, quantize
+import generate
+from ltx2 import chips, conversion, linear, pipeline, weights
+from ltx2.base import OutputError
+from ltx2.chips import Chip
+from ltx2.dit import DiT
+from ltx2.layers import FeedForward
+from ltx2.linear import QuantizedLinear, quantize
 from ltx2.request import Request
 
 MODES = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32)}
@@ -26,25 +32,46 @@ def test_dequantizing_first_gives_the_same_product(monkeypatch, mode, bias):
     x = mx.random.normal((1, 7, 128))
     ways = []
     for rows in (8, 7):  # without and with dequantizing
-        monkeypatch.setattr(linear, "dequantize_from", lambda rows=rows: rows)
+        chip = Chip(dequantize_from=rows)
+        monkeypatch.setattr(linear, "this_chip", lambda chip=chip: chip)
         ways.append(layer(x))
     assert relative_error(*ways) < 1e-5
 
 
 @pytest.mark.parametrize(
-    "device, chip, rows",
+    "device, name, expected",
     [
-        (mx.cpu, "x86_64", 6),
-        (mx.gpu, "applegpu_g13s", 512),  # M1
-        (mx.gpu, "applegpu_g14d", 512),  # M2
-        (mx.gpu, "applegpu_g15s", float("inf")),  # M3
-        (mx.gpu, "sm_90", float("inf")),
+        (mx.cpu, "x86_64", Chip("bfloat16", 6)),
+        (mx.cpu, "applegpu_g13s", Chip("bfloat16", 6)),  # a Mac on its CPU
+        (mx.gpu, "applegpu_g13s", Chip("float16", 512)),  # M1 Max
+        (mx.gpu, "applegpu_g13d", Chip("float16", 512, 2048)),  # M1 Ultra
+        (mx.gpu, "applegpu_g14d", Chip("float16", 512)),  # M2 Ultra
+        (mx.gpu, "applegpu_g15s", Chip()),  # M3 Max
+        (mx.gpu, "sm_90", Chip("bfloat16")),
     ],
 )
-def test_dequantizing_depends_on_the_chip(monkeypatch, device, chip, rows):
+def test_what_pays_depends_on_the_chip(monkeypatch, device, name, expected):
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device, 0))
-    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": chip})
-    assert dequantize_from.__wrapped__() == rows
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": name})
+    assert chips.this_chip.__wrapped__() == expected
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_feed_forward_is_the_same_with_its_inputs_in_parts(monkeypatch, bias):
+    layer, products = FeedForward(16, bias), []
+    x, rows = mx.random.normal((1, 12, 16)), mx.random.normal((1, 9, 16))
+    whole, few = layer(x), layer(rows)
+    monkeypatch.setattr(linear, "MANY_ROWS", 10)
+    monkeypatch.setattr(linear, "this_chip", lambda: Chip(inputs_at_a_time=24))
+    monkeypatch.setattr(nn.Linear, "__call__", counted(products, nn.Linear.__call__))
+    assert relative_error(layer(x), whole) < 1e-6  # 24, 24 and 16 of 64
+    assert len(products) == 1  # the other product was in parts
+    assert mx.array_equal(layer(rows), few)
+    assert len(products) == 3
+
+
+def counted(calls: list, function):
+    return lambda *args: calls.append(args) or function(*args)
 
 
 def test_a_loaded_model_has_our_quantized_layers(checkpoint, tmp_path, monkeypatch):
@@ -88,3 +115,57 @@ def test_a_float16_run_is_close_to_a_float32_run(checkpoint):
         )
     a, b = (np.concatenate(f).astype(np.float32) for f in frames)
     assert np.abs(a - b).mean() < 3  # of 255
+
+
+# --dtype auto
+
+
+def test_auto_is_resolved_printed_and_recorded(checkpoint, monkeypatch):
+    model, encoder = str(checkpoint("ltx-2.3")), str(checkpoint("gemma3"))
+    for chip, dtype in (("applegpu_g14s", "float16"), ("applegpu_g16s", "bfloat16")):
+        monkeypatch.setattr(pipeline, "this_chip", lambda c=chip: chips.chip_named(c))
+        for option in (None, "auto"):
+            pipe = pipeline.load(model, encoder, dtype=option)
+            job = pipe.plan(Request("a dog"))
+            assert pipe.dtype == getattr(mx, dtype)
+            assert f", {dtype}, seed" in generate.describe(pipe, job)
+            assert pipe.initial_snapshot(job).load["dtype"] == dtype
+        assert pipeline.load(model, encoder, dtype="float32").dtype == mx.float32
+
+
+@pytest.fixture
+def overflowing(checkpoint, monkeypatch):
+    """`overflowing(dtype)`: the events of a run whose model overflows in float16."""
+    monkeypatch.setattr(pipeline, "this_chip", lambda: Chip("float16"))
+    call = DiT.__call__
+
+    def overflow(model, *args):
+        factor = mx.inf if model.dtype == mx.float16 else 1
+        return [tuple(v * factor for v in pair) for pair in call(model, *args)]
+
+    monkeypatch.setattr(DiT, "__call__", overflow)
+
+    def run(dtype):
+        model, encoder = str(checkpoint("ltx-2.3")), str(checkpoint("gemma3"))
+        pipe = pipeline.load(model, encoder, "distilled", dtype)
+        size = {"height": 64, "width": 64, "num_frames": 9, "sigmas": (1.0, 0.5, 0.0)}
+        job = pipe.plan(Request("a dog", **size))
+        contexts = {"a dog": (mx.ones((1, 1024, 128)), mx.ones((1, 1024, 64)))}
+        return list(events_to_latents(pipe, job, contexts=contexts))
+
+    return run
+
+
+def test_a_first_step_that_is_not_finite_is_repeated_in_bfloat16(overflowing, caplog):
+    *events, last = overflowing("auto")
+    assert "the first step of stage1 is not finite: repeated in bfloat16" in caplog.text
+    assert [e.step for e in events if e.phase == "stage1"] == [0, 1, 2]
+    assert {e.snapshot.load["dtype"] for e in events if e.snapshot} == {"bfloat16"}
+    expected = overflowing("bfloat16")[-1].snapshot.latents
+    for name, x in last.snapshot.latents.items():
+        assert mx.array_equal(x, expected[name])
+
+
+def test_a_chosen_float16_is_not_replaced(overflowing):
+    with pytest.raises(OutputError, match="latents have std nan"):
+        overflowing("float16")
