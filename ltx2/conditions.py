@@ -365,15 +365,19 @@ class Stage:
         tails = {"video": made["video"][:, -frames:]}
         if "audio" in made:
             tails["audio"] = made["audio"][:, -tokens:]
-        for c in self.all_conditions:
-            count = isinstance(c, NewKeyframes) and len(self.window.handed_on(c.frames))
-            if count:
-                tails["keyframes"] = made["keyframes"][:, -count:]
+        if count := len(self.window.handed_on(self.slots)):
+            tails["keyframes"] = made["keyframes"][:, -count:]
         return {carry_key(self.phase, k): mx.contiguous(x) for k, x in tails.items()}
 
     @property
     def all_conditions(self) -> Iterator[Condition]:
         return (c for items in self.conditions.values() for c in items)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The places of the keyframes that it generates."""
+        slots = (c for c in self.all_conditions if isinstance(c, NewKeyframes))
+        return next((c.frames for c in slots), ())
 
     @property
     def skips_steps(self) -> bool:
@@ -383,8 +387,7 @@ class Stage:
     @property
     def upsampled(self) -> tuple[str, ...]:
         """What its upsampler enlarges: keyframes only if they are generated again."""
-        slots = any(isinstance(c, NewKeyframes) for c in self.all_conditions)
-        return ("video", "keyframes") if slots else ("video",)
+        return ("video", "keyframes") if self.slots else ("video",)
 
     def states(
         self,

@@ -169,6 +169,12 @@ class Resolver:
             r.tile_size and (len(r.tile_size) != 2 or any(map(odd, r.tile_size))),
             "tile_size is height,width: two multiples of 32 from 64 on, as 1024,1536",
         )
+        yield (
+            r.decode_with_keyframes
+            and not r.generated_keyframes
+            and self.mode != "dfr",
+            "decode_with_keyframes needs generated_keyframes",
+        )
         low, high = r.guidance_interval
         yield low > high, "guidance_interval must be from a lower to a higher sigma"
         yield (
@@ -406,6 +412,10 @@ class Resolver:
         kind = self.r.video_decoder or ("conv" if has["conv"] else "diffusion")
         if not has[kind] and "video" in self.streams:
             raise UserError(f"this model has no {kind} video decoder")
+        if self.r.decode_with_keyframes and kind == "conv":
+            self.notes.append(
+                "decode_with_keyframes is ignored: it needs --video-decoder diffusion"
+            )
         return DECODERS[kind]
 
     def sigmas(self, size: Size) -> tuple[float, ...]:

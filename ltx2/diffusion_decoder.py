@@ -4,15 +4,18 @@ Four stages of neighborhood attention upsample the latents to contexts of the pi
 size, with which a fifth one denoises the pixels. A layer turns an iterator of single
 frames (1, 1, H, W, C) into another one and keeps only the frames that its attention
 windows span. The result is the same as if all frames were computed at once.
+
+Keyframes that were generated with a video guide it: they pass the same layers as single
+frames, "planes", and attend to the nearest frames, which attend to them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, tee
-from typing import Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,7 +34,8 @@ from .layers import (
 Frames = Iterator[mx.array]
 Size = tuple[int, int, int]  # frames, rows, columns
 ScaleShift = tuple[mx.array, mx.array]
-UNUSED_KEYS = ("type_emb", "coarse_")  # prefixes
+UNUSED_KEYS = "coarse_"  # prefix
+TYPE_EMB = 128  # its released size; the small test checkpoints have no other
 
 
 @dataclass
@@ -48,6 +52,7 @@ class DiffusionDecoderConfig(Config):
     patch_size: int = 4
     t_emb_dim: int = 384
     timestep_scale_multiplier: float = 1000.0
+    type_emb: bool = False  # whether the file has this optional weight
 
     FIXED = {
         "_class_name": ("NADiffusionDecoder",),
@@ -59,7 +64,47 @@ class DiffusionDecoderConfig(Config):
     }
 
 
+@dataclass
+class Clip:
+    """Frames one by one, and planes at `times` in frames, in order."""
+
+    frames: Frames
+    length: int
+    planes: Frames
+    times: np.ndarray
+
+
+class Keyframes(NamedTuple):
+    """Latents (1, P, h, w, C) of single frames at places in a video, in order, of which a
+    part from frame `start` on is decoded."""
+
+    latents: mx.array
+    places: tuple[int, ...]
+    start: int = 0
+
+    def times(self, rate: int) -> np.ndarray:
+        """Where they are among frames that cover `rate` pixel frames, the first one."""
+        frames = np.array([*self.places, self.start], np.float32)
+        times = np.where(frames == 0, 0, (frames + (rate - 1) / 2) / rate)
+        return times[:-1] - times[-1]
+
+
 # Neighborhoods
+
+
+def frames_ahead(length: int, keyframes: Sequence[int]) -> int:
+    """How many of `length` frames are computed ahead of one that is decoded, up to the
+    farther of its two nearest keyframes."""
+    frames, places = np.arange(length), np.array(keyframes, int)
+    last = nearest(frames, places).max(axis=1, initial=0)
+    return max(0, *(places[last] - frames)) if len(places) else 0
+
+
+def nearest(places: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Indices (n, 2) of the two nearest others of each place, of equally near ones the
+    first."""
+    distances = np.abs(np.subtract.outer(places, others))
+    return np.argsort(distances, axis=1, kind="stable")[:, :2]
 
 
 def tile(kernel: int) -> int:
@@ -70,32 +115,38 @@ def tile(kernel: int) -> int:
 class Tiles:
     """An axis cut into tiles of one size, of which the last may overlap the one before:
     positions of each tile's queries and keys, and which keys a query sees. A window is
-    centered on its query, but shifted at the borders."""
+    centered on its query; at the borders it is `shifted`, or else cut off."""
 
-    def __init__(self, length: int, kernel: int):
-        kernel, size = min(kernel, length), min(tile(kernel), length)
+    def __init__(self, length: int, kernel: int, shifted: bool = True):
+        size = min(tile(kernel), length)
         span = min(size + kernel - 1, length)
         starts = np.minimum(np.arange(0, length, size), length - size)
         self.queries = starts[:, None] + np.arange(size)
         first_keys = np.clip(starts - kernel // 2, 0, length - span)
         self.keys = first_keys[:, None] + np.arange(span)
-        windows = np.clip(self.queries - kernel // 2, 0, length - kernel)[..., None]
-        seen = self.keys[:, None] - windows
-        self.visible = mx.array((seen >= 0) & (seen < kernel))
+        windows = self.queries - kernel // 2
+        if shifted:
+            windows = np.clip(windows, 0, max(length - kernel, 0))
+        seen = self.keys[:, None] - windows[..., None]
+        self.visible = (seen >= 0) & (seen < kernel)
         # The index of each position of the axis among the queries of all tiles.
         positions, tiles = np.arange(length), np.arange(length) // size
         self.order = mx.array(positions + tiles * size - starts[tiles])
 
 
-def rope_cos_sin(size: Size, dim: int) -> tuple[mx.array, mx.array]:
+def rope_cos_sin(
+    times: np.ndarray, height: int, width: int, dim: int
+) -> tuple[mx.array, mx.array]:
     """Cosines and sines (F, H, W, 1, dim / 2) of the three axes' angles, float32: about
     a quarter of the pairs is for time, the rest for rows and columns."""
+    places = times, np.arange(height), np.arange(width)
+    size = tuple(map(len, places))
     time = dim // 4 // 2 * 2
     time -= (dim - time) // 2 % 2 * 2
     angles = []
     for axis, part in enumerate((time, (dim - time) // 2, (dim - time) // 2)):
         frequencies = 10000.0 ** -(np.arange(0, part, 2) / part)
-        positions = np.arange(size[axis], dtype=np.float32)
+        positions = places[axis].astype(np.float32)
         shape = [1, 1, 1, 1, part // 2]
         shape[axis] = -1
         table = mx.array(positions[:, None] * frequencies.astype(np.float32))
@@ -124,13 +175,21 @@ class NeighborhoodAttention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, 1e-6)
         self.proj = nn.Linear(dim, dim)
 
-    def __call__(self, x: mx.array, queries: mx.array, visible: mx.array) -> mx.array:
-        """Frames (1, R, H, W, C) to those at the indices `queries` (Q,); `visible` (Q, R)
-        says which frames each of them attends to."""
-        _, length, height, width, _ = x.shape
-        down, across = Tiles(height, self.kernel[1]), Tiles(width, self.kernel[2])
+    def __call__(
+        self,
+        x: mx.array,
+        times: np.ndarray,
+        queries: mx.array,
+        visible: mx.array,
+        shifted: bool = True,
+    ) -> mx.array:
+        """Frames (1, R, H, W, C) at `times` to those at the indices `queries` (Q,);
+        `visible` (Q, R) says which frames each of them attends to."""
+        _, _, height, width, _ = x.shape
+        down = Tiles(height, self.kernel[1], shifted)
+        across = Tiles(width, self.kernel[2], shifted)
         qkv = mx.unflatten(self.qkv(x[0]), -1, (3, -1, self.head_dim))
-        tables = rope_cos_sin((length, height, width), self.head_dim)
+        tables = rope_cos_sin(times, height, width, self.head_dim)
         q = apply_rope(self.q_norm(qkv[..., 0, :, :]), *tables)[queries]
         k = apply_rope(self.k_norm(qkv[..., 1, :, :]), *tables)
         v = qkv[..., 2, :, :]
@@ -141,12 +200,12 @@ class NeighborhoodAttention(nn.Module):
             # to (tiles, heads, frames rows columns, C)
             return x.transpose(2, 4, 0, 1, 3, 5).flatten(2, 4)
 
-        out = []
-        for rows, key_rows, visible_rows in zip(down.queries, down.keys, down.visible):
+        out, visible_columns = [], mx.array(across.visible)
+        for rows, key_rows, seen in zip(down.queries, down.keys, down.visible):
             # (tiles, query frames, rows, columns, key frames, rows, columns)
             mask = visible[None, :, None, None, :, None, None]
-            mask = mask & visible_rows[None, None, :, None, None, :, None]
-            mask = mask & across.visible[:, None, None, :, None, None, :]
+            mask = mask & mx.array(seen)[None, None, :, None, None, :, None]
+            mask = mask & visible_columns[:, None, None, :, None, None, :]
             mask = mask.flatten(4).flatten(1, 3)[:, None]  # (tiles, 1, queries, keys)
             y = mx.fast.scaled_dot_product_attention(
                 cut(q, rows, across.queries),
@@ -180,6 +239,24 @@ def modulate(x: mx.array, scale_shift: Optional[ScaleShift]) -> mx.array:
     return x if scale_shift is None else x * (1 + scale_shift[0]) + scale_shift[1]
 
 
+class Held:
+    """A stream of frames for some readers; frames that all have done with are dropped."""
+
+    def __init__(self, frames: Frames, readers: int):
+        self.frames, self.held, self.start = frames, [], 0
+        self.done = [0] * readers
+
+    def read(self, reader: int, first: int, stop: int, done: int) -> list[mx.array]:
+        """Frames [first, stop); the reader will not read those before `done` again."""
+        more = stop - self.start - len(self.held)
+        self.held += islice(self.frames, max(more, 0))
+        found = self.held[first - self.start : stop - self.start]
+        self.done[reader] = done
+        self.held = self.held[min(self.done) - self.start :]
+        self.start = min(self.done)
+        return found
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm."""
 
@@ -190,28 +267,67 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(dim, 1e-6)
         self.mlp = SwiGLU(dim)
 
-    def __call__(
+    def __call__(self, clip: Clip, planes: bool = True, **modulation: Any) -> Clip:
+        """A clip to another one, without `planes` only its frames."""
+        readers = 1 + (planes and len(clip.times) > 0)
+        held = Held(clip.frames, readers), Held(clip.planes, readers)
+        attend = partial(self.attend, shifted=not len(clip.times), **modulation)
+        made = self.frames(clip, *held, attend), self.planes(clip, *held, attend)
+        return replace(clip, frames=made[0], planes=made[1])
+
+    def attend(
         self,
-        frames: Frames,
-        length: int,
+        window: list[mx.array],
+        times: np.ndarray,
+        queries: np.ndarray,
+        visible: np.ndarray,
+        shifted: bool,
         before_attn: Optional[ScaleShift] = None,
         before_mlp: Optional[ScaleShift] = None,
     ) -> Frames:
-        """`length` frames to as many."""
-        time = Tiles(length, self.attn.kernel[0])
-        window, start, done = [], 0, 0  # frames from `start` on; `done` were yielded
-        for queries, keys, visible in zip(time.queries, time.keys, time.visible):
-            window, start = window[keys[0] - start :], keys[0]
-            window += islice(frames, len(keys) - len(window))
-            new = np.flatnonzero(queries >= done)
-            indices, done = queries[new] - start, queries[-1] + 1
-            y = modulate(self.norm1(mx.concatenate(window, axis=1)), before_attn)
-            y = self.attn(y, mx.array(indices), visible[mx.array(new)])
-            for i, attended in zip(indices, mx.split(y, len(indices), axis=1)):
-                x = window[i] + attended
-                x = x + self.mlp(modulate(self.norm2(x), before_mlp))
-                mx.eval(x)
-                yield x
+        """The frames of a window at `queries` (see NeighborhoodAttention)."""
+        y = modulate(self.norm1(mx.concatenate(window, axis=1)), before_attn)
+        y = self.attn(y, times, mx.array(queries), mx.array(visible), shifted)
+        for i, attended in zip(queries, mx.split(y, len(queries), axis=1)):
+            x = window[i] + attended
+            x = x + self.mlp(modulate(self.norm2(x), before_mlp))
+            mx.eval(x)
+            yield x
+
+    def frames(self, clip: Clip, frames: Held, planes: Held, attend) -> Frames:
+        """A clip's frames, each from its window and the two planes nearest to it."""
+        near, count = nearest(np.arange(clip.length), clip.times), len(clip.times)
+        last, done = near.max(axis=1, initial=-1), 0
+        time = Tiles(clip.length, self.attn.kernel[0], shifted=not count)
+        starts = [*time.keys[1:, 0], clip.length]
+        for queries, keys, seen, then in zip(
+            time.queries, time.keys, time.visible, starts
+        ):
+            window = frames.read(0, keys[0], keys[-1] + 1, then)
+            new, done = np.flatnonzero(queries >= done), queries[-1] + 1
+            # Of a tile, what needs no further plane is made first: a plane may need it.
+            for part in np.split(new, np.flatnonzero(np.diff(last[queries[new]])) + 1):
+                to = near[queries[part]]
+                first, stop = to.min(initial=count), to.max(initial=-1) + 1
+                guides = planes.read(0, first, stop, first) if count else []
+                index = np.arange(first, stop)
+                visible = (to[..., None] == index).any(axis=1)
+                yield from attend(
+                    guides + window,
+                    np.append(clip.times[index], keys),
+                    len(guides) + queries[part] - keys[0],
+                    np.append(visible, seen[part], axis=1),
+                )
+
+    def planes(self, clip: Clip, frames: Held, planes: Held, attend) -> Frames:
+        """A clip's planes, each from itself and the two frames nearest to it."""
+        near = np.sort(nearest(clip.times, np.arange(clip.length)), axis=1)
+        for n, (close, then) in enumerate(zip(near, [*near[1:, 0], clip.length])):
+            plane = planes.read(1, n, n + 1, n + 1)
+            window = plane + frames.read(1, close[0], close[-1] + 1, then)
+            times = np.append(clip.times[n], close)
+            visible = np.ones((1, len(window)), bool)
+            yield from attend(window, times, np.array([0]), visible)
 
 
 class DiffusionBlock(Block):
@@ -223,12 +339,18 @@ class DiffusionBlock(Block):
         self.scale_shift_table = mx.zeros((7, dim))
 
     def __call__(
-        self, frames: Frames, length: int, contexts: Frames, time: mx.array
-    ) -> Frames:
-        frames = map(lambda x, c: x + self.context_proj(c), frames, contexts)
+        self, clip: Clip, contexts: Clip, time: mx.array, planes: bool
+    ) -> Clip:
+        add = lambda x, c: x + self.context_proj(c)
+        clip = replace(
+            clip,
+            frames=map(add, clip.frames, contexts.frames),
+            planes=map(add, clip.planes, contexts.planes),
+        )
         rows = (self.scale_shift_table + time).astype(self.scale_shift_table.dtype)
         # The other rows are gates, which released weights have folded in.
-        return super().__call__(frames, length, (rows[0], rows[1]), (rows[3], rows[4]))
+        before = {"before_attn": (rows[0], rows[1]), "before_mlp": (rows[3], rows[4])}
+        return super().__call__(clip, planes, **before)
 
 
 class Upsample(nn.Module):
@@ -245,6 +367,10 @@ class Upsample(nn.Module):
         # Doubled in time, a clip of 8k + 1 frames has one too many, the first.
         return islice(frames, self.stride[0] - 1, None)
 
+    def planes(self, planes: Frames) -> Frames:
+        """Each as a clip of one frame."""
+        return chain.from_iterable(self(iter([x])) for x in planes)
+
 
 class DiffusionDecoder(Component):
     """Normalized latents (1, F, h, w, C) to pixels (1, 8F - 7, 32h, 32w, 3)."""
@@ -257,6 +383,8 @@ class DiffusionDecoder(Component):
         *widths, last = c.stage_channels
         patch = 3 * c.patch_size**2
         self.conv_in = nn.Linear(c.in_channels, widths[0])
+        if c.type_emb:
+            self.type_emb = mx.zeros(c.in_channels)
         self.det_stages = [
             [Block(dim, c.head_dim, tuple(kernel)) for _ in range(depth)]
             for dim, depth, kernel in zip(widths, c.stage_depths, c.stage_kernels)
@@ -280,24 +408,38 @@ class DiffusionDecoder(Component):
     def decode_stream(
         self,
         latents: mx.array,
-        noise: Callable[[int, tuple[int, ...]], mx.array],
+        noise: Callable[[str, tuple[int, ...]], mx.array],
         bias: float = 0.0,
         trace: Optional[Trace] = None,
+        keyframes: Optional[Keyframes] = None,
     ) -> Frames:
-        """Frames (1, 1, 32h, 32w, 3), float32 in [0, 1]. `noise(i, shape)` is called for
-        a few frames more, and for larger ones if the latents are smaller than the first
-        attention windows."""
-        latents = self.per_channel_statistics.denormalize(latents)
+        """Frames (1, 1, 32h, 32w, 3), float32 in [0, 1], guided by keyframes.
+        `noise("frame<i>", shape)` is called for a few frames more, and for larger ones if
+        the latents are smaller than the first attention windows; "keyframe<i>" likewise.
+        """
         size, windows = latents.shape[1:4], self.config.stage_kernels[0]
         pad_t, pad_h, pad_w = (max(k - n, 0) for k, n in zip(windows, size))
+        sides = ((pad_h // 2, pad_h - pad_h // 2), (pad_w // 2, pad_w - pad_w // 2))
+
+        def embed(latents: mx.array, frames: int, type_emb: mx.array | int = 0):
+            x = self.per_channel_statistics.denormalize(latents) + type_emb
+            pad = ((0, 0), (0, frames), *sides, (0, 0))
+            x = mx.pad(x, pad, mode="edge").astype(self.conv_in.weight.dtype)
+            return iter(mx.split(self.conv_in(x), x.shape[1], axis=1))
+
         # The last latent is repeated so that the last frames' windows are centered.
         pad_frames = windows[0] // 2 * 2
-        sides = ((pad_h // 2, pad_h - pad_h // 2), (pad_w // 2, pad_w - pad_w // 2))
-        pad = ((0, 0), (0, pad_t + pad_frames), *sides, (0, 0))
-        latents = mx.pad(latents, pad, mode="edge").astype(self.conv_in.weight.dtype)
-        contexts, length = self.contexts(latents, trace)
-        length = max(length - 8 * pad_frames, self.config.stage5_kernel[0])
-        pixels = self.denoise(islice(contexts, length), length, noise, trace)
+        frames, length = (
+            embed(latents, pad_t + pad_frames),
+            size[0] + pad_t + pad_frames,
+        )
+        planes: Frames = iter(())
+        if keyframes:
+            planes = embed(keyframes.latents, 0, self.get("type_emb", 0))
+        contexts = self.contexts(frames, length, planes, keyframes, trace)
+        length = max(contexts.length - 8 * pad_frames, self.config.stage5_kernel[0])
+        cut = replace(contexts, frames=islice(contexts.frames, length), length=length)
+        pixels = self.denoise(cut, noise, trace)
         frames, height, width = size
         top, left = 32 * (pad_h // 2), 32 * (pad_w // 2)
         for x in islice(pixels, 8 * frames - 7):
@@ -306,44 +448,69 @@ class DiffusionDecoder(Component):
             mx.eval(x)
             yield x
 
-    def contexts(self, latents: mx.array, trace) -> tuple[Frames, int]:
-        """The pixels' contexts, one frame at a time, and their number."""
-        length = latents.shape[1]
-        frames: Frames = iter(mx.split(self.conv_in(latents), length, axis=1))
+    def contexts(
+        self,
+        frames: Frames,
+        length: int,
+        planes: Frames,
+        keyframes: Optional[Keyframes],
+        trace: Optional[Trace],
+    ) -> Clip:
+        """The pixels' contexts of latent frames and planes."""
+        rate = math.prod(up.stride[0] for up in self.upsamples)
+        times = keyframes.times if keyframes else lambda rate: np.zeros(0, np.float32)
+        clip = Clip(frames, length, planes, times(rate))
         for i, (blocks, up) in enumerate(zip(self.det_stages, self.upsamples)):
             for block in blocks:
-                frames = block(frames, length)
-            frames = up(frames)
-            length = length * up.stride[0] - up.stride[0] + 1
-            frames = map(partial(traced, trace, f"stage{i + 1}"), frames)
-        return frames, length
+                clip = block(clip)
+            length = clip.length * up.stride[0] - up.stride[0] + 1
+            rate //= up.stride[0]
+            clip = Clip(up(clip.frames), length, up.planes(clip.planes), times(rate))
+            watch = partial(traced, trace, f"stage{i + 1}")
+            clip = replace(clip, frames=map(watch, clip.frames))
+        return clip
 
-    def denoise(self, contexts: Frames, length: int, noise, trace) -> Frames:
+    def denoise(self, contexts: Clip, noise, trace) -> Frames:
         """Frames of pixels from noise, in one step from noise level 1."""
         size = self.config.patch_size
         time = timestep_embedding(mx.array([self.config.timestep_scale_multiplier]))
         for layer in self.t_embedder["mlp"]:
             time = layer(time.astype(self.conv_out.weight.dtype))
         time = self.shared_adaln["proj"](nn.silu(time)).reshape(7, -1)
-        first, *contexts = tee(contexts, 1 + len(self.diff_blocks))
+        count = 1 + len(self.diff_blocks)
+        tees = zip(tee(contexts.frames, count), tee(contexts.planes, count))
+        first, *others = (replace(contexts, frames=f, planes=p) for f, p in tees)
 
-        def embed(i: int, context: mx.array) -> mx.array:
+        def embed(name: str, item: tuple[int, mx.array]) -> mx.array:
+            i, context = item
             _, _, height, width, _ = context.shape
-            x = noise(i, (1, 1, height * size, width * size, 3))
+            x = noise(f"{name}{i}", (1, 1, height * size, width * size, 3))
             return self.conv_in_x_t(patchify(x.astype(context.dtype), size))
 
-        frames: Frames = (embed(i, context) for i, context in enumerate(first))
-        for block, context in zip(self.diff_blocks, contexts):
-            frames = block(frames, length, context, time)
-        for x in frames:
+        clip = replace(
+            first,
+            frames=map(partial(embed, "frame"), enumerate(first.frames)),
+            planes=map(partial(embed, "keyframe"), enumerate(first.planes)),
+        )
+        for n, (block, context) in enumerate(zip(self.diff_blocks, others), 2):
+            clip = block(clip, context, time, planes=n < count)
+        for x in clip.frames:
             x = self.conv_out(self.norm_out(traced(trace, "stage5", x)))
             yield unpatchify(x, size)
 
     @classmethod
+    def infer_sizes(
+        cls, section: dict[str, Any], shapes: dict[str, tuple]
+    ) -> dict[str, Any]:
+        return section | {"type_emb": "type_emb" in shapes}
+
+    @classmethod
     def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Official names to the module's; released files nest the fused projection."""
+        width = weights["conv_in.weight"].shape[1] if "conv_in.weight" in weights else 0
+        odd = lambda k, w: k == "type_emb" and w.shape == (TYPE_EMB,) != (width,)
         return {
             key.replace("attn.qkv.qkv.", "attn.qkv."): w
             for key, w in weights.items()
-            if not key.startswith(UNUSED_KEYS)
+            if not key.startswith(UNUSED_KEYS) and not odd(key, w)
         }

@@ -39,6 +39,7 @@ UPSAMPLER = (40, 6)  # beside its convolutions, which see all frames at once
 SPECTRAL = (90, 12)  # the audio VAE and HiFi-GAN
 BIGVGAN = (215, 30)
 TIGHT = 3 / 4  # of the limit
+AHEAD = 2  # of a frame that the diffusion decoder computes ahead
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,12 @@ class Estimator:
         loras: Callable[[str], int],
         decodes_audio: bool = True,
         shards: int = 1,
+        ahead: int = 0,
     ) -> dict[str, Footprint]:
         """By phase after the text, in the order of a run. `loras` gives a LoRA file's
         bytes, `decodes_audio` is false for an audio input; `shards` machines hold a part
-        of the transformer's blocks each."""
+        of the transformer's blocks each; keyframes have the diffusion decoder compute
+        frames so far `ahead`."""
         stages = list(stages)
         contexts, phases = self.contexts(prompts), {}
         encoded = [
@@ -224,8 +227,9 @@ class Estimator:
             frame = FLOAT * 3 * size.height * size.width
             convolves = decoder == "vae"
             decode = self.convolutions if convolves else self.neighborhoods
+            how = UP if convolves else ahead
             blended = max(stage.window.blended_out for stage in stages)
-            buffers = contexts + decode(size, UP) + (4 + blended) * frame
+            buffers = contexts + decode(size, how) + (4 + blended) * frame
             phases["video"] = Footprint(sound + self.size[decoder], buffers)
         return phases
 
@@ -298,17 +302,20 @@ class Estimator:
         clip = tokens // size.frame_tokens, *size.latent_sides
         return held(clip, dim, dim, 2) + UPSAMPLER[self.gpu] * FLOAT * tokens * dim
 
-    def neighborhoods(self, size: Size, _) -> float:
+    def neighborhoods(self, size: Size, ahead: int) -> float:
         """The diffusion decoder's last blocks: the frames that their windows span, as
-        inputs, contexts and in between, and the attention scores of a row of tiles."""
+        inputs, contexts and in between, and the attention scores of a row of tiles; and
+        those `ahead`, with their keyframes."""
         c = self.config["diffusion_decoder"]
         tiles = [tile(kernel) for kernel in c["stage5_kernel"]]
         spans = [a + b - 1 for a, b in zip(tiles, c["stage5_kernel"])]
+        spans[0] += ahead > 0
         channels, places = c["stage_channels"][-1], size.height * size.width // 16
         row = size.width // 4 * math.prod(tiles[:2])
         scores = 2 * self.scores(channels // c["head_dim"], row, math.prod(spans))
         copies = 2 * c["stage_depths"][-1] + 14
-        return copies * spans[0] * places * channels * self.item + scores
+        frames = copies * spans[0] + AHEAD * ahead
+        return frames * places * channels * self.item + scores
 
     def convolutions(self, size: Size, strides: dict, frames: int = 1) -> float:
         """The video VAE's decoder (`UP`) or encoder (`DOWN`): the frames that each

@@ -64,6 +64,7 @@ class Pipeline(Components):
             loras=lambda path: self.inputs.lora(path).nbytes,
             decodes_audio=job.request.audio is None,
             shards=shards,
+            ahead=job.frames_ahead,
         )
         return memory.planned(needs, memory.available(), self.low_memory)
 
@@ -150,10 +151,10 @@ class Pipeline(Components):
         "stage1.video", "stage1.audio" (tokens (1, T, C), appended ones included), a
         sampler's own "<stage>.<stream>.step<i>" and ".substep<i>", those of the next
         stages, and "vae" ((1, F, H, W, C), timestep-conditioned decoders only) or
-        "vae.frame<i>" ((1, 1, H, W, 3), the diffusion decoder). `contexts` by prompt
-        replace the text encoder. `resume` continues from a snapshot; pass the same
-        request or none. `frozen_from_noise` starts the kept stream of a retake from
-        noise, as the reference does. Raises UserError before any weights are read.
+        "vae.frame<i>" and "vae.keyframe<i>" ((1, 1, H, W, 3), the diffusion decoder).
+        `contexts` by prompt replace the text encoder. `resume` continues from a snapshot;
+        pass the same request or none. `frozen_from_noise` starts the kept stream of a
+        retake from noise, as the reference does. Raises UserError before any weights are read.
         """
         requests = requests or (resume.request,)
         jobs = [self.plan(r) if isinstance(r, Request) else r for r in requests]

@@ -310,6 +310,13 @@ class Request:
     video_decoder: Optional[str] = ask(
         "(default: conv, if the model has it)", choices=("conv", "diffusion")
     )
+    decode_with_keyframes: bool = ask(
+        "decode the video together with its generated keyframes, as dfr always does "
+        "(diffusion decoder only)",
+        False,
+        excludes="temporal_upsample",
+        model="2.5",
+    )
     decode_bias: float = ask(
         "added to the video's brightness, for weights that decode too dark after "
         "another tool's conversion; released weights need none",
@@ -321,7 +328,7 @@ class Request:
 
     GROUPS = {
         "output": "prompt contexts_file height width num_frames auto_duration fps conditioned_fps chunk_frames carry_frames blend_frames no_audio audio_only "
-        "video_decoder decode_bias",
+        "video_decoder decode_with_keyframes decode_bias",
         "inputs": "images keyframes image_crf audio video retake retake_streams extend "
         "reference_strength reference_attention attention_mask reference_in_stage_2 tile_size "
         "loras distilled_lora detailing_lora",

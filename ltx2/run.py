@@ -18,6 +18,7 @@ from .audio_vae import AudioVAEConfig
 from .base import Trace, note, traced, within
 from .components import Components
 from .conditions import Condition, Stage
+from .diffusion_decoder import Keyframes
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .guidance import Contexts, GuidedDenoiser
@@ -129,9 +130,12 @@ class Meter:
 
 def finished(job: Job, at: Snapshot) -> Snapshot:
     """A run after its last stage: the streams of the result, by window."""
-    latents = {k: x for k, x in at.kept.items() if k.split(".")[-1] in job.streams}
-    latents = {k: x for k, x in latents.items() if not k.startswith("carry.")}
-    latents = latents or at.latents  # resumed after its last stage
+    latents = {k: x for k, x in at.kept.items() if not k.startswith("carry.")}
+    latents = latents or dict(at.latents)  # resumed after its last stage
+    for window, places in job.keyframes.items():
+        stills = latents.pop(key := window.prefix + "keyframes", None)
+        if places:
+            latents[key] = stills[:, : len(places)]
     if "video" in latents:
         cells = latent_frames(job.size.num_frames + job.extra)
         latents["video"] = latents["video"][:, :cells]
@@ -413,11 +417,24 @@ class Run:
         bias = {"bias": job.request.decode_bias}
         model = self.model.component(job.decoder)
         if job.decoder == "diffusion_decoder":
-            draw_frame = lambda i, shape: draw(f"vae.frame{i}", shape)
-            return model.decode_stream(video, draw_frame, trace=trace, **bias)
+            named = lambda name, shape: draw(f"vae.{name}", shape)
+            bias["keyframes"] = self.keyframes(job, latents, window)
+            return model.decode_stream(video, named, trace=trace, **bias)
         conditioned = model.config.timestep_conditioning
         drawn = draw("vae", video.shape) if conditioned else None
         return model.decode_stream(video, noise=drawn, trace=trace, **bias)
+
+    def keyframes(self, job: Job, latents: Streams, window: Window):
+        """The keyframes that a window is decoded with."""
+        places = job.planes(window)
+        if not places:
+            return None
+        stills = [
+            latents[w.prefix + "keyframes"][:, -len(p) :] for w, p in places.items()
+        ]
+        return Keyframes(
+            mx.concatenate(stills, 1), sum(places.values(), ()), window.start
+        )
 
     def provenance(self, job: Job) -> dict[str, Any]:
         """How a result was made: enough to make it again."""

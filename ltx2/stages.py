@@ -8,7 +8,8 @@ from typing import Iterator, Mapping, NamedTuple, Optional
 from . import conditions, windows
 from .base import UserError
 from .conditions import WHOLE_CLIP, Condition, Stage
-from .defaults import BOTH, MAX_FRAMES, PARTS, Resolver, reference_factors
+from .defaults import MAX_FRAMES, PARTS, Resolver, reference_factors
+from .diffusion_decoder import frames_ahead
 from .guidance import Guidance
 from .inputs import InputFiles
 from .latents import (
@@ -41,21 +42,22 @@ class Row(NamedTuple):
 
 
 ANCESTRAL = "ancestral"  # euler, before LTX-2.5
-VIDEO, AUDIO = ("video",), ("audio",)
+VIDEO, AUDIO = ("video", "keyframes"), ("audio",)
+ALL = VIDEO + AUDIO
 # fmt: off
 MODES = {
-    "one": (Row("full", OWN, "euler", True, 0, None, BOTH),),
+    "one": (Row("full", OWN, "euler", True, 0, None, ALL),),
     "two": (
         Row("small", OWN, ANCESTRAL, True, 0, None, ()),
-        Row("full", REFINE_SIGMAS, ANCESTRAL, False, 1, "spatial", BOTH),
+        Row("full", REFINE_SIGMAS, ANCESTRAL, False, 1, "spatial", ALL),
     ),
     "two with a reference": (
         Row("small", OWN, "euler", True, 0, None, ()),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", BOTH),
+        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ALL),
     ),
     "two of a dub": (  # whose reference is heard in stage 2, too
         Row("small", OWN, "euler", True, 0, None, ()),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", BOTH, True, True),
+        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ALL, True, True),
     ),
     "two of a dev model": (  # whose refining does not improve the sound
         Row("small", OWN, "euler", True, 0, None, AUDIO),
@@ -115,6 +117,37 @@ class Job:
     def windows(self) -> list[windows.Window]:
         """The windows it is made in."""
         return list(dict.fromkeys(stage.window for stage in self.stages))
+
+    @property
+    def keyframes(self) -> dict[windows.Window, tuple[int, ...]]:
+        """The frames of the result that are keyframes after each window's last stage."""
+        last = {s.window: s.part.keyframes or s.slots for s in self.stages}
+        count = self.size.num_frames
+        return {
+            w: tuple(w.start + n for n in places if w.start + n < count)
+            for w, places in last.items()
+        }
+
+    def planes(self, window: windows.Window) -> dict[windows.Window, tuple[int, ...]]:
+        """The keyframes that a window is decoded with: the window before's that it has,
+        then its own."""
+        r, n = self.request, self.windows.index(window)
+        asked = r.decode_with_keyframes or r.stages == "dfr"
+        if not asked or self.decoder != "diffusion_decoder":
+            return {}
+        of = [(w, self.keyframes[w]) for w in self.windows[max(n - 1, 0) : n + 1]]
+        found = {w: tuple(f for f in all_ if f >= window.start) for w, all_ in of}
+        return {w: frames for w, frames in found.items() if frames}
+
+    @property
+    def frames_ahead(self) -> int:
+        """How far a window's decoder computes frames ahead for its keyframes."""
+        most = 0
+        for window in self.windows:
+            frames = sum(self.planes(window).values(), ())
+            length = window.num_frames or self.size.num_frames
+            most = max(most, frames_ahead(length, [f - window.start for f in frames]))
+        return most
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -275,7 +308,7 @@ class Planner(Resolver):
             loras=self.loras(None, 1),
             upsampler=None if tile.start else "temporal_upsampler",
             conditions=both if streams else {"video": both["video"]},
-            final=("video",),
+            final=VIDEO,
             part=tile,
             first=False,
         )
@@ -333,9 +366,10 @@ class Planner(Resolver):
                 sides = self.full_size(frames).divided(self.scale)
                 facts += ((r.attention_mask, sides),)
             video.append(conditions.ReferenceClip(*facts))
-        if keyframes and row.keyframes:
+        generates = row.keyframes or r.decode_with_keyframes
+        if keyframes and generates:
             video.append(conditions.NewKeyframes(keyframes))
-        if incoming and row.keyframes:
+        if incoming and generates:
             video.append(conditions.CarriedKeyframes(incoming, f"stage{n}"))
         if carried_in:
             video.append(conditions.Carried("video", f"stage{n}"))

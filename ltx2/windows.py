@@ -148,6 +148,8 @@ def canvas(num_frames: int) -> tuple[int, tuple[int, ...]]:
 class Whole:
     """A stage that denoises all of the previous stage's latents."""
 
+    keyframes = ()  # places of those that its merged latents have
+
     def cut(self, before: Streams) -> mx.array:
         """The video's latents (1, F, H, W, C) that the stage starts from."""
         return before["video"]
@@ -200,6 +202,11 @@ class Tile(Whole):
         """Where it generates keyframes, by its own frames: in the middle of segments."""
         middles = range(self.length // 2, self.segments * self.length, self.length)
         return tuple(p - self.first for p in middles[self.start : self.stop])
+
+    @property
+    def keyframes(self) -> tuple[int, ...]:
+        middle = self.length // 2
+        return tuple(range(middle, self.segments * self.length + 1, middle))
 
     def tokens(self, size: Size) -> int:
         frames = latent_frames(self.segments * self.length + 1)

@@ -16,6 +16,7 @@ from ltx2.conversion import Conversion, quantization
 from ltx2.duration import whole_frames
 from ltx2.inputs import InputFiles
 from ltx2.request import Request
+from ltx2.snapshot import Snapshot
 from ltx2.stages import plan as plan_stages
 from ltx2.text import Gemma4Config, Gemma4TextEncoder
 
@@ -306,3 +307,59 @@ def test_the_diffusion_decoder_decodes_the_same_latents(pipe, golden):
     planned = pipe.memory(job).phases["video"].total(streamed=False)
     assert 0.5 < planned / diffusion.phases["video"][1] < 2
     assert drawn[-17:] == [f"vae.frame{i}" for i in range(17)]
+
+
+def test_windows_are_decoded_with_the_keyframes_that_they_have(pipe, golden, tmp_path):
+    [prompt] = contexts = recorded_contexts(golden, "ltx-2.5")
+    drawn = []
+
+    def noise(name, shape):
+        drawn.append(name)
+        return pipeline.seeded_noise(1)(name, shape)
+
+    options = {"height": 64, "width": 64, "num_frames": 33, "stages": "one"}
+    options |= {"chunk_frames": 25, "carry_frames": 17, "sigmas": (1.0, 0.0)}
+    options |= {"generated_keyframes": (4, 20, 31), "no_audio": True}
+    how = {"video_decoder": "diffusion", "decode_with_keyframes": True}
+    request = Request(prompt, **options, **how)
+    job = pipe.plan(request)
+    first, second = job.windows
+    assert job.planes(first) == {first: (4, 20)}
+    assert job.planes(second) == {first: (20,), second: (31,)}
+    events = list(pipe.stream(request, contexts=contexts, noise=noise))
+    frames = [e.frames for e in events if isinstance(e, pipeline.Frames)]
+    places = [f"{w}vae.keyframe{i}" for w in ("chunk0.", "chunk1.") for i in (0, 1)]
+    assert [name for name in drawn if "keyframe" in name] == places
+    left = next(e for e in events if e.phase == "latents").snapshot
+    assert left.latents["chunk0.keyframes"].shape == (1, 2, 2, 2, 20)
+    left.save(tmp_path / "left.safetensors")
+    again = pipe.stream(
+        resume=Snapshot.read(tmp_path / "left.safetensors"), noise=noise
+    )
+    again = [e.frames for e in again if isinstance(e, pipeline.Frames)]
+    assert np.array_equal(frames, again)
+    planned = job.memory.phases["video"].total(streamed=False)
+    assert 0.5 < planned / events[-1].phases["video"][1] < 2
+
+
+def test_keyframes_are_decoded_where_there_are_some_and_a_diffusion_decoder(pipe):
+    source = pipe.checkpoint
+    options = {"generated_keyframes": 2, "decode_with_keyframes": True}
+    ignored = plan(Request("a fox", **options), source)
+    assert not any(ignored.planes(window) for window in ignored.windows)
+    assert "decode_with_keyframes is ignored" in ignored.notes[-1]
+    diffusion = {"video_decoder": "diffusion", "num_frames": 97}
+    for mode in ("one", "two"):
+        job = plan(Request("a fox", stages=mode, **options, **diffusion), source)
+        assert [*job.planes(job.windows[0]).values()] == [(32, 64)]
+        assert job.frames_ahead == 64  # of the first frame
+    dfr = plan(Request("a fox", stages="dfr", **diffusion), source)
+    assert [*dfr.planes(dfr.windows[0]).values()] == [(32, 64, 96)]
+    shorter = plan(
+        Request("a fox", stages="dfr", **diffusion | {"num_frames": 121}), source
+    )
+    assert [*shorter.planes(shorter.windows[0]).values()] == [(24, 48, 72, 96, 120)]
+    with pytest.raises(
+        UserError, match="decode_with_keyframes needs generated_keyframes"
+    ):
+        plan(Request("a fox", decode_with_keyframes=True), source)
