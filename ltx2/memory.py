@@ -35,7 +35,7 @@ from .work import video_convs
 
 FLOAT = 4  # bytes: encoders and decoders compute in float32
 # Copies of the widest tensor that are alive together, on the CPU and on a GPU.
-UPSAMPLER = (40, 6)  # beside its convolutions, which see all frames at once
+UPSAMPLER = (24, 6)  # beside its convolutions; on the CPU of the padded clip
 SPECTRAL = (90, 12)  # the audio VAE and HiFi-GAN
 BIGVGAN = (215, 30)
 TIGHT = 3 / 4  # of the limit
@@ -211,12 +211,9 @@ class Estimator:
             weights = {c: self.size[c] for c, _ in encoded}
             buffers = max(b for _, b in encoded)
             phases["inputs"] = Footprint(sum(weights.values()), contexts + buffers)
-        upsamplers, elsewhere = {}, self.blocks - self.blocks // shards
         for stage in stages:
-            upsamplers[stage.upsampler] = self.size.get(stage.upsampler, 0)
             factors = sum(loras(file.path) for file in stage.loras)
-            held = sum(upsamplers.values()) - elsewhere, factors, contexts
-            need, phase = self.stage(stage, *held, shards), stage.phase
+            need, phase = self.stage(stage, factors, contexts, shards), stage.phase
             phases[phase] = max(need, phases.get(phase, need), key=Footprint.size)
         size, sound = stages[-1].size, 0
         if "audio" in stages[0].streams and decodes_audio:
@@ -271,10 +268,8 @@ class Estimator:
             return "vae", self.convolutions(size, DOWN, condition.frames_at_once)
         return "audio_vae", self.spectra(size.audio_tokens)
 
-    def stage(
-        self, stage: Stage, others: int, loras: int, contexts: int, shards: int
-    ) -> Footprint:
-        """With so many bytes of other weights, LoRA factors and contexts."""
+    def stage(self, stage: Stage, loras: int, contexts: int, shards: int) -> Footprint:
+        """With so many bytes of LoRA factors and contexts."""
         size = stage.size
         tokens = size.tokens + sum(c.tokens(size) for c in stage.all_conditions)
         tokens *= ("video" in stage.streams) * stage.seen
@@ -288,8 +283,10 @@ class Estimator:
             + contexts
         )
         if stage.upsampler:
-            buffers = max(buffers, self.upsampling(stage))
-        weights = self.size["transformer"] + others + loras
+            upsampler = self.size[stage.upsampler]  # freed before the first step
+            buffers = max(buffers, upsampler + self.upsampling(stage))
+        elsewhere = self.blocks - self.blocks // shards
+        weights = self.size["transformer"] - elsewhere + loras
         in_blocks = loras * (1 - (1 + self.gpu) / self.dit.num_layers)
         spared = self.streamable["transformer"] // shards + in_blocks
         return Footprint(weights, buffers, int(spared))
@@ -298,9 +295,10 @@ class Estimator:
         """A residual block of the upsampler at the stage's size."""
         c = UpsamplerConfig.from_dict(self.config[stage.upsampler])
         size, dim = stage.size, c.mid_channels
-        tokens = stage.part.tokens(size)
-        clip = tokens // size.frame_tokens, *size.latent_sides
-        return held(clip, dim, dim, 2) + UPSAMPLER[self.gpu] * FLOAT * tokens * dim
+        frames = stage.part.tokens(size) // size.frame_tokens
+        padded = (frames + 2 * (not self.gpu)) * size.frame_tokens * dim
+        clip = frames, *size.latent_sides
+        return held(clip, dim, dim, 2) + UPSAMPLER[self.gpu] * FLOAT * padded
 
     def neighborhoods(self, size: Size, ahead: int) -> float:
         """The diffusion decoder's last blocks: the frames that their windows span, as

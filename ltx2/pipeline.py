@@ -197,7 +197,7 @@ class Pipeline(Components):
                 at = yield from run.denoise(n, stage, at, conditions[n][i], texts, draw)
             done[n] = finished(job, at)
             yield Phase(phase="latents", job=n, step=0, steps=0, snapshot=done[n])
-        self.free(*(k for k in self._loaded if k == "transformer" or "upsampler" in k))
+        self.free("transformer")
         done = self.machines.gather(done, len(jobs))
         for n, job in enumerate(jobs if self.machines.rank == 0 else ()):
             yield from run.decode(n, job, done[n].latents)

@@ -325,6 +325,7 @@ class Run:
             for k in stage.upsampled
         }
         mx.eval(larger)
+        self.model.free(stage.upsampler)
         return latents | larger
 
     def latents(self, stage: Stage, states, tokens: Streams) -> Streams:

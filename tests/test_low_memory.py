@@ -95,6 +95,35 @@ def test_each_streamed_block_is_used_before_the_next_is_built(checkpoint, monkey
         assert events == ["built", "used"] * config.num_layers
 
 
+def test_a_second_stage_holds_one_transformer_and_no_upsampler(
+    checkpoint, golden, monkeypatch
+):
+    """A stage's transformer is freed, without the collector, before the next is built."""
+    model, encoder = (str(checkpoint(n)) for n in ("ltx-2.3", "gemma3"))
+    up, load, alive = [str(checkpoint("spatial-x2"))], weights.Checkpoint.load, []
+
+    def count(self, name, *arguments, **options):
+        if name == "transformer":
+            alive.append(sum(type(x) is DiT for x in gc.get_objects()))
+        return load(self, name, *arguments, **options)
+
+    lora = LoraFile(str(checkpoint("ltx-2.3-lora")), 0.5, stage=2)
+    size = {"height": 128, "width": 128, "num_frames": 9, "sigmas": (1.0, 0.0)}
+    pipe = pipeline.load(model, encoder, "distilled", mx.float32, up, low_memory=True)
+    job = pipe.plan(Request("a dog", **size, loras=(lora,)))
+    contexts = dict(zip(job.prompts, recorded_contexts(golden, "ltx-2.3").values()))
+    gc.collect()  # of earlier tests
+    monkeypatch.setattr(weights.Checkpoint, "load", count)
+    held = {}
+    for event in pipe.stream(job, contexts=contexts):
+        if event.step and event.snapshot:
+            held[event.phase] = set(pipe._loaded)
+        if event.phase == "latents":
+            break
+    assert held == {"stage1": {"transformer"}, "stage2": {"transformer"}}
+    assert len(alive) == 2 and alive[0] == alive[1]  # fixtures may keep some
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("depth", [4, 12])
 def test_peak_memory_does_not_depend_on_the_depth(checkpoint, golden, depth):
