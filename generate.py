@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
+from ltx2 import REFERENCE
 from ltx2.base import Parser, UserError, awake, run, table
 from ltx2.guidance import Guidance
 from ltx2.options import add_flags, name_and_file
@@ -95,7 +96,7 @@ def main() -> None:
     group = init_distributed()
     if args.parallel and group is None:
         raise UserError("--parallel needs several machines: start with mlx.launch")
-    load, request, resume, files = from_recording(args)
+    load, request, resume, made = from_recording(args)
     load |= {k: v for k, v in vars(args).items() if k in LOADING and v is not None}
     requests = build_requests(args, request)
     sound_only = requests[0].audio_only
@@ -117,8 +118,14 @@ def main() -> None:
     }
     pipe = pipeline.load(**load, **options, group=group)
     jobs = [pipe.plan(r) for r in requests]
-    if args.recorded and pipe.files() != files:
+    if args.recorded and pipe.files() != made["model"]["files"]:
         print(f"note: {args.recorded} was made with other weights")
+    if args.recorded and made.get("versions", {}).get("reference") != REFERENCE:
+        print(
+            f"note: {args.recorded} was made by the rules of an earlier reference; now "
+            f"those of {REFERENCE} are used, so samplers, sound or the default negative "
+            "prompt may differ"
+        )
     for line in dict.fromkeys(line for job in jobs for line in job.notes):
         print(f"note: {line}")
     print(describe(pipe, jobs[0]))
@@ -166,8 +173,8 @@ def init_distributed() -> Any:
 
 
 def from_recording(args: argparse.Namespace) -> tuple[dict, Any, Any, Any]:
-    """How to load the model, the request to start from, a snapshot and the weights'
-    fingerprints, from an earlier video or saved latents if they are named."""
+    """How to load the model, the request to start from, a snapshot and the record of
+    how it was made, from an earlier video or saved latents if they are named."""
     from ltx2 import media, snapshot
 
     if args.resume and (args.recorded or args.prompts or args.num_videos > 1):
@@ -176,13 +183,13 @@ def from_recording(args: argparse.Namespace) -> tuple[dict, Any, Any, Any]:
         )
     if args.resume:
         resume = snapshot.Snapshot.read(args.resume)
-        return dict(resume.load), resume.request, resume, resume.files
+        return dict(resume.load), resume.request, resume, None
     if args.recorded:
         metadata = media.read_metadata(args.recorded)
         if not {"load", "request"} <= metadata.keys():
             raise UserError(f"{args.recorded} was not made by generate.py")
         request = Request.from_json(metadata["request"])
-        return metadata["load"], request, None, metadata["model"]["files"]
+        return metadata["load"], request, None, metadata
     return {}, None, None, None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 __version__ = "0.1.0"
+REFERENCE = "1.4.2"  # the release of the reference whose rules these are
 HOMES = {
     "guidance": "Guidance",
     "request": "Image LoraFile Request",

@@ -27,6 +27,7 @@ NEGATIVE_PROMPT = (  # it begins with tags of the training captions
 )
 SIZE = {"height": 512, "width": 768, "num_frames": 121, "fps": 24.0}
 MAX_FRAMES, MAX_SIDE = 2049, 4096
+USUAL_FPS = (24, 25, 30, 50, 60)
 AUTO_DURATION = (1.0, 20.0)  # seconds, the reference's
 DECODERS = {"conv": "vae", "diffusion": "diffusion_decoder"}
 BOTH = ("video", "audio")
@@ -285,6 +286,9 @@ class Resolver:
         for value in keyframes if isinstance(keyframes, tuple) else (keyframes,):
             check_range("generated_keyframes", value, 0, most)
         check_range("fps", r.fps, 1, 120)
+        if not r.conditioned_fps and min(abs(r.fps - x) for x in USUAL_FPS) > 0.1:
+            usual = ", ".join(map(str, USUAL_FPS))
+            self.notes.append(f"{r.fps:g} fps is unusual: models are made for {usual}")
         for image in r.images:
             image.index(r.num_frames, r.fps)
             check_range(f"image {image.path}: strength", image.strength, 0.01, 1)

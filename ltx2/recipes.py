@@ -39,6 +39,7 @@ NIGHT = ONE | {"fps": 24.0}
 WINDOWS = ONE | {"chunk_frames": 97, "carry_frames": 17}
 DUB = {"stages": "two", "reference_in_stage_2": True}
 MATTE = ONE | {"no_audio": True, "video_guidance": PLAIN}
+SLOW = "add --conditioned-fps, the rate / the speed (1 to 0.025): 48 is half of 24"
 RECIPES = {
     "alpha-gen": Recipe("", MATTE, 145, "dev", no_prompt=True),
     "clean-plate": Recipe("", ONE, advice="the prompt describes the empty scene"),
@@ -55,7 +56,7 @@ RECIPES = {
     "layout-to-render": Recipe("", {"stages": "two"}),
     "ingredients": Recipe("", ONE, 121),
     "cinemagraph": Recipe("CINEMAGRAPH_MOTION", {}, 25),
-    "slow-motion-control": Recipe(advice="set --conditioned-fps to the rate / speed"),
+    "slow-motion-control": Recipe(advice=SLOW),
 }
 
 
@@ -98,7 +99,9 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
             changes["prompt"] = f"{recipe.trigger} {r.prompt}".strip()
         said = [f"{k} {v!r}" for k, v in changes.items() if k != "video_guidance"]
         notes += [f"{name}: " + ", ".join(said)] if said else []
-        notes += [f"{name}: {recipe.advice}"] if recipe.advice else []
+        named = {x.replace("-", "_") for x in re.findall(r"--([\w-]+)", recipe.advice)}
+        if recipe.advice and not any(is_set(r, x) for x in named & vars(r).keys()):
+            notes.append(f"{name}: {recipe.advice}")
         if recipe.no_prompt and r.prompt:
             notes.append(f'{name} was made for an empty prompt: --prompt ""')
         if recipe.kind != kind:

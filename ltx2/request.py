@@ -133,7 +133,7 @@ class Request:
     )
     conditioned_fps: Optional[float] = ask(
         "frame rate of the motion: twice fps is slow motion at half speed (default: fps)",
-        between=(1, 240),
+        between=(1, 4800),
         modes=NOT_DFR,
         excludes="retake",
     )

@@ -13,7 +13,7 @@ from typing import Any, Generator, Iterator, Optional, Union
 import mlx.core as mx
 import numpy as np
 
-from . import __version__, formats, media
+from . import REFERENCE, __version__, formats, media
 from .audio_vae import AudioVAEConfig
 from .base import Trace, note, traced, within
 from .components import Components
@@ -452,6 +452,7 @@ class Run:
             "load": model.origin | {"text_encoder": model.text_encoder},
             "versions": {
                 "ltx2": __version__,
+                "reference": REFERENCE,
                 "mlx": mx.__version__,
                 "platform": platform.platform(),
             },

@@ -10,12 +10,12 @@ from parity import cosine, relative_error
 from test_pipeline import QuickVocoder, recorded_contexts
 
 import generate
-from ltx2 import pipeline, weights
+from ltx2 import media, pipeline, weights
 from ltx2.base import UserError
 from ltx2.conversion import Conversion, quantization
 from ltx2.duration import whole_frames
 from ltx2.inputs import InputFiles
-from ltx2.request import Request
+from ltx2.request import Image, Request
 from ltx2.snapshot import Snapshot
 from ltx2.stages import plan as plan_stages
 from ltx2.text import Gemma4Config, Gemma4TextEncoder
@@ -276,6 +276,24 @@ def test_the_duration_is_predicted_from_the_prompt(pipe, golden, quick_vocoder, 
     with pytest.raises(UserError, match="auto_duration cannot be combined with video"):
         clip = Request(prompt, video="a.mp4", retake=(0, 1), auto_duration=(1, 2))
         pipe.plan(clip)
+
+
+def test_an_image_must_be_within_the_predicted_duration(pipe, golden, tmp_path):
+    [prompt] = contexts = recorded_contexts(golden, "ltx-2.5")
+    media.save_png(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
+    options = {"height": 64, "width": 64, "stages": "one", "auto_duration": (0, 20)}
+
+    def request(frame):
+        return Request(
+            prompt, images=(Image(str(tmp_path / "a.png"), frame),), **options
+        )
+
+    with pytest.raises(UserError, match="frame 480 is outside of the video"):
+        pipe.plan(request(480))
+    events = pipe.stream(request(470), contexts=contexts)  # in one of 20 s
+    with pytest.raises(UserError, match="frame 470 is outside of the video"):
+        list(events)
+    assert pipe.plan(request(-1)).stages
 
 
 def test_generated_keyframes_need_ltx_2_5(checkpoint):

@@ -191,6 +191,24 @@ def test_only_an_adapter_for_no_prompt_takes_an_empty_one(pipe, adapter, clip):
         pipe.plan(Request(" ", video=clip, loras=(adapter("clean-plate-1.0"),)))
 
 
+def test_slow_motion_is_said_unless_it_is_asked_for(pipe, adapter):
+    options = {"loras": (adapter("slow-motion-control-1.0"),), "num_frames": 9}
+    said = lambda job: [n for n in job.notes if "--conditioned-fps" in n]
+    [note] = said(pipe.plan(Request("a fountain", **options)))
+    assert "the rate / the speed (1 to 0.025)" in note
+    slow = pipe.plan(Request("a fountain", conditioned_fps=24 / 0.025, **options))
+    assert not said(slow) and slow.stages[0].size.rate == 960
+    assert slow.stages[0].size.fps == 24
+
+
+@pytest.mark.parametrize("fps, said", [(24, 0), (23.976, 0), (59.94, 0), (12, 1)])
+def test_a_rate_that_the_models_do_not_know_is_said(pipe, fps, said):
+    size = {"height": 64, "width": 64, "num_frames": 9, "fps": fps}
+    notes = pipe.plan(Request("a cat", **size)).notes
+    assert sum("24, 25, 30, 50, 60" in note for note in notes) == said
+    assert not pipe.plan(Request("a cat", conditioned_fps=24.0, **size)).notes
+
+
 def test_a_trigger_is_a_word_of_its_own(pipe, adapter, clip):
     lora = adapter("colorization-0.9")
     job = pipe.plan(Request("a colorized photo", video=clip, loras=(lora,)))

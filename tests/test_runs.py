@@ -355,6 +355,18 @@ def test_an_mp4_is_regenerated_from_its_metadata(command, tmp_path):
     assert not mx.array_equal(latents("again")["latents.video"], one["latents.video"])
 
 
+def test_a_recording_of_an_earlier_reference_is_said(command, tmp_path):
+    command("--prompt", "a cat")
+    path = tmp_path / "output.mp4"
+    again = "--from", "output.mp4", "--output", "again.mp4", "--plan"
+    assert "earlier reference" not in command(*again, small=False)
+    metadata = media.read_metadata(path)
+    del metadata["versions"]["reference"]
+    with formats.VideoWriter(path, 24, metadata=metadata) as video:
+        video.write(np.zeros((9, 64, 96, 3), np.uint8))
+    assert "rules of an earlier reference" in command(*again, small=False)
+
+
 def test_previews_have_the_colors_of_the_frames(pipe, contexts, quick_vocoder):
     preview = pipe.preview()
     result = pipe.generate("a cat", contexts=contexts, **SIZE)
