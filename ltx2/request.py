@@ -100,12 +100,6 @@ class Request:
     negative_prompt: Optional[str] = ask(
         "what to avoid, with guidance (default: common faults)", metavar="TEXT"
     )
-    contexts_file: Optional[str] = ask(
-        "text embeddings instead of a prompt, as an adapter may have them",
-        flag="contexts",
-        metavar="FILE",
-        excludes="auto_duration",
-    )
     height: Optional[int] = ask("in pixels (default: 512, or the clip's)")
     width: Optional[int] = ask("in pixels (default: 768, or the clip's)")
     num_frames: Optional[int] = ask(
@@ -301,6 +295,12 @@ class Request:
         metavar="HEIGHT,WIDTH",
         needs="video",
         excludes="retake extend audio_only step_cache",
+    )
+    contexts_file: Optional[str] = ask(
+        "text embeddings instead of a prompt, as an adapter may have them",
+        flag="contexts",
+        metavar="FILE",
+        excludes="auto_duration",
     )
     # Outputs
     no_audio: bool = ask("video only", False, excludes="audio_only")

@@ -70,7 +70,7 @@ def test_every_command_is_tested():
         "python -m pytest",
         "python demo/strip.py demo/strip.png demo-1.mp4 demo-2.mp4 demo-3.mp4 demo-4.mp4",
     }
-    assert len(GENERATE) > 20 and len(CONVERT) >= 4 and len(CHECKS) == 4
+    assert len(GENERATE) > 20 and len(CONVERT) >= 4 and len(CHECKS) >= 4
 
 
 def test_the_option_table_equals_the_parser():
