@@ -223,13 +223,12 @@ def build_requests(
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
         if not prompts:
             raise UserError(f"{args.prompts} has no prompts: write one per line")
-    if prompts[0] is None and (passed | base).get("contexts_file"):
-        prompts = [""]
-    if prompts[0] is None:
+    instead = (passed | base).get("contexts_file") or args.segments
+    if prompts[0] is None and not instead:
         raise UserError("no prompt: pass --prompt or --prompts")
-    first = Request.from_json({**base, **passed, "prompt": prompts[0]})
+    first = Request.from_json({**base, **passed, "prompt": prompts[0] or ""})
     return [
-        replace(first, prompt=prompt, seed=first.seed + n)
+        replace(first, prompt=prompt or "", seed=first.seed + n)
         for prompt in prompts
         for n in range(args.num_videos)
     ]
@@ -268,8 +267,10 @@ def describe(pipe: Any, job: Any) -> str:
 
 def enhanced(pipe: Any, job: Any) -> Any:
     """The job with its prompt expanded."""
-    if job.request.contexts_file:
-        raise UserError("--enhance-prompt needs a prompt: remove --contexts")
+    if job.request.contexts_file or job.request.segments:
+        raise UserError(
+            "--enhance-prompt needs a prompt: remove --contexts or --segment"
+        )
     prompt, *negative = job.prompts
     prompt = pipe.enhance(prompt, job.request.seed)
     print(f"prompt: {prompt}")

@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 REFERENCE = "1.4.2"  # the release of the reference whose rules these are
 HOMES = {
     "guidance": "Guidance",
-    "request": "Image LoraFile Request",
+    "request": "Image LoraFile Request Segment",
     "pipeline": "Event Frames Phase Pipeline Result Step load",
     "snapshot": "Snapshot",
     "stages": "Job",

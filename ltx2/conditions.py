@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Iterator, Mapping, Optional
 import mlx.core as mx
 
 from . import latents
-from .guidance import Guidance
+from .guidance import Guidance, Prompts
 from .inputs import Encoders
 from .latents import Conditioning, Size, Streams
 from .request import LoraFile
@@ -334,6 +334,7 @@ class Stage:
     window: Window = WHOLE_CLIP
     first: bool = True  # of its window, which starts from noise
     tile: Optional[tuple[int, int]] = None  # latents of a model call: height, width
+    prompts: Prompts = Prompts()
 
     @property
     def streams(self) -> tuple[str, ...]:

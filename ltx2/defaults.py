@@ -90,7 +90,8 @@ class Resolver:
         for fault, message in self.faults(unmet):
             if fault:
                 raise UserError(message)
-        text = ("text",) * (not r.contexts_file or not self.distilled)
+        negative = not self.distilled or r.nag_scale != 1
+        text = ("text",) * (not r.contexts_file or negative)
         kinds = "all", *text, *self.streams
         self.checkpoint.require(*(part for kind in kinds for part in PARTS[kind]))
         if text and self.checkpoint.text_encoder == "gemma":
@@ -154,7 +155,7 @@ class Resolver:
             "change the video)",
         )
         yield (
-            not (r.prompts[0].strip() or self.recipe.no_prompt),
+            not (all(p.strip() for p in r.prompts) or self.recipe.no_prompt),
             "the prompt is empty: say what to show",
         )
         yield (
@@ -234,6 +235,10 @@ class Resolver:
     def fit_duration(self) -> None:
         """The most frames that the duration head may predict, if it decides: by default
         where the model has one and no input has a duration."""
+        if self.r.segments and not self.r.video and self.r.num_frames is None:
+            fps = SIZE["fps"] if self.r.fps is None else self.r.fps
+            latents = round((self.r.segments[-1].end * fps - 1) / TIME_SCALE)
+            self.r = replace(self.r, num_frames=latents * TIME_SCALE + 1)
         r, head = self.r, "duration_head"
         fixed = r.video or r.audio or r.contexts_file or r.num_frames is not None
         if r.auto_duration is None and (
@@ -289,6 +294,7 @@ class Resolver:
         if not r.conditioned_fps and min(abs(r.fps - x) for x in USUAL_FPS) > 0.1:
             usual = ", ".join(map(str, USUAL_FPS))
             self.notes.append(f"{r.fps:g} fps is unusual: models are made for {usual}")
+        self.check_segments()
         for image in r.images:
             image.index(r.num_frames, r.fps)
             check_range(f"image {image.path}: strength", image.strength, 0.01, 1)
@@ -298,6 +304,19 @@ class Resolver:
             raise UserError(
                 f"{r.audio} has no sound at {r.audio_start:g} s: it is {seconds:.2f} s "
                 "long"
+            )
+
+    def check_segments(self) -> None:
+        """UserError unless the segments follow each other through the video."""
+        r, latent = self.r, TIME_SCALE / self.r.fps
+        ends = [0.0, *(s.end for s in r.segments)]
+        starts = [*(s.start for s in r.segments), r.num_frames / r.fps]
+        near = all(abs(a - b) < latent + 1e-6 for a, b in zip(ends, starts))
+        if r.segments and not (near and all(s.start < s.end for s in r.segments)):
+            raise UserError(
+                f"segments must follow each other from 0 to {starts[-1]:.2f} s, with gaps "
+                f"and overlaps of at most {latent:.2g} s, got "
+                + ", ".join(f"{s.start:g}-{s.end:g}" for s in r.segments)
             )
 
     def padded(self, side: int) -> int:
@@ -401,12 +420,15 @@ class Resolver:
         return guidance
 
     def negative_prompt(self, guidance: Mapping[str, Guidance]) -> tuple[str, ...]:
-        """The prompt of the unconditional pass, if there is one."""
-        prompt = self.r.negative_prompt
-        if any(g.cfg_scale != 1 for g in guidance.values()):
+        """The prompt of the unconditional pass or of NAG, if there is either."""
+        prompt, nag = self.r.negative_prompt, self.r.nag_scale != 1
+        if nag or any(g.cfg_scale != 1 for g in guidance.values()):
             return (NEGATIVE_PROMPT if prompt is None else prompt,)
         if prompt is not None:
-            raise UserError("negative_prompt needs cfg_scale above 1, and a dev model")
+            raise UserError(
+                "negative_prompt needs cfg_scale above 1 and a dev model, or nag_scale "
+                "above 1"
+            )
         return ()
 
     def decoder(self) -> str:

@@ -17,6 +17,7 @@ from .layers import (
     Component,
     FeedForward,
     Rope,
+    Steering,
     TimestepMLP,
     no_random_weights,
     prefetch,
@@ -28,8 +29,7 @@ from .linear import Group, quantize
 NO_BLOCKS: Container[int] = range(0)
 ALL_BLOCKS: Container[int] = range(sys.maxsize)
 Both = tuple[Optional[mx.array], Optional[mx.array]]  # video, audio
-KeysValues = tuple[mx.array, mx.array]  # each (B, heads, N, head_dim)
-BothTexts = tuple[Optional[KeysValues], Optional[KeysValues]]
+BothTexts = tuple[Optional[dict], Optional[dict]]  # arguments of `Attention`
 Skips = tuple[bool, bool, bool, bool]  # video and audio self-attention, a2v, v2a
 NO_SKIPS: Skips = (False, False, False, False)
 PREFIXES = ("", "audio_")  # of the layers of the video and the audio stream
@@ -134,6 +134,7 @@ class Tokens:
     level_index: Optional[mx.array] = None  # (T,)
     mask: Optional[mx.array] = None  # self-attention weights (T, T) in [0, 1]
     keyframes: Optional[mx.array] = None  # (T,), > 0: stands for a single frame (2.5)
+    steering: Steering = Steering()  # of the attention to text 0, away from text 1
     enabled: bool = True  # False: attended to, but not updated
 
 
@@ -237,23 +238,23 @@ class Block(nn.Module):
             if table is not None:
                 shift, scale = mx.split(table.astype(x.dtype) + s.prompt_ada, 2, axis=1)
                 x = x * (1 + scale) + shift
-            return self[prefix + "attn2"].keys_values(x)
+            return {"keys_values": self[prefix + "attn2"].keys_values(x)}
 
         return tuple(map(keys_values, PREFIXES, streams, text))
 
     def attend(
         self, prefix: str, s: StreamContext, x: mx.array, text, values_only: bool
     ) -> mx.array:
-        """Self-attention, then attention to the text's keys and values."""
+        """Self-attention, then attention to the text."""
         table = self[prefix + "scale_shift_table"]
         shift, scale, gate = s.modulation(table, s.ada, slice(0, 3))
         y = modulate(x, scale, shift)
         y = self[prefix + "attn1"](y, None, s.tokens.rope, s.mask, values_only)
         x = gated_add(x, y, gate)
         if len(table) == 6:  # 2.0: neither modulated nor gated
-            return x + self[prefix + "attn2"](rms_norm(x).astype(gate.dtype), text)
+            return x + self[prefix + "attn2"](rms_norm(x).astype(gate.dtype), **text)
         shift, scale, gate = s.modulation(table, s.ada, slice(6, 9))
-        y = self[prefix + "attn2"](modulate(x, scale, shift), text)
+        y = self[prefix + "attn2"](modulate(x, scale, shift), **text)
         return gated_add(x, y, gate)
 
     def feed_forward(self, prefix: str, s: StreamContext, x: mx.array) -> mx.array:
@@ -471,6 +472,8 @@ class DiT(Component):
         states = [states] * len(passes)
         for i, block in enumerate(self.transformer_blocks):
             read = [block.text_keys_values(streams, text) for text in texts]
+            both = zip(streams, *read[:2])
+            read[0] = tuple(t[0] and s.tokens.steering(*t) for s, *t in both)
             for n, p in enumerate(passes):
                 earlier, first = starts[n]
                 if i < first:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable, Mapping, Optional
 
 import mlx.core as mx
@@ -11,6 +11,7 @@ import numpy as np
 from .base import Trace, within
 from .dit import ALL_BLOCKS, NO_BLOCKS, DiT, Pass, Tokens
 from .latents import LatentState, Streams
+from .layers import Nag, Steering
 from .options import ask, integers
 
 Contexts = tuple[mx.array, mx.array]  # of video and audio, each (1, 1024, D)
@@ -119,6 +120,28 @@ def _stg_blocks(g: Guidance):
     return ALL_BLOCKS if g.stg_blocks is None else g.stg_blocks
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """How a stage reads its prompts: normalized attention guidance, and segments by
+    time, each a prompt and, by stream, from when to when in seconds of its positions.
+    """
+
+    nag: Optional[Nag] = None
+    segments: tuple[str, ...] = ()
+    times: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+
+    def steering(self, name: str, state: LatentState) -> Steering:
+        """A token reads the segment of its middle; outside of all, the nearest one."""
+        if len(self.segments) < 2:
+            return Steering(None, self.nag)
+        starts, ends = np.array(self.times[name]).T
+        starts[0], ends[-1] = -np.inf, np.inf
+        ends[:-1] = np.maximum(ends[:-1], starts[1:])
+        middle = state.bounds[0].mean(axis=1)[:, None]
+        visible = (starts <= middle) & (middle < ends)
+        return Steering(mx.array(visible)[None, None], self.nag)
+
+
 class GuidedDenoiser:
     """Computes x0 of the streams at a sigma: the passes, combined by guidance, and held
     to the clean tokens."""
@@ -133,6 +156,7 @@ class GuidedDenoiser:
         interval: tuple[float, float] = (0.0, 1.0),
         cache: float = 0.0,
         agree: Callable[[float], float] = float,
+        prompts: Prompts = Prompts(),
     ):
         """`texts` are `DiT.project_text`'s of prompt and negative prompt. `interval` is the
         range of sigmas that are guided, `cache` the relative change of the tokens below
@@ -141,6 +165,7 @@ class GuidedDenoiser:
         self.guidance = {k: guidance.get(k, NO_GUIDANCE) for k in states}
         self.passes = guidance_passes(guidance)
         self.texts = texts
+        self.steering = {k: prompts.steering(k, s) for k, s in states.items()}
         ropes = {"video": transformer.video_rope, "audio": transformer.audio_rope}
         self.ropes = {k: ropes[k](s.bounds) for k, s in states.items()}
         self.interval, self.cache, self.agree = interval, cache, agree
@@ -205,5 +230,6 @@ class GuidedDenoiser:
             level_index,
             None if state.attention is None else mx.array(state.attention),
             mx.array(state.keyframes),
-            enabled=enabled,
+            self.steering[name],
+            enabled,
         )

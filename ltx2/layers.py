@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from typing import Any, ClassVar, Iterator, Optional, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Iterator, NamedTuple, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -133,6 +134,53 @@ def pieces(x: mx.array, limit: float = math.inf) -> list[slice]:
     return [slice(i, i + size) for i in range(0, length, size)]
 
 
+@dataclass(frozen=True)
+class Nag:
+    """Normalized attention guidance: moves attention to a prompt away from that to a
+    negative prompt. The defaults are those of other tools."""
+
+    scale: float
+    tau: float = 2.5
+    alpha: float = 0.25
+
+    def __call__(
+        self, z: mx.array, negative: mx.array, group: Optional[Group]
+    ) -> mx.array:
+        """From the results of both attentions (B, heads, T, d), before gates and output
+        projection; `group` are the ranks that share the heads."""
+        g, norms = _extrapolated(z, negative, self.scale)
+        return _normalized(z, g, all_sum(norms, group), self.tau, self.alpha)
+
+
+@mx.compile
+def _extrapolated(z, negative, scale):
+    """scale z - (scale - 1) negative, and a token's 1-norms of that and of z, float32."""
+    z = z.astype(mx.float32)
+    g = scale * z - (scale - 1) * negative
+    norms = [mx.abs(x).sum((1, 3), keepdims=True) for x in (g, z)]
+    return g, mx.stack(norms)
+
+
+@mx.compile
+def _normalized(z, g, norms, tau, alpha):
+    """A mix of z and g, whose norm becomes at most tau times that of z."""
+    most = tau * norms[1] / mx.maximum(norms[0], 1e-30)
+    return (z + alpha * (mx.minimum(most, 1) * g - z)).astype(z.dtype)
+
+
+class Steering(NamedTuple):
+    """How tokens read a prompt: which of its equal parts, by a mask (1, 1, T, n), and
+    away from a negative prompt."""
+
+    mask: Optional[mx.array] = None
+    nag: Optional[Nag] = None
+
+    def __call__(self, prompt: dict, negative: Optional[dict] = None) -> dict:
+        """Arguments of `Attention`, made of those of both prompts."""
+        negative = self.nag and negative["keys_values"]
+        return prompt | {"mask": self.mask, "nag": self.nag, "negative": negative}
+
+
 class Attention(nn.Module):
     """Multi-head attention with q/k norms over all heads and, from 2.3 on, head gates:
     each head's output times 2 sigmoid(logit of the query-side input)."""
@@ -191,11 +239,15 @@ class Attention(nn.Module):
         rope: Optional[Rope] = None,
         mask: Optional[mx.array] = None,
         values_only: bool = False,
+        nag: Optional[Nag] = None,
+        negative: Optional[tuple[mx.array, mx.array]] = None,
     ) -> mx.array:
         """Attend from `x` (B, T, query_dim) to `keys_values`, or to itself if None.
 
-        `mask` is additive, (1, 1, T, S). `values_only` is the STG perturbation: each head
-        returns its values; gate and output projection still apply.
+        `mask` (1, 1, T, S) is additive or boolean; it may be (1, 1, T, n), for n equal
+        parts of the keys. `values_only` is the STG perturbation: each head returns its
+        values; gate and output projection still apply. `nag` moves the result away from
+        attention to `negative` keys and values.
         """
 
         limit = math.inf
@@ -210,9 +262,16 @@ class Attention(nn.Module):
                 q = self._split(self.q_norm(self.to_q(x[:, rows]))).swapaxes(1, 2)
                 q = apply_rope(q, *(table[:, rows] for table in rope)) if rope else q
                 options = {"scale": 1 / math.sqrt(q.shape[-1])}
+                masked = options
                 if mask is not None:
-                    options["mask"] = mask[:, :, rows]
-                out = mx.fast.scaled_dot_product_attention(q, k, v, **options)
+                    size = k.shape[2] // mask.shape[3]
+                    masked = options | {"mask": mx.repeat(mask[:, :, rows], size, 3)}
+                out = mx.fast.scaled_dot_product_attention(q, k, v, **masked)
+                if nag is not None:
+                    other = mx.fast.scaled_dot_product_attention(
+                        q, *negative, **options
+                    )
+                    out = nag(out, other, self.group)
                 out = out.swapaxes(1, 2)  # (B, heads, T, d) to (B, T, heads, d)
             if "to_gate_logits" in self:
                 out = out * (2 * mx.sigmoid(self.to_gate_logits(x[:, rows])))[..., None]

@@ -275,11 +275,14 @@ class Estimator:
         tokens *= ("video" in stage.streams) * stage.seen
         sound = size.audio_tokens if "audio" in stage.streams else 0
         passes = guidance_passes(stage.guidance)
-        texts = 2 if "uncond" in passes else 1
+        segments = max(len(stage.prompts.segments), 1)
+        nag = stage.prompts.nag is not None
+        texts = 7.2 * segments - 0.7 + max(3 * ("uncond" in passes), 4.3 * nag)
+        keys = max(tokens, MAX_TOKENS * (segments + nag))
         buffers = (
-            (6.5 + 3 * (texts - 1)) * self.per_token(MAX_TOKENS, MAX_TOKENS)
+            texts * self.per_token(MAX_TOKENS, MAX_TOKENS)
             + (8 + 2 * len(passes)) * self.per_token(tokens, sound)
-            + self.scores(self.dit.num_attention_heads, tokens, max(tokens, MAX_TOKENS))
+            + self.scores(self.dit.num_attention_heads, tokens, keys)
             + contexts
         )
         if stage.upsampler:

@@ -190,10 +190,9 @@ class Pipeline(Components):
         self.free("vae", "audio_vae")
         for n, job in self.machines.deal(jobs):
             at = resume or self.initial_snapshot(job)
-            texts = [contexts[prompt] for prompt in job.prompts if contexts]
             for i, stage in enumerate(job.stages[at.stage :], at.stage):
                 yield Phase(phase=stage.name, job=n, step=0, steps=stage.steps)
-                draw = run.noise_of(job)
+                draw, texts = run.noise_of(job), run.texts(job, stage, contexts)
                 at = yield from run.denoise(n, stage, at, conditions[n][i], texts, draw)
             done[n] = finished(job, at)
             yield Phase(phase="latents", job=n, step=0, steps=0, snapshot=done[n])

@@ -77,6 +77,24 @@ class LoraFile:
         return cls(path, float(strength or 1), int(stage) if stage else None)
 
 
+@dataclass(frozen=True)
+class Segment:
+    """What is seen and heard between two times in seconds."""
+
+    start: float
+    end: float
+    prompt: str
+
+    FORM = "FROM-TO:PROMPT"
+
+    @classmethod
+    def parse(cls, text: str) -> Segment:
+        """The value of --segment."""
+        number = r"(\d*\.?\d+)"
+        start, end, prompt = match_groups(cls.FORM, f"{number}-{number}:(.+)", text)
+        return cls(float(start), float(end), prompt)
+
+
 def sound(text: str) -> tuple[str, float]:
     """The value of --audio: a file, and the second at which to start."""
     path, start = match_groups("FILE[@START]", r"(.+?)(?:@([\d.]+)s?)?", text)
@@ -98,7 +116,7 @@ class Request:
 
     prompt: str = ask("what to show and what is heard", dataclasses.MISSING)
     negative_prompt: Optional[str] = ask(
-        "what to avoid, with guidance (default: common faults)", metavar="TEXT"
+        "what to avoid, with guidance or NAG (default: common faults)", metavar="TEXT"
     )
     height: Optional[int] = ask("in pixels (default: 512, or the clip's)")
     width: Optional[int] = ask("in pixels (default: 768, or the clip's)")
@@ -130,6 +148,16 @@ class Request:
         between=(1, 4800),
         modes=NOT_DFR,
         excludes="retake",
+    )
+    segments: tuple[Segment, ...] = ask(
+        "prompt of a part of the video, in seconds; repeatable, one after the other; "
+        "--prompt is put before each",
+        (),
+        flag="segment",
+        type=Segment.parse,
+        repeat=True,
+        metavar=Segment.FORM,
+        excludes="auto_duration contexts_file",
     )
     seed: int = ask("of the noise", 10, between=(0, 2**63 - 1))
     # Sampling. A mapping of guidance settings changes the model's defaults.
@@ -170,6 +198,18 @@ class Request:
         0.0,
         metavar="FRACTION",
         between=(0, 1),
+    )
+    nag_scale: float = ask(
+        "normalized attention guidance: away from the negative prompt, also of "
+        "distilled models, without another pass; 1 is off, other tools use 11",
+        1.0,
+        between=(1, 100),
+    )
+    nag_tau: float = ask(
+        "NAG: the most that attention may grow", 2.5, between=(0, 10), needs="nag_scale"
+    )
+    nag_alpha: float = ask(
+        "NAG: how much of it is mixed in", 0.25, between=(0, 1), needs="nag_scale"
     )
     loras: tuple[LoraFile, ...] = ask(
         "LoRA, in all stages or one; repeatable",
@@ -327,8 +367,9 @@ class Request:
     )
 
     GROUPS = {
-        "output": "prompt contexts_file height width num_frames auto_duration fps conditioned_fps chunk_frames carry_frames blend_frames no_audio audio_only "
-        "video_decoder decode_with_keyframes decode_bias",
+        "output": "prompt contexts_file height width num_frames auto_duration fps "
+        "conditioned_fps chunk_frames carry_frames blend_frames segments no_audio "
+        "audio_only video_decoder decode_with_keyframes decode_bias",
         "inputs": "images keyframes image_crf audio video retake retake_streams extend "
         "reference_strength reference_attention attention_mask reference_in_stage_2 tile_size "
         "loras distilled_lora detailing_lora",
@@ -336,6 +377,7 @@ class Request:
 
     def __post_init__(self):
         """Accept any sequence of numbers, and paths for images and LoRAs."""
+        object.__setattr__(self, "segments", tuple(self.segments))
         for name, kind in {"images": Image, "loras": LoraFile}.items():
             items = (kind(x) if isinstance(x, str) else x for x in getattr(self, name))
             object.__setattr__(self, name, tuple(items))
@@ -344,8 +386,11 @@ class Request:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """What contexts are made of: the prompt, or the file that has them."""
-        return (self.contexts_file or self.prompt,)
+        """What contexts are made of: the file that has them, the prompt, or those of the
+        segments, each after the prompt, unless it begins with it."""
+        begin = lambda s: "" if s.startswith(self.prompt) else self.prompt + " "
+        texts = tuple(begin(s.prompt) + s.prompt for s in self.segments)
+        return texts or (self.contexts_file or self.prompt,)
 
     @property
     def changes_clip(self) -> bool:
@@ -366,7 +411,8 @@ class Request:
             names = ", ".join(sorted(unknown))
             raise UserError(f"the recorded request has unknown settings: {names}")
         record = lambda kind, x: kind(**x) if isinstance(x, Mapping) else x
-        for key, kind in (("images", Image), ("loras", LoraFile)):
+        kinds = {"images": Image, "loras": LoraFile, "segments": Segment}
+        for key, kind in kinds.items():
             values[key] = tuple(record(kind, item) for item in values.get(key, ()))
         for key in ("distilled_lora", "detailing_lora"):
             values[key] = record(LoraFile, values.get(key))

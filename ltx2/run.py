@@ -180,6 +180,18 @@ class Run:
                 contexts = self.model.machines.on_rank_0(encode)
         return (contexts or {}) | found
 
+    def texts(
+        self, job: Job, stage: Stage, contexts: dict[str, Contexts]
+    ) -> list[Contexts]:
+        """A stage's contexts: those of the prompt, or of its segments one after the
+        other, and those of the negative prompt."""
+        prompts = stage.prompts.segments or job.request.prompts
+        parts = zip(*(contexts[prompt] for prompt in prompts))
+        join = lambda x: x[0] if len(x) == 1 else mx.concatenate(x, axis=1)
+        texts = [tuple(map(join, parts))]
+        negative = job.negative_prompt
+        return texts if negative is None else [*texts, contexts[negative]]
+
     def predict_duration(self, job: Job, contexts: dict[str, Contexts]) -> Job:
         """The job with the duration that its prompt needs, if the model predicts it."""
         r, model = job.request, self.model
@@ -308,6 +320,7 @@ class Run:
             stage.guidance_interval,
             stage.step_cache,
             machines.agree,
+            stage.prompts,
         )
         if stage.tile:
             return TiledDenoiser(make, states, stage.size, stage.tile)

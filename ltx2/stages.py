@@ -10,7 +10,7 @@ from .base import UserError
 from .conditions import WHOLE_CLIP, Condition, Stage
 from .defaults import MAX_FRAMES, PARTS, Resolver, reference_factors
 from .diffusion_decoder import frames_ahead
-from .guidance import Guidance
+from .guidance import Guidance, Prompts
 from .inputs import InputFiles
 from .latents import (
     SPACE_SCALE,
@@ -18,6 +18,7 @@ from .latents import (
     Size,
     audio_tokens,
 )
+from .layers import Nag
 from .memory import MemoryPlan
 from .options import check_range, check_step, is_set
 from .request import LoraFile, Request
@@ -84,7 +85,7 @@ class Job:
 
     request: Request  # with size, length and rate filled in
     stages: tuple[Stage, ...]
-    prompts: tuple[str, ...]  # and, if a pass reads it, the negative prompt
+    prompts: tuple[str, ...]  # of all segments and, if it is read, the negative one
     decoder: str  # the component that makes the pixels
     notes: tuple[str, ...]  # what was changed about the inputs
     extra: int = 0  # frames at the end that are made and cut off
@@ -92,8 +93,9 @@ class Job:
 
     @property
     def negative_prompt(self) -> Optional[str]:
-        """The one that is used, None if no pass reads it."""
-        return self.prompts[1] if len(self.prompts) > 1 else None
+        """The one that is used, None if nothing reads it."""
+        count = len(self.request.prompts)
+        return self.prompts[count] if len(self.prompts) > count else None
 
     @property
     def texts(self) -> list[str]:
@@ -215,6 +217,20 @@ class Planner(Resolver):
             yield from self.window(rows, guidance, full, window, keyframes, incoming)
             incoming = window.handed_on(keyframes)
 
+    def prompts(self, first: int, size: Size, pace: float) -> Prompts:
+        """How a stage from frame `first` on reads the prompts. Positions of video have
+        another rate than seconds; those of its sound have `pace` of them a second."""
+        r, start, end = self.r, first / size.fps, (first + size.num_frames) / size.fps
+        nag = Nag(r.nag_scale, r.nag_tau, r.nag_alpha) if r.nag_scale != 1 else None
+        found = {
+            (s.start - start, s.end - start): prompt
+            for prompt, s in zip(r.prompts, r.segments)
+            if s.start < end and (s.end > start or s == r.segments[-1])
+        }
+        paces = {"video": size.fps / size.rate, "audio": pace}
+        times = {k: tuple((a * x, b * x) for a, b in found) for k, x in paces.items()}
+        return Prompts(nag, tuple(found.values()), times)
+
     def full_size(self, frames: int) -> Size:
         """The size of the result with so many frames."""
         r = self.r
@@ -275,6 +291,7 @@ class Planner(Resolver):
                 window=window,
                 first=first,
                 tile=r.tile_size and tuple(side // SPACE_SCALE for side in r.tile_size),
+                prompts=self.prompts(window.start, size, 1.0),
             )
 
     def tile_stages(
@@ -311,6 +328,7 @@ class Planner(Resolver):
             final=VIDEO,
             part=tile,
             first=False,
+            prompts=self.prompts(tile.first, size, fps / rate),
         )
 
     def loras(self, n: Optional[int], distilled: float) -> tuple[LoraFile, ...]:

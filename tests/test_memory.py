@@ -16,7 +16,7 @@ import generate
 from ltx2 import media, memory, pipeline, text, weights
 from ltx2.base import UserError
 from ltx2.latents import Size
-from ltx2.request import Image, LoraFile, Request
+from ltx2.request import Image, LoraFile, Request, Segment
 from ltx2.text import MAX_TOKENS
 from ltx2.vae import DOWN, UP
 from ltx2.windows import WHOLE
@@ -115,6 +115,14 @@ def test_all_phases_of_small_models_are_predicted(load, request_):
 def test_guidance_and_loras_are_predicted(load, request_):
     request = request_("lora", height=128, width=192)
     assert_stages_predicted(load("ltx-2.3", "dev"), request)
+
+
+def test_nag_and_segments_are_predicted(load, request_):
+    size = {"height": 128, "width": 192}
+    request = request_(nag_scale=5.0, **size)
+    assert_stages_predicted(load("ltx-2.3"), request)
+    segments = [Segment(0, 0.35, "a"), Segment(0.35, 0.7, "b")]
+    assert_stages_predicted(load("ltx-2.3"), replace(request, segments=segments))
 
 
 def test_a_second_stage_is_predicted(load, request_):

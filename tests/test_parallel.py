@@ -163,7 +163,13 @@ def cases(checkpoint, tmp_path_factory):
         passes=dict(dev, parallel="passes", loras=[lora]),
         cached=dict(dev, parallel="passes", model=in_4_bits, more=dict(step_cache=0.9)),
         tensor=dict(distilled, parallel="tensor"),
-        streamed=dict(dev, parallel="tensor", loras=[lora], low_memory=True),
+        streamed=dict(
+            dev,
+            parallel="tensor",
+            loras=[lora],
+            low_memory=True,
+            more=dict(nag_scale=5.0),
+        ),
         tensor_4_bits=dict(distilled, parallel="tensor", model=in_4_bits, loras=[lora]),
         one_step=dict(distilled, parallel="tensor", more=dict(sigmas=(1.0, 0.0))),
     )
