@@ -72,9 +72,10 @@ class GuideImage(ShowImage):
 
 @dataclass(frozen=True)
 class ClipPart(Condition):
-    """The video or the sound of a clip, from its start."""
+    """The video or the sound of a part of a clip."""
 
     path: str
+    start: int  # its first frame
     num_frames: int
     stream: str
     frames_at_once = 8
@@ -86,10 +87,10 @@ class ClipPart(Condition):
     def encoded(self, size: Size, source: Encoders) -> mx.array:
         """Its latents, not longer than the target."""
         if self.stream == "video":
-            return source.clip(self.path, 0, self.num_frames, size)
+            return source.clip(self.path, self.start, self.num_frames, size)
         tokens = latents.audio_tokens(self.num_frames, size.fps)
-        seconds = self.num_frames / size.fps
-        return source.sound(self.path, 0.0, seconds, min(tokens, size.audio_tokens))
+        start, seconds = self.start / size.fps, self.num_frames / size.fps
+        return source.sound(self.path, start, seconds, min(tokens, size.audio_tokens))
 
 
 @dataclass(frozen=True)

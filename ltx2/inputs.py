@@ -101,15 +101,19 @@ class Encoders:
     def sound(self, path: str, start: float, seconds: float, tokens: int) -> mx.array:
         """Latents (1, tokens, mel, C) of a sound; mono is doubled, a short one padded
         with zeros, as in the reference."""
-        sound, rate = media.read_audio(path, start, seconds)
-        sound = media.resample(sound[:, :2], rate, latents.MEL_RATE)
-        if sound.shape[1] == 1:
-            sound = np.repeat(sound, 2, axis=1)
+        sound = stereo(path, start, seconds, latents.MEL_RATE)
         x = self.component("audio_vae").encode(log_mel(mx.array(sound)[None]))
         x = x[:, :tokens]
         x = mx.pad(x, [(0, 0), (0, tokens - x.shape[1]), (0, 0), (0, 0)])
         mx.eval(x)
         return x
+
+
+def stereo(path: str, start: float, seconds: float, rate: int) -> np.ndarray:
+    """A waveform (samples, 2) of a part of a sound."""
+    sound, own = media.read_audio(path, start, seconds)
+    sound = media.resample(sound[:, :2], own, rate)
+    return sound.repeat(2, axis=1) if sound.shape[1] == 1 else sound
 
 
 def fitted(frames: Iterable[np.ndarray], size: Size, slow: int) -> Iterator[np.ndarray]:

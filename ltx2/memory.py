@@ -226,6 +226,7 @@ class Estimator:
             decode = self.convolutions if convolves else self.neighborhoods
             how = UP if convolves else ahead
             blended = max(stage.window.blended_out for stage in stages)
+            blended = max(blended, stages[0].window.carried_in)  # of a clip
             buffers = contexts + decode(size, how) + (4 + blended) * frame
             phases["video"] = Footprint(sound + self.size[decoder], buffers)
         return phases

@@ -17,7 +17,7 @@ NOT_DFR = "one two hq"  # dfr has a schedule, keyframes and rates of its own
 # Rules that several options share.
 WINDOWED = {
     "modes": "one two",
-    "excludes": "retake extend audio_only temporal_upsample",
+    "excludes": "retake audio_only temporal_upsample",
 }
 OF_REFERENCE = {"needs": "video", "excludes": "retake extend"}
 

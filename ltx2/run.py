@@ -22,7 +22,7 @@ from .diffusion_decoder import Keyframes
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .guidance import Contexts, GuidedDenoiser
-from .inputs import Encoders, InputFiles
+from .inputs import Encoders, InputFiles, stereo
 from .latents import (
     Conditioning,
     LatentState,
@@ -384,7 +384,7 @@ class Run:
             guard = FrameGuard()
             decode = lambda window: self.decode_video(job, latents, window)
             with self.meter.phase("video"):
-                for frames in blended(job.windows, decode):
+                for frames in blended(job.parts, decode):
                     frames = frames[0, : size.num_frames - guard.frames]
                     if not len(frames):  # they are only there to be cut off
                         break
@@ -406,25 +406,43 @@ class Run:
             result.waveform, result.sample_rate = sound
             result.sound_file = None if r.audio_start else r.audio
             return
-        pieces = []
-        for window in job.windows:
+        pieces, rate = [], model.vocoder.sample_rate
+        for window in job.parts:
+            if window.given:
+                pieces.append(self.given_sound(job, window, rate))
+                continue
             mel = model.audio_vae.decode(latents[window.prefix + "audio"])
             traced(self.trace, "audio.mel", mel)
             waveform = traced(self.trace, "audio.waveform", model.vocoder(mel))
             pieces.append(np.array(waveform[0]))
-        result.sample_rate = model.vocoder.sample_rate
-        result.waveform = pieces[0]
+        result.sample_rate, result.waveform = rate, pieces[0]
         if len(pieces) > 1:
-            facts = job.windows, size.fps, result.sample_rate
-            result.waveform = crossfaded(pieces, *facts)
-        end = round(size.num_frames / size.fps * result.sample_rate)
-        result.waveform = result.waveform[:end]
+            result.waveform = crossfaded(pieces, job.parts, size.fps, rate)
+        result.waveform = result.waveform[: round(size.num_frames / size.fps * rate)]
         check_waveform(result.waveform)
+
+    def given_sound(self, job: Job, window: Window, rate: int) -> np.ndarray:
+        """The waveform of a clip that is extended; silence where it has no sound."""
+        path, seconds = job.request.video, window.num_frames / job.size.fps
+        waveform = np.zeros((round(seconds * rate), 2), np.float32)
+        if self.inputs.probe(path).has_audio:
+            sound = stereo(path, 0.0, seconds, rate)[: len(waveform)]
+            waveform[: len(sound)] = sound
+        return waveform
+
+    def given_frames(self, job: Job, window: Window) -> Iterator[mx.array]:
+        """The frames of a clip that is extended."""
+        r = job.request
+        for frame in media.read_video(r.video, 0, window.num_frames, r.fps):
+            frame = media.resize_and_crop(frame[None], r.height, r.width)
+            yield mx.array(frame)[None] / 2 + 0.5
 
     def decode_video(
         self, job: Job, latents: Streams, window: Window
     ) -> Iterator[mx.array]:
         """Frames (1, n, H, W, 3) in [0, 1] of a window."""
+        if window.given:
+            return self.given_frames(job, window)
         video, trace = latents[window.prefix + "video"], within(self.trace, "video")
         noise = self.noise_of(job)
         draw = lambda name, shape: noise(window.prefix + name, shape)

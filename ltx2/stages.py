@@ -121,6 +121,14 @@ class Job:
         return list(dict.fromkeys(stage.window for stage in self.stages))
 
     @property
+    def parts(self) -> list[windows.Window]:
+        """What the result is joined of: its windows, and a clip that is extended."""
+        r = self.request
+        if r.extend is None:
+            return self.windows
+        return windows.with_clip(self.windows, r.num_frames, r.blend_frames)
+
+    @property
     def keyframes(self) -> dict[windows.Window, tuple[int, ...]]:
         """The frames of the result that are keyframes after each window's last stage."""
         last = {s.window: s.part.keyframes or s.slots for s in self.stages}
@@ -241,10 +249,11 @@ class Planner(Resolver):
         return Size(width, height, frames, r.fps, sound, r.conditioned_fps, shown)
 
     def windows(self) -> list[windows.Window]:
-        """The windows that a long video is made in, one if nothing of them is set."""
+        """The windows that a long video is made in, one if nothing of them is set; of
+        an extension those that are new."""
         r, frames = self.r, self.r.num_frames + self.recipe.extra
         names = ("chunk_frames", "carry_frames", "blend_frames")
-        if not any(is_set(r, name) for name in names):
+        if r.extend is None and not any(is_set(r, name) for name in names):
             return [windows.Window(0, frames)]
         chunk = 97 if r.chunk_frames is None else r.chunk_frames
         carry = 25 if r.carry_frames is None else r.carry_frames
@@ -252,7 +261,17 @@ class Planner(Resolver):
         check_step("chunk_frames", chunk, TIME_SCALE, 25, MAX_FRAMES, plus=1)
         check_step("carry_frames", carry, TIME_SCALE, 17, chunk - 8, plus=1)
         check_range("blend_frames", blend, 0, carry)
-        return windows.divide(frames, chunk, carry, blend)
+        if r.extend is None:
+            return windows.divide(frames, chunk, carry, blend)
+        lengths = self.clip_frames, frames
+        found = windows.extended(*lengths, r.extend < 0, chunk, carry, blend)
+        if windows.with_clip(found, frames, blend) != found:
+            end = "last" if r.extend > 0 else "first"
+            self.notes.append(
+                f"{r.video}: only its {end} {carry} frames are seen; the result has its "
+                "own frames and sound"
+            )
+        return found
 
     def window(
         self,
@@ -355,8 +374,7 @@ class Planner(Resolver):
         incoming: tuple[int, ...],
     ) -> dict[str, tuple[Condition, ...]]:
         """The conditions of stage `n` by stream, in the reference's order."""
-        r, clip = self.r, (self.r.video, self.clip_frames)
-        carried_in = window.carried_in
+        r, carried_in = self.r, window.carried_in
         owned = window.owned if carried_in else range(r.num_frames)
         rate = round(size.fps / r.fps)
         video = list(self.images(size, rate, window.start * rate, owned))
@@ -367,14 +385,12 @@ class Planner(Resolver):
             audio = [conditions.HoldSound(r.audio, r.audio_start, skip)]
         elif hears and not audio:
             audio = [conditions.ReferenceSound(r.video, 0.0, skip)]
-        if carried_in:
+        both = {"video": video, "audio": audio}
+        held = list(self.of_clip(window))
+        for condition in held:
+            both[condition.stream].append(condition)
+        if carried_in and not held:
             audio.append(conditions.Carried("audio", f"stage{n}"))
-        for stream, items in zip(self.clip_streams, (video, audio)):
-            if r.extend is not None:
-                items.append(conditions.HoldClip(*clip, stream, r.extend < 0))
-            if r.retake is not None:
-                span = r.retake if stream in r.retake_streams else None
-                items.append(conditions.RetakeClip(*clip, stream, span))
         frames = min(self.clip_frames - window.start, size.num_frames)
         shown = r.has_reference and (n == 1 or r.reference_in_stage_2)
         if shown and frames > carried_in:  # else the reference ends before the window
@@ -389,13 +405,29 @@ class Planner(Resolver):
             video.append(conditions.NewKeyframes(keyframes))
         if incoming and generates:
             video.append(conditions.CarriedKeyframes(incoming, f"stage{n}"))
-        if carried_in:
+        if carried_in and not held:
             video.append(conditions.Carried("video", f"stage{n}"))
         if r.detailing_lora and n == 2:
             factor, _ = reference_factors([r.detailing_lora], self.files)
             video.append(conditions.PreviousAsReference(max(factor, 2)))
-        both = {"video": tuple(video), "audio": tuple(audio)}
-        return {stream: both[stream] for stream in self.streams}
+        return {stream: tuple(both[stream]) for stream in self.streams}
+
+    def of_clip(self, window: windows.Window) -> Iterator[conditions.ClipPart]:
+        """What a window has of a clip that is changed, by stream."""
+        r, start, frames = self.r, window.start, self.clip_frames - window.start
+        if not r.changes_clip or frames < window.carried_in:
+            return
+        before = r.extend is not None and r.extend < 0
+        if before and window.carried_out:
+            frames = window.carried_out
+        for stream in self.clip_streams:
+            part = r.video, start, frames, stream
+            span = r.retake if stream in r.retake_streams else None
+            ends = self.files.probe(r.video).audio_duration * r.fps
+            if r.retake is not None:
+                yield conditions.RetakeClip(*part, span)
+            elif stream == "video" or ends > start:
+                yield conditions.HoldClip(*part, before)
 
     def images(
         self, size: Size, rate: int, first: int = 0, owned: Optional[range] = None

@@ -10,8 +10,8 @@ keyframes. Each round refines it at twice the frame rate in tiles of whole segme
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from typing import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Callable, Iterator, Optional
 
 import mlx.core as mx
 import numpy as np
@@ -42,6 +42,7 @@ class Window:
     carried_out: int = 0
     blended_out: int = 0
     prefix: str = ""  # of its stages' names and noises
+    given: bool = False  # an input clip's frames, which are not made
 
     @property
     def owned(self) -> range:
@@ -86,6 +87,36 @@ def divide(num_frames: int, chunk: int, carry: int, blend: int) -> list[Window]:
     return windows
 
 
+def extended(
+    clip: int, total: int, before: bool, chunk: int, carry: int, blend: int
+) -> list[Window]:
+    """The windows of what makes a clip `total` frames long, after its end or `before`
+    it. They have all of the clip if it fits in one, or else the frames that are carried
+    from it."""
+    rest = max(clip - carry, 0)
+    if total <= chunk or before and not rest:
+        return [Window(0, total)]
+    if before:
+        return [Window(0, total - rest, 0, carry, blend)]
+    found = divide(total - rest, chunk, carry, blend)
+    first, *others = (replace(w, start=w.start + rest) for w in found)
+    return [replace(first, carried_in=carry if rest else 0), *others]
+
+
+def with_clip(windows: list[Window], total: int, blend: Optional[int]) -> list[Window]:
+    """The windows of an extension and what it keeps of a clip, whose part is blended
+    with the first one by `blend` frames (None: all carried ones)."""
+    first, last = windows[0], windows[-1]
+    if first.carried_in:
+        end = first.start + first.carried_in
+        blend = first.carried_in if blend is None else blend
+        return [Window(0, end, 0, first.carried_in, blend, given=True), *windows]
+    if last.carried_out:
+        start = last.num_frames - last.carried_out
+        return [*windows, Window(start, total - start, last.carried_out, given=True)]
+    return windows
+
+
 def carried_tokens(window: Window, fps: float, out: bool = False) -> int:
     """Audio tokens that are carried into a window, or out of it."""
     frames = window.carried_out if out else window.carried_in
@@ -121,9 +152,13 @@ def crossfaded(
 ) -> np.ndarray:
     """The waveforms (samples, channels) of all windows as one. What a window owns is
     kept, and up to 40 ms more where frames are blended, to fade in (constant power)."""
-    done, waiting = [], pieces[0][:0]
+    done, waiting, end = [], pieces[0][:0], 0
+    extends = any(window.given for window in windows)
     for wave, window in zip(pieces, windows):
         own = min(len(wave), round(window.own_frames / fps * rate))
+        if extends:  # a clip is not 30 ms short as what is made
+            own = round(window.start / fps * rate) + len(wave) - end
+        end += own
         kept = wave[-(own + min(round(0.04 * rate), len(waiting))) :]
         fade = len(kept) - own
         if fade:

@@ -15,6 +15,7 @@ from test_pipeline import (
     events_to_latents,
     latents_of,
     recorded_contexts,
+    save_clip,
 )
 
 import generate
@@ -24,6 +25,7 @@ from ltx2.guidance import GuidedDenoiser
 from ltx2.request import Image, LoraFile, Request
 from ltx2.snapshot import Snapshot
 from ltx2.text import enhance
+from ltx2.windows import extended
 
 SIZE = {"height": 64, "width": 96, "num_frames": 17}
 SHORT = SIZE | {"sigmas": (1.0, 0.5, 0.0)}
@@ -254,6 +256,87 @@ def test_an_extension_does_not_change_the_clip(pipe, contexts, clip, seconds):
         assert mx.array_equal(longer[:3], clip_video)
     else:  # the clip's first latent, a single frame, becomes one of eight frames
         assert mx.array_equal(longer[2:], clip_video[1:])
+
+
+@pytest.fixture(scope="module")
+def long_clip(tmp_path_factory):
+    """41 frames without loss, with a tone at the vocoder's rate, and its waveform."""
+    folder = tmp_path_factory.mktemp("long")
+    frames = np.random.default_rng(0).integers(0, 255, (41, 64, 96, 3), np.uint8)
+    tone = np.sin(np.arange(41 / 24 * 16000) / 20).astype(np.float32)[None] / 2
+    save_clip(folder / "clip.mkv", frames, 24, tone.repeat(2, axis=0), 16000)
+    return str(folder / "clip.mkv"), frames, tone[0]
+
+
+WINDOWS = {"chunk_frames": 33, "carry_frames": 17, "blend_frames": 8}
+
+
+@pytest.mark.parametrize("seconds", [1, -1])
+def test_an_extension_costs_what_is_new(
+    pipe, contexts, long_clip, quick_vocoder, seconds
+):
+    """Of the clip the model sees what is carried; the result has its frames and sound."""
+    path, frames, tone = long_clip
+    request = Request("a cat", video=path, extend=seconds, **WINDOWS)
+    request = dataclasses.replace(request, sigmas=SHORT["sigmas"])
+    job, shown = pipe.plan(request), []
+    lengths = [33, 25] if seconds > 0 else [41]  # 24 frames are new
+    assert [stage.size.num_frames for stage in job.stages] == lengths
+    assert f"only its {'last' if seconds > 0 else 'first'} 17 frames" in job.notes[0]
+    for event in pipe.stream(job, contexts=contexts):
+        shown += [] if event.frames is None else [*event.frames]
+    assert len(shown) == 65
+    kept, sound, second = 41 - 8, event.waveform[:, 0], 16000
+    if seconds > 0:
+        assert np.array_equal(shown[:kept], frames[:kept])
+        assert np.allclose(sound[: 4 * second // 3], tone[: 4 * second // 3], atol=1e-4)
+        # What is made ends 30 ms before the video, to a token of 40 ms.
+        assert abs(len(sound) - 65 / 24 * second + 480) < 640
+    else:
+        assert np.array_equal(shown[-24:], frames[-24:])
+        same = slice(2 * second, len(sound))  # the clip begins after one second
+        assert np.allclose(sound[same], tone[second : len(sound) - second], atol=1e-4)
+        assert len(sound) == round(65 / 24 * second)
+    mixed = shown[kept] if seconds > 0 else shown[-24 - 4]
+    assert not any(np.array_equal(mixed, frame) for frame in frames)
+
+
+def test_an_extension_begins_with_the_clips_last_latents(pipe, contexts, long_clip):
+    path, frames, _ = long_clip
+    options = {"video": path, "sigmas": SHORT["sigmas"]} | WINDOWS
+    run = lambda seconds: latents_of(
+        pipe, Request("a cat", extend=seconds, **options), contexts=contexts
+    )
+    after, before = run(1), run(-1)
+    encode = lambda x: pipe.vae.encode(mx.array(x / 127.5 - 1, mx.float32)[None])
+    end, start = encode(frames[-17:]), encode(frames[:17])
+    assert mx.allclose(after["chunk0.video"][:, :3], end, atol=1e-4)
+    assert mx.array_equal(after["chunk1.video"][:, :3], after["chunk0.video"][:, -3:])
+    assert mx.allclose(before["video"][:, -2:], start[:, 1:], atol=1e-4)
+
+
+def test_windows_of_an_extension(pipe, long_clip):
+    rows = lambda *facts: [
+        (w.start, w.num_frames, w.carried_in, w.carried_out) for w in extended(*facts)
+    ]
+    assert rows(41, 97, False, 97, 25, 25) == [(0, 97, 0, 0)]  # fits in one
+    assert rows(41, 105, False, 97, 25, 25) == [(16, 89, 25, 0)]
+    assert rows(401, 505, False, 97, 25, 25) == [(376, 97, 25, 25), (448, 57, 25, 0)]
+    assert rows(17, 105, False, 97, 25, 25) == [(0, 97, 0, 25), (72, 33, 25, 0)]
+    assert rows(401, 505, True, 97, 25, 25) == [(0, 129, 0, 25)]
+    assert rows(17, 217, True, 97, 25, 25) == [(0, 217, 0, 0)]
+    job = pipe.plan(Request("a cat", video=long_clip[0], extend=4, **WINDOWS))
+    assert {w.given for w in job.parts} == {True, False} and job.parts[
+        1:
+    ] == job.windows
+
+
+def test_a_clip_without_sound_is_extended(pipe, contexts, tmp_path, quick_vocoder):
+    save_clip(tmp_path / "clip.mkv", np.zeros((41, 64, 96, 3), np.uint8), 24)
+    options = {"video": str(tmp_path / "clip.mkv"), "extend": 0.4, **WINDOWS}
+    options["sigmas"] = SHORT["sigmas"]
+    *_, result = pipe.stream(Request("a cat", **options), contexts=contexts)
+    assert not result.waveform[: 32 * 667].any() and result.waveform[-500:].any()
 
 
 def test_a_clip_is_fitted_to_a_possible_size_length_and_rate(pipe, tmp_path):
