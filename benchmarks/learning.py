@@ -115,7 +115,7 @@ def autoencoded(name: str, folder: Path, count: int) -> float:
     encoders, found = Encoders(InputFiles(), pipe.component), []
     size = Size(96, 96, 25, data.FPS, 26)
     for path in sorted(folder.glob("*.mp4"))[:count]:
-        video = pipe.vae.decode(encoders.clip(str(path), 25, size))[0]
+        video = pipe.vae.decode(encoders.clip(str(path), 0, 25, size))[0]
         sound = encoders.sound(str(path), 0.0, 25 / 24, 26)
         waveform = pipe.vocoder(pipe.audio_vae.decode(sound))[0]
         frames = np.array(mx.round(video * 255).astype(mx.uint8))
