@@ -1,7 +1,8 @@
-"""Train the demo model from scratch: python demo/train.py --work DIR [stage ...]
+"""Train the demo's autoencoders and vocoder: python demo/train.py --work DIR [stage ...]
 
-The stages run in order, all of them by default; each saves a checkpoint about every minute
-and resumes from it. A batch depends only on (SEED, stage, step).
+It also makes the text encoder; transformer.py trains the rest. The stages run in order,
+all of them by default; each saves a checkpoint about every minute and resumes from it. A
+batch depends only on (SEED, stage, step).
 """
 
 from __future__ import annotations
@@ -16,28 +17,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo import data, model
-from demo.judge import judge
 
 SEED = 2026
 CONFIG = json.loads((Path(__file__).parent / "config.json").read_text())
 TEXT = CONFIG["text_encoder"]
-CONTEXT = 1024
-SCHEDULE = [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875]
 AUDIO_TOKENS = round(data.FRAMES / data.FPS * 25)
 MEL_FRAMES = 4 * AUDIO_TOKENS - 3
-VIDEO_POSITIONS = model.video_positions(4, 3, 3, data.FPS)
-AUDIO_POSITIONS = model.audio_positions(AUDIO_TOKENS)
-SHARDS, SHARD = 64, 128
+SHARDS = 64  # of 8 clips, whose latents are measured
 RECIPES = {  # steps, batch size, learning rate: half an hour in all on a large GPU
     "vae": (8000, 32, 1.5e-3),
     "audio_vae": (3000, 16, 1.5e-3),
     "vocoder": (5000, 16, 1.5e-3),
-    "dit": (10000, 128, 4e-3),
 }
 
 
@@ -50,9 +45,12 @@ class Run:
     workers: int
     steps: int | None
     batch: int | None
-    clips: int
     rank: int
     ranks: int
+
+    @property
+    def statistics(self) -> Path:
+        return self.work / "statistics.pt"
 
     def recipe(self, stage: str) -> tuple[int, int, float]:
         steps, batch, rate = RECIPES[stage]
@@ -185,26 +183,10 @@ def fit(run: Run, stage: str, module, batch_at, loss_of):
             total, count, since = {}, 0, time.time()
 
 
-class Denoiser(torch.nn.Module):
-    """The modules of the last stage: text projection, connectors and transformer."""
-
-    def __init__(self):
-        super().__init__()
-        section = TEXT["text_config"]
-        self.transformer = model.Transformer(CONFIG["transformer"])
-        self.projection = model.TextProjection(
-            section["hidden_size"],
-            section["num_hidden_layers"] + 1,
-            self.transformer.c["width"],
-            self.transformer.c["audio_width"],
-        )
-
-
 MODULES = {
     "vae": lambda: model.VideoVAE(CONFIG["vae"]),
     "audio_vae": lambda: model.AudioVAE(CONFIG["audio_vae"]),
     "vocoder": lambda: model.Vocoder(CONFIG["vocoder"]),
-    "dit": Denoiser,
 }
 
 
@@ -224,11 +206,11 @@ def to_video(frames: torch.Tensor) -> torch.Tensor:
 def train_vae(run: Run):
     """On single frames, then nine frames of a crop, then full clips; with noise on latents.
 
-    The encoder is frozen once latents have been computed with it.
+    The encoder is frozen once statistics of its latents have been measured.
     """
     steps, size, _ = run.recipe("vae")
     vae = MODULES["vae"]()
-    vae.encoder.requires_grad_(not any(run.work.glob("latents-*.pt")))
+    vae.encoder.requires_grad_(not run.statistics.exists())
 
     def batch_at(step, rng):
         still, whole = step < 0.15 * steps, step >= 0.8 * steps
@@ -403,309 +385,40 @@ def make_text_encoder(run: Run):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-class TextEncoder:
-    """Captions to token ids (B, T), padded on the right, their lengths, and hidden states."""
-
-    def __init__(self, run: Run):
-        from tokenizers import Tokenizer
-        from transformers import Gemma3TextConfig, Gemma3TextModel
-
-        folder = run.work / "text_encoder"
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        section = dict(TEXT["text_config"])
-        theta, local = section.pop("rope_theta"), section.pop("rope_local_base_freq")
-        section["rope_parameters"] = {
-            "full_attention": dict(section.pop("rope_scaling"), rope_theta=theta),
-            "sliding_attention": dict(rope_type="default", rope_theta=local),
-        }
-        self.model = Gemma3TextModel(Gemma3TextConfig(**section)).eval()
-        tensors = load_file(folder / "model.safetensors")
-        prefix = "language_model.model."
-        tensors = {k.removeprefix(prefix): v.float() for k, v in tensors.items()}
-        self.model.load_state_dict(tensors)
-        self.model.to(run.device)
-
-    def tokenize(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = [self.tokenizer.encode(caption.strip()).ids for caption in captions]
-        longest = max(map(len, ids))
-        rows = np.array([row + [0] * (longest - len(row)) for row in ids])
-        return rows, np.array([len(row) for row in ids])
-
-    @torch.no_grad()
-    def states(self, ids: torch.Tensor) -> torch.Tensor:
-        """All hidden states (B, T, D, layers + 1)."""
-        return torch.stack(self.model(ids, output_hidden_states=True).hidden_states, -1)
-
-
-def make_latents(run: Run):
-    """Encode clips to tokens, in shards; several processes may share the work."""
+def measure_statistics(run: Run):
+    """Mean and standard deviation of each latent channel, over clips of the data."""
     vae, audio_vae = load(run, "vae"), load(run, "audio_vae")
-
-    def batch_at(step, rng):
-        scenes = [data.sample_scene(rng) for _ in range(SHARD)]
-        return dict(
-            frames=np.stack([data.render(scene) for scene in scenes]),
-            at_16k=waves(scenes, 16000),
-            scenes=[dataclasses.asdict(scene) for scene in scenes],
-        )
-
-    paths = [run.work / f"latents-{shard:02}.pt" for shard in range(SHARDS)]
-    missing = [i for i in np.random.permutation(SHARDS) if not paths[i].exists()]
-    batches = torch.utils.data.DataLoader(
-        Batches("latents", batch_at, SHARDS),
-        batch_size=None,
-        sampler=missing,
-        num_workers=run.workers,
-    )
-    for shard, batch in zip(missing, batches):
-        if paths[shard].exists():
-            continue
-        video, audio = [], []
-        with torch.no_grad(), run.autocast():
-            for i in range(0, SHARD, 8):
-                frames = to_video(batch["frames"][i : i + 8].to(run.device))
-                mel = mels(batch["at_16k"][i : i + 8].to(run.device))
-                video.append(
-                    vae.encoder(frames).float().flatten(2).transpose(1, 2).cpu()
-                )
-                audio.append(audio_vae.tokens(mel).float().cpu())
-        tokens = dict(video=torch.cat(video), audio=torch.cat(audio))
-        torch.save(dict(tokens, scenes=batch["scenes"]), paths[shard])
-        print(paths[shard], flush=True)
-
-
-def load_latents(run: Run):
-    """Normalized video tokens, audio tokens and their scenes; the two sets of statistics."""
-    shards = [
-        torch.load(path, weights_only=False)
-        for path in sorted(run.work.glob("latents-*.pt"))
-    ]
-    video, audio = (torch.cat([s[name] for s in shards]) for name in ("video", "audio"))
-    measured = [model.Statistics(x.shape[-1], 2) for x in (video, audio)]
-    path = run.work / "statistics.pt"
-    if not path.exists():
-        for statistics, x in zip(measured, (video, audio)):
-            statistics.measure(x)
-        torch.save([statistics.state_dict() for statistics in measured], path)
-    for statistics, state in zip(measured, torch.load(path)):
-        statistics.load_state_dict(state)
-    scenes = [data.Scene(**scene) for shard in shards for scene in shard["scenes"]]
-    return measured[0].normalize(video), measured[1].normalize(audio), scenes, measured
-
-
-def context_rows(rng: np.random.Generator, real: int, sampled: int, length: float):
-    """Positions 0..real-1 and `sampled` of the others, which stand for all up to `length`.
-
-    Each sampled row gets the logarithm of the number of rows that it stands for as a bias
-    on its attention logits: an estimate of the softmax over all rows at a fraction of the
-    cost.
-    """
-    edges = np.linspace(real, CONTEXT, sampled + 1)
-    far = np.floor(rng.uniform(edges[:-1], edges[1:])).astype(int)
-    bias = np.zeros(real + sampled, np.float32)
-    bias[real:] = math.log((length - real) / sampled)
-    return np.concatenate([np.arange(real), far]), bias
-
-
-def contexts(denoiser: Denoiser, states, lengths, rows, bias):
-    """The contexts of the two streams."""
-    t = denoiser.transformer
-    connectors = t.video_embeddings_connector, t.audio_embeddings_connector
-    return [
-        connector(features, lengths, rows, bias)
-        for connector, features in zip(connectors, denoiser.projection(states))
-    ]
-
-
-def train_dit(run: Run):
-    """Rectified flow on the latents.
-
-    The registers' total weight grows to that of 1024 rows, because it would hide the words
-    at first; the last steps use the complete context.
-    One caption in ten is empty, one batch in four keeps its clean first latent frames, one
-    clip in eight its clean sound; one batch in eight has no cross-modal attention.
-    """
-    video, audio, scenes, _ = load_latents(run)
-    encoder, denoiser = TextEncoder(run), Denoiser()
-    steps, full_size, _ = run.recipe("dit")
-    # The motions that are learned last are drawn twice as often.
-    odds = np.array([1 + (s.motion in ("growing", "bouncing")) for s in scenes])
-    odds = odds / odds.sum()
-
-    def batch_at(step, rng):
-        whole = step >= 0.93 * steps
-        size = max(4, full_size // 4) if whole else full_size
-        chosen = rng.choice(len(scenes), size, p=odds)
-        captions = [
-            "" if rng.random() < 0.1 else data.caption(scenes[i], rng) for i in chosen
-        ]
-        ids, lengths = encoder.tokenize(captions)
-        growth = min(1.0, step / (0.4 * steps))
-        rows, bias = np.arange(CONTEXT), np.zeros(CONTEXT, np.float32)
-        if not whole:
-            length = 64 * (CONTEXT / 64) ** growth
-            rows, bias = context_rows(rng, ids.shape[1], 24, length)
-        u = rng.random(size)
-        shifted, listed = (
-            6 * u / (1 + 5 * u),
-            np.array(SCHEDULE)[rng.integers(8, size=size)],
-        )
-        # If no token of the batch is masked, one timestep per sample is cheaper.
-        mask_v = np.ones((size, 36 if rng.random() < 0.25 else 1), np.float32)
-        mask_v[:, : mask_v.shape[1] // 4] = 0
-        mask_a = (rng.random((size, 1)) > 0.125).astype(np.float32)
-        return dict(
-            clean_v=video[chosen],
-            clean_a=audio[chosen],
-            ids=ids,
-            lengths=lengths,
-            rows=rows,
-            bias=bias,
-            sigma=np.where(rng.random(size) < 0.5, shifted, listed).astype(np.float32),
-            mask_v=mask_v,
-            mask_a=mask_a,
-            crossed=rng.random() > 0.125,
-        )
-
-    def loss_of(batch):
-        sigma, streams, targets, masks = batch["sigma"], [], [], []
-        bias = batch["bias"] if batch["bias"].any() else None
-        with run.autocast():
-            both = contexts(
-                denoiser,
-                encoder.states(batch["ids"]),
-                batch["lengths"],
-                batch["rows"],
-                bias,
-            )
-            for kind, context, positions in zip(
-                "va", both, (VIDEO_POSITIONS, AUDIO_POSITIONS)
-            ):
-                clean, mask = batch[f"clean_{kind}"], batch[f"mask_{kind}"]
-                noise, t = torch.randn_like(clean), sigma[:, None] * mask
-                streams.append(
-                    dict(
-                        x=torch.lerp(clean, noise, t[..., None]),
-                        t=t,
-                        sigma=t.amax(1),
-                        context=context,
-                        bias=bias,
-                        positions=positions.to(run.device),
-                    )
-                )
-                targets.append(noise - clean)
-                masks.append(mask)
-            velocities = denoiser.transformer(*streams, crossed=bool(batch["crossed"]))
-        losses = {}
-        for name, v, target, mask in zip(
-            ("video", "audio"), velocities, targets, masks
-        ):
-            error = (v - target).square().mean(-1)
-            mask = mask.expand_as(error)
-            losses[name] = (error * mask).sum() / mask.sum().clamp(min=1)
-        return losses
-
-    fit(run, "dit", denoiser, batch_at, loss_of)
-
-
-def autoencoders(run: Run):
-    """Both autoencoders with the statistics that their latents had in training."""
-    pair = load(run, "vae"), load(run, "audio_vae")
-    for module, statistics in zip(pair, load_latents(run)[3]):
-        module.per_channel_statistics.load_state_dict(statistics.state_dict())
-    return pair
-
-
-@torch.no_grad()
-def sample(run, denoiser, encoder, captions, seed, first=None):
-    """Normalized video and audio tokens by Euler steps; `first` are clean first frames."""
-    ids, lengths = (
-        torch.from_numpy(x).to(run.device) for x in encoder.tokenize(captions)
-    )
-    rows = torch.arange(CONTEXT, device=run.device)
-    both = contexts(denoiser, encoder.states(ids), lengths, rows, None)
-    positions = VIDEO_POSITIONS.to(run.device), AUDIO_POSITIONS.to(run.device)
-    generator = torch.Generator().manual_seed(seed)
-    xs = [
-        torch.randn(len(captions), p.shape[1], 64, generator=generator).to(run.device)
-        for p in positions
-    ]
-    masks = [torch.ones(x.shape[:2], device=run.device) for x in xs]
-    if first is not None:
-        xs[0][:, :9], masks[0][:, :9] = first, 0
-    for now, after in zip(SCHEDULE, SCHEDULE[1:] + [0.0]):
-        sigma = torch.full((len(captions),), now, device=run.device)
-        streams = [
-            dict(x=x, t=now * mask, sigma=sigma, context=c, bias=None, positions=p)
-            for x, mask, c, p in zip(xs, masks, both, positions)
-        ]
-        velocities = denoiser.transformer(*streams)
-        xs = [
-            x + (after - now) * v * m[..., None]
-            for x, v, m in zip(xs, velocities, masks)
-        ]
-    return xs
-
-
-@torch.no_grad()
-def evaluate(run: Run):
-    """Evaluate clips with unseen wordings and seeds, and the autoencoders on the data."""
-    (vae, audio_vae), vocoder = autoencoders(run), load(run, "vocoder")
-    denoiser, encoder = load(run, "dit"), TextEncoder(run)
-    rng = np.random.default_rng(SEED + 1)
-    right, size = {}, 8
-    total = math.ceil(run.clips / size) * size
-    for start in range(0, total, size):
-        scenes = [data.sample_scene(rng) for _ in range(size)]
-        captions = [data.caption(scene, rng, unseen=True) for scene in scenes]
-        frames = np.stack([data.render(scene) for scene in scenes])
-        video = to_video(torch.from_numpy(frames).to(run.device))
+    found = {"video": [], "audio": []}
+    for n in range(SHARDS):
+        rng = np.random.default_rng([SEED, n])
+        scenes = [data.sample_scene(rng) for _ in range(8)]
+        frames = torch.from_numpy(np.stack([data.render(scene) for scene in scenes]))
         mel = mels(torch.from_numpy(waves(scenes, 16000)).to(run.device))
-        x = vae.per_channel_statistics.normalize(vae.encoder(video))
-        x = x.flatten(2).transpose(1, 2)
-        y = audio_vae.per_channel_statistics.normalize(audio_vae.tokens(mel))
-        for kind, (seen, heard) in dict(
-            truth=(x, y),
-            text=sample(run, denoiser, encoder, captions, SEED + start),
-            image=sample(run, denoiser, encoder, captions, SEED + start, x[:, :9]),
-        ).items():
-            seen = seen.transpose(1, 2).unflatten(2, (4, 3, 3))
-            decoded = vae.decoder(vae.per_channel_statistics.denormalize(seen))
-            mel = audio_vae.mel(audio_vae.per_channel_statistics.denormalize(heard))
-            sounds = vocoder(mel).transpose(1, 2).cpu().numpy()
-            pixels = ((decoded + 1) * 127.5).round().clamp(0, 255).byte()
-            pixels = pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
-            error = (decoded[:, :, 0] - video[:, :, 0]).square().mean((1, 2, 3)) / 4
-            decibels = (-10 * error.log10()).sum().item()
-            key = f"{kind} first frame dB"
-            right[key] = right.get(key, 0) + decibels
-            for i, scene in enumerate(scenes):
-                found = judge(pixels[i], sounds[i], 24000)
-                for name in ("colour", "shape", "motion", "background", "pitch"):
-                    key = f"{kind} {name}"
-                    right[key] = right.get(key, 0) + (
-                        found[name] == getattr(scene, name)
-                    )
-    lines = [f"{key}: {value / total:.3f}" for key, value in right.items()]
-    print(f"{total} clips of unseen wordings", *lines, sep="\n", flush=True)
+        with torch.no_grad(), run.autocast():
+            video = vae.encoder(to_video(frames.to(run.device))).float().flatten(2)
+            found["video"].append(video.transpose(1, 2).cpu())
+            found["audio"].append(audio_vae.tokens(mel).float().cpu())
+    measured = [model.Statistics(x[0].shape[-1], 2) for x in found.values()]
+    for statistics, x in zip(measured, found.values()):
+        statistics.measure(torch.cat(x))
+    torch.save([statistics.state_dict() for statistics in measured], run.statistics)
 
 
 def export(run: Run):
-    """The official single-file layout, bfloat16, next to the text encoder's folder."""
-    modules = dict(zip(("vae", "audio_vae"), autoencoders(run)))
-    denoiser, vocoder = load(run, "dit"), load(run, "vocoder")
-    modules["model.diffusion_model"] = denoiser.transformer
-    modules["text_embedding_projection"] = denoiser.projection
+    """The autoencoders and the vocoder in the official single-file layout, bfloat16."""
+    modules = {name: load(run, name) for name in ("vae", "audio_vae")}
+    for module, state in zip(modules.values(), torch.load(run.statistics)):
+        module.per_channel_statistics.load_state_dict(state)
     tensors = {
         f"{prefix}.{name}": tensor.bfloat16().contiguous().cpu()
         for prefix, module in modules.items()
         for name, tensor in module.state_dict().items()
-    } | {f"vocoder.{k}": x.bfloat16() for k, x in vocoder.both_ears().items()}
+    }
+    vocoder = load(run, "vocoder").both_ears()
+    tensors |= {f"vocoder.{k}": x.bfloat16() for k, x in vocoder.items()}
     config = {k: v for k, v in CONFIG.items() if k != "text_encoder"}
     metadata = dict(format="pt", model_version="2.3.0", config=json.dumps(config))
-    path = run.work / "ltx-2.3-demo-distilled.safetensors"
-    save_file(tensors, path, metadata=metadata)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
+    save_file(tensors, run.work / "autoencoders.safetensors", metadata=metadata)
 
 
 STAGES = {
@@ -713,9 +426,7 @@ STAGES = {
     "audio_vae": train_audio_vae,
     "vocoder": train_vocoder,
     "text": make_text_encoder,
-    "latents": make_latents,
-    "dit": train_dit,
-    "evaluate": evaluate,
+    "statistics": measure_statistics,
     "export": export,
 }
 
@@ -733,9 +444,6 @@ def main():
     )
     parser.add_argument("--steps", type=int, help="replaces the recipe's")
     parser.add_argument("--batch", type=int, help="replaces the recipe's")
-    parser.add_argument(
-        "--clips", type=int, default=96, help="number of clips to evaluate"
-    )
     parser.add_argument(
         "--ranks", type=int, default=1, help="processes that share a batch"
     )

@@ -151,7 +151,7 @@ def end(model: DiT, flat: Parameters, streams: Streams, example: Example) -> Los
         if target is not None:
             n, channels = target.shape[1:]
             squares = mask * (v[:, :n].astype(mx.float32) - target) ** 2
-            count = mx.maximum(mask.sum() * channels, 1)
+            count = mx.maximum(mask.sum() * channels, 1) * len(v)
             errors.append(squares.sum() / count)
         else:
             errors.append(None)
