@@ -20,6 +20,8 @@ from .parallel import Machines
 from .request import LoraFile
 from .text import MAX_TOKENS, Gemma4TextEncoder, TextEncoder
 
+DECODING = {"vae": "vae.decoder"}  # of the video VAE only this half
+
 
 class Components:
     """A model that loads each component when it is needed."""
@@ -43,12 +45,18 @@ class Components:
         self.fallback: Optional[mx.Dtype] = None  # if a first step is not finite
 
     def component(self, name: str) -> nn.Module:
-        """A component of the model, loaded once."""
+        """A component of the model, loaded once; of "vae.encoder" and "vae.decoder", the
+        video VAE, only this half."""
+        name, _, half = name.partition(".")
         if name not in self._loaded:
             hub.fetch_all(self.checkpoint.files)
             dtype = self._text_dtype if name == "connectors" else self.dtype
-            self._loaded[name] = self.checkpoint.load(name, dtype)
-        return self._loaded[name]
+            self._loaded[name] = self.checkpoint.load(name, dtype, lazy=bool(half))
+        module = self._loaded[name]
+        if half:
+            read = tree_flatten(module[half].parameters())
+            weights.evaluate((w for _, w in read), weights.SMALL_GROUP)
+        return module
 
     transformer = property(lambda self: self.component("transformer"))
     connectors = property(lambda self: self.component("connectors"))

@@ -65,7 +65,7 @@ class Encoders:
         """One latent frame (1, 1, h, w, C)."""
         pixels = media.recompress(self.files.image(path), crf)
         pixels = filling(pixels[None], size)
-        x = self.component("vae").encode(mx.array(pixels)[None])
+        x = self.component("vae.encoder").encode(mx.array(pixels)[None])
         mx.eval(x)
         return x
 
@@ -76,7 +76,9 @@ class Encoders:
         rate, as a stream; of every `slow`-th frame after the first."""
         frames = frames_of(path, start, num_frames, size.fps)
         chunks = (mx.array(x)[None] for x in fitted(frames, size, slow))
-        return mx.concatenate([*self.component("vae").encode_stream(chunks)], axis=1)
+        return mx.concatenate(
+            [*self.component("vae.encoder").encode_stream(chunks)], axis=1
+        )
 
     def weights(
         self, path: str, start: int, num_frames: int, size: Size, grid: Size, slow: int

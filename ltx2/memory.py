@@ -19,6 +19,8 @@ from typing import Callable, Iterable, Iterator, Mapping, Optional
 import mlx.core as mx
 
 from .base import UserError, table
+from .chips import this_chip
+from .components import DECODING
 from .conditions import Stage
 from .conv import held
 from .diffusion_decoder import tile
@@ -175,8 +177,18 @@ class Estimator:
             layers = layer_sizes({k: w.nbytes for k, w in tensors.items()})
             self.size[name] = sum(layers.values())
             self.streamable[name] = streamable(layers, self.gpu)
+            if name == "vae":  # of which one half is used at a time
+                for half, other in (("encoder", "decoder."), ("decoder", "encoder.")):
+                    used = (w for k, w in tensors.items() if not k.startswith(other))
+                    self.size[f"vae.{half}"] = sum(w.nbytes for w in used)
             if name == "transformer":
                 self.blocks = self.size[name] - layers[""]
+        # Of the connectors' tensors that are cast, one at a time is there twice.
+        text = mx.float32 if dtype == mx.float32 else mx.bfloat16
+        stored = (f.header[k] for f, k in checkpoint.parts["connectors"].values())
+        sizes = (math.prod(s) * (DTYPES[k] != text) * DTYPES[k].size for k, s in stored)
+        self.cast = max(sizes)
+        self.bits = (checkpoint.quantization or {}).get("bits", 0)
         self.dit = DiTConfig.from_dict(self.config["transformer"])
         self.vae = VideoVAEConfig.from_dict(self.config["vae"])
         c = self.config["transformer"]
@@ -228,12 +240,21 @@ class Estimator:
             blended = max(stage.window.blended_out for stage in stages)
             blended = max(blended, stages[0].window.carried_in)  # of a clip
             buffers = contexts + decode(size, how) + (4 + blended) * frame
-            phases["video"] = Footprint(sound + self.size[decoder], buffers)
+            weights = sound + self.size[DECODING.get(decoder, decoder)]
+            phases["video"] = Footprint(weights, buffers)
         return phases
 
     def per_token(self, video: int, audio: int) -> int:
         """Bytes of a state of so many tokens of each stream."""
         return (video * self.dit.video_dim + audio * self.dit.audio_dim) * self.item
+
+    def dequantized(self, rows: int) -> int:
+        """Bytes of quantized weights that are dequantized ahead, those of a block's
+        feed-forwards, while the next block may be read."""
+        if not self.bits or rows < this_chip().dequantize_from:
+            return 0
+        ahead = 8 * (self.dit.video_dim**2 + self.dit.audio_dim**2) * self.dtype.size
+        return ahead + self.blocks // self.dit.num_layers
 
     def scores(self, heads: int, queries: int, keys: int) -> int:
         return 0 if self.gpu else heads * queries * keys * self.item
@@ -261,12 +282,15 @@ class Estimator:
         buffers = 18.5 * self.contexts(1) + self.contexts(prompts)
         heads = sum(heads for heads, _ in self.connectors)
         buffers += self.scores(heads, MAX_TOKENS, MAX_TOKENS)
+        buffers = max(buffers, self.cast)
         return Footprint(max(gemma, self.size["connectors"]), buffers)
 
     def encoding(self, condition, size: Size) -> tuple[str, float]:
         """The encoder that a condition needs, and bytes of its buffers."""
         if condition.encoder == "vae":
-            return "vae", self.convolutions(size, DOWN, condition.frames_at_once)
+            return "vae.encoder", self.convolutions(
+                size, DOWN, condition.frames_at_once
+            )
         return "audio_vae", self.spectra(size.audio_tokens)
 
     def stage(self, stage: Stage, loras: int, contexts: int, shards: int) -> Footprint:
@@ -285,6 +309,7 @@ class Estimator:
             + (8 + 2 * len(passes)) * self.per_token(tokens, sound)
             + self.scores(self.dit.num_attention_heads, tokens, keys)
             + contexts
+            + self.dequantized(max(tokens, MAX_TOKENS)) // shards
         )
         if stage.upsampler:
             upsampler = self.size[stage.upsampler]  # freed before the first step

@@ -16,7 +16,7 @@ import numpy as np
 from . import REFERENCE, __version__, formats, media
 from .audio_vae import AudioVAEConfig
 from .base import Trace, note, traced, within
-from .components import Components
+from .components import DECODING, Components
 from .conditions import Condition, Stage
 from .diffusion_decoder import Keyframes
 from .duration import whole_frames
@@ -447,7 +447,7 @@ class Run:
         noise = self.noise_of(job)
         draw = lambda name, shape: noise(window.prefix + name, shape)
         bias = {"bias": job.request.decode_bias}
-        model = self.model.component(job.decoder)
+        model = self.model.component(DECODING.get(job.decoder, job.decoder))
         if job.decoder == "diffusion_decoder":
             named = lambda name, shape: draw(f"vae.{name}", shape)
             bias["keyframes"] = self.keyframes(job, latents, window)

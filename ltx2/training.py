@@ -489,7 +489,7 @@ def footprints(
     largest = max(sizes, key=lambda s: s.tokens + s.audio_tokens)
     tokens, sound = largest.tokens, largest.audio_tokens
     if tokens:
-        weights = e.size["vae"] + e.size["audio_vae"]
+        weights = e.size["vae.encoder"] + e.size["audio_vae"]
         phases["encode"] = memory.Footprint(weights, e.convolutions(largest, DOWN, 8))
     heads = max(c.num_attention_heads, c.audio_num_attention_heads)
     pairs = tokens * (tokens + MAX_TOKENS + 2 * sound) + sound * (sound + MAX_TOKENS)

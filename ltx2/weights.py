@@ -24,6 +24,7 @@ TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 # convolutions because Metal's fast ones lose up to 5 % a layer in 16 bits.
 FLOAT32 = ("vae", "audio_vae", "vocoder", "spatial_upsampler", "temporal_upsampler")
 FLOAT32 += ("spatial_upsampler_x1.5",)
+SMALL_GROUP = 1 << 20  # bytes to evaluate at a time, if they are computed
 
 Weights = dict[str, mx.array]
 
@@ -197,7 +198,7 @@ class Checkpoint(FolderConfig):
             found = {f.header[key][0] for f, key in self.parts[name].values()}
             floats = {hub.DTYPES[kind] for kind in found if "F" in kind}
             read = name not in FLOAT32 and floats == {dtype}
-            evaluate(weights.values(), 1 << (28 if read else 22))
+            evaluate(weights.values(), 1 << 28 if read else SMALL_GROUP)
         return module
 
 
