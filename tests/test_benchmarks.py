@@ -1,14 +1,17 @@
 """The benchmarks count operations of released models without computing them."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from ltx2.layers import Attention
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
 import benchmark  # noqa: E402
 
 
@@ -48,3 +51,51 @@ def test_the_bytes_that_machines_exchange_are_counted():
     # Outputs of four layers per stream and block, in 3.04 to 3.4 passes, and the norms.
     outputs = 48 * 4 * 2 * (4096 * tokens + 2048 * sound)
     assert 3.04 < sent["shards"] / (ring * outputs) < 3.4
+
+
+def test_attention_is_measured_by_its_longest_command(monkeypatch):
+    monkeypatch.setattr(benchmark, "MAX_FLOPS", 4 * 64 * 32 * 16)  # 16 queries
+    found = benchmark.longest_attention(mx.float32, 1, tokens=64, heads=2, dim=16)
+    assert found["measured_queries"] == 16
+    # 64 queries are four commands.
+    assert found["layer"] == pytest.approx(4 * found["longest_command"])
+
+
+def test_peaks_are_compared_with_the_plan(checkpoint):
+    paths = [str(checkpoint(name)) for name in ("ltx-2.3", "gemma3", "spatial-x2")]
+    shares = benchmark.against_plan(*paths, "float32", (128, 128, 9))
+    assert shares.keys() == {"text", "stage1", "stage2", "video"}
+    assert all(0.5 < share < 2 for share in shares.values())
+
+
+def test_decodes_with_and_without_tf32_are_compared(monkeypatch):
+    seen = []
+
+    def run(command, env, check):
+        *_, path, _, _ = command
+        seen.append(env["MLX_ENABLE_TF32"])
+        np.save(path, np.full(9, 0.01 * (env["MLX_ENABLE_TF32"] == "1")))
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    assert benchmark.tf32_decibels(8, 2) == pytest.approx(40)
+    assert seen == ["0", "1"]
+
+
+def test_the_last_line_is_for_the_readmes_table(monkeypatch, capsys):
+    block = {"seconds": 1.5, "utilization": 0.5, "measured": "64x64x9"}
+    attention = {"layer": 4, "longest_command": 0.5, "flops": 1e12}
+    attention["measured_queries"] = 8
+    for name, value in (
+        ("released_block", block),
+        ("longest_attention", attention),
+        ("against_plan", {"text": 0.9, "video": 1.1}),
+        ("tf32_decibels", float("inf")),
+    ):
+        monkeypatch.setattr(benchmark, name, lambda *_, value=value: value)
+    args = Namespace(dtype=["bfloat16", "float16"], bits=4, size="64x64x9", long=False)
+    args.runs = args.target_seconds = 1
+    benchmark.short(args, (64, 64, 9), lambda *_, **__: "")
+    *_, heads, rule, line = capsys.readouterr().out.splitlines()
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    assert f"{heads}\n{rule}\n" in readme
+    assert line.endswith("| 50% / 50% | 4 / 4 | 0.5 / 0.5 | 0.90 to 1.10 | inf |")
