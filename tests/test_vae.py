@@ -141,6 +141,21 @@ def test_a_gpu_decodes_small_frames_in_chunks(model, monkeypatch):
     assert max(sizes) == 4
 
 
+def test_a_gpu_computes_while_the_next_convolution_is_prepared(model, monkeypatch):
+    latents, noise = draw(model, 3)
+    vae.computing.clear()
+    launched, waits = [], []
+    wait = lambda x: waits.append([x is y for y in launched[-2:]])
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "async_eval", launched.append)
+    monkeypatch.setattr(mx, "eval", wait)
+    for _ in model.decode_stream(latents, **noise):
+        pass
+    assert len(waits) == len(launched) - 1 > 50
+    assert all(wait == [True, False] for wait in waits)  # for the one before the last
+    vae.computing.clear()
+
+
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_the_first_latent_is_one_frame_and_each_other_eight(model, frames):
     latents, noise = draw(model, frames)
