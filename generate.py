@@ -104,8 +104,8 @@ def main() -> None:
     output = f"output{suffix}" if args.output is None else args.output
     outputs = name_outputs(output, len(requests))
     inputs = {r.video for r in requests} | {r.audio for r in requests} | {args.recorded}
+    check_outputs(outputs, args.codec, requests)
     for output in outputs:
-        formats.check_output(output, args.codec, sound_only=sound_only)
         if any(i and Path(i).resolve() == Path(output).resolve() for i in inputs):
             raise UserError(f"--output {output} would overwrite an input file")
     if "model" not in load:
@@ -126,6 +126,7 @@ def main() -> None:
             f"those of {REFERENCE} are used, so samplers, sound or the default negative "
             "prompt may differ"
         )
+    check_outputs(outputs, args.codec, [job.request for job in jobs])  # HDR, perhaps
     for line in dict.fromkeys(line for job in jobs for line in job.notes):
         print(f"note: {line}")
     print(describe(pipe, jobs[0]))
@@ -160,6 +161,15 @@ def make(
             print(f"wrote {output}")
         next(events, None)  # the last file is written, too
     print(timings(result.phases))
+
+
+def check_outputs(outputs: list[str], codec: Any, requests: list[Request]) -> None:
+    """UserError if a result cannot be written."""
+    from ltx2 import formats
+
+    for output, r in zip(outputs, requests):
+        space = r.color_space or "srgb"
+        formats.check_output(output, codec, space, r.audio_only)
 
 
 def init_distributed() -> Any:
@@ -338,7 +348,8 @@ def write(path: str, codec: Optional[str], job: Any, events: Iterator[Any]) -> A
         result = next(e for e in events if isinstance(e, pipeline.Result))
         result.save(path)
         return result
-    with formats.VideoWriter(path, job.size.fps, codec=codec) as video:
+    facts = {"codec": codec, "color_space": job.request.color_space or "srgb"}
+    with formats.VideoWriter(path, job.size.fps, **facts) as video:
         for event in events:
             if isinstance(event, pipeline.Result):
                 video.sound, video.metadata = event.sound, event.metadata

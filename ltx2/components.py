@@ -41,16 +41,21 @@ class Components:
         self.machines = machines or Machines()
         self.text_encoder = checkpoint.encoder(text_encoder)
         self._loaded: dict[str, nn.Module] = {}
+        self._exact: set[str] = set()  # of what is loaded, in float32
         self._loras: tuple[LoraFile, ...] = ()  # of the loaded transformer
         self.fallback: Optional[mx.Dtype] = None  # if a first step is not finite
 
-    def component(self, name: str) -> nn.Module:
+    def component(self, name: str, exact: bool = False) -> nn.Module:
         """A component of the model, loaded once; of "vae.encoder" and "vae.decoder", the
-        video VAE, only this half."""
+        video VAE, only this half; `exact` in float32."""
         name, _, half = name.partition(".")
+        if exact != (name in self._exact):
+            self.free(name)
+            self._exact ^= {name}
         if name not in self._loaded:
             hub.fetch_all(self.checkpoint.files)
             dtype = self._text_dtype if name == "connectors" else self.dtype
+            dtype = mx.float32 if exact else dtype
             self._loaded[name] = self.checkpoint.load(name, dtype, lazy=bool(half))
         module = self._loaded[name]
         if half:

@@ -193,6 +193,25 @@ class ReferenceClip(Condition):
         return latents.Reference(*facts, self.skip)
 
 
+@dataclass(frozen=True)
+class ClipKeyframes(Condition):
+    """Guide with single frames of a clip, by the frames of a window that has `first` of
+    the clip before it."""
+
+    path: str
+    frames: tuple[int, ...]
+    first: int
+    encoder = "vae"
+
+    def tokens(self, size: Size) -> int:
+        return len(self.frames) * size.frame_tokens
+
+    def load(self, size: Size, source: Encoders) -> Conditioning:
+        still = lambda frame: source.clip(self.path, self.first + frame, 1, size)
+        facts = size.rate, ANCHOR_STRENGTH
+        return in_order(*(latents.Keyframe(still(n), n, *facts) for n in self.frames))
+
+
 # Conditions on the previous stage's latents
 
 

@@ -14,7 +14,7 @@ from .duration import whole_frames
 from .guidance import Guidance
 from .inputs import InputFiles
 from .latents import SPACE_SCALE, TIME_SCALE, Size
-from .options import check, check_range, check_step
+from .options import check, check_choice, check_range, check_step
 from .recipes import follow
 from .request import Request
 from .sampling import DISTILLED_SIGMAS, shifted_sigmas
@@ -31,6 +31,8 @@ USUAL_FPS = (24, 25, 30, 50, 60)
 AUTO_DURATION = (1.0, 20.0)  # seconds, the reference's
 DECODERS = {"conv": "vae", "diffusion": "diffusion_decoder"}
 BOTH = ("video", "audio")
+# What frames are before they become light, by HDR LoRAs' metadata.
+TRANSFORMS = {"acescct": "acescct", "logc3": "logc3", "true": "logc3"}
 PARTS = {  # that a job needs for all, for prompts, or for a stream
     "all": ("transformer",),
     "text": ("connectors",),
@@ -47,6 +49,7 @@ class Resolver:
         self.r, self.recipe, self.notes = follow(r, checkpoint.kind)
         r = self.r
         self.clip_frames, self.clip_streams = 0, ()  # of the input video
+        self.codes = (self.recipe.codes or "acescct") if r.color_space else "srgb"
         self.streams = BOTH[bool(r.audio_only) : 2 - bool(r.no_audio)]
         self.distilled = checkpoint.kind == "distilled"
         parts = checkpoint.components
@@ -109,6 +112,25 @@ class Resolver:
                     f"LoRA {lora.path} has strength 0, no effect: remove it"
                 )
             check_range(f"LoRA {lora.path}: strength", lora.strength, -10, 10)
+        if r.has_reference:
+            self.check_hdr(unmet)
+
+    def check_hdr(self, unmet: Mapping[str, str]) -> None:
+        """What frames are before they become light, also by a LoRA's metadata, and
+        UserError if the model cannot do it."""
+        r = self.r
+        for lora in r.loras:
+            if name := self.files.lora(lora.path).metadata.get("hdr_transform"):
+                check_choice(f"hdr_transform of {lora.path}", name, tuple(TRANSFORMS))
+                self.codes = TRANSFORMS[name]
+        if self.codes != "srgb":
+            self.recipe = replace(self.recipe, pads=True)
+            self.r = replace(r, color_space=r.color_space or "srgb_linear")
+        if self.codes == "acescct" and r.hdr_keyframes:
+            if "2.5" in unmet:
+                raise UserError(f"hdr_keyframes needs {unmet['2.5']}: turn it off")
+            if r.generated_keyframes:
+                raise UserError("generated_keyframes needs hdr_keyframes turned off")
 
     def check_contexts(self) -> None:
         """UserError unless a file's contexts are for this model and all streams."""

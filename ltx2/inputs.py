@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import latents, media
+from . import color, latents, media
 from .audio_vae import log_mel
 from .cache import read_contexts
 from .guidance import Contexts
@@ -60,12 +60,19 @@ class Encoders:
     files: InputFiles
     component: Callable[[str], nn.Module]
     frozen_from_noise: bool = False  # see latents.Freeze
+    codes: str = "srgb"  # what the video VAE sees, of color.SPACES
+
+    def encoder_input(self, frames: np.ndarray) -> mx.array:
+        """Frames (n, H, W, 3) in [-1, 1], sRGB, as the video VAE sees them, (1, ...)."""
+        if self.codes != "srgb":
+            frames = 2 * color.convert(frames / 2 + 0.5, "srgb", self.codes) - 1
+        return mx.array(frames)[None]
 
     def image(self, path: str, crf: int, size: Size) -> mx.array:
         """One latent frame (1, 1, h, w, C)."""
         pixels = media.recompress(self.files.image(path), crf)
         pixels = filling(pixels[None], size)
-        x = self.component("vae.encoder").encode(mx.array(pixels)[None])
+        x = self.component("vae.encoder").encode(self.encoder_input(pixels))
         mx.eval(x)
         return x
 
@@ -75,7 +82,7 @@ class Encoders:
         """Latents (1, f, h, w, C) of a clip from a frame on, at the size's sides and
         rate, as a stream; of every `slow`-th frame after the first."""
         frames = frames_of(path, start, num_frames, size.fps)
-        chunks = (mx.array(x)[None] for x in fitted(frames, size, slow))
+        chunks = map(self.encoder_input, fitted(frames, size, slow))
         return mx.concatenate(
             [*self.component("vae.encoder").encode_stream(chunks)], axis=1
         )

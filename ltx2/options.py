@@ -43,7 +43,8 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
         names = ("type", "metavar", "nargs", "choices")
         how = {name: rules[name] for name in names if name in rules}
         if hints[field.name] is bool:
-            how["action"] = "store_true"
+            on = field.default  # then --no-... is its flag, too
+            how["action"] = argparse.BooleanOptionalAction if on else "store_true"
         else:
             how.setdefault("type", _type(hints[field.name]))
             how |= {"action": "append"} if rules.get("repeat") else {}
@@ -65,7 +66,7 @@ def _type(hint: Any) -> Any:
 def _help(field: dataclasses.Field) -> str:
     """The help text with the default, unless the text says it."""
     text, default = field.metadata["help"], field.default
-    if default in (None, False, (), dataclasses.MISSING) or "default" in text:
+    if default in (None, False, True, (), dataclasses.MISSING) or "default" in text:
         return text
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
     return f"{text} (default: {shown})"

@@ -57,7 +57,7 @@ class Pipeline(Components):
         return memory.Estimator(self.checkpoint, self.dtype)
 
     def _estimate(self, job: Job, shards: int = 1) -> memory.MemoryPlan:
-        needs = self._estimator(
+        estimate = lambda estimator: estimator(
             job.stages,
             len(job.prompts),
             job.decoder,
@@ -66,6 +66,10 @@ class Pipeline(Components):
             shards=shards,
             ahead=job.frames_ahead,
         )
+        needs = estimate(self._estimator)
+        if job.codes != "srgb":  # decoded in float32
+            exact = estimate(memory.Estimator(self.checkpoint, mx.float32))
+            needs["video"] = exact["video"]
         return memory.planned(needs, memory.available(), self.low_memory)
 
     def memory(self, *jobs: Job, text: bool = True) -> memory.MemoryPlan:

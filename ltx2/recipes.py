@@ -30,18 +30,20 @@ class Recipe:
     hears: bool = False  # the clip's sound is a reference, too
     extra: int = 0  # frames that are made and cut off again
     pads: bool = False  # a clip whose sides do not suit the model
+    codes: str = ""  # what frames are before they are decoded to light, of color.SPACES
+    matte: bool = False  # its result is the clip's alpha
     advice: str = ""
-    refused: str = ""
 
 
 ONE = {"stages": "one"}
 NIGHT = ONE | {"fps": 24.0}
 WINDOWS = ONE | {"chunk_frames": 97, "carry_frames": 17}
 DUB = {"stages": "two", "reference_in_stage_2": True}
+LIGHT = {"no_audio": True, "color_space": "srgb_linear"}
 MATTE = ONE | {"no_audio": True, "video_guidance": PLAIN}
 SLOW = "add --conditioned-fps, the rate / the speed (1 to 0.025): 48 is half of 24"
 RECIPES = {
-    "alpha-gen": Recipe("", MATTE, 145, "dev", no_prompt=True),
+    "alpha-gen": Recipe("", MATTE, 145, "dev", no_prompt=True, matte=True),
     "clean-plate": Recipe("", ONE, advice="the prompt describes the empty scene"),
     "water-simulation": Recipe("ADD WATER", ONE, 185),
     "deblur": Recipe("DEBLUR", ONE, 121),
@@ -51,7 +53,8 @@ RECIPES = {
     "refine-details": Recipe("", ONE, tile=(576, 1024), extra=8),
     "pixel-spatial-upscaler-x2": Recipe("", ONE, scale=2),
     "day-to-night": Recipe("", NIGHT, 97, "dev", advice="use --steps 30 --cfg-scale 3"),
-    "sdr-to-hdr": Recipe(refused="needs a file of scene embeddings and HDR output"),
+    "sdr-to-hdr": Recipe("", ONE | LIGHT, codes="acescct"),
+    "hdr": Recipe("", DUB | LIGHT, codes="logc3"),
     "lipdub": Recipe("", DUB, hears=True),
     "layout-to-render": Recipe("", {"stages": "two"}),
     "ingredients": Recipe("", ONE, 121),
@@ -82,8 +85,12 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
     for name, recipe in found:
         if recipe is None:
             continue
-        if recipe.refused:
-            raise UserError(f"{name} {recipe.refused}, which are not supported")
+        if (recipe.codes or recipe.matte) and not shown:
+            raise UserError(f"{name} changes a clip: add --video")
+        if recipe.codes and not r.contexts_file:
+            if not r.prompt:
+                raise UserError(f"{name} needs its text embeddings: add --contexts")
+            notes.append(f"{name} was made for its text embeddings (--contexts)")
         usual = dict(recipe.defaults) if shown or not r.video else {}
         mode = r.stages or usual.get("stages", "one")
         changes = {
@@ -115,5 +122,7 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
             hears=shown and (recipe.hears or all_of.hears),
             extra=max(all_of.extra, recipe.extra if shown else 0),
             pads=shown,
+            codes=recipe.codes or all_of.codes,
+            matte=recipe.matte or all_of.matte,
         )
     return r, all_of, notes

@@ -340,7 +340,19 @@ class Request:
         "text embeddings instead of a prompt, as an adapter may have them",
         flag="contexts",
         metavar="FILE",
-        excludes="auto_duration",
+        excludes="auto_duration segments",
+    )
+    color_space: Optional[str] = ask(
+        "HDR, of a clip with its adapter: what frames hold (default with such an adapter: "
+        "srgb_linear)",
+        choices=("srgb", "srgb_linear", "acescg", "acescct"),
+        **OF_REFERENCE,
+    )
+    hdr_keyframes: bool = ask(
+        "HDR: hold single frames of the clip and generate others there (default: on)",
+        True,
+        needs="color_space",
+        modes="one two",
     )
     # Outputs
     no_audio: bool = ask("video only", False, excludes="audio_only")
@@ -368,11 +380,11 @@ class Request:
 
     GROUPS = {
         "output": "prompt contexts_file height width num_frames auto_duration fps "
-        "conditioned_fps chunk_frames carry_frames blend_frames segments no_audio "
-        "audio_only video_decoder decode_with_keyframes decode_bias",
+        "conditioned_fps color_space chunk_frames carry_frames blend_frames segments "
+        "no_audio audio_only video_decoder decode_with_keyframes decode_bias",
         "inputs": "images keyframes image_crf audio video retake retake_streams extend "
-        "reference_strength reference_attention attention_mask reference_in_stage_2 tile_size "
-        "loras distilled_lora detailing_lora",
+        "reference_strength reference_attention attention_mask reference_in_stage_2 "
+        "tile_size hdr_keyframes loras distilled_lora detailing_lora",
     }  # all others are "sampling"
 
     def __post_init__(self):

@@ -13,7 +13,7 @@ from typing import Any, Generator, Iterator, Optional, Union
 import mlx.core as mx
 import numpy as np
 
-from . import REFERENCE, __version__, formats, media
+from . import REFERENCE, __version__, color, formats, media
 from .audio_vae import AudioVAEConfig
 from .base import Trace, note, traced, within
 from .components import DECODING, Components
@@ -61,7 +61,7 @@ class Event:
     steps: Optional[int] = None
     snapshot: Optional[Snapshot] = None
     denoised: Optional[Streams] = None  # latents that a step estimates, with batch axis
-    frames: Optional[np.ndarray] = None  # (n, H, W, 3) uint8
+    frames: Optional[np.ndarray] = None  # (n, H, W, 3) uint8, of HDR float32
 
 
 class Phase(Event):
@@ -103,7 +103,8 @@ class Result(Event):
         if self.frames is None:
             media.write_wav(path, self.waveform, self.sample_rate, self.metadata)
             return
-        facts = path, self.fps, self.sound, self.metadata, codec
+        space = self.request.color_space or "srgb"
+        facts = path, self.fps, self.sound, self.metadata, codec, space
         with formats.VideoWriter(*facts) as video:
             video.write(self.frames)
 
@@ -213,7 +214,8 @@ class Run:
     ) -> list[dict[Condition, Conditioning]]:
         """By stage, the conditionings from input files; none for finished stages."""
         component = self.model.component
-        encoders = Encoders(self.inputs, component, self.frozen_from_noise)
+        sees = "acescct" if job.codes == "acescct" else "srgb"
+        encoders = Encoders(self.inputs, component, self.frozen_from_noise, sees)
         with self.meter.phase("inputs"):
             return [
                 {
@@ -390,7 +392,12 @@ class Run:
                         break
                     frames = frames[:, : size.height, : size.width]
                     guard.update(frames)
-                    pixels = np.array(mx.round(frames * 255).astype(mx.uint8))
+                    if job.codes == "srgb":
+                        pixels = np.array(mx.round(frames * 255).astype(mx.uint8))
+                    else:
+                        pixels = np.array(frames.astype(mx.float32))
+                        spaces = job.codes, job.request.color_space
+                        pixels = color.convert(pixels, *spaces)
                     count = {"step": guard.frames, "steps": size.num_frames}
                     yield Frames(phase="video", job=n, frames=pixels, **count)
             guard.check()
@@ -447,7 +454,8 @@ class Run:
         noise = self.noise_of(job)
         draw = lambda name, shape: noise(window.prefix + name, shape)
         bias = {"bias": job.request.decode_bias}
-        model = self.model.component(DECODING.get(job.decoder, job.decoder))
+        part = DECODING.get(job.decoder, job.decoder)
+        model = self.model.component(part, job.codes != "srgb")
         if job.decoder == "diffusion_decoder":
             named = lambda name, shape: draw(f"vae.{name}", shape)
             bias["keyframes"] = self.keyframes(job, latents, window)

@@ -75,6 +75,7 @@ MODES = {
 }
 DOUBLED = Row("doubled", REFINE_SIGMAS, "euler", False, 1, "temporal", VIDEO, False)
 # fmt: on
+HDR_FPS = 30.0  # the highest rate of positions in HDR, the reference's
 DETAIL = 0.5  # the reference's strength of a detailing LoRA
 TILE_SIGMAS, TILE_SAMPLER = DISTILLED_SIGMAS[4:], "euler_half_ancestral"
 
@@ -89,6 +90,7 @@ class Job:
     decoder: str  # the component that makes the pixels
     notes: tuple[str, ...]  # what was changed about the inputs
     extra: int = 0  # frames at the end that are made and cut off
+    codes: str = "srgb"  # what decoded frames are, of color.SPACES
     memory: Optional[MemoryPlan] = field(default=None, compare=False)
 
     @property
@@ -197,7 +199,7 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
             f"cut to {r.num_frames}"
         )
     prompts = (*r.prompts, *p.negative_prompt(guidance))
-    return Job(r, stages, prompts, p.decoder(), tuple(p.notes), p.recipe.extra)
+    return Job(r, stages, prompts, p.decoder(), tuple(p.notes), p.recipe.extra, p.codes)
 
 
 class Planner(Resolver):
@@ -220,7 +222,7 @@ class Planner(Resolver):
             return
         incoming: tuple[int, ...] = ()
         for window in self.windows():
-            keyframes = window.keyframes(r.generated_keyframes)
+            keyframes = window.keyframes(self.seams() or r.generated_keyframes)
             full = self.full_size(window.num_frames)
             yield from self.window(rows, guidance, full, window, keyframes, incoming)
             incoming = window.handed_on(keyframes)
@@ -239,6 +241,13 @@ class Planner(Resolver):
         times = {k: tuple((a * x, b * x) for a, b in found) for k, x in paces.items()}
         return Prompts(nag, tuple(found.values()), times)
 
+    def seams(self) -> tuple[int, ...]:
+        """Where HDR from codes for light has keyframes: at dfr's places in the clip."""
+        if self.codes != "acescct" or not self.r.hdr_keyframes:
+            return ()
+        places = windows.canvas(self.r.num_frames)[1]
+        return tuple(frame for frame in places if frame < self.clip_frames)
+
     def full_size(self, frames: int) -> Size:
         """The size of the result with so many frames."""
         r = self.r
@@ -246,7 +255,10 @@ class Planner(Resolver):
         shown = r.height, r.width
         height, width = map(self.padded, shown)
         shown = None if shown == (height, width) else shown
-        return Size(width, height, frames, r.fps, sound, r.conditioned_fps, shown)
+        rate = r.conditioned_fps
+        if rate is None and self.codes == "acescct" and r.fps > HDR_FPS:
+            rate = HDR_FPS
+        return Size(width, height, frames, r.fps, sound, rate, shown)
 
     def windows(self) -> list[windows.Window]:
         """The windows that a long video is made in, one if nothing of them is set; of
@@ -400,6 +412,8 @@ class Planner(Resolver):
                 sides = self.full_size(frames).divided(self.scale)
                 facts += ((r.attention_mask, sides),)
             video.append(conditions.ReferenceClip(*facts))
+        if keyframes and self.seams():
+            video.append(conditions.ClipKeyframes(r.video, keyframes, window.start))
         generates = row.keyframes or r.decode_with_keyframes
         if keyframes and generates:
             video.append(conditions.NewKeyframes(keyframes))

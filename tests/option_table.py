@@ -17,7 +17,7 @@ END = "\n<!-- end of options -->\n"
 
 def form(action: argparse.Action) -> str:
     """A flag with the form of its value, as --help shows it."""
-    [flag] = action.option_strings
+    flag = ", ".join(action.option_strings)
     if action.nargs == 0:
         return flag
     choices = "{" + ",".join(map(str, action.choices or ())) + "}"

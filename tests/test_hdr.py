@@ -1,0 +1,232 @@
+"""HDR from SDR clips equals the reference; what an HDR result holds is read back."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from parity import channels_last, relative_error
+from test_formats import attributes, described
+from test_pipeline import latents_of, save_clip
+from test_reference import LORA, golden, load, recorded_noise  # noqa: F401
+
+import generate
+from ltx2 import color, conditions, media, pipeline
+from ltx2.base import UserError
+from ltx2.conditions import ClipKeyframes
+from ltx2.diffusion_decoder import DiffusionDecoder
+from ltx2.inputs import Encoders, InputFiles
+from ltx2.request import LoraFile, Request
+
+FRAMES = np.random.default_rng(0).integers(0, 255, (33, 64, 64, 3), np.uint8)
+NAME = "ltx-2.5-22b-ic-lora-sdr-to-hdr-1.0.safetensors"
+
+
+def drawn_frames(count, seed):
+    """torch.rand(count, 3, 8, 8) of a seed, as pixels (count, 8, 8, 3) of 255."""
+    raw = np.random.RandomState(seed).randint(0, 2**32, count * 3 * 64, np.uint32)
+    values = (raw % 2**24 / np.float32(2**24)).astype(np.float32)
+    return values.reshape(count, 3, 8, 8).transpose(0, 2, 3, 1) * np.float32(255)
+
+
+def test_a_run_is_the_references(load, tmp_path, monkeypatch):  # noqa: F811
+    g, info = golden("hdr_ic_lora_keyframes")
+    clip = drawn_frames(33, 82)  # not rounded to 8 bits, as a file's would be
+    read = lambda path, start, count, fps: iter(clip[start : start + count])
+    monkeypatch.setattr(media, "read_video", read)
+    monkeypatch.setattr(conditions, "ANCHOR_STRENGTH", info["keyframe_strength"])
+    save_clip(tmp_path / "clip.mkv", FRAMES, info["frame_rate"])
+    options = {"loras": (LORA,), "stages": "one", "no_audio": True}
+    options["sigmas"] = tuple(info["stages"][0]["sigmas"])
+    options["video"] = str(tmp_path / "clip.mkv")
+    request = Request(info["prompt"], color_space="acescct", **options)
+    pipe, frames = load("distilled"), []
+    for event in pipe.stream(request, noise=recorded_noise(g, info)):
+        if event.phase == "latents":
+            video = event.snapshot.latents["video"]
+        if isinstance(event, pipeline.Frames):
+            frames.append(event.frames)
+    assert relative_error(video, channels_last(g["out.video_latent"])) < 1e-4
+    shown = np.concatenate(frames)[::8, ::2, ::2]
+    expected = np.array(g["out.video_sub_acescct"], np.float32)
+    assert shown.dtype == np.float32
+    assert np.abs(shown - expected).max() < 1e-3  # of float16
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint):
+    model = str(checkpoint("ltx-2.5"))
+    return pipeline.load(model, None, "distilled", "bfloat16")
+
+
+@pytest.fixture
+def request_for(checkpoint, tmp_path):
+    """`request_for(NAME, frames, fps, ...)`: of a clip, a LoRA and embeddings."""
+
+    def request_for(name=NAME, frames=FRAMES, fps=24, model="2.5", **options):
+        clip, lora, text = (
+            str(tmp_path / n) for n in ("clip.mkv", name, "emb.safetensors")
+        )
+        save_clip(Path(clip), frames, fps)
+        factors = mx.load(str(checkpoint(f"ltx-{model}-lora2")))
+        mx.save_safetensors(lora, factors, options.pop("metadata", {}))
+        mx.save_safetensors(text, {"video_context": mx.ones((1, 8, 72))})
+        options = {"prompt": "", "contexts_file": text} | options
+        options = {"sigmas": (1.0, 0.0), "video": clip} | options
+        return Request(loras=(LoraFile(lora),), **options)
+
+    return request_for
+
+
+def test_the_adapter_makes_one_stage_of_light_without_sound(pipe, request_for):
+    job = pipe.plan(request_for(sigmas=None))
+    (stage,) = job.stages
+    assert (stage.steps, stage.sampler, stage.streams) == (8, "euler", ("video",))
+    assert (job.codes, job.request.color_space) == ("acescct", "srgb_linear")
+    kinds = [type(c).__name__ for c in stage.conditions["video"]]
+    assert kinds == ["ReferenceClip", "ClipKeyframes", "NewKeyframes"]
+    _, given, slots = stage.conditions["video"]
+    assert given.frames == slots.frames == (32,)  # 33 frames end with dfr's segment
+    assert conditions.ANCHOR_STRENGTH == 0.95
+
+
+@pytest.mark.parametrize(
+    "count, places", [(17, ()), (25, (24,)), (57, (32,)), (73, (24, 48, 72))]
+)
+def test_keyframes_are_at_dfrs_places_within_the_clip(pipe, request_for, count, places):
+    frames = np.zeros((count, 64, 64, 3), np.uint8)
+    found = pipe.plan(request_for(frames=frames)).stages[0].all_conditions
+    assert [c.frames for c in found if hasattr(c, "frames")] == [places] * 2 * bool(
+        places
+    )
+    off = pipe.plan(request_for(frames=frames, hdr_keyframes=False))
+    assert len(list(off.stages[0].all_conditions)) == 1
+
+
+@pytest.mark.parametrize("fps, rate", [(24, 24), (30, 30), (50, 30), (60, 30)])
+def test_fast_clips_are_conditioned_as_30_frames_per_second(
+    pipe, request_for, fps, rate
+):
+    job = pipe.plan(request_for(fps=fps))
+    assert (job.size.fps, job.stages[0].size.rate) == (fps, rate)
+    assert (
+        pipe.plan(request_for(fps=fps, conditioned_fps=20.0)).stages[0].size.rate == 20
+    )
+
+
+@pytest.mark.parametrize("space", ["srgb", "srgb_linear", "acescg", "acescct"])
+def test_frames_hold_the_color_space_that_is_asked_for(pipe, request_for, space):
+    frames = FRAMES[:9, :50, :62]  # padded to 64x64, and cut back
+    request = request_for(frames=frames, color_space=space)
+    result = pipe.generate(**vars(request))
+    assert result.frames.shape == (9, 50, 62, 3) and result.frames.dtype == np.float32
+    assert result.waveform is None
+    codes = pipe.generate(**vars(dataclasses.replace(request, color_space="acescct")))
+    expected = color.convert(codes.frames, "acescct", space)
+    np.testing.assert_allclose(result.frames, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_light_is_decoded_in_float32(pipe, request_for, monkeypatch):
+    found = []
+
+    def decode(model, latents, *_, **__):
+        weights = tree_flatten(model.parameters())
+        found.append({w.dtype for _, w in weights})
+        yield mx.random.uniform(shape=(1, 9, 64, 64, 3))
+
+    monkeypatch.setattr(DiffusionDecoder, "decode_stream", decode)
+    request = request_for(frames=FRAMES[:9], video_decoder="diffusion")
+    pipe.generate(**vars(request))
+    size = {"height": 64, "width": 64, "num_frames": 9, "sigmas": (1.0, 0.0)}
+    text = {"contexts_file": request.contexts_file, "video_decoder": "diffusion"}
+    pipe.generate("", no_audio=True, **text, **size)
+    assert found == [{mx.float32}, {mx.bfloat16}]
+    sdr = dataclasses.replace(request, loras=(), video=None, no_audio=True, **size)
+    plans = (pipe.plan(r).memory.phases["video"] for r in (request, sdr))
+    exact, half = (need.weights for need in plans)
+    assert exact == 2 * half
+
+
+def test_an_mp4_is_hlg_with_its_exr_frames_beside_it(
+    checkpoint, request_for, tmp_path, monkeypatch
+):
+    r = request_for(frames=FRAMES[:9])
+    argv = ["generate.py", "--model", str(checkpoint("ltx-2.5")), "--sigmas", "1,0"]
+    argv += ["--video", r.video, "--lora", r.loras[0].path, "--kind", "distilled"]
+    argv += ["--contexts", r.contexts_file, "--color-space", "acescg"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", argv)
+    generate.main()
+    assert "arib-std-b67" in described("output.mp4")
+    frames = sorted(Path("output_acescg_exr").glob("*.exr"))
+    assert len(frames) == media.probe("output.mp4").num_frames == 9
+    assert attributes(frames[0])["colorSpace"][1] == b"ACEScg"
+    recorded = media.read_metadata("output.mp4")["request"]
+    assert recorded["color_space"] == "acescg"
+    monkeypatch.setattr(sys, "argv", [*argv, "--codec", "h264"])
+    with pytest.raises(UserError, match="h264 cannot hold acescg"):
+        generate.main()
+
+
+def test_the_adapter_of_2_3_gives_logc3_of_an_sdr_clip_in_two_stages(
+    checkpoint, request_for
+):
+    files = (str(checkpoint(n)) for n in ("ltx-2.3", "gemma3", "spatial-x2"))
+    model, encoder, upsampler = files
+    pipe = pipeline.load(model, encoder, "distilled", "float32", [upsampler])
+    options = {"model": "2.3", "frames": FRAMES[:9], "prompt": "a"}
+    options["contexts_file"] = None
+    name = "ltx-2.3-22b-ic-lora-hdr-0.9.safetensors"
+    job = pipe.plan(request_for(name, **options))
+    assert (job.codes, len(job.stages), job.streams) == ("logc3", 2, ("video",))
+    assert all(stage.loras for stage in job.stages)
+    options |= {"metadata": {"hdr_transform": "true"}, "no_audio": True}
+    result = pipe.generate(**vars(request_for("mine.safetensors", **options)))
+    assert result.request.color_space == "srgb_linear"
+    assert result.frames.dtype == np.float32
+
+
+def test_the_autoencoder_sees_codes_of_light():
+    white = np.ones((1, 4, 4, 3), np.float32)
+    seen = lambda codes: float(
+        Encoders(InputFiles(), None, False, codes).encoder_input(white)[0, 0, 0, 0, 0]
+    )
+    assert seen("srgb") == 1
+    assert seen("acescct") == pytest.approx(2 * 0.5547945 - 1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"contexts_file": None}, "needs its text embeddings: add --contexts"),
+        ({"video": None}, "changes a clip: add --video"),
+        ({"generated_keyframes": 2}, "needs hdr_keyframes turned off"),
+        ({"color_space": "rec2100"}, "unknown color_space 'rec2100'"),
+        ({"retake": (0.0, 0.1)}, "changes a clip"),
+        ({"metadata": {"hdr_transform": "logc4"}}, "hdr_transform of"),
+    ],
+)
+def test_what_cannot_be_light_is_refused(pipe, request_for, options, reason):
+    with pytest.raises(UserError, match=reason):
+        pipe.plan(request_for(frames=FRAMES[:9], **options))
+
+
+@pytest.mark.parametrize(
+    "option", [{"color_space": "acescg"}, {"hdr_keyframes": False}]
+)
+def test_options_of_hdr_need_its_clip_and_adapter(pipe, option):
+    with pytest.raises(UserError, match="needs (video|color_space)"):
+        pipe.plan(Request("a cat", **option))
+
+
+def test_windows_hold_the_keyframes_that_they_own(pipe, request_for):
+    frames = np.zeros((73, 64, 64, 3), np.uint8)
+    windows = {"chunk_frames": 49, "carry_frames": 17}
+    job = pipe.plan(request_for(frames=frames, **windows))
+    found = (c for stage in job.stages for c in stage.all_conditions)
+    given = [(c.frames, c.first) for c in found if isinstance(c, ClipKeyframes)]
+    assert given == [((24, 48), 0), ((40,), 32)]
+    assert all(mx.isfinite(x).all() for x in latents_of(pipe, job).values())
