@@ -66,7 +66,7 @@ def _type(hint: Any) -> Any:
 def _help(field: dataclasses.Field) -> str:
     """The help text with the default, unless the text says it."""
     text, default = field.metadata["help"], field.default
-    if default in (None, False, True, (), dataclasses.MISSING) or "default" in text:
+    if default in (None, False, (), dataclasses.MISSING) or "default" in text:
         return text
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
     return f"{text} (default: {shown})"
