@@ -342,14 +342,14 @@ class Progress:
 
 def write(path: str, codec: Optional[str], job: Any, events: Iterator[Any]) -> Any:
     """Write frames as they are decoded; the file appears when it is done."""
-    from ltx2 import formats, pipeline
+    from ltx2 import pipeline
+    from ltx2.run import video_writer
 
     if "video" not in job.streams:
         result = next(e for e in events if isinstance(e, pipeline.Result))
         result.save(path)
         return result
-    facts = {"codec": codec, "color_space": job.request.color_space or "srgb"}
-    with formats.VideoWriter(path, job.size.fps, **facts) as video:
+    with video_writer(path, job.request, job.size.fps, codec) as video:
         for event in events:
             if isinstance(event, pipeline.Result):
                 video.sound, video.metadata = event.sound, event.metadata

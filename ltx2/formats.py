@@ -73,6 +73,7 @@ class Format(NamedTuple):
     sound: str = "aac -b:a 192k"
     hdr: bool = False  # holds more than sRGB
     even: bool = False  # has even sides only
+    alpha: bool = False  # beside colors
 
 
 PIPE = "-f image2pipe -framerate {fps} -c:v"
@@ -84,7 +85,7 @@ FORMATS = {
     "hevc": Format(".mp4", "libx265", f"-vf {HLG} -crf 12 -preset ultrafast -tag:v hvc1 -x265-params {X265}",
                    _y4m, "-r {fps} -f yuv4mpegpipe", f"-tag:v hvc1 {FASTSTART} mp4", hdr=True, even=True),
     "prores": Format(".mov", "prores_ks", f"-vf {BT709},format=yuv444p10le|yuva444p10le -profile:v 4444 -vendor apl0",
-                     _pam, f"{PIPE} pam", f"{FASTSTART} mov", "pcm_s16le"),
+                     _pam, f"{PIPE} pam", f"{FASTSTART} mov", "pcm_s16le", alpha=True),
     "ffv1": Format(".mkv", "ffv1", f"-vf format=gbrp|gbrp16le,{RGB} -level 3 -g 1 -slicecrc 1",
                    _pam, f"{PIPE} pam", "-f matroska", "flac"),
     "exr": Format("", "exr", "-format half -compression zip16 -start_number 0",
@@ -153,7 +154,8 @@ class VideoWriter:
     file, whose AAC is copied in whole packets if there is enough of it. `sound`
     and `metadata`, a JSON object, may be set until the block ends. `color_space`, one
     of color.SPACES, says what frames hold; `codec` is by `choose`. With `picture`, an
-    iterator of frames uint8, those are written and the others are their alpha.
+    iterator of frames uint8, and a format with alpha, those are the colors and the
+    written frames their alpha.
     """
 
     path: PathLike
@@ -193,7 +195,7 @@ class VideoWriter:
         for writer in self._beside:
             writer.write(frames)
         for frame in frames:
-            if self.picture:
+            if self.picture and self.format.alpha:
                 matte = frame.mean(-1, keepdims=True).round().astype(np.uint8)
                 frame = np.concatenate([next(self.picture), matte], axis=-1)
             first = self.num_frames == 0

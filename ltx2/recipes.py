@@ -69,6 +69,11 @@ def find(path: str) -> Optional[Recipe]:
     return RECIPES.get(match[1]) if match else None
 
 
+def makes_matte(r: Request) -> bool:
+    """Whether the result is the alpha of the request's clip."""
+    return any((recipe := find(x.path)) and recipe.matte for x in r.loras)
+
+
 def modes_of(option: str, mode: str) -> list[str]:
     """The values of `stages` that have an option; `mode` alone if all have."""
     rules = Request.__dataclass_fields__[option].metadata
@@ -123,6 +128,5 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
             extra=max(all_of.extra, recipe.extra if shown else 0),
             pads=shown,
             codes=recipe.codes or all_of.codes,
-            matte=recipe.matte or all_of.matte,
         )
     return r, all_of, notes

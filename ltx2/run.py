@@ -22,7 +22,7 @@ from .diffusion_decoder import Keyframes
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .guidance import Contexts, GuidedDenoiser
-from .inputs import Encoders, InputFiles, stereo
+from .inputs import Encoders, InputFiles, frames_of, stereo
 from .latents import (
     Conditioning,
     LatentState,
@@ -30,6 +30,7 @@ from .latents import (
     audio_from_tokens,
     latent_frames,
 )
+from .recipes import makes_matte
 from .request import Request
 from .sampling import SAMPLERS, Noise
 from .snapshot import Snapshot
@@ -103,10 +104,23 @@ class Result(Event):
         if self.frames is None:
             media.write_wav(path, self.waveform, self.sample_rate, self.metadata)
             return
-        space = self.request.color_space or "srgb"
-        facts = path, self.fps, self.sound, self.metadata, codec, space
-        with formats.VideoWriter(*facts) as video:
+        with video_writer(path, self.request, self.fps, codec) as video:
             video.write(self.frames)
+            video.sound, video.metadata = self.sound, self.metadata
+
+
+def video_writer(
+    path: Union[str, Path], r: Request, fps: float, codec: Optional[str] = None
+) -> formats.VideoWriter:
+    """A writer of a planned request's frames, in their color space and, of a matte, with
+    the clip's frames as color where the format has alpha."""
+    space, picture = r.color_space or "srgb", None
+    if makes_matte(r):
+        clip = frames_of(r.video, 0, round(r.num_frames * fps / r.fps), fps)
+        sized = (media.resize_and_crop(x[None], r.height, r.width)[0] for x in clip)
+        picture = (np.rint((x + 1) * 127.5).astype(np.uint8) for x in sized)
+    facts = {"codec": codec, "color_space": space, "picture": picture}
+    return formats.VideoWriter(path, fps, **facts)
 
 
 class NotFinite(Exception):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import option_table
 import pytest
@@ -50,6 +51,8 @@ FILES |= {
         "colorization-0.9",
         "decompression-0.9",
         "pixel-spatial-upscaler-x2-1.0",
+        "sdr-to-hdr-1.0",
+        "alpha-gen-0.9",
     )
 }
 UPSAMPLERS = {  # of LTX-2.5
@@ -58,7 +61,7 @@ UPSAMPLERS = {  # of LTX-2.5
 }
 SAVES = next(c for c in GENERATE if "--save-latents" in c)
 SAVED = ("mp4", "json", "preview.png", "latents.safetensors")
-GUIDED = ("--cfg-scale", "--distilled-lora")  # for a dev model
+GUIDED = ("--cfg-scale", "--distilled-lora", "alpha-gen")  # for a dev model
 
 
 def test_every_command_is_tested():
@@ -104,6 +107,8 @@ def folder(tmp_path_factory, checkpoint):
     for image in ("first.png", "last.png", "noon.png", "mask.png"):
         media.save_png(folder / image, frames[0])
     media.write_wav(folder / "song.wav", tone, 16000)
+    contexts = {"video_context": mx.ones((1, 8, 72))}
+    mx.save_safetensors(str(folder / ADAPTER.format("sdr-to-hdr-scene-emb")), contexts)
     (folder / "clips").mkdir()
     shutil.copy(folder / "clip.mp4", folder / "clips")
     (folder / "clips" / "clip.txt").write_text("noise and a tone")

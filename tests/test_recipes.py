@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from parity import relative_error
+from test_formats import described
 from test_pipeline import QuickVocoder, events_to_latents, save_clip
 
 from ltx2 import media, pipeline
@@ -82,6 +83,7 @@ def test_what_the_user_asks_for_goes_before_the_card(pipe, adapter, clip):
 PLAIN_LORAS = ("cinemagraph", "slow-motion-control")
 
 
+ALPHA = "-vf alphaextract,format=gray -f rawvideo pipe:1"
 TWO = {"layout-to-render", "lipdub", "hdr"}  # adapters of two stages
 
 
@@ -181,6 +183,24 @@ def test_alpha_gen_uses_a_dev_model_without_guidance(checkpoint, adapter, clip):
         0.7,
     )
     assert guidance.modality_scale == 1 and job.streams == ("video",)
+
+
+def test_a_mov_of_a_matte_has_the_clip_as_color(checkpoint, adapter, tmp_path):
+    save_clip(tmp_path / "odd.mkv", FRAMES[:9, :52, :74] // 2, 24)
+    dev = pipeline.load(str(checkpoint("ltx-2.5")), None, "dev", "float32")
+    options = {"video": str(tmp_path / "odd.mkv"), "sigmas": (1.0, 0.0)}
+    result = dev.generate("", loras=(adapter("alpha-gen-0.9"),), **options)
+    result.save(tmp_path / "a.mov")
+    assert "yuva444p12le" in described(tmp_path / "a.mov")
+    colors = np.stack(list(media.read_video(tmp_path / "a.mov"))).astype(int)
+    assert np.abs(colors - FRAMES[:9, :52, :74] // 2).mean() < 6  # it is noise
+    with media.ffmpeg("", media.input_option(tmp_path / "a.mov"), ALPHA) as process:
+        alpha = np.frombuffer(process.stdout.read(), np.uint8).reshape(9, 52, 74)
+    matte = result.frames.mean(-1)
+    assert np.abs(alpha - matte).max() <= 2
+    result.save(tmp_path / "a.mkv")  # has no alpha
+    shown = np.stack(list(media.read_video(tmp_path / "a.mkv")))
+    assert np.array_equal(shown, result.frames)
 
 
 def test_only_an_adapter_for_no_prompt_takes_an_empty_one(pipe, adapter, clip):
