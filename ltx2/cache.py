@@ -33,6 +33,27 @@ def read_contexts(path: str | Path) -> tuple[Optional[mx.array], ...]:
     return tuple(found)
 
 
+def check_contexts(
+    path: str,
+    contexts: tuple[Optional[mx.array], ...],
+    config: dict[str, Any],
+    streams: Sequence[str],
+) -> None:
+    """UserError unless a file's contexts are for a transformer of this configuration,
+    and for all streams."""
+    for stream, x in zip(("video", "audio"), contexts):
+        width = "caption_channels"  # that is projected to the transformer's
+        if config.get("caption_proj_before_connector"):
+            width = "audio_" * (stream == "audio") + "cross_attention_dim"
+        if x is None and stream in streams:
+            raise UserError(f"{path} is for video alone: add no_audio")
+        if x is not None and x.shape[-1] != config[width]:
+            raise UserError(
+                f"{path} is for another model: its {stream} embeddings have width "
+                f"{x.shape[-1]}, not {config[width]}"
+            )
+
+
 class ContextCache:
     """A folder of contexts; `made_by` is what else they depend on than the prompt."""
 

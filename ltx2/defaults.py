@@ -10,6 +10,7 @@ from typing import Any, Iterator, Mapping
 
 from . import media
 from .base import UserError
+from .cache import check_contexts
 from .duration import whole_frames
 from .guidance import Guidance
 from .inputs import InputFiles
@@ -100,7 +101,8 @@ class Resolver:
         if text and self.checkpoint.text_encoder == "gemma":
             self.checkpoint.require("gemma")
         if r.contexts_file:
-            self.check_contexts()
+            found, config = self.files.contexts(r.contexts_file), self.checkpoint.config
+            check_contexts(r.contexts_file, found, config["transformer"], self.streams)
         for lora in r.loras:
             stages = 1 if self.mode == "one" else 2
             if lora.stage not in (None, *range(1, stages + 1)):
@@ -131,21 +133,6 @@ class Resolver:
                 raise UserError(f"hdr_keyframes needs {unmet['2.5']}: turn it off")
             if r.generated_keyframes:
                 raise UserError("generated_keyframes needs hdr_keyframes turned off")
-
-    def check_contexts(self) -> None:
-        """UserError unless a file's contexts are for this model and all streams."""
-        path, config = self.r.contexts_file, self.checkpoint.config["transformer"]
-        for stream, x in zip(BOTH, self.files.contexts(path)):
-            width = "caption_channels"  # that is projected to the transformer's
-            if config.get("caption_proj_before_connector"):
-                width = "audio_" * (stream == "audio") + "cross_attention_dim"
-            if x is None and stream in self.streams:
-                raise UserError(f"{path} is for video alone: add no_audio")
-            if x is not None and x.shape[-1] != config[width]:
-                raise UserError(
-                    f"{path} is for another model: its {stream} embeddings have width "
-                    f"{x.shape[-1]}, not {config[width]}"
-                )
 
     def faults(self, unmet: Mapping[str, str]) -> Iterator[tuple[Any, str]]:
         """What no single field can declare: whether it is so, and the message."""
