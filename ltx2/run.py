@@ -202,7 +202,8 @@ class Run:
         other, and those of the negative prompt."""
         prompts = stage.prompts.segments or job.request.prompts
         parts = zip(*(contexts[prompt] for prompt in prompts))
-        join = lambda x: x[0] if len(x) == 1 else mx.concatenate(x, axis=1)
+        alone = lambda x: len(x) == 1 or x[0] is None
+        join = lambda x: x[0] if alone(x) else mx.concatenate(x, axis=1)
         texts = [tuple(map(join, parts))]
         negative = job.negative_prompt
         return texts if negative is None else [*texts, contexts[negative]]
