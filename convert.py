@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     add("--q-group-size", "-q-group-size", type=int, choices=groups, help=text)
     modes = ["affine", "mxfp4", "nvfp4", "mxfp8"]
     add("--q-mode", "-q-mode", choices=modes, help="(default: affine)")
+    text = "bits by layer: mixed_4_6, mixed_4_8 or a JSON file (default for 4 bits: by "
+    text += "kind of layer and depth, unless --q-group-size is passed)"
+    add("--quant-predicate", metavar="RECIPE", help=text)
     text = "fuse into the transformer before quantizing; repeatable"
     add("--lora", type=lora, metavar="FILE[:STRENGTH]", help=text, **many)
     add("-d", "--dequantize", action="store_true", help="undo --quantize")
@@ -61,8 +64,9 @@ def lora(text: str) -> tuple[str, float]:
 
 def main() -> None:
     args = parser().parse_args()
-    if any([args.q_bits, args.q_group_size, args.q_mode]) and not args.quantize:
-        raise UserError("--q-bits, --q-group-size and --q-mode need --quantize")
+    how = args.q_bits, args.q_group_size, args.q_mode, args.quant_predicate
+    if any(how) and not args.quantize:
+        raise UserError("--quant-predicate and all --q-... need --quantize")
     if args.upload_repo and not re.fullmatch(r"[^/\s]+/[^/\s]+", args.upload_repo):
         raise UserError(f"--upload-repo must be owner/name, got {args.upload_repo}")
 
@@ -85,16 +89,20 @@ def convert(args: argparse.Namespace, folder: Path) -> None:
     import mlx.core as mx
     from tqdm import tqdm
 
-    from ltx2 import conversion, hub, weights
+    from ltx2 import conversion, hub, quantization, weights
 
-    options = None
+    options, name = None, args.quant_predicate
     if args.quantize:
-        mode = args.q_mode or "affine"
-        options = conversion.quantization(mode, args.q_bits, args.q_group_size)
+        how = args.q_mode, args.q_bits, args.q_group_size
+        options = quantization.choose(name, *how)
     conversion.check_target(folder, args.overwrite)
     names = args.hf_path, args.kind, args.file, args.upsampler
     source = weights.open_model(*names, fetch=False, parts=dict(args.part))
     dtype = getattr(mx, args.dtype) if args.dtype else None
+    if name or options == quantization.quantization() and not args.q_group_size:
+        names = {"transformer", "gemma"} & {*source.components}
+        found = {k: w for n in names for k, w in source.shapes(n, dtype).items()}
+        options = quantization.recipe(name, options, found)
     how = (options, args.dequantize, dtype, args.text_encoder)
     job = conversion.Conversion(source, *how, loras=args.lora)
 
@@ -110,6 +118,8 @@ def convert(args: argparse.Namespace, folder: Path) -> None:
             quantized = f"  {layers} layers quantized" if layers else ""
             print(f"{hub.gigabytes(n):>12}  {file}{quantized}")
             size += n
+    if job.mean_bits:
+        print(f"{job.mean_bits:.2f} bits a weight in the transformer's blocks")
     to_fetch = sum(f.size for f in source.files if f.path is None)
     print(f"{hub.gigabytes(to_fetch)} to download, {hub.gigabytes(size)} to write")
     hub.check_space({hub.cache_folder(): to_fetch, folder: size})
@@ -118,7 +128,7 @@ def convert(args: argparse.Namespace, folder: Path) -> None:
         f.fetch()
     with tqdm(total=size, unit="B", unit_scale=True) as bar:
         job.write(folder, args.overwrite, args.upload_repo, bar.update)
-    print(f"wrote {args.mlx_path}")
+    print(f"wrote {args.mlx_path}. {job.summary()}")
     if not (folder / "LICENSE.md").exists():
         note("no LICENSE next to the weights: add theirs before sharing them")
 

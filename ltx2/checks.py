@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from .base import LOG, Parser, UserError, run, table
 from .guards import LARGEST, USUAL_CONTRAST, USUAL_LEVEL, USUAL_STD
+from .linear import layer_format
 
 if TYPE_CHECKING:  # imported where they are used, so that --help answers at once
     from .pipeline import Pipeline
@@ -180,7 +181,8 @@ def differences(
         stored = [k for k in (key, f"{path}scales", f"{path}biases") if k in ours]
         w, stored = theirs.pop(key), [ours.pop(k) for k in stored]
         mx.eval(w)  # before the others are read: laid out for MLX, it is there twice
-        yield key, *check_tensor(stored, w, quantization)
+        how = quantization and layer_format(quantization, path.removesuffix("."))
+        yield key, *check_tensor(stored, w, how)
         del w, stored
         mx.clear_cache()
     yield from ((key, None, "is not in the source") for key in ours)

@@ -16,13 +16,15 @@ from typing import Any, Callable, Optional, Sequence
 import mlx.core as mx
 
 from . import __version__
+from . import quantization as rounding
 from .base import UserError
 from .hub import DTYPES, converted_config, folder_files
+from .linear import layer_format, layer_formats
 from .lora import Lora, fuse
+from .quantization import quant_predicate, quantization  # noqa: F401, names of the API
 from .weights import COMPONENTS, FLOAT32, GEMMA_4, Checkpoint, Weights, shard_names
 
 SHARD = 5 * 10**9  # bytes a file, at most
-MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 LICENSE = "https://github.com/Lightricks/LTX-2/blob/main/LICENSE"
 LICENSE_2_X = f"{LICENSE}-2_x"
 OFFICIAL = {  # generation: repository, name and text of the license
@@ -34,50 +36,33 @@ OFFICIAL = {  # generation: repository, name and text of the license
 Progress = Callable[[int], Any]
 
 
-def quantization(
-    mode: str = "affine", bits: Optional[int] = None, group_size: Optional[int] = None
-) -> dict[str, Any]:
-    """The arguments of `mx.quantize`; only affine has a choice of bits and groups."""
-    default = MODES[mode]
-    chosen = group_size or default[0], bits or default[1]
-    if mode != "affine" and chosen != default:
-        raise UserError(f"{mode} needs {default[1]} bits in groups of {default[0]}")
-    return {"group_size": chosen[0], "bits": chosen[1], "mode": mode}
-
-
-def quant_predicate(path: str) -> bool:
-    """Attention and feed-forward of the blocks of the transformer and of Gemma, which
-    hold nearly all weights; tables, norms, gates and projections are small and sensitive.
-    """
-    layer = r"transformer_blocks\.\d+\.\w+\.(to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"
-    gemma = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-    return re.fullmatch(f"{layer}|{gemma}", path) is not None
-
-
-def quantize(
-    weights: Weights, options: dict, predicate: Callable[[str], bool]
-) -> Weights:
+def quantize(weights: Weights, how: dict, predicate: Callable[[str], bool]) -> Weights:
     """Quantize the linear layers that `predicate` picks by path, where the group size
-    divides their width."""
-    done, group = {}, options["group_size"]
+    divides their width; lazily, and rounded as `mx.quantize` does."""
+    done = {}
     for key, w in weights.items():
         path, _, leaf = key.rpartition(".")
-        fits = leaf == "weight" and w.ndim == 2 and w.shape[1] % group == 0
+        layer = layer_format(how, path)
+        fits = (
+            leaf == "weight" and w.ndim == 2 and w.shape[1] % layer["group_size"] == 0
+        )
         if fits and predicate(path):
             keys = (key, f"{path}.scales", f"{path}.biases")
-            done.update(zip(keys, mx.quantize(w, **options)))
+            done.update(zip(keys, mx.quantize(w, **layer)))
         else:
             done[key] = w
     if len(done) == len(weights):
+        group = layer_format(how, "")["group_size"]
         raise UserError(f"no layer can be quantized in groups of {group}")
     return done
 
 
-def dequantize(weights: Weights, options: dict, dtype: Optional[mx.Dtype]) -> Weights:
+def dequantize(weights: Weights, how: dict, dtype: Optional[mx.Dtype]) -> Weights:
     """The inverse of `quantize`, up to its rounding."""
     done = dict(weights)
     for path in [key[: -len(".scales")] for key in weights if key.endswith(".scales")]:
         rest = [done.pop(f"{path}.{leaf}", None) for leaf in ("scales", "biases")]
+        options = layer_format(how, path)
         w = mx.dequantize(done[f"{path}.weight"], *rest, **options, dtype=dtype)
         done[f"{path}.weight"] = w
     return done
@@ -97,6 +82,12 @@ class Conversion:
     loras: Sequence[tuple[str, float]] = ()  # files and strengths
     # Lazily, whether the tensors that are converted are finite.
     finite: Weights = field(default_factory=dict, init=False)
+    # Weights of layers before they are rounded, what is made of them, and the squared
+    # norms of their errors and of themselves.
+    layers: Weights = field(default_factory=dict, init=False)
+    rounded: Weights = field(default_factory=dict, init=False)
+    squares: list[float] = field(default_factory=lambda: [0.0, 0.0], init=False)
+    mean_bits: float = field(default=0, init=False)  # a weight of transformer's blocks
 
     def __post_init__(self):
         quantized = bool(self.source.quantization)
@@ -128,8 +119,32 @@ class Conversion:
         floats = [k for k, w in weights.items() if mx.issubdtype(w.dtype, mx.floating)]
         self.finite = {k: (weights[k] * 0).sum() == 0 for k in floats}
         if self.quantization and name in ("transformer", "gemma"):
-            return quantize(weights, self.quantization, self.predicate)
+            done = quantize(weights, self.quantization, self.predicate)
+            self.layers = {k: w for k, w in weights.items() if done[k] is not w}
+            if name == "transformer":
+                kept, blocks = (
+                    [w for k, w in tensors.items() if "transformer_blocks." in k]
+                    for tensors in (done, weights)
+                )
+                size = sum(w.size for w in blocks)
+                self.mean_bits = 8 * sum(w.nbytes for w in kept) / size
+            return done
         return weights
+
+    def tensor(self, key: str, w: mx.array) -> mx.array:
+        """A tensor of `weights` as it is written; UserError if it is not finite."""
+        if key in self.layers:
+            layer, path = self.layers.pop(key), key.removesuffix(".weight")
+            how = layer_format(self.quantization, path)
+            parts = rounding.quantize(layer, **how)
+            self.rounded |= zip((key, f"{path}.scales", f"{path}.biases"), parts)
+            squares = rounding.squared_error(layer, parts, how)
+            self.squares = [a + b for a, b in zip(self.squares, squares)]
+        w = mx.contiguous(self.rounded.pop(key, w))
+        mx.eval(w)
+        if key in self.finite and not self.finite.pop(key).item():
+            raise UserError(f"{key} has NaN or infinite values: not converted")
+        return w
 
     def files(self, name: str) -> dict[str, Weights]:
         """A component's tensors by the file they go to."""
@@ -158,7 +173,12 @@ class Conversion:
             "files": {f.name: f.checksum() for f in files},
         }
         loras = {Path(path).name: strength for path, strength in self.loras}
-        recipe = {"quantization": q, "dtype": dtype and str(dtype)[9:], "loras": loras}
+        common = layer_formats(q).get("")
+        recipe = {
+            "quantization": common,
+            "dtype": dtype and str(dtype)[9:],
+            "loras": loras,
+        }
         return {
             "model_type": "ltx2",
             "model_version": source.model_version,
@@ -173,6 +193,27 @@ class Conversion:
                 "recipe": recipe,
             },
         }
+
+    def summary(self) -> str:
+        """How the weights are quantized, and how well, in a sentence of the card."""
+        stored = None if self.dequantize else self.source.quantization
+        how = layer_formats(self.quantization or stored)
+        if not how:
+            return "The weights are not quantized."
+        several = lambda key: ", ".join(
+            map(str, sorted({f[key] for f in how.values()}))
+        )
+        gemma = " and the text encoder's" if "gemma" in self.source.parts else ""
+        text = (
+            f"The transformer's{gemma} blocks are quantized: {several('bits')} bits "
+            f"({several('mode')}) in groups of {several('group_size')}"
+        )
+        if self.mean_bits:
+            text += f", with scales {self.mean_bits:.2f} bits a weight"
+        if self.squares[1]:
+            error = (self.squares[0] / self.squares[1]) ** 0.5
+            text += f". Rounding changed these weights by {error:.1%} (relative norm)"
+        return f"{text}."
 
     def write(
         self,
@@ -204,7 +245,7 @@ class Conversion:
             index, files = {}, self.files(part)
             for file, weights in files.items():
                 index.update(dict.fromkeys(weights, file))
-                write_safetensors(partial / file, weights, progress, self.finite)
+                write_safetensors(partial / file, weights, progress, self.tensor)
             if len(files) > 1:
                 path = partial / f"{part}.safetensors.index.json"
                 path.write_text(json.dumps({"weight_map": index}, indent=2))
@@ -212,7 +253,7 @@ class Conversion:
             shutil.copytree(self.own_encoder, partial / self.own_encoder.name)
         config = self.config()
         (partial / "config.json").write_text(json.dumps(config, indent=2))
-        card = model_card(config, self.source.generation, name)
+        card = model_card(config, self.source.generation, name, self.summary())
         (partial / "README.md").write_text(card)
         for f in self.source.files:
             if f.name.startswith("LICENSE"):
@@ -251,10 +292,13 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_safetensors(
-    path: Path, weights: Weights, progress: Progress, finite: Weights
+    path: Path,
+    weights: Weights,
+    progress: Progress,
+    made: Callable[[str, mx.array], mx.array],
 ) -> None:
-    """Write tensors and empty the dictionary: only one at a time is in memory. UserError
-    for a tensor whose entry in `finite`, computed with it, is false."""
+    """Write tensors as they are `made` and empty the dictionary: only one at a time is
+    in memory."""
     names = {dtype: name for name, dtype in DTYPES.items() if name != "F8_E4M3"}
     header, end = {"__metadata__": {"format": "mlx"}}, 0
     for key, w in weights.items():
@@ -265,10 +309,7 @@ def write_safetensors(
     with open(path, "wb") as f:
         f.write(len(start + padding).to_bytes(8, "little") + start + padding)
         for key in list(weights):
-            w = mx.contiguous(weights.pop(key))
-            mx.eval(w)
-            if key in finite and not finite.pop(key).item():
-                raise UserError(f"{key} has NaN or infinite values: not converted")
+            w = made(key, weights.pop(key))
             # Python has no bfloat16; as bytes there could be more than 2^31 elements.
             f.write(memoryview(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w))
             progress(w.nbytes)
@@ -276,16 +317,13 @@ def write_safetensors(
             mx.clear_cache()
 
 
-def model_card(config: dict[str, Any], generation: str, name: str) -> str:
+def model_card(
+    config: dict[str, Any], generation: str, name: str, quantized: str
+) -> str:
     """README.md of a model folder, with the metadata that the Hub reads."""
     repo, license_name, link = OFFICIAL[generation]
-    origin, q = config["provenance"], config.get("quantization")
+    origin = config["provenance"]
     base = origin["source"] if "/" in origin["source"] else repo
-    gemma = " and the text encoder's" if generation == "2.5" else ""
-    quantized = (
-        f"The transformer's{gemma} blocks are "
-        "quantized: {bits} bits ({mode}) in groups of {group_size}."
-    )
     return f"""---
 base_model: {base}
 library_name: mlx
@@ -302,7 +340,7 @@ LTX-2 {generation} ({config["kind"]}) for MLX: video with audio from a prompt.
 
     python generate.py --model {shlex.quote(name)} --prompt "..."
 
-{quantized.format(**q) if q else "The weights are not quantized."}
+{quantized}
 
 **Notice of change.** These files were made by {origin["tool"]} from
 {", ".join(origin["files"])} of [{base}](https://huggingface.co/{base}): tensors are

@@ -24,7 +24,7 @@ from .layers import (
     rms_norm,
     rope_cos_sin,
 )
-from .linear import Group, quantize
+from .linear import Group, quantize_stored
 
 NO_BLOCKS: Container[int] = range(0)
 ALL_BLOCKS: Container[int] = range(sys.maxsize)
@@ -513,6 +513,5 @@ def build_blocks(
         with no_random_weights():
             block = Block(config)
         if quantization:
-            picked = lambda path, _, tensors=tensors: f"{path}.scales" in tensors
-            quantize(block, **quantization, class_predicate=picked)
+            quantize_stored(block, quantization, tensors, prefix)
         yield block.load_weights(list(tensors.items()))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Any, Literal, Optional, Union
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +14,15 @@ from mlx.utils import tree_map_with_path
 from .chips import this_chip
 
 Group = mx.distributed.Group
+
+
+@dataclass
+class Quantization:
+    """How layers are quantized: the arguments of mx.quantize."""
+
+    group_size: Literal[16, 32, 64, 128]
+    bits: Literal[2, 3, 4, 5, 6, 8]
+    mode: Literal["affine", "mxfp4", "nvfp4", "mxfp8"] = "affine"
 
 
 class QuantizedLinear(nn.QuantizedLinear):
@@ -49,6 +60,32 @@ def apply_in_parts(layer: nn.Module, x: mx.array) -> mx.array:
     parts = (slice(i, i + size) for i in range(0, inputs, size))
     y = sum(x[..., part] @ layer.weight[:, part].T for part in parts)
     return y + layer.bias if "bias" in layer else y
+
+
+def layer_format(quantization: dict[str, Any], path: str) -> dict[str, Any]:
+    """The arguments of `mx.quantize` for a layer: the common ones, or those of its path,
+    as mlx-lm writes them."""
+    common = {k: v for k, v in quantization.items() if not isinstance(v, dict)}
+    return common | quantization.get(path, {})
+
+
+def layer_formats(quantization: Optional[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """All formats: the common one under "", and those of layers by path."""
+    own = [k for k, v in (quantization or {}).items() if isinstance(v, dict)]
+    return {k: layer_format(quantization, k) for k in ["", *own] if quantization}
+
+
+def quantize_stored(
+    model: nn.Module, quantization: dict[str, Any], weights: Container, prefix: str = ""
+) -> None:
+    """Quantize the layers whose scales are in `weights`, each in its format; `prefix` is
+    the path of the model in the quantization."""
+
+    def chosen(path: str, _: nn.Module) -> Union[dict, bool]:
+        stored = f"{path}.scales" in weights
+        return stored and layer_format(quantization, prefix + path)
+
+    quantize(model, class_predicate=chosen)
 
 
 def quantize(model: nn.Module, **options) -> None:

@@ -16,6 +16,7 @@ from .chips import this_chip
 from .components import Components
 from .guidance import Contexts, guidance_passes
 from .inputs import InputFiles
+from .linear import layer_formats
 from .options import check_choice
 from .parallel import Group, Machines, Ranks
 from .preview import Preview
@@ -77,7 +78,8 @@ class Pipeline(Components):
         given; also decides how several machines split the work."""
         found = memory.joined([job.memory for job in jobs], self.low_memory)
         passes = max(len(guidance_passes(s.guidance)) for j in jobs for s in j.stages)
-        group_size = (self.checkpoint.quantization or {}).get("group_size", 1)
+        how = layer_formats(self.checkpoint.quantization).values()
+        group_size = max((f["group_size"] for f in how), default=1)
         fits = found.fits and not found.streamed
         self.machines.split(len(jobs), passes, fits, self.dit_config, group_size)
         if self.machines.mode == "tensor":

@@ -30,6 +30,7 @@ from .latents import (
     audio_from_tokens,
     latent_frames,
 )
+from .linear import layer_formats
 from .recipes import makes_matte
 from .request import Request
 from .sampling import SAMPLERS, Noise
@@ -500,7 +501,7 @@ class Run:
             "model": {
                 "version": checkpoint.model_version,
                 "kind": checkpoint.kind,
-                "quantization": checkpoint.quantization,
+                "quantization": layer_formats(checkpoint.quantization).get(""),
                 "files": model.files(),
             },
             "load": model.origin | {"text_encoder": model.text_encoder},

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from . import hub, parts
 from .base import UserError, checked
 from .hub import File
-from .linear import quantize
+from .linear import Quantization, layer_formats, quantize_stored
 from .parts import COMPONENTS, GEMMA_4, KINDS, UPSAMPLERS, Parts, Tensors, read_chosen
 
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
@@ -27,15 +27,6 @@ FLOAT32 += ("spatial_upsampler_x1.5",)
 SMALL_GROUP = 1 << 20  # bytes to evaluate at a time, if they are computed
 
 Weights = dict[str, mx.array]
-
-
-@dataclass
-class Quantization:
-    """How layers are quantized: the arguments of mx.quantize."""
-
-    group_size: Literal[16, 32, 64, 128]
-    bits: Literal[2, 3, 4, 5, 6, 8]
-    mode: Literal["affine", "mxfp4", "nvfp4", "mxfp8"] = "affine"
 
 
 @dataclass(kw_only=True)
@@ -163,11 +154,11 @@ class Checkpoint(FolderConfig):
             sized = component.infer_sizes(self.config[section], shapes)
             module = component.from_config(sized)
         if any(key.endswith(".scales") for key in weights):
-            options, picked = self.quantization, lambda k, _: f"{k}.scales" in weights
             try:
-                quantize(module, **options, class_predicate=picked)
-            except (TypeError, ValueError):
-                raise UserError(f"{file} cannot be quantized with {options}") from None
+                quantize_stored(module, self.quantization, weights)
+            except (AttributeError, TypeError, ValueError):
+                how = layer_formats(self.quantization).get("")
+                raise UserError(f"{file} cannot be quantized with {how}") from None
         expected = {key: p.shape for key, p in tree_flatten(module.parameters())}
         wrong = [
             f"{key} is {shapes.get(key, 'missing')}, not {expected.get(key, 'expected')}"
@@ -280,7 +271,8 @@ def converted(files: list[File], chosen: Parts) -> Checkpoint:
     path = f"{files[0].path}: "
     known = FolderConfig.__dataclass_fields__.keys() & config.keys()
     found = checked(FolderConfig, {key: config.pop(key) for key in known}, path)
-    checked(Optional[Quantization], found.quantization, f"{path}quantization")
+    for layer, how in layer_formats(found.quantization).items():
+        checked(Quantization, how, f"{path}quantization{layer and '.'}{layer}")
     for key, kind in {"source": str, "files": dict[str, str]}.items():
         value = (found.provenance or {}).get(key)
         checked(kind, value, f"{path}provenance.{key}")

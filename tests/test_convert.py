@@ -16,9 +16,13 @@ from huggingface_hub import ModelCard, errors
 from mlx.utils import tree_flatten
 
 from ltx2 import conversion, hub, weights
+from ltx2 import quantization as rounding
 from ltx2.base import UserError
 from ltx2.conversion import Conversion, quantization
+from ltx2.dit import DiTConfig, build_blocks
+from ltx2.linear import layer_formats
 from ltx2.lora import Lora
+from ltx2.quantization import quantize
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,7 +101,7 @@ def test_quantized_weights_reload_bit_for_bit(small, tmp_path, mode, bits, group
     layers = [key.removesuffix(".scales") for key in module if key.endswith(".scales")]
     assert len(layers) == 2 * (6 * 4 + 2 * 2)  # blocks, attentions, feed-forwards
     for layer in layers:
-        parts = mx.quantize(official[f"{layer}.weight"], **how)
+        parts = quantize(official[f"{layer}.weight"], **how)
         for leaf, part in zip(("weight", "scales", "biases"), parts):
             assert mx.array_equal(module[f"{layer}.{leaf}"], part)
     for key, w in official.items():
@@ -157,7 +161,7 @@ def test_dequantizing_gives_an_ordinary_model(small, tmp_path, mode):
     tensors = plain.weights("transformer")
     assert tensors.keys() == official.keys()
     key = "transformer_blocks.0.ff.net.2"
-    packed = mx.quantize(official[f"{key}.weight"], **how)
+    packed = quantize(official[f"{key}.weight"], **how)
     assert tensors[f"{key}.weight"].dtype == mx.bfloat16
     assert mx.array_equal(tensors[f"{key}.weight"], mx.dequantize(*packed, **how))
     plain.load("transformer")
@@ -194,7 +198,8 @@ def test_large_components_are_sharded(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.cpu
-def test_one_tensor_is_in_memory_at_a_time(checkpoint, tmp_path):
+def test_one_tensor_is_in_memory_at_a_time(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(rounding.PIECE, mx.cpu, 1 << 12)
     source = weights.open_model(str(checkpoint("ltx-2.3")))
     largest = max(
         w.nbytes for n in source.components for w in source.weights(n).values()
@@ -504,6 +509,43 @@ def test_the_documented_flags(checkpoint, tmp_path, capsys):
         )
 
 
+def test_four_bits_are_spent_by_layer(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rounding, "MODES", rounding.MODES | {"affine": (32, 4)})
+    source, model = checkpoint("ltx-2.3"), tmp_path / "model"
+    args = ("-q", "--q-bits", "4", "--dtype", "bfloat16")
+    assert convert("--hf-path", source, "--mlx-path", model, *args) == 0
+    out = capsys.readouterr().out
+    loaded = weights.open_model(str(model))
+    found = [f["bits"] for f in layer_formats(loaded.quantization).values()]
+    assert found[0] == 4 and {*found} > {4, 5} and len(found) < 56
+    tensors = mx.load(str(model / "transformer.safetensors"))
+    blocks = {k: w for k, w in tensors.items() if "transformer_blocks" in k}
+    size = sum(
+        w.size
+        for k, w in weights.open_model(str(source)).shapes("transformer").items()
+        if "transformer_blocks" in k
+    )
+    mean = 8 * sum(w.nbytes for w in blocks.values()) / size
+    assert f"{mean:.2f} bits a weight in the transformer's blocks" in out
+    card = (model / "README.md").read_text()
+    assert (
+        f"with scales {mean:.2f} bits a weight. Rounding changed these weights by"
+        in card
+    )
+    # Whole, block by block, and dequantized it is the same model.
+    whole = dict(tree_flatten(loaded.load("transformer").parameters()))
+    blocks = build_blocks(
+        DiTConfig.from_dict(loaded.config["transformer"]),
+        loaded.weights("transformer"),
+        loaded.quantization,
+    )
+    for i, block in enumerate(blocks):
+        for key, w in tree_flatten(block.parameters()):
+            assert mx.array_equal(w, whole[f"transformer_blocks.{i}.{key}"])
+    assert convert("--hf-path", model, "-d", "--mlx-path", tmp_path / "plain") == 0
+    weights.open_model(str(tmp_path / "plain")).load("transformer")
+
+
 def test_kind_and_dtype_from_the_command_line(checkpoint, tmp_path):
     args = ("--kind", "distilled", "--dtype", "float32", "--text-encoder", "here")
     model = tmp_path / "model"
@@ -519,6 +561,8 @@ def test_kind_and_dtype_from_the_command_line(checkpoint, tmp_path):
     "args, message",
     [
         (["--q-bits", "4"], "need --quantize"),
+        (["--quant-predicate", "mixed_4_6"], "need --quantize"),
+        (["-q", "--quant-predicate", "mixed"], "choose mixed_4_6"),
         (["-q", "--q-mode", "mxfp4", "--q-bits", "8"], "mxfp4 needs 4 bits"),
         (["-q", "--q-mode", "nvfp4", "--q-group-size", "64"], "groups of 16"),
         (["--file", "x"], "--file cannot be used"),
