@@ -80,9 +80,8 @@ def choose(
         option = "--q-bits" if bits else "--q-group-size"
         raise UserError(f"--quant-predicate {name} sets the bits: remove {option}")
     if name and not mixed and not Path(name).is_file():
-        raise UserError(
-            f"unknown --quant-predicate {name}: choose mixed_4_6, mixed_4_8 or a JSON file"
-        )
+        names = "mixed_4_6, mixed_4_8 or a JSON file"
+        raise UserError(f"unknown --quant-predicate {name}: choose {names}")
     return quantization(mode or "affine", int(mixed[1]) if mixed else bits, group_size)
 
 
@@ -128,6 +127,15 @@ def place(path: str) -> tuple[int, str]:
     return int(number), kind
 
 
+def groups(found: Weights) -> dict[tuple[str, int], list[str]]:
+    """Paths of the transformer's layers by kind and quarter of the depth."""
+    alike, count = defaultdict(list), 1 + max((place(p)[0] for p in found), default=0)
+    for path in found:
+        n, kind = place(path)
+        alike[kind, 4 * n // count].append(path)
+    return alike
+
+
 def from_file(path: Path, how: dict, found: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe that was saved, or that of a folder's config.json."""
     saved = parse_json(path.read_text(), str(path))
@@ -142,20 +150,24 @@ def from_file(path: Path, how: dict, found: Mapping[str, Any]) -> dict[str, Any]
 def allocate(weights: Weights, how: dict[str, Any], shares: Shares) -> dict[str, dict]:
     """Formats by path: the bits that lower the error most for their bytes, where `shares`
     says what causes it, until the transformer's blocks have a bit more on average than `how`
-    (`MEAN_BITS` for 4). They start from a bit less."""
+    (`MEAN_BITS` for 4), or as many as `how` alone leads to. They start from a bit less.
+    """
     blocks = {k: w for k, w in weights.items() if k.startswith("transformer_blocks.")}
     group, least = how["group_size"], max(how["bits"] - 1, 2)
-    found, groups = layers(blocks, group), defaultdict(list)
-    count = 1 + max((place(path)[0] for path in found), default=0)
-    for path in found:
-        n, kind = place(path)
-        groups[kind, 4 * n // count].append(path)
-    numbers = {key: sum(found[p].size for p in paths) for key, paths in groups.items()}
-    room = (MEAN_BITS + how["bits"] - 4) * sum(w.size for w in blocks.values())
-    for key, w in blocks.items():
-        small = 2 * w.itemsize * 8 / group + least, w.itemsize * 8
-        room -= w.size * small[key.removesuffix(".weight") not in found]
-    bits, levels = dict.fromkeys(groups, least), sorted(b for b in ERROR if b >= least)
+    found = layers(blocks, group)
+    alike = groups(found)
+    numbers = {key: sum(found[p].size for p in paths) for key, paths in alike.items()}
+    most = (MEAN_BITS + how["bits"] - 4) * sum(w.size for w in blocks.values())
+
+    def size(bits: int) -> float:
+        """Of the blocks with so many bits in all layers, in bits."""
+        scales = sum(2 * w.size * w.itemsize * 8 / group for w in found.values())
+        rest = sum(8 * w.nbytes for w in blocks.values())
+        rest -= sum(8 * w.nbytes - bits * w.size for w in found.values())
+        return scales + rest
+
+    room = max(most, size(how["bits"])) - size(least)
+    bits, levels = dict.fromkeys(alike, least), sorted(b for b in ERROR if b >= least)
 
     def gain(key: tuple[str, int]) -> float:
         """For each bit that a kind's next level costs; 0 if there is no room for it."""
@@ -165,13 +177,13 @@ def allocate(weights: Weights, how: dict[str, Any], shares: Shares) -> dict[str,
             return 0.0
         return shares(*key) * (ERROR[levels[now]] - ERROR[more[0]]) / cost
 
-    while groups and gain(best := max(groups, key=gain)):
+    while alike and gain(best := max(alike, key=gain)):
         now = bits[best]
         bits[best] = levels[levels.index(now) + 1]
         room -= (bits[best] - now) * numbers[best]
     return {
         path: {"group_size": group, "bits": bits[key]}
-        for key, paths in groups.items()
+        for key, paths in alike.items()
         for path in paths
         if bits[key] != how["bits"]
     }

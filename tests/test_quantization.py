@@ -12,6 +12,7 @@ from ltx2.quantization import (
     allocate,
     choose,
     default_shares,
+    layers,
     quant_predicate,
     quantization,
     quantize,
@@ -121,6 +122,16 @@ def test_a_budget_is_spent_where_the_error_comes_from(count, least):
     for i in range(count):
         assert chosen(i, "attn1.to_out.0") > chosen(i, "attn1.to_q") >= least - 1
     assert chosen(0, "ff.net.2") <= chosen(count - 1, "ff.net.2")
+
+
+def test_layers_that_do_not_fit_take_no_bits_from_others():
+    tensors = blocks(4) | {
+        key.replace("attn1", "attn2"): mx.zeros((64, 2016), mx.bfloat16)
+        for key in blocks(4)
+    }
+    own = allocate(tensors, quantization(), default_shares)
+    found = [bits(quantization() | own, p) for p in layers(tensors, 64)]
+    assert len(found) == 16 and sum(found) == 4 * 16
 
 
 def test_mlx_lms_mixed_recipe_has_its_layers():
