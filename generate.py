@@ -1,5 +1,11 @@
 """Make videos with their sound from prompts."""
 
+if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
+    import os
+    import signal
+
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import json
 import os
@@ -10,7 +16,16 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 from ltx2 import REFERENCE
-from ltx2.base import Parser, UserError, awake, run, table
+from ltx2.base import (
+    OutputError,
+    Parser,
+    UserError,
+    awake,
+    checked,
+    read_text,
+    run,
+    table,
+)
 from ltx2.guidance import Guidance
 from ltx2.options import add_flags, name_and_file
 from ltx2.request import Request
@@ -198,8 +213,9 @@ def from_recording(args: argparse.Namespace) -> tuple[dict, Any, Any, Any]:
         metadata = media.read_metadata(args.recorded)
         if not {"load", "request"} <= metadata.keys():
             raise UserError(f"{args.recorded} was not made by generate.py")
-        request = Request.from_json(metadata["request"])
-        return metadata["load"], request, None, metadata
+        request = checked(Request, metadata["request"], f"{args.recorded}: request")
+        load = checked(dict, metadata["load"], f"{args.recorded}: load")
+        return load, request, None, metadata
     return {}, None, None, None
 
 
@@ -229,14 +245,14 @@ def build_requests(
     if args.prompts:
         if args.prompt is not None:
             raise UserError("--prompt cannot be combined with --prompts")
-        text = Path(args.prompts).read_bytes().decode("utf-8-sig", "replace")
+        text = read_text(args.prompts)
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
         if not prompts:
             raise UserError(f"{args.prompts} has no prompts: write one per line")
     instead = (passed | base).get("contexts_file") or args.segments
     if prompts[0] is None and not instead:
         raise UserError("no prompt: pass --prompt or --prompts")
-    first = Request.from_json({**base, **passed, "prompt": prompts[0] or ""})
+    first = Request(**{**base, **passed, "prompt": prompts[0] or ""})
     return [
         replace(first, prompt=prompt or "", seed=first.seed + n)
         for prompt in prompts
@@ -298,7 +314,7 @@ class Progress:
         """Pass events on; phases are printed, those with steps as a bar."""
         from tqdm import tqdm
 
-        bar, latest = tqdm(disable=True), {}
+        bar, latest, advice = tqdm(disable=True), {}, "continue with --resume "
         try:
             for event in events:
                 if event.snapshot:
@@ -319,11 +335,14 @@ class Progress:
                 yield event
                 if event.step is None and not event.snapshot:  # its file is written
                     latest.pop(event.job, None)
+        except OutputError:  # the same would come again
+            advice = ""
+            raise
         finally:  # whatever has happened, also to who takes the events
             bar.close()
             for event in latest.values():
                 path = self.save_latents(event)
-                print(f"\nsaved latents: continue with --resume {path}")
+                print(f"\nsaved latents: {advice}{path}")
 
     def save_latents(self, event: Any) -> Path:
         path = Path(self.outputs[event.job]).with_suffix(".latents.safetensors")

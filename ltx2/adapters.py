@@ -32,13 +32,6 @@ def official(parameters: Parameters, dtype: mx.Dtype) -> Parameters:
     return found
 
 
-def save_arrays(path: Path, arrays: Parameters, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, which takes its name when it is complete."""
-    part = path.with_suffix(".part.safetensors")
-    mx.save_safetensors(str(part), arrays, dict(metadata))
-    part.replace(path)
-
-
 def save_losses(folder: Path, history: Sequence[Row]) -> None:
     """loss.csv and its picture loss.png."""
     with open(folder / "loss.csv", "w", newline="") as f:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from numbers import Integral, Real
+from pathlib import Path, PurePath
 from typing import Any, Callable, ClassVar, Iterable, Iterator, Literal, Optional, Union
 
 import mlx.core as mx
@@ -56,9 +58,13 @@ def parse_json(text: Union[str, bytes], path: str) -> dict[str, Any]:
 
 def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> Any:
     """Check a JSON `value` against an annotation: a dataclass (made from an object),
-    list[int], Optional[str], Literal and the like. Numbers must be finite and, with a
-    `limit`, above 0 and at most that. UserError names the `path` of a wrong value."""
+    list[int], Optional[str], Literal and the like; arrays count as numbers and lists, a
+    Path as text. Numbers must be finite and, with a `limit`, above 0 and at most that.
+    UserError names the `path` of a wrong value."""
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if hasattr(value, "tolist") and origin is not type(value):  # numpy's and MLX's
+        value = value.tolist()
+    value = str(value) if isinstance(value, PurePath) else value
     if origin in (Union, types.UnionType):
         for other in args[1:]:
             with suppress(UserError):
@@ -70,6 +76,8 @@ def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> 
         expect(fits, f"above 0 and at most {limit}", value, path)
         value = int(value) if isinstance(value, Integral) else float(value)
     origin = type(value) if kind is Any else origin
+    if isinstance(value, str) and hasattr(origin, "BARE"):
+        value = {origin.BARE: value}
     new = dataclasses.is_dataclass(origin) and not isinstance(value, origin)
     if origin in (list, tuple, Sequence):
         expect(isinstance(value, (list, tuple)), "a list", value, path)
@@ -104,7 +112,37 @@ def field_kinds(cls: type, value: dict, path: str) -> dict[str, Any]:
             raise UserError(f"{join(path, key)} is unknown")
         if key not in value and fields[key].default is fields[key].default_factory:
             raise UserError(f"{join(path, key)} is missing")
-    return typing.get_type_hints(cls)
+    return annotations(cls)
+
+
+def read_text(path: str) -> str:
+    """The text of a file in UTF-8, UTF-16 or, if it is neither, Windows' Latin-1."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    data = Path(path).read_bytes()
+    codecs = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+    codec = codecs.get(data[:2], "utf-16-le" if data[1:2] == b"\0" else "utf-8-sig")
+    try:
+        text = data.decode(codec)
+    except UnicodeDecodeError:
+        text = data.decode("cp1252", "replace")
+        note(f"{path} is not UTF-8: read as Latin-1")
+    if re.search(r"[\0-\x08\x0e-\x1f]", text):
+        raise UserError(f"{path} is not a text file")
+    return text
+
+
+class Checked:
+    """A base of dataclasses whose fields are checked and converted by `checked`; `BARE`
+    may name the field that text alone stands for."""
+
+    def __post_init__(self) -> None:
+        for name, kind in annotations(type(self)).items():
+            value = checked(kind, getattr(self, name), name)
+            object.__setattr__(self, name, value)
+
+
+annotations = functools.cache(typing.get_type_hints)
 
 
 def expect(condition: bool, expected: str, value: Any, path: str) -> None:
@@ -115,7 +153,7 @@ def expect(condition: bool, expected: str, value: Any, path: str) -> None:
 
 
 def join(path: str, key: str) -> str:
-    return f"{path}{key}" if path.endswith(": ") else f"{path}.{key}"
+    return f"{path}{key}" if not path or path.endswith(": ") else f"{path}.{key}"
 
 
 @dataclasses.dataclass
@@ -265,6 +303,7 @@ def run(main: Callable[[], None]) -> None:
     def stop(number: int, _: Any) -> None:
         raise Stopped(number)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("SIGHUP", "SIGTERM"):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), stop)

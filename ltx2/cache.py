@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
 import mlx.core as mx
 
+from . import hub
 from .base import UserError
 from .guidance import Contexts
+from .weights import save_arrays
 
 NAMES = "{}_context", "{}_prompt_embeds", "{}"  # adapters', diffusers', a cache's
 
@@ -18,12 +21,7 @@ NAMES = "{}_context", "{}_prompt_embeds", "{}"  # adapters', diffusers', a cache
 def read_contexts(path: str | Path) -> tuple[Optional[mx.array], ...]:
     """Contexts (1, N, D) of video and audio, None for one that is not there, from a
     safetensors file. UserError if it has none for the video."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        arrays = mx.load(str(path), "safetensors")
-    except RuntimeError:
-        raise UserError(f"{path} is not a safetensors file") from None
+    arrays, _ = hub.read_arrays(path)
     found = []
     for stream in ("video", "audio"):
         x = [arrays[k] for k in (n.format(stream) for n in NAMES) if k in arrays]
@@ -72,15 +70,18 @@ class ContextCache:
         encode: Callable[[Sequence[str]], dict[str, Contexts]],
     ) -> dict[str, Contexts]:
         """Contexts by prompt; those that are not there are made and kept."""
-        missing = [prompt for prompt in prompts if not self.path(prompt).exists()]
+        kept = {prompt: self.read(prompt) for prompt in prompts}
+        missing = [prompt for prompt, contexts in kept.items() if contexts is None]
         found = encode(missing) if missing else {}
         for prompt, contexts in found.items():
-            path = self.path(prompt)
-            part = path.with_suffix(".part.safetensors")
             arrays = dict(zip(("video", "audio"), contexts))
-            mx.save_safetensors(str(part), arrays, {"prompt": prompt})
-            part.replace(path)
-        for prompt in set(prompts) - found.keys():
-            arrays = mx.load(str(self.path(prompt)))
-            found[prompt] = arrays["video"], arrays["audio"]
-        return found
+            save_arrays(self.path(prompt), arrays, {"prompt": prompt})
+        return kept | found
+
+    def read(self, prompt: str) -> Optional[Contexts]:
+        """The contexts that are kept of a prompt; None if there are none, or not all."""
+        with suppress(UserError):
+            arrays, _ = hub.read_arrays(self.path(prompt))
+            if arrays.keys() == {"video", "audio"}:
+                return arrays["video"], arrays["audio"]
+        return None

@@ -8,7 +8,7 @@ from typing import Callable, Mapping, Optional
 import mlx.core as mx
 import numpy as np
 
-from .base import Trace, within
+from .base import Checked, Trace, within
 from .dit import ALL_BLOCKS, NO_BLOCKS, DiT, Pass, Tokens
 from .latents import LatentState, Streams
 from .layers import Nag, Steering
@@ -20,7 +20,7 @@ SCALES = (-100, 100)
 
 
 @dataclass(frozen=True)
-class Guidance:
+class Guidance(Checked):
     """How one stream's prediction is moved away from three weaker ones.
 
     `cfg_scale` away from the negative prompt's, `stg_scale` from one with self-attention

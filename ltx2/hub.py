@@ -180,6 +180,17 @@ def read_header(path: Path) -> dict[str, Any]:
     return {"__metadata__": metadata, **tensors}
 
 
+def read_arrays(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """A safetensors file's tensors, lazily, and its metadata; else a UserError."""
+    if not (path := Path(path)).is_file():
+        raise UserError(f"{path}: no such file")
+    metadata = read_header(path)["__metadata__"]
+    try:
+        return mx.load(str(path), "safetensors"), metadata
+    except RuntimeError as error:  # of dtypes
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
 def invalid(path: Path, error: str) -> str:
     """What is wrong with a file that safetensors refuses."""
     with open(path, "rb") as f:

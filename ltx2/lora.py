@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from .base import UserError, checked, parse_json
+from .hub import read_arrays
 from .linear import QuantizedLinear
 
 # What tools put in front of a module's name: peft, ComfyUI, diffusers, torch.compile,
@@ -68,10 +69,7 @@ class Lora:
         """Read a LoRA file or a folder with an adapter, lazily. Raises UserError for
         anything else, naming what is not supported."""
         path = adapter_file(Path(path).expanduser())
-        try:
-            tensors, metadata = mx.load(str(path), "safetensors", return_metadata=True)
-        except RuntimeError:
-            raise UserError(f"LoRA {path} is not a safetensors file") from None
+        tensors, metadata = read_arrays(path)
         adapter = Adapter.read(path, metadata)
         parts: dict[str, dict[str, mx.array]] = {}
         for key, tensor in tensors.items():

@@ -170,6 +170,9 @@ class Pipeline(Components):
                 jobs = [self.plan(resume.request)]
             if resume.stage == len(jobs[0].stages):
                 contexts = {}  # it is only decoded
+        lacks = {p for job in jobs for p in job.texts} - {*(contexts or ())}
+        if contexts and lacks:
+            raise UserError(f"contexts lack the prompt {min(lacks)!r}")
         plan = self._prepare(jobs, contexts is None, resume)
         run = Run(self, self.inputs, noise, trace, frozen_from_noise, plan.streamed)
         with memory.limits(plan):

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Mapping, Optional, Union
 
-from .base import UserError
+from .base import Checked, UserError, checked, expect
 from .guidance import Guidance
 from .options import ask, comma_separated, integers, match_groups, numbers, span
 from .sampling import SAMPLERS
@@ -23,14 +23,14 @@ OF_REFERENCE = {"needs": "video", "excludes": "retake extend"}
 
 
 @dataclass(frozen=True)
-class Image:
+class Image(Checked):
     """A picture at a frame of the video: an index, -1 for the last, or a time "1.5s"."""
 
     path: str
     frame: Union[int, str] = 0
     strength: float = 1.0
 
-    FORM = "PATH[@FRAME][:STRENGTH]"
+    FORM, BARE = "PATH[@FRAME][:STRENGTH]", "path"
 
     @classmethod
     def parse(cls, text: str) -> Image:
@@ -60,14 +60,14 @@ class Image:
 
 
 @dataclass(frozen=True)
-class LoraFile:
+class LoraFile(Checked):
     """A LoRA with its strength, in all stages (None) or in one (1, 2)."""
 
     path: str
     strength: float = 1.0
     stage: Optional[int] = None
 
-    FORM = "PATH[:STRENGTH][@STAGE]"
+    FORM, BARE = "PATH[:STRENGTH][@STAGE]", "path"
 
     @classmethod
     def parse(cls, text: str) -> LoraFile:
@@ -111,8 +111,11 @@ def _lora(help: str, **rules: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Request:
-    """One video to make. None means the model's default, or the input clip's value."""
+class Request(Checked):
+    """One video to make. None means the model's default, or the input clip's value.
+    Numbers may be numpy's, sequences arrays, and images and LoRAs paths."""
+
+    BARE = "prompt"
 
     prompt: str = ask("what to show and what is heard", dataclasses.MISSING)
     negative_prompt: Optional[str] = ask(
@@ -387,14 +390,19 @@ class Request:
         "tile_size hdr_keyframes loras distilled_lora detailing_lora",
     }  # all others are "sampling"
 
-    def __post_init__(self):
-        """Accept any sequence of numbers, and paths for images and LoRAs."""
-        object.__setattr__(self, "segments", tuple(self.segments))
-        for name, kind in {"images": Image, "loras": LoraFile}.items():
-            items = (kind(x) if isinstance(x, str) else x for x in getattr(self, name))
-            object.__setattr__(self, name, tuple(items))
-        if self.sigmas is not None:
-            object.__setattr__(self, "sigmas", tuple(map(float, self.sigmas)))
+    def __post_init__(self) -> None:
+        """Check the types of all values; settings of guidance stay a part of them."""
+        super().__post_init__()
+        for name in ("prompt", "negative_prompt"):
+            broken = re.search("[\ud800-\udfff]", getattr(self, name) or "")
+            expect(not broken, "valid text", getattr(self, name), name)
+        for name in ("video_guidance", "audio_guidance"):
+            settings = getattr(self, name)
+            if isinstance(settings, Mapping):
+                made = checked(Guidance, settings, name)
+                part = {key: getattr(made, key) for key in settings}
+                complete = len(part) == len(fields(Guidance))
+                object.__setattr__(self, name, made if complete else part)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -413,23 +421,3 @@ class Request:
     def has_reference(self) -> bool:
         """Whether the video is an IC-LoRA's reference."""
         return self.video is not None and not self.changes_clip
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Request:
-        """A request from JSON that `dataclasses.asdict` made; UserError for settings
-        that this version does not know."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        if unknown := values.keys() - {f.name for f in fields(cls)}:
-            names = ", ".join(sorted(unknown))
-            raise UserError(f"the recorded request has unknown settings: {names}")
-        record = lambda kind, x: kind(**x) if isinstance(x, Mapping) else x
-        kinds = {"images": Image, "loras": LoraFile, "segments": Segment}
-        for key, kind in kinds.items():
-            values[key] = tuple(record(kind, item) for item in values.get(key, ()))
-        for key in ("distilled_lora", "detailing_lora"):
-            values[key] = record(LoraFile, values.get(key))
-        for key in ("video_guidance", "audio_guidance"):
-            settings = values.get(key)
-            if settings and settings.keys() == Guidance.__dataclass_fields__.keys():
-                values[key] = Guidance(**settings)
-        return cls(**values)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
-import mlx.core as mx
-
-from .base import UserError
+from .base import UserError, checked, parse_json
+from .hub import read_arrays
 from .latents import Streams
 from .request import Request
 from .stages import Job
+from .weights import save_arrays
 
 HISTORY = "gradient_estimation"  # a sampler that keeps state between steps
 
@@ -56,6 +56,14 @@ class Snapshot:
             raise UserError(
                 "the saved latents were made with a different model or settings"
             )
+        # res_2s ends with one more call
+        steps = [s.steps + (s.sampler == "res_2s") for s in job.stages] + [0]
+        places = range(len(steps))
+        if self.stage not in places or not 0 <= self.step <= steps[self.stage]:
+            raise UserError(
+                f"the saved latents are of step {self.step} of stage {self.stage}, which "
+                "there is not"
+            )
         stage = job.stages[self.stage] if self.step else None
         if stage and (stage.step_cache or stage.sampler == HISTORY):
             raise UserError(
@@ -72,26 +80,24 @@ class Snapshot:
             for name, x in state.pop(part).items()
         }
         state["request"] = dataclasses.asdict(self.request)
-        partial = Path(path).with_suffix(".part.safetensors")
-        mx.save_safetensors(str(partial), arrays, {"ltx2": json.dumps(state)})
-        partial.replace(path)
+        state["shapes"] = {key: x.shape for key, x in arrays.items()}
+        save_arrays(path, arrays, {"ltx2": json.dumps(state)})
 
     @classmethod
     def read(cls, path: Union[str, Path]) -> Snapshot:
         """Read what `save` wrote; UserError for any other file."""
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file")
-        try:
-            arrays, metadata = mx.load(str(path), "safetensors", return_metadata=True)
-            state = json.loads(metadata["ltx2"])
-            state["request"] = Request.from_json(state["request"])
-            state |= {part: {} for part in cls.ARRAYS}
-            for key, x in arrays.items():
-                part, name = key.split(".", 1)
-                state[part][name] = x
-            return cls(**state)
-        except (RuntimeError, KeyError, TypeError, ValueError):
-            raise UserError(f"{path} does not contain saved latents") from None
+        arrays, metadata = read_arrays(path)
+        state = parse_json(metadata.get("ltx2", "{}"), f"{path}: ")
+        shapes = state.pop("shapes", {})
+        streams: dict[str, Streams] = {part: {} for part in cls.ARRAYS}
+        for key, x in arrays.items():
+            part, _, name = key.partition(".")
+            streams.get(part, {})[name] = x
+        count = sum(map(len, streams.values()))
+        if not count or shapes != {k: [*x.shape] for k, x in arrays.items()}:
+            raise UserError(f"{path} does not contain saved latents")
+        state |= streams
+        return checked(cls, state, f"{path}: ")
 
 
 def as_json(job: Job) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from . import __version__, latents, media, memory
-from .adapters import ADAPTERS, CONFIG, STATE, official, save_arrays, save_losses
+from .adapters import ADAPTERS, CONFIG, STATE, official, save_losses
 from .base import UserError, checked, note
 from .chips import this_chip
 from .dataset import (
@@ -50,6 +50,7 @@ from .pipeline import Pipeline, Result
 from .request import Request
 from .text import MAX_TOKENS
 from .vae import DOWN
+from .weights import save_arrays
 
 # The reference's, unless a model's config.json has others.
 DEFAULTS: dict[str, Any] = {"iters": 2000, "batch_size": 1, "learning_rate": 1e-4}

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import hub, parts
+from . import hub, media, parts
 from .base import UserError, checked
 from .hub import File
 from .linear import Quantization, layer_formats, quantize_stored
@@ -393,6 +393,17 @@ def decode_fp8(weights: Weights, names: Iterable[str]) -> Weights:
         weights.pop(f"{name.removesuffix('weight')}input_scale", None)
         weights[name] = w.astype(mx.bfloat16)
     return weights
+
+
+def save_arrays(path: str | Path, arrays: Weights, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, which takes its name when it is complete."""
+    with media.workspace(path) as folder:
+        file = Path(folder, "arrays.safetensors")
+        try:
+            mx.save_safetensors(str(file), arrays, dict(metadata))
+        except RuntimeError as error:  # the disk is full
+            raise OSError(f"{path}: cannot be written ({error})") from None
+        file.rename(f"{folder}/new")
 
 
 def evaluate(arrays: Iterable[mx.array], limit: int = 1 << 28) -> None:

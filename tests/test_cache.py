@@ -53,6 +53,16 @@ def test_a_prompt_is_encoded_once(run, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b""])
+def test_damaged_contexts_are_made_again(run, tmp_path, damage):
+    first, _ = run("a dog")
+    (path,) = (tmp_path / "cache").iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    again, encoded = run("a dog")
+    assert encoded == ["a dog"] and mx.array_equal(first, again)
+    assert not run("a dog")[1]
+
+
 @pytest.mark.parametrize(
     "change",
     [{"name": "ltx-2-notc"}, {"dtype": mx.float16}, {"seed": 1}, {"cache": None}],

@@ -133,7 +133,7 @@ def test_a_temporal_round_doubles_the_frame_rate_not_the_duration(
     made = media.probe("output.mp4")
     assert (made.num_frames, made.fps, made.has_audio) == (17, 48, True)
     assert made.audio_duration == pytest.approx(17 / 48, abs=0.03)
-    again = Request.from_json(media.read_metadata("output.mp4")["request"])
+    again = Request(**media.read_metadata("output.mp4")["request"])
     assert (again.temporal_rounds, again.detailing_lora.strength) == (1, 0.5)
 
 

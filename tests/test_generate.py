@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import generate
-from ltx2 import formats, media, text, weights
+from ltx2 import base, formats, media, text, weights
+from ltx2.base import UserError
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,23 @@ def cli(checkpoint, files, monkeypatch, capsys, tmp_path):
     return call
 
 
+@pytest.mark.parametrize(
+    "data",
+    ["Zwölf\nBären".encode(codec) for codec in ("utf-8-sig", "utf-16", "utf-16-le")]
+    + ["Zwölf\r\nBären\r\n".encode("latin-1")],
+)
+def test_prompts_may_have_any_encoding(tmp_path, data):
+    (tmp_path / "prompts.txt").write_bytes(data)
+    text = base.read_text(tmp_path / "prompts.txt")
+    assert text.splitlines() == ["Zwölf", "Bären"]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "/dev/zero", "/", "clip.mp4", "image.png"])
+def test_what_is_no_text_is_no_file_of_prompts(files, name):
+    with pytest.raises(UserError, match="no such file|is not a text file"):
+        base.read_text(files / name)
+
+
 REFUSED = {
     # sizes
     "--height 70": "height must be a multiple of 32 from 64 to 4096, got 70: use 64",
@@ -63,7 +81,7 @@ REFUSED = {
     "--num-frames 99999": "use 2049",
     "--fps 0": "fps must be between 1 and 120, got 0",
     "--fps 1000": "got 1000",
-    "--fps nan": "fps must be between 1 and 120, got nan",
+    "--fps nan": "fps must be a finite number, got nan",
     "--seed -1": "seed must be between 0 and 9.22337e+18, got -1",
     "--num-videos 0": "--num-videos must be between 1 and 1000, got 0",
     "--height tall": "invalid int value: 'tall'",
@@ -123,7 +141,7 @@ REFUSED = {
     "--prompts FILES/prompts.txt": "--prompt cannot be combined with --prompts",
     "--from FILES/clip.mp4": "clip.mp4",
     "--from nowhere.mp4": "nowhere.mp4: cannot be opened",
-    "--resume FILES/tone.wav": "does not contain saved latents",
+    "--resume FILES/tone.wav": "tone.wav is not a safetensors file",
     "--model nowhere": "nowhere: no such file or folder",
     "--model FILES/noise.bin": "noise.bin",
     "--model FILES": "",
@@ -148,7 +166,7 @@ def test_a_mistake_is_one_line_and_keeps_the_earlier_file(cli, tmp_path, flags):
 GUIDED = {
     "--stg-blocks 0,99": "stg_blocks must be between 0 and 1, got 99",
     "--rescale-scale 2": "video rescale_scale must be between 0 and 1, got 2",
-    "--cfg-scale nan": "video cfg_scale must be between -100 and 100, got nan",
+    "--cfg-scale nan": "video_guidance.cfg_scale must be a finite number, got nan",
     "--steps 0": "steps must be between 2 and 1000, got 0",
     "--steps 5 --sigmas 1,0": "steps cannot be combined with sigmas",
     "--no-audio --audio-cfg-scale 2": "audio_guidance cannot be combined with no_audio",

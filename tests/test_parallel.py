@@ -49,7 +49,9 @@ def run(case: dict, group=None) -> dict:
     size = dict(height=64, width=64, num_frames=9, sigmas=(1.0, 0.7, 0.0))
     more = guidance | case.get("more", {})
     requests = [
-        Request("a cat", seed=seed, no_audio=case.get("silent"), loras=loras, **size)
+        Request(
+            "a cat", seed=seed, no_audio=bool(case.get("silent")), loras=loras, **size
+        )
         for seed in range(case.get("videos", 1))
     ]
     requests = [Request(**{**vars(r), **more}) for r in requests]

@@ -470,6 +470,73 @@ def test_latents_of_another_request_are_refused(pipe, contexts, change):
     assert next(pipe.stream(request, contexts=contexts, resume=last.snapshot))
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"prompt": None}, "prompt must be text, got None"),
+        ({"height": "64"}, "height must be an integer, got '64'"),
+        ({"num_frames": float("nan")}, "num_frames must be a finite number"),
+        ({"fps": True}, "fps must be a number, got True"),
+        ({"no_audio": 1}, "no_audio must be true or false, got 1"),
+        ({"images": "a.png"}, "images must be a list, got 'a.png'"),
+        ({"images": [{"pth": "a.png"}]}, r"images\[0\].pth is unknown"),
+        ({"video_guidance": {"cfg_scal": 3}}, "video_guidance.cfg_scal is unknown"),
+        ({"audio_guidance": {"cfg_scale": "3"}}, "cfg_scale must be a number"),
+        ({"contexts": {"a dog": ()}}, "contexts lack the prompt 'a cat'"),
+        ({"prompt": "\ud800"}, "prompt must be valid text"),
+    ],
+)
+def test_wrong_arguments_are_one_line(pipe, wrong, message):
+    with pytest.raises(UserError, match=message):
+        pipe.generate(**{"prompt": "a cat", **SIZE} | wrong)
+
+
+def test_arguments_may_be_numpys_or_paths():
+    request = Request(
+        "a cat",
+        height=np.int64(64),
+        fps=np.float32(24),
+        sigmas=mx.array([1.0, 0.5, 0.0]),
+        images=["a.png", Path("b.png"), Image("c.png", np.int32(8))],
+        distilled_lora="lora.safetensors",
+        video_guidance={"cfg_scale": np.float64(3), "stg_blocks": np.array([1])},
+    )
+    expected = Request(
+        "a cat",
+        height=64,
+        fps=24.0,
+        sigmas=(1.0, 0.5, 0.0),
+        images=(Image("a.png"), Image("b.png"), Image("c.png", 8)),
+        distilled_lora=LoraFile("lora.safetensors"),
+        video_guidance={"cfg_scale": 3.0, "stg_blocks": (1,)},
+    )
+    assert request == expected and type(request.height) is int
+    json.dumps(dataclasses.asdict(request))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"stage": -5}, "of step 2 of stage -5, which there is not"),
+        ({"step": 99}, "of step 99 of stage 0, which there is not"),
+        ({"stage": "one"}, "saved.safetensors: stage must be an integer"),
+        ({"load": []}, "load must be an object"),
+        ({"shapes": {}}, "does not contain saved latents"),
+        ({"magic": 3}, "magic is unknown"),
+    ],
+)
+def test_saved_latents_are_checked(pipe, contexts, tmp_path, change, message):
+    path = tmp_path / "saved.safetensors"
+    events = events_to_latents(pipe, Request("a cat", **SHORT), contexts=contexts)
+    [e for e in events if e.step == 2][0].snapshot.save(path)
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    mx.eval(arrays)
+    state = json.loads(metadata["ltx2"]) | change
+    mx.save_safetensors(str(path), arrays, {"ltx2": json.dumps(state)})
+    with pytest.raises(UserError, match=message):
+        next(pipe.stream(contexts=contexts, resume=Snapshot.read(path)))
+
+
 def test_noise_of_another_shape_is_an_error(pipe, contexts):
     noise = lambda name, shape: np.zeros((1, 1, shape[-1]))
     with pytest.raises(ValueError, match="noise stage1.video has shape .1, 1, "):
