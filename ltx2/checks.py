@@ -17,7 +17,6 @@ import mlx.core as mx
 
 from .base import LOG, Parser, UserError, run, table
 from .guards import LARGEST, USUAL_CONTRAST, USUAL_LEVEL, USUAL_STD
-from .linear import layer_format
 
 if TYPE_CHECKING:  # imported where they are used, so that --help answers at once
     from .pipeline import Pipeline
@@ -176,6 +175,8 @@ def differences(
     ours: Weights, theirs: Weights, quantization: Optional[dict[str, Any]]
 ) -> Iterator[tuple[str, Optional[float], Optional[str]]]:
     """Name, quantization error and fault of each tensor, one in memory at a time."""
+    from .linear import layer_format
+
     for key in sorted(theirs):
         path = key.removesuffix("weight")
         stored = [k for k in (key, f"{path}scales", f"{path}biases") if k in ours]
