@@ -249,8 +249,8 @@ class Parser(argparse.ArgumentParser):
         for flag, value in zip(["", *args], args):
             if flag == "--prompt":  # may be empty for some adapters
                 continue
-            if not value or re.fullmatch(r"--?[\w-]+=", value):
-                self.error(f"{value or flag or 'an argument'} is empty")
+            if not value.strip() or re.fullmatch(r"--?[\w-]+=", value):
+                self.error(f"{value.strip() or flag or 'an argument'} is empty")
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> None:
