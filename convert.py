@@ -47,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
     add("--q-group-size", "-q-group-size", type=int, choices=groups, help=text)
     modes = ["affine", "mxfp4", "nvfp4", "mxfp8"]
     add("--q-mode", "-q-mode", choices=modes, help="(default: affine)")
-    text = "bits by layer: mixed_4_6, mixed_4_8 or a JSON file (default for 4 bits: by "
+    text = "bits by layer: mixed_4_6, mixed_4_8, a JSON file, or auto, which measures each "
+    text += "kind of layer first (default for 4 bits: by "
     text += "kind of layer and depth, unless --q-group-size is passed)"
     add("--quant-predicate", metavar="RECIPE", help=text)
     text = "fuse into the transformer before quantizing; repeatable"
@@ -105,12 +106,18 @@ def convert(args: argparse.Namespace, folder: Path) -> None:
     names = args.hf_path, args.kind, args.file, args.upsampler
     source = weights.open_model(*names, fetch=False, parts=dict(args.part))
     dtype = getattr(mx, args.dtype) if args.dtype else None
-    if name or options == quantization.quantization() and not args.q_group_size:
+    expected = None
+    if name == "auto":
+        from ltx2 import checks, quality
+
+        hub.fetch_all(source.files)
+        options, expected = quality.auto(source, options, checks.SIZE)
+    elif name or options == quantization.quantization() and not args.q_group_size:
         names = {"transformer", "gemma"} & {*source.components}
         found = {k: w for n in names for k, w in source.shapes(n, dtype).items()}
         options = quantization.recipe(name, options, found)
     how = (options, args.dequantize, dtype, args.text_encoder)
-    job = conversion.Conversion(source, *how, loras=args.lora)
+    job = conversion.Conversion(source, *how, loras=args.lora, expected=expected)
 
     kind = f"{source.kind}{' (assumed, see --kind)' if source.kind_assumed else ''}"
     print(f"LTX-2 {source.model_version}, {kind}")

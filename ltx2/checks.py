@@ -287,23 +287,37 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("model", help="model as for generate.py --model")
     checks = p.add_subparsers(dest="check", required=True)
 
-    t = checks.add_parser("trace", parents=[model], help="statistics of every stage")
+    size = Parser(add_help=False)
+    for name, default in SIZE.items():
+        flag = f"--{name.replace('_', '-')}"
+        size.add_argument(flag, type=int, help=f"(default: {default})")
+    size.add_argument("--seed", type=int, help="(default: 10)")
+    size.add_argument("--steps", type=int, help="number of steps of a dev model")
+    size.add_argument("--text-encoder", metavar="MODEL", help="Gemma 3 to use")
+    dtypes = "bfloat16", "float32"
+    size.add_argument("--dtype", default=dtypes[0], choices=dtypes)
+
+    text = "statistics of every stage"
+    t = checks.add_parser("trace", parents=[model, size], help=text)
     start = t.add_mutually_exclusive_group(required=True)
     start.add_argument("--prompt", help="trace a complete run")
     start.add_argument("--latents", help="trace a decode: zeros, random, or a file")
-    for name, default in SIZE.items():
-        flag = f"--{name.replace('_', '-')}"
-        t.add_argument(flag, type=int, help=f"(default: {default})")
-    t.add_argument("--seed", type=int, help="(default: 10)")
-    t.add_argument("--steps", type=int, help="number of steps of a dev model")
-    t.add_argument("--text-encoder", metavar="MODEL", help="Gemma 3 to use")
-    dtypes = "bfloat16", "float32"
-    t.add_argument("--dtype", default=dtypes[0], choices=dtypes)
     t.add_argument("--against", choices=dtypes, help="dtype of a second run to compare")
 
     c = checks.add_parser("compare", parents=[model], help="a folder with its source")
     c.add_argument("source", help="what the model was converted from")
     c.add_argument("--upsampler", metavar="FILE", action="append", default=[])
+
+    text = "what quantizing costs: errors of x0, picture and sound"
+    q = checks.add_parser("quality", parents=[model, size], help=text)
+    text = "what the model was converted from, unquantized"
+    q.add_argument("--against", metavar="SOURCE", required=True, help=text)
+    text = "repeatable (default: two made-up contexts, without a text encoder)"
+    q.add_argument("--prompt", action="append", help=text)
+    text = "also measure each kind of layer, and save the bits by layer that follow"
+    q.add_argument("--recipe", metavar="FILE", help=text)
+    text = "steps of a clip that are compared (default: all; 4 for a kind of layer)"
+    q.add_argument("--limit", type=int, help=text)
 
     text = "decode synthetic latents and report anomalies"
     checks.add_parser("probe", parents=[model], help=text, aliases=["known"])
@@ -341,8 +355,18 @@ def print_trace(args: argparse.Namespace) -> None:
             print(tracers[0].table(*tracers[1:]))
 
 
+def print_quality(args: argparse.Namespace) -> None:
+    from . import pipeline, quality
+
+    names = args.model, args.against
+    pipes = [pipeline.load(n, args.text_encoder, dtype=args.dtype) for n in names]
+    quality.report(*pipes, vars(args), SIZE)
+
+
 def main() -> None:
     args = parser().parse_args()
+    if args.check == "quality":
+        return print_quality(args)
     if args.check == "trace":
         return print_trace(args)
     if args.check == "device":

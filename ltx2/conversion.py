@@ -80,6 +80,7 @@ class Conversion:
     text_encoder: Optional[str] = None
     predicate: Callable[[str], bool] = quant_predicate
     loras: Sequence[tuple[str, float]] = ()  # files and strengths
+    expected: Optional[float] = None  # error of x0 with this quantization, if measured
     # Lazily, whether the tensors that are converted are finite.
     finite: Weights = field(default_factory=dict, init=False)
     # Weights of layers before they are rounded, what is made of them, and the squared
@@ -213,6 +214,8 @@ class Conversion:
         if self.squares[1]:
             error = (self.squares[0] / self.squares[1]) ** 0.5
             text += f". Rounding changed these weights by {error:.1%} (relative norm)"
+        if self.expected is not None:
+            text += f"; {self.expected:.2g} is expected as the relative error of x0"
         return f"{text}."
 
     def write(

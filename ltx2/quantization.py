@@ -76,11 +76,11 @@ def choose(
     mixed = MIXED.fullmatch(name or "")
     if name and (mode or "affine") != "affine":
         raise UserError(f"--quant-predicate chooses bits, which {mode} does not have")
-    if name and (bits or not mixed and group_size):
+    if name not in (None, "auto") and (bits or not mixed and group_size):
         option = "--q-bits" if bits else "--q-group-size"
         raise UserError(f"--quant-predicate {name} sets the bits: remove {option}")
-    if name and not mixed and not Path(name).is_file():
-        names = "mixed_4_6, mixed_4_8 or a JSON file"
+    if name and not mixed and name != "auto" and not Path(name).is_file():
+        names = "mixed_4_6, mixed_4_8, auto or a JSON file"
         raise UserError(f"unknown --quant-predicate {name}: choose {names}")
     return quantization(mode or "affine", int(mixed[1]) if mixed else bits, group_size)
 

@@ -29,6 +29,7 @@ LAYERS = {  # a file imports files of lower layers only, not of its own
     "snapshots": "snapshot",
     "a run": "run",
     "the pipeline": "pipeline",
+    "quality": "quality",
     "diagnostics": "checks",
     "training: gradients": "gradients",
     "training: files": "dataset adapters",

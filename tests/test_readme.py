@@ -254,7 +254,7 @@ def test_checks(command, converted, monkeypatch):
     extra = []
     if "device" in command:
         small(monkeypatch)
-    if "trace" in command:
+    if "trace" in command or "quality" in command:
         extra = ["--height", "64", "--width", "64", "--num-frames", "9"]
     try:
         run(checks, command, extra, converted)

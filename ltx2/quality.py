@@ -1,0 +1,287 @@
+"""What quantizing costs: errors of x0, picture and sound against the source, and the share
+of each kind of layer.
+
+A step of the source starts the same step of the other model, so that errors do not add up
+(teacher forcing). What each makes by itself is compared when it is decoded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Optional
+
+import mlx.core as mx
+import numpy as np
+
+from .base import LOG, UserError, table
+from .guidance import Contexts, guidance_passes
+from .latents import Streams
+from .linear import layer_format, layer_formats
+from .pipeline import Pipeline, Result, Step
+from .quantization import ERROR, allocate, groups, layers, quantization
+from .request import Request
+from .run import seeded_noise
+from .snapshot import Snapshot
+from .weights import Checkpoint, Weights
+
+CLIPS, WORDS = 2, 32  # made-up contexts, and their tokens
+OF_A_KIND = 4  # steps of a clip that are compared for each kind of layer
+QUARTER = "quarter {} of the blocks"
+PLAIN = 1.25  # squared error of `mx.quantize` relative to that of our rounding
+
+
+@dataclass
+class Clip:
+    """A run: before each step its state, and the x0 that it leads to."""
+
+    request: Request
+    contexts: dict[str, Contexts]
+    steps: list[tuple[Snapshot, Streams]] = field(default_factory=list)
+    frames: list[np.ndarray] = field(default_factory=list)
+    sound: Optional[np.ndarray] = None
+
+
+def clips(pipe: Pipeline, requests: Sequence[Request], made_up: bool) -> list[Clip]:
+    """What will be run. Made-up contexts are those of random states of a text encoder:
+    no prompt's, but most of what the connectors make is their registers."""
+    prompts = sorted({p for r in requests for p in pipe.plan(r).prompts})
+    if not made_up:
+        pipe.check_text_encoder()
+        contexts = pipe.contexts(prompts, None)
+    else:
+        c, draw = pipe.connectors.config, seeded_noise(0)
+        shape, contexts = (1, WORDS, c.caption_channels), {}
+        for p in prompts:
+            states = [draw(f"{p}.{i}", shape) for i in range(c.encoder_states)]
+            contexts[p] = pipe.connectors(states)
+            mx.eval(contexts[p])
+        pipe.free("connectors")
+    return [Clip(request, contexts) for request in requests]
+
+
+def run(pipe: Pipeline, clip: Clip, decode: bool = True) -> Clip:
+    """A clip's request from its first step to the decoded end, if that is wanted."""
+    job, done = pipe.plan(clip.request), replace(clip, steps=[], frames=[])
+    at = pipe.initial_snapshot(job)
+    for event in pipe.stream(job, contexts=clip.contexts):
+        if isinstance(event, Step):
+            done.steps.append((at, event.denoised))
+            at = event.snapshot
+        elif isinstance(event, Result):
+            done.sound = event.waveform
+        elif event.frames is not None:
+            done.frames.append(event.frames)
+        elif event.phase == "latents" and not decode:
+            break
+    return done
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """At most `limit` of so many steps, evenly, with the last."""
+    limit = min(limit, count)
+    return sorted(count - 1 - i * count // limit for i in range(limit))
+
+
+def errors(pipe: Pipeline, clip: Clip, limit: int) -> dict[int, dict[str, float]]:
+    """By step and stream, the norm of the difference of x0 relative to the source's."""
+    job, found = pipe.plan(clip.request), {}
+    relative = lambda a, b: (mx.linalg.norm(a - b) / mx.linalg.norm(b)).item()
+    for i in spread(len(clip.steps), limit):
+        at, theirs = clip.steps[i]
+        resume = replace(at, files=pipe.files())
+        events = pipe.stream(job, contexts=clip.contexts, resume=resume)
+        ours = next(e.denoised for e in events if isinstance(e, Step))
+        events.close()
+        found[i] = {k: relative(ours[k], x) for k, x in theirs.items()}
+    return found
+
+
+def mean_square(found: Iterable[dict[int, dict[str, float]]]) -> float:
+    """Of the errors of all clips, steps and streams."""
+    return float(np.mean([e**2 for f in found for s in f.values() for e in s.values()]))
+
+
+def decibels(ours: Clip, theirs: Clip) -> float:
+    """Peak signal-to-noise ratio of the frames."""
+    pairs = zip(ours.frames, theirs.frames, strict=True)
+    square = np.mean([np.square(a.astype(np.float64) - b).mean() for a, b in pairs])
+    return 10 * math.log10(255**2 / max(square, 1e-9))
+
+
+def spectra(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Root mean square of the difference of two sounds' spectra, in dB: windows of 1024
+    samples, down to 80 dB below the loudest."""
+    size = min(1024, len(ours))
+    cut = np.lib.stride_tricks.sliding_window_view
+    a, b = (cut(x.mean(1), size)[::256] * np.hanning(size) for x in (ours, theirs))
+    a, b = (20 * np.log10(np.abs(np.fft.rfft(x)) + 1e-9) for x in (a, b))
+    a, b = (np.maximum(x, b.max() - 80) for x in (a, b))
+    return float(np.sqrt(np.square(a - b).mean()))
+
+
+def compare(model: Pipeline, runs: list[Clip], limit: Optional[int]) -> Iterator[str]:
+    """Tables of the errors of a model's x0 by step, its pictures and its sound."""
+    found, ends = [], []
+    for clip in runs:
+        found.append(errors(model, clip, limit or len(clip.steps)))
+        ours = run(model, clip)
+        psnr = decibels(ours, clip)
+        ends.append([clip.request.prompt[:40], psnr, spectra(ours.sound, clip.sound)])
+    streams = list(found[0][max(found[0])])
+    mean = lambda i, k: float(np.mean([f[i][k] for f in found]))
+    rows = [[str(i + 1), *(mean(i, k) for k in streams)] for i in sorted(found[0])]
+    yield table(["step", *(f"error of x0, {k}" for k in streams)], rows)
+    yield f"error of x0 in all: {math.sqrt(mean_square(found)):.4g}\n"
+    yield table(["decoded", "PSNR, dB", "spectra of the sound, dB"], ends)
+
+
+# Kinds of layers
+
+
+def quantized(checkpoint: Checkpoint, formats: dict[str, dict[str, Any]]) -> Checkpoint:
+    """A checkpoint whose transformer has these layers, by path, rounded as `mx.quantize`
+    does; lazily, so that blocks can be read one by one."""
+    model = copy(checkpoint)
+
+    def weights(name: str, dtype: Optional[mx.Dtype] = None) -> Weights:
+        tensors = checkpoint.weights(name, dtype)
+        for path, how in formats.items() if name == "transformer" else ():
+            w = tensors[f"{path}.weight"]
+            rounded = mx.dequantize(*mx.quantize(w, **how), **how, dtype=w.dtype)
+            tensors[f"{path}.weight"] = rounded
+        return tensors
+
+    model.weights = weights
+    return model
+
+
+def parts(found: Weights) -> dict[str, list[str]]:
+    """Paths of layers by kind, and by quarter of the depth."""
+    paths = defaultdict(list)
+    for (kind, quarter), group in groups(found).items():
+        paths[kind] += group
+        paths[QUARTER.format(quarter + 1)] += group
+    return paths
+
+
+@dataclass
+class Kinds:
+    """Mean squared errors of x0 with one part of the layers quantized at a time."""
+
+    how: dict[str, Any]  # in this format
+    shapes: Weights  # of the transformer
+    squares: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def found(self) -> Weights:
+        return layers(self.shapes, self.how["group_size"])
+
+    def shares(self, kind: str, quarter: int) -> float:
+        """The squared error that the kind of layer causes there."""
+        quarters = [self.squares.get(QUARTER.format(n + 1), 0.0) for n in range(4)]
+        return self.squares[kind] * quarters[quarter] / max(sum(quarters), 1e-30)
+
+    def recipe(self) -> tuple[dict[str, Any], float]:
+        """The bits by layer that follow, see `quantization.allocate`, and the error of
+        x0 that they lead to if those of single layers are independent."""
+        recipe = self.how | allocate(self.shapes, self.how, self.shares)
+        square = 0.0
+        for where, paths in groups(self.found).items():
+            square += (
+                self.shares(*where) * ERROR[layer_format(recipe, paths[0])["bits"]]
+            )
+        return recipe, math.sqrt(square / ERROR[self.how["bits"]] / PLAIN)
+
+    def __str__(self) -> str:
+        found, rows = self.found, []
+        size = sum(w.size for w in found.values())
+        total = sum(self.squares.values()) / 2  # of kinds and of quarters
+        for part, paths in parts(found).items():
+            square, numbers = self.squares[part], sum(found[p].size for p in paths)
+            shares = 100 * numbers / size, 100 * square / max(total, 1e-30)
+            rows.append([part, len(paths), *shares, square**0.5])
+        heads = (
+            "one part quantized",
+            "layers",
+            "% of weights",
+            "% of error²",
+            "x0 error",
+        )
+        return table(heads, sorted(rows, key=lambda row: -row[-1]))
+
+
+def measure_kinds(source: Pipeline, runs: list[Clip], how: dict, limit: int) -> Kinds:
+    """See `Kinds`: its errors are measured."""
+    kinds = Kinds(how, source.checkpoint.shapes("transformer"))
+    for part, paths in parts(kinds.found).items():
+        checkpoint = quantized(source.checkpoint, dict.fromkeys(paths, how))
+        pipe = Pipeline(checkpoint, None, source.dtype)
+        square = mean_square(errors(pipe, clip, limit) for clip in runs)
+        kinds.squares[part] = square
+        LOG.info(f"{part}: error of x0 {square**0.5:.3g}")
+    return kinds
+
+
+# The command line
+
+
+def requests(pipe: Pipeline, options: dict[str, Any], size: dict) -> list[Request]:
+    """Clips of a model's own size, or a small one, of each prompt or of made-up ones."""
+    given = {k: v for k in (*size, "steps") if (v := options.get(k)) is not None}
+    how = size | {k: v for k, v in pipe.checkpoint.defaults.items() if k in size}
+    seed = 10 if options.get("seed") is None else options["seed"]
+    prompts = options.get("prompt") or [f"made up {n + 1}" for n in range(CLIPS)]
+    how |= given | {"stages": "one"}
+    return [Request(p, seed=seed + n, **how) for n, p in enumerate(prompts)]
+
+
+def calls(pipe: Pipeline, request: Request, limit: Optional[int], kinds: int) -> int:
+    """How often the transformer is called for a clip: for its run and the other model's,
+    for compared steps, and for each kind of layer."""
+    (stage,) = pipe.plan(request).stages
+    each = len(spread(stage.steps, min(limit or OF_A_KIND, OF_A_KIND)))
+    compared = len(spread(stage.steps, limit or stage.steps))
+    passes = len(guidance_passes(stage.guidance))
+    return passes * (2 * stage.steps + compared + kinds * each)
+
+
+def report(model: Pipeline, source: Pipeline, options: dict, size: dict) -> None:
+    """Print what quantizing cost, and with a recipe's file what each kind of layer does,
+    in the model's format or in 4 bits. UserError unless the source is not quantized."""
+    if source.checkpoint.quantization:
+        raise UserError("--against needs the unquantized source")
+    limit, file = options["limit"], options["recipe"]
+    how = layer_formats(model.checkpoint.quantization).get("", quantization())
+    how = how if how["mode"] == "affine" else quantization()
+    found = layers(source.checkpoint.shapes("transformer"), how["group_size"])
+    wanted, kinds = requests(source, options, size), len(parts(found)) if file else 0
+    count = sum(calls(source, r, limit, kinds) for r in wanted)
+    print(f"{len(wanted)} clips, {count} calls of the transformer", flush=True)
+    runs = [run(source, c) for c in clips(source, wanted, not options["prompt"])]
+    for text in compare(model, runs, limit):
+        print(text, flush=True)
+    if file:
+        found = measure_kinds(source, runs, how, min(limit or OF_A_KIND, OF_A_KIND))
+        recipe, expected = found.recipe()
+        Path(file).write_text(json.dumps(recipe, indent=1))
+        print(f"\n{found}\nwrote {file}: an error of x0 of {expected:.3g} is expected")
+
+
+def auto(checkpoint: Checkpoint, how: dict[str, Any], size: dict) -> tuple[dict, float]:
+    """The bits by layer that follow from each kind's errors on made-up contexts, and the
+    error of x0 that they lead to."""
+    source = Pipeline(checkpoint)
+    wanted = requests(source, {}, size)
+    kinds = len(parts(layers(checkpoint.shapes("transformer"), how["group_size"])))
+    count = sum(calls(source, r, None, kinds) for r in wanted)
+    LOG.info(f"measuring each kind of layer: {count} calls of the transformer at most")
+    runs = [run(source, clip, decode=False) for clip in clips(source, wanted, True)]
+    found = measure_kinds(source, runs, how, OF_A_KIND)
+    LOG.info(str(found))
+    return found.recipe()
