@@ -8,9 +8,10 @@ from typing import Any, Iterator, Optional, Sequence, Union
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
-from . import hub, weights
+from . import hub, media, weights
 from .base import Trace
 from .cache import ContextCache
 from .dit import Block, DiT, DiTConfig, StreamedBlocks, build_blocks
@@ -18,6 +19,7 @@ from .guidance import Contexts
 from .lora import Lora, attach
 from .parallel import Machines
 from .request import LoraFile
+from .sampling import Noise
 from .text import MAX_TOKENS, Gemma4TextEncoder, TextEncoder
 
 DECODING = {"vae": "vae.decoder"}  # of the video VAE only this half
@@ -140,6 +142,34 @@ class Components:
             attach(block, loras, **how, apart=apart)
             self.machines.shard(block)
             yield block
+
+    def decoded(
+        self, decoder: str, latents: mx.array, draw: Noise, exact: bool, **how: Any
+    ) -> Iterator[mx.array]:
+        """Frames that a component decodes (see its `decode_stream`)."""
+        model = self.component(DECODING.get(decoder, decoder), exact)
+        if decoder == "diffusion_decoder":
+            noise = lambda name, shape: draw(f"vae.{name}", shape)
+        else:
+            conditioned = model.config.timestep_conditioning
+            noise = draw("vae", latents.shape) if conditioned else None
+        return model.decode_stream(latents, noise=noise, **how)
+
+    def enlarged(
+        self, decoder: str, stills: list[mx.array], height: int, width: int, draw: Noise
+    ) -> mx.array:
+        """Latents (1, K, H, W, C) of single frames that are decoded, enlarged as pictures
+        and encoded again; each is `decoder`'s (1, 1, h, w, C)."""
+        made = []
+        for n, still in enumerate(stills):
+            noise = lambda name, shape, n=n: draw(f"plane{n}.{name}", shape)
+            [frame] = self.decoded(decoder, still, noise, False)
+            pixels = np.array(mx.round(frame[0, 0] * 255).astype(mx.uint8))
+            pixels = mx.array(media.enlarge(pixels, height, width))[None, None]
+            made.append(self.component("vae.encoder").encode(pixels))
+            mx.eval(made[-1])
+        self.free("vae", decoder)
+        return mx.concatenate(made, axis=1)
 
     def files(self) -> dict[str, str]:
         """The weights' files with their fingerprints."""

@@ -6,6 +6,7 @@ A condition holds paths and numbers, so that a stage can be planned, compared an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Iterator, Mapping, Optional
 
@@ -16,10 +17,10 @@ from .guidance import Guidance, Prompts
 from .inputs import Encoders
 from .latents import Conditioning, Size, Streams
 from .request import LoraFile
-from .windows import WHOLE, Tile, Whole, Window, carried_tokens
+from .tiles import Span, equal_spans, spans
+from .windows import ANCHOR_STRENGTH, WHOLE, Tile, Whole, Window, carried_tokens
 
 WHOLE_CLIP = Window(0, 0)
-ANCHOR_STRENGTH = 0.95  # the reference's: a tile can still smooth its seams
 
 
 class Condition:
@@ -285,13 +286,15 @@ class PreviousAsReference(Condition):
     """Show the previous stage's smaller video to an IC-LoRA."""
 
     downscale: int
+    part: Whole = WHOLE  # of that video
     carried = True
 
     def tokens(self, size: Size) -> int:
         return size.tokens // self.downscale**2
 
     def load(self, size: Size, source: Streams) -> Conditioning:
-        return latents.Reference(source["smaller"], size.rate, 1.0, self.downscale)
+        smaller = self.part.under(source["smaller"])
+        return latents.Reference(smaller, size.rate, 1.0, self.downscale)
 
 
 @dataclass(frozen=True)
@@ -303,18 +306,20 @@ class TileKeyframes(Condition):
     carried = True
 
     def tokens(self, size: Size) -> int:
-        return 2 * len(self.tile.slots) * size.frame_tokens
+        count = len(self.tile.slots) + len(self.tile.anchor_places)
+        return count * size.frame_tokens
 
     def load(self, size: Size, source: Streams) -> Conditioning:
         anchors = [
-            latents.Keyframe(still, frame, size.rate, ANCHOR_STRENGTH)
+            latents.Keyframe(still, frame, size.rate, self.tile.strength)
             for frame, still in self.tile.anchors(source["keyframes"])
         ]
-        where = self.tile.slots, size.latent, size.rate
-        slots = latents.KeyframeSlots(*where, self.tile.seeds(source))
+        where, slots = (self.tile.slots, size.latent, size.rate), []
+        if self.tile.slots:
+            slots = [latents.KeyframeSlots(*where, self.tile.seeds(source))]
         held = self.tile.held_latents(source) if self.tile.start else None
         held = [] if held is None else [latents.Replace(held)]
-        return in_order(*anchors, slots, *held)
+        return in_order(*anchors, *slots, *held)
 
 
 @dataclass(frozen=True)
@@ -366,11 +371,18 @@ class Stage:
         return len(self.sigmas) - 1
 
     @property
+    def spans(self) -> list[list[Span]]:
+        """How tiles that a model call sees divide rows and columns, if they do."""
+        sides = self.size.latent_sides
+        if self.part.grid:
+            return [equal_spans(side, self.part.grid) for side in sides]
+        return [spans(*pair) for pair in zip(sides, self.tile)] if self.tile else []
+
+    @property
     def seen(self) -> float:
         """The part of its tokens that a model call sees."""
-        _, height, width = self.size.latent
-        rows, columns = self.tile or (height, width)
-        return min(rows / height, 1) * min(columns / width, 1)
+        largest = lambda side: max(s.stop - s.start for s in side) / side[-1].stop
+        return math.prod(map(largest, self.spans))
 
     @property
     def phase(self) -> str:

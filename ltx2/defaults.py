@@ -266,6 +266,7 @@ class Resolver:
     def fit_size(self) -> None:
         """The size, length and rate that the user, the clip or the model chooses."""
         multiple = SPACE_SCALE * self.scale.numerator * self.reference_scale()[0]
+        multiple *= 2**self.r.spatial_rounds
         if self.r.video is not None:
             self.fit_clip(multiple)
         defaults = SIZE | self.checkpoint.defaults
@@ -447,10 +448,6 @@ class Resolver:
         kind = self.r.video_decoder or ("conv" if has["conv"] else "diffusion")
         if not has[kind] and "video" in self.streams:
             raise UserError(f"this model has no {kind} video decoder")
-        if self.r.decode_with_keyframes and kind == "conv":
-            self.notes.append(
-                "decode_with_keyframes is ignored: it needs --video-decoder diffusion"
-            )
         return DECODERS[kind]
 
     def sigmas(self, size: Size) -> tuple[float, ...]:

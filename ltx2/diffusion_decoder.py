@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, tee
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -90,14 +90,6 @@ class Keyframes(NamedTuple):
 
 
 # Neighborhoods
-
-
-def frames_ahead(length: int, keyframes: Sequence[int]) -> int:
-    """How many of `length` frames are computed ahead of one that is decoded, up to the
-    farther of its two nearest keyframes."""
-    frames, places = np.arange(length), np.array(keyframes, int)
-    last = nearest(frames, places).max(axis=1, initial=0)
-    return max(0, *(places[last] - frames)) if len(places) else 0
 
 
 def nearest(places: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -425,21 +417,18 @@ class DiffusionDecoder(Component):
             x = self.per_channel_statistics.denormalize(latents) + type_emb
             pad = ((0, 0), (0, frames), *sides, (0, 0))
             x = mx.pad(x, pad, mode="edge").astype(self.conv_in.weight.dtype)
-            return iter(mx.split(self.conv_in(x), x.shape[1], axis=1))
+            return (self.conv_in(x[:, i : i + 1]) for i in range(x.shape[1]))
 
         # The last latent is repeated so that the last frames' windows are centered.
         pad_frames = windows[0] // 2 * 2
-        frames, length = (
-            embed(latents, pad_t + pad_frames),
-            size[0] + pad_t + pad_frames,
-        )
-        planes: Frames = iter(())
-        if keyframes:
-            planes = embed(keyframes.latents, 0, self.get("type_emb", 0))
-        contexts = self.contexts(frames, length, planes, keyframes, trace)
-        length = max(contexts.length - 8 * pad_frames, self.config.stage5_kernel[0])
-        cut = replace(contexts, frames=islice(contexts.frames, length), length=length)
-        pixels = self.denoise(cut, noise, trace)
+        pad = pad_t + pad_frames
+        keyframes = keyframes or Keyframes(latents[:, :0], ())
+        planes = embed(keyframes.latents, 0, self.get("type_emb", 0))
+        clip = Clip(embed(latents, pad), size[0] + pad, planes, keyframes.times(8))
+        clip = self.contexts(clip, keyframes, trace)
+        length = max(clip.length - 8 * pad_frames, self.config.stage5_kernel[0])
+        clip = replace(clip, frames=islice(clip.frames, length), length=length)
+        pixels = self.denoise(clip, noise, trace)
         frames, height, width = size
         top, left = 32 * (pad_h // 2), 32 * (pad_w // 2)
         for x in islice(pixels, 8 * frames - 7):
@@ -448,26 +437,16 @@ class DiffusionDecoder(Component):
             mx.eval(x)
             yield x
 
-    def contexts(
-        self,
-        frames: Frames,
-        length: int,
-        planes: Frames,
-        keyframes: Optional[Keyframes],
-        trace: Optional[Trace],
-    ) -> Clip:
+    def contexts(self, clip: Clip, keyframes: Keyframes, trace) -> Clip:
         """The pixels' contexts of latent frames and planes."""
-        rate = math.prod(up.stride[0] for up in self.upsamples)
-        times = keyframes.times if keyframes else lambda rate: np.zeros(0, np.float32)
-        clip = Clip(frames, length, planes, times(rate))
+        rate = 8
         for i, (blocks, up) in enumerate(zip(self.det_stages, self.upsamples)):
             for block in blocks:
                 clip = block(clip)
             length = clip.length * up.stride[0] - up.stride[0] + 1
             rate //= up.stride[0]
-            clip = Clip(up(clip.frames), length, up.planes(clip.planes), times(rate))
-            watch = partial(traced, trace, f"stage{i + 1}")
-            clip = replace(clip, frames=map(watch, clip.frames))
+            frames = map(partial(traced, trace, f"stage{i + 1}"), up(clip.frames))
+            clip = Clip(frames, length, up.planes(clip.planes), keyframes.times(rate))
         return clip
 
     def denoise(self, contexts: Clip, noise, trace) -> Frames:

@@ -136,6 +136,12 @@ def resize_and_crop(
     return np.fromiter(map(fit, frames), np.dtype((np.float32, (height, width, 3))))
 
 
+def enlarge(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A frame (H, W, 3) uint8 at a larger size, (height, width, 3) in [-1, 1]."""
+    larger = Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(larger, np.float32) / np.float32(127.5) - 1
+
+
 @contextmanager
 def ffmpeg(problem: str, *options: str, folder: str = ".") -> Iterator[Popen]:
     """Run ffmpeg during a block; raise `problem` with its reason if it fails."""

@@ -226,6 +226,14 @@ class Estimator:
         for stage in stages:
             factors = sum(loras(file.path) for file in stage.loras)
             need, phase = self.stage(stage, factors, contexts, shards), stage.phase
+            if stage.upsampler and stage.part.decoder:  # and makes keyframes
+                encode = self.convolutions(stage.size, DOWN)
+                decode = self.decoding(decoder, stage.size.divided(2))
+                weights = need.weights + self.size["vae.encoder"]
+                weights += self.size[DECODING.get(decoder, decoder)]
+                buffers = contexts + max(encode, decode)
+                more = Footprint(weights, buffers, need.streamable)
+                need = max(need, more, key=Footprint.size)
             phases[phase] = max(need, phases.get(phase, need), key=Footprint.size)
         size, sound = stages[-1].size, 0
         if "audio" in stages[0].streams and decodes_audio:
@@ -234,15 +242,20 @@ class Estimator:
             phases["audio"] = Footprint(sound, contexts + buffers)
         if "video" in stages[0].streams:
             frame = FLOAT * 3 * size.height * size.width
-            convolves = decoder == "vae"
-            decode = self.convolutions if convolves else self.neighborhoods
-            how = UP if convolves else ahead
             blended = max(stage.window.blended_out for stage in stages)
             blended = max(blended, stages[0].window.carried_in)  # of a clip
-            buffers = contexts + decode(size, how) + (4 + blended) * frame
+            buffers = (
+                contexts + self.decoding(decoder, size, ahead) + (4 + blended) * frame
+            )
             weights = sound + self.size[DECODING.get(decoder, decoder)]
             phases["video"] = Footprint(weights, buffers)
         return phases
+
+    def decoding(self, decoder: str, size: Size, ahead: int = 0) -> float:
+        """Bytes of a video decoder's buffers."""
+        if decoder == "vae":
+            return self.convolutions(size, UP)
+        return self.neighborhoods(size, ahead)
 
     def per_token(self, video: int, audio: int) -> int:
         """Bytes of a state of so many tokens of each stream."""

@@ -157,10 +157,11 @@ class Pipeline(Components):
         "stage1.video", "stage1.audio" (tokens (1, T, C), appended ones included), a
         sampler's own "<stage>.<stream>.step<i>" and ".substep<i>", those of the next
         stages, and "vae" ((1, F, H, W, C), timestep-conditioned decoders only) or
-        "vae.frame<i>" and "vae.keyframe<i>" ((1, 1, H, W, 3), the diffusion decoder).
-        `contexts` by prompt replace the text encoder. `resume` continues from a snapshot;
-        pass the same request or none. `frozen_from_noise` starts the kept stream of a
-        retake from noise, as the reference does. Raises UserError before any weights are read.
+        "vae.frame<i>" and "vae.keyframe<i>" ((1, 1, H, W, 3), the diffusion decoder);
+        "<stage>.plane<i>." is before those of keyframes that dfr enlarges. `contexts` by
+        prompt replace the text encoder. `resume` continues from a snapshot; pass the same
+        request or none. `frozen_from_noise` starts the kept stream of a retake from
+        noise, as the reference does. Raises UserError before any weights are read.
         """
         requests = requests or (resume.request,)
         jobs = [self.plan(r) if isinstance(r, Request) else r for r in requests]

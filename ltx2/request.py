@@ -247,6 +247,12 @@ class Request(Checked):
     temporal_rounds: int = ask(
         "double the frame rate this often", 0, choices=(0, 1, 2), modes="dfr"
     )
+    spatial_rounds: int = ask(
+        "1: do all that at half the size, then double the size in tiles, as for 4K",
+        0,
+        choices=(0, 1),
+        modes="dfr",
+    )
     # Inputs
     images: tuple[Image, ...] = ask(
         "image to show at a frame: an index, -1 for the last, or a time as 1.5s; "

@@ -16,7 +16,7 @@ import numpy as np
 from . import REFERENCE, __version__, color, formats, media
 from .audio_vae import AudioVAEConfig
 from .base import Trace, note, traced, within
-from .components import DECODING, Components
+from .components import Components
 from .conditions import Condition, Stage
 from .diffusion_decoder import Keyframes
 from .duration import whole_frames
@@ -267,7 +267,7 @@ class Run:
         """`denoise`, in the model's dtype."""
         with self.meter.phase(stage.phase):
             trace = within(self.trace, stage.name)
-            before = self.upsampled(stage, {} if stage.first else at.latents)
+            before = self.upsampled(stage, {} if stage.first else at.latents, noise)
             states = self.states(stage, at, before, conditions)
             draw = lambda k, shape: noise(f"{stage.name}.{k}", shape)
             blend = lambda k, x: states[k].blend(x)
@@ -312,7 +312,7 @@ class Run:
     ) -> dict[str, LatentState]:
         """The streams at the stage's start, from the latents before it."""
         source = before | {k: x for k, x in at.kept.items() if "carry." in k}
-        source["smaller"] = at.latents.get("video")
+        source.setdefault("smaller", at.latents.get("video"))
         source["final_audio"] = at.kept.get("audio")
         config = self.model.dit_config
         channels = {"video": config.in_channels, "audio": config.audio_in_channels}
@@ -340,11 +340,11 @@ class Run:
             machines.agree,
             stage.prompts,
         )
-        if stage.tile:
-            return TiledDenoiser(make, states, stage.size, stage.tile)
+        if stage.spans:
+            return TiledDenoiser(make, states, stage.size, stage.spans)
         return make(states)
 
-    def upsampled(self, stage: Stage, latents: Streams) -> Streams:
+    def upsampled(self, stage: Stage, latents: Streams, noise: Noise) -> Streams:
         """The previous latents at the stage's size."""
         if stage.upsampler is None:
             return latents
@@ -357,6 +357,11 @@ class Run:
         }
         mx.eval(larger)
         self.model.free(stage.upsampler)
+        if stage.part.decoder:
+            larger["smaller"] = latents["video"]
+            stills = stage.part.stills(latents), stage.size.height, stage.size.width
+            draw = lambda name, shape: noise(f"{stage.name}.{name}", shape)
+            larger["keyframes"] = self.model.enlarged(stage.part.decoder, *stills, draw)
         return latents | larger
 
     def latents(self, stage: Stage, states, tokens: Streams) -> Streams:
@@ -466,31 +471,18 @@ class Run:
         """Frames (1, n, H, W, 3) in [0, 1] of a window."""
         if window.given:
             return self.given_frames(job, window)
-        video, trace = latents[window.prefix + "video"], within(self.trace, "video")
-        noise = self.noise_of(job)
+        noise, video = self.noise_of(job), latents[window.prefix + "video"]
         draw = lambda name, shape: noise(window.prefix + name, shape)
-        bias = {"bias": job.request.decode_bias}
-        part = DECODING.get(job.decoder, job.decoder)
-        model = self.model.component(part, job.codes != "srgb")
-        if job.decoder == "diffusion_decoder":
-            named = lambda name, shape: draw(f"vae.{name}", shape)
-            bias["keyframes"] = self.keyframes(job, latents, window)
-            return model.decode_stream(video, named, trace=trace, **bias)
-        conditioned = model.config.timestep_conditioning
-        drawn = draw("vae", video.shape) if conditioned else None
-        return model.decode_stream(video, noise=drawn, trace=trace, **bias)
-
-    def keyframes(self, job: Job, latents: Streams, window: Window):
-        """The keyframes that a window is decoded with."""
-        places = job.planes(window)
-        if not places:
-            return None
-        stills = [
-            latents[w.prefix + "keyframes"][:, -len(p) :] for w, p in places.items()
-        ]
-        return Keyframes(
-            mx.concatenate(stills, 1), sum(places.values(), ()), window.start
-        )
+        how = {"bias": job.request.decode_bias, "trace": within(self.trace, "video")}
+        if places := job.planes(window):
+            stills = [latents[w.prefix + "keyframes"] for w in places]
+            stills = [x[:, -len(p) :] for x, p in zip(stills, places.values())]
+            frames = sum(places.values(), ())
+            how["keyframes"] = Keyframes(
+                mx.concatenate(stills, axis=1), frames, window.start
+            )
+        exact = job.codes != "srgb"
+        return self.model.decoded(job.decoder, video, draw, exact, **how)
 
     def provenance(self, job: Job) -> dict[str, Any]:
         """How a result was made: enough to make it again."""

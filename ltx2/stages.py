@@ -9,7 +9,6 @@ from . import conditions, windows
 from .base import UserError
 from .conditions import WHOLE_CLIP, Condition, Stage
 from .defaults import MAX_FRAMES, PARTS, Resolver, reference_factors
-from .diffusion_decoder import frames_ahead
 from .guidance import Guidance, Prompts
 from .inputs import InputFiles
 from .latents import (
@@ -153,13 +152,12 @@ class Job:
 
     @property
     def frames_ahead(self) -> int:
-        """How far a window's decoder computes frames ahead for its keyframes."""
-        most = 0
-        for window in self.windows:
-            frames = sum(self.planes(window).values(), ())
-            length = window.num_frames or self.size.num_frames
-            most = max(most, frames_ahead(length, [f - window.start for f in frames]))
-        return most
+        """How far a window's decoder computes frames ahead, of the first one: up to its
+        second keyframe."""
+        frames = [sum(self.planes(w).values(), ()) for w in self.windows]
+        return max(
+            (f[:2][-1] - w.start for f, w in zip(frames, self.windows) if f), default=0
+        )
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -198,8 +196,12 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
             f"{frames} frames are generated, in whole segments between keyframes, and "
             f"cut to {r.num_frames}"
         )
-    prompts = (*r.prompts, *p.negative_prompt(guidance))
-    return Job(r, stages, prompts, p.decoder(), tuple(p.notes), p.recipe.extra, p.codes)
+    prompts, decoder = (*r.prompts, *p.negative_prompt(guidance)), p.decoder()
+    if r.decode_with_keyframes and decoder == "vae":
+        p.notes.append(
+            "decode_with_keyframes is ignored: it needs --video-decoder diffusion"
+        )
+    return Job(r, stages, prompts, decoder, tuple(p.notes), p.recipe.extra, p.codes)
 
 
 class Planner(Resolver):
@@ -217,8 +219,15 @@ class Planner(Resolver):
             frames, keyframes = windows.canvas(r.num_frames)
             rate = windows.conditioned_rate(r.fps)
             full = replace(self.full_size(frames), conditioned_fps=rate)
-            yield from self.window(rows, guidance, full, WHOLE_CLIP, keyframes)
-            yield from self.tile_stages(len(rows), full, keyframes)
+            half = full.divided(2**r.spatial_rounds)
+            yield from self.window(rows, guidance, half, WHOLE_CLIP, keyframes)
+            n, rounds = len(rows), r.temporal_rounds
+            for round_ in range(1, rounds + 1):
+                for tile in windows.tiles_of_round(round_, keyframes):
+                    yield self.tile_stage(n := n + 1, tile, half)
+            for tile in windows.tiles_of_round(rounds, keyframes) * r.spatial_rounds:
+                for grid in windows.GRIDS:
+                    yield self.enlarged_stage(n := n + 1, tile, full, grid)
             return
         incoming: tuple[int, ...] = ()
         for window in self.windows():
@@ -296,15 +305,13 @@ class Planner(Resolver):
     ) -> Iterator[Stage]:
         """The stages of one window, by rows; with `keyframes` that it generates and
         `incoming` ones from the window before."""
-        r, version = self.r, self.checkpoint.version
+        r = self.r
         small, doubled = full.divided(self.scale), full.doubled()
         sizes = {"small": small, "full": full, "doubled": doubled}
         axis = {"spatial": self.upsampler, "temporal": "temporal_upsampler"}
         for n, row in enumerate(rows, 1):
             first, size = n == 1, sizes[row.size]
-            sampler = row.sampler
-            if sampler == ANCESTRAL:
-                sampler = "euler_ancestral" if version >= (2, 5) else "euler"
+            sampler = self.ancestral if row.sampler == ANCESTRAL else row.sampler
             sigmas = self.sigmas(size) if first else row.sigmas
             yield Stage(
                 f"{window.prefix}stage{n}",
@@ -325,16 +332,39 @@ class Planner(Resolver):
                 prompts=self.prompts(window.start, size, 1.0),
             )
 
-    def tile_stages(
-        self, n: int, full: Size, keyframes: tuple[int, ...]
-    ) -> Iterator[Stage]:
-        """The tiles of dfr's rounds, after `n` stages."""
-        for round_ in range(1, self.r.temporal_rounds + 1):
-            # The keyframes of the round before are every other one of this round's.
-            segments = len(keyframes) * 2 ** (round_ - 1)
-            for tile in windows.tiles(segments, 2 * keyframes[0], 2**round_):
-                n += 1
-                yield self.tile_stage(n, tile, full)
+    def enlarged_stage(
+        self, n: int, tile: windows.Tile, full: Size, grid: int
+    ) -> Stage:
+        """A coarse or fine pass of a tile in dfr's epilogue."""
+        r, fine = self.r, grid == windows.GRIDS[1]
+        opens = int(all(image.index(r.num_frames, r.fps) for image in r.images))
+        tile = windows.EnlargedTile(
+            **vars(tile), grid=grid, opens=opens, decoder=self.decoder()
+        )
+        stage = self.tile_stage(n, tile, full)
+        owned = range(tile.seam // tile.rate + (tile.start > 0), r.num_frames)
+        images = self.images(stage.size, tile.rate, tile.first, owned)
+        video = *images, conditions.TileKeyframes(tile), *self.smaller(tile)
+        return replace(
+            stage,
+            sigmas=REFINE_SIGMAS[1:] if fine else REFINE_SIGMAS[:2],
+            sampler=self.ancestral,
+            noise_scale=0.0 if fine else REFINE_SIGMAS[0],
+            loras=self.loras(None, 1, True),
+            upsampler=None if tile.start or fine else self.upsampler,
+            conditions=stage.conditions | {"video": video},
+        )
+
+    @property
+    def ancestral(self) -> str:
+        """The ancestral sampler, which models before LTX-2.5 do without."""
+        return "euler_ancestral" if self.checkpoint.version >= (2, 5) else "euler"
+
+    def smaller(self, part: windows.Whole = conditions.WHOLE) -> Iterator[Condition]:
+        """The previous stage's video as the detailing LoRA's reference."""
+        if self.r.detailing_lora:
+            factor, _ = reference_factors([self.r.detailing_lora], self.files)
+            yield conditions.PreviousAsReference(max(factor, 2), part)
 
     def tile_stage(self, n: int, tile: windows.Tile, full: Size) -> Stage:
         """A tile of one of dfr's rounds, which double the frame rate."""
@@ -362,7 +392,9 @@ class Planner(Resolver):
             prompts=self.prompts(tile.first, size, fps / rate),
         )
 
-    def loras(self, n: Optional[int], distilled: float) -> tuple[LoraFile, ...]:
+    def loras(
+        self, n: Optional[int], distilled: float, detail: bool = False
+    ) -> tuple[LoraFile, ...]:
         """The LoRAs of stage `n`: the user's, the distilled one by a factor of its
         strength, dfr's detailing one. A reference's LoRA is for the first stage."""
         r = self.r
@@ -371,7 +403,7 @@ class Planner(Resolver):
         if r.distilled_lora and distilled:
             strength = r.distilled_lora.strength * distilled
             loras.append(replace(r.distilled_lora, strength=strength))
-        if r.detailing_lora and n == 2:
+        if r.detailing_lora and (n == 2 or detail):
             strength = r.detailing_lora.strength * DETAIL
             loras.append(replace(r.detailing_lora, strength=strength))
         return tuple(loras)
@@ -421,9 +453,8 @@ class Planner(Resolver):
             video.append(conditions.CarriedKeyframes(incoming, f"stage{n}"))
         if carried_in and not held:
             video.append(conditions.Carried("video", f"stage{n}"))
-        if r.detailing_lora and n == 2:
-            factor, _ = reference_factors([r.detailing_lora], self.files)
-            video.append(conditions.PreviousAsReference(max(factor, 2)))
+        if n == 2:
+            video += self.smaller()
         return {stream: tuple(both[stream]) for stream in self.streams}
 
     def of_clip(self, window: windows.Window) -> Iterator[conditions.ClipPart]:

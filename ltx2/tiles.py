@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from .latents import LatentState, Size, Streams, divided_evenly
 
 Denoiser = Callable[[Streams, float, int], Streams]
+OVERLAP = 10  # cells, the reference's
 Part = tuple[LatentState, np.ndarray, np.ndarray]
 
 
@@ -46,6 +47,21 @@ def spans(side: int, size: int) -> list[Span]:
     shared = [a + size - b for a, b in zip(starts, starts[1:])]
     pairs = zip(starts, [0, *shared], [*shared, 0])
     return [Span(s, s + size, before, after) for s, before, after in pairs]
+
+
+def equal_spans(side: int, count: int) -> list[Span]:
+    """Divide a side of cells into `count` spans that overlap by OVERLAP, or by what a
+    short side allows, as the reference's dfr does; one of fewer cells is not divided.
+    """
+    if side < count:
+        return [Span(0, side, 0, 0)]
+    shared = min(OVERLAP, side - count)
+    ends = divided_evenly(side + shared * (count - 1), count)
+    found = []
+    for n, (start, stop) in enumerate(zip(ends, ends[1:])):
+        before, after = shared * (n > 0), shared * (n + 1 < count)
+        found.append(Span(start - n * shared, stop - n * shared, before, after))
+    return found
 
 
 def part(state: LatentState, size: Size, rows: Span, columns: Span) -> Part:
@@ -83,10 +99,9 @@ class TiledDenoiser:
         make: Callable[[dict[str, LatentState]], Denoiser],
         states: dict[str, LatentState],
         size: Size,
-        tile: tuple[int, int],
+        sides: Iterable[list[Span]],
     ):
-        """`make` makes the denoiser of a tile's states; `tile` is (height, width) cells."""
-        sides = (spans(*pair) for pair in zip(size.latent[1:], tile))
+        """`make` makes the denoiser of a tile's states; `sides` divide rows, columns."""
         video, self.cached_x0 = states["video"], {}  # nothing is kept for other steps
         parts = [part(video, size, *pair) for pair in product(*sides)]
         seen = np.zeros(len(video.denoise_mask), np.float32)
@@ -97,13 +112,13 @@ class TiledDenoiser:
         for state, index, weights in parts:
             appended = 1 / seen[index[len(weights) :]]
             weights = mx.array(np.append(weights, appended))[None, :, None]
-            denoiser = make(states | {"video": state})
-            self.parts.append((denoiser, mx.array(index), weights))
+            self.parts.append((states | {"video": state}, mx.array(index), weights))
+        self.make = make  # anew for each call: the tables of all tiles would be large
 
     def __call__(self, x: Streams, sigma: float, step: int) -> Streams:
         total = {k: mx.zeros_like(v) for k, v in x.items()} | {"video": self.unseen}
-        for denoiser, index, weights in self.parts:
-            x0 = denoiser(x | {"video": x["video"][:, index]}, sigma, step)
+        for states, index, weights in self.parts:
+            x0 = self.make(states)(x | {"video": x["video"][:, index]}, sigma, step)
             video = x0.pop("video") * weights
             total["video"] = total["video"].at[:, index].add(video)
             for k, v in x0.items():

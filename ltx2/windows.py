@@ -27,6 +27,8 @@ from .latents import (
 )
 
 SEGMENTS = (32, 24)  # pixel frames from keyframe to keyframe
+ANCHOR_STRENGTH = 0.95  # the reference's: a tile can still smooth its seams
+GRIDS = (2, 4)  # tiles along a side of dfr's coarse and fine passes
 MAX_FPS = 60.0  # of positions in dfr, the reference's
 
 
@@ -184,6 +186,12 @@ class Whole:
     """A stage that denoises all of the previous stage's latents."""
 
     keyframes = ()  # places of those that its merged latents have
+    grid = 0  # tiles along a side that model calls see one by one; 0: they see all
+    decoder = ""  # with which keyframes are made at the stage's size
+
+    def under(self, video: mx.array) -> mx.array:
+        """A video's latents of the stage's frames."""
+        return video
 
     def cut(self, before: Streams) -> mx.array:
         """The video's latents (1, F, H, W, C) that the stage starts from."""
@@ -213,6 +221,8 @@ class Tile(Whole):
     length: int  # of a segment in pixel frames
     rate: int  # frames for one frame of the first stages
 
+    strength = ANCHOR_STRENGTH  # of given keyframes
+
     @property
     def seam(self) -> int:
         """The pixel frame, a keyframe, after which it makes new ones."""
@@ -240,18 +250,24 @@ class Tile(Whole):
 
     @property
     def keyframes(self) -> tuple[int, ...]:
-        middle = self.length // 2
-        return tuple(range(middle, self.segments * self.length + 1, middle))
+        space = self.length // min(self.rate, 2)  # a round makes one between two
+        return tuple(range(space, self.segments * self.length + 1, space))
+
+    @property
+    def guides(self) -> tuple[int, ...]:
+        """The places of the keyframes that are there before it."""
+        return tuple(range(self.length, self.segments * self.length + 1, self.length))
 
     def tokens(self, size: Size) -> int:
         frames = latent_frames(self.segments * self.length + 1)
         return frames * size.frame_tokens
 
+    def under(self, video: mx.array) -> mx.array:
+        end = self.stop * self.length // TIME_SCALE + 1
+        return video[:, self.first // TIME_SCALE : end]
+
     def cut(self, before: Streams) -> mx.array:
-        cells = slice(
-            self.first // TIME_SCALE, self.stop * self.length // TIME_SCALE + 1
-        )
-        video = before["video"][:, cells]
+        video = self.under(before["video"])
         if not self.start:
             return video
         return mx.concatenate([self.plane(before), video[:, 1:]], axis=1)
@@ -272,21 +288,25 @@ class Tile(Whole):
             :, mx.array([round(p / TIME_SCALE) for p in self.slots])
         ]
 
+    @property
+    def anchor_places(self) -> list[tuple[int, int]]:
+        """Its own frames and the numbers of the guides after the seam."""
+        own = range(self.seam + (self.start > 0), self.first + self.num_frames)
+        return [(p - self.first, n) for n, p in enumerate(self.guides) if p in own]
+
     def anchors(self, keyframes: mx.array) -> list[tuple[int, mx.array]]:
         """The canvas's keyframes after the seam, by its own frames."""
-        ends = range(self.start + 1, self.stop + 1)
-        place = lambda n: n * self.length - self.first
-        return [(place(n), keyframes[:, n - 1 : n]) for n in ends]
+        return [(place, keyframes[:, n : n + 1]) for place, n in self.anchor_places]
+
+    def joined(self, before: Streams, name: str, new: mx.array) -> mx.array:
+        """What the tiles up to this one have made."""
+        return mx.concatenate([before[name], new], 1) if self.start else new
 
     def merge(self, before: Streams, made: Streams) -> Streams:
         """The same canvas with what has been refined so far; after the last tile the
         refined canvas with twice as many keyframes."""
-
-        def joined(name: str, new: mx.array) -> mx.array:
-            return mx.concatenate([before[name], new], 1) if self.start else new
-
-        refined = joined("refined", made["video"][:, self.held :])
-        slots = joined("slots", made["keyframes"])
+        refined = self.joined(before, "refined", made["video"][:, self.held :])
+        slots = self.joined(before, "slots", made["keyframes"])
         if self.stop < self.segments:
             return before | {"refined": refined, "slots": slots}
         # (1, K, 2, H, W, C): a new keyframe before each of the canvas's
@@ -306,10 +326,54 @@ class Tile(Whole):
         return low * (1 - weight) + high * weight
 
 
+@dataclass(frozen=True)
+class EnlargedTile(Tile):
+    """A tile at twice the sides, without a change of rate: a coarse pass, then a fine
+    one of its result (GRIDS). The guides are all keyframes of the canvas, decoded, enlarged and
+    encoded again, and after them its first frame if it `opens`."""
+
+    opens: int  # 1, or 0 if an image does
+    grid: int
+    decoder: str
+
+    slots = ()
+    strength = 1.0
+    guides = property(lambda self: self.keyframes + (0,) * self.opens)
+
+    def stills(self, before: Streams) -> list[mx.array]:
+        """The guides before they are enlarged."""
+        keyframes = mx.split(before["keyframes"], len(self.keyframes), axis=1)
+        return keyframes + [before["video"][:, :1]] * self.opens
+
+    def plane(self, before: Streams) -> mx.array:
+        n = self.keyframes.index(self.first)
+        return before["keyframes"][:, n : n + 1]
+
+    def cut(self, before: Streams) -> mx.array:
+        return super().cut(before) if self.grid == GRIDS[0] else before["coarse"]
+
+    def merge(self, before: Streams, made: Streams) -> Streams:
+        """The same canvas with the coarse result, or with what has been refined so far;
+        after the last tile the refined canvas with the keyframes that guided it."""
+        if self.grid == GRIDS[0]:
+            return before | {"coarse": made["video"]}
+        refined = self.joined(before, "refined", made["video"][:, self.held :])
+        if self.stop < self.segments:
+            return before | {"refined": refined}
+        stills = before["keyframes"][:, : len(self.keyframes)]
+        return {"video": refined, "keyframes": stills}
+
+
 def tiles(segments: int, length: int, rate: int) -> list[Tile]:
     """Divide a canvas into at most `rate` tiles of whole segments, longer ones first."""
     ends = divided_evenly(segments, min(rate, segments))
     return [Tile(*pair, segments, length, rate) for pair in zip(ends, ends[1:])]
+
+
+def tiles_of_round(number: int, keyframes: tuple[int, ...]) -> list[Tile]:
+    """The tiles of one of dfr's rounds, of a canvas with these keyframes (0: one tile)."""
+    rate, count = 2**number, 2 if number else 1  # keyframes to a segment
+    return tiles(len(keyframes) * rate // count, count * keyframes[0], rate)
 
 
 def conditioned_rate(fps: float) -> float:

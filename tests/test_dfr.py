@@ -18,10 +18,10 @@ from test_pipeline import (
 import generate
 from ltx2 import media, pipeline, weights
 from ltx2.base import UserError
-from ltx2.conditions import GuideImage, ShowImage
+from ltx2.conditions import GuideImage, ShowImage, TileKeyframes, TileSound
 from ltx2.request import Image, LoraFile, Request
 from ltx2.snapshot import Snapshot
-from ltx2.windows import canvas, conditioned_rate, tiles
+from ltx2.windows import EnlargedTile, canvas, conditioned_rate, tiles
 
 SIZE = {"height": 128, "width": 128, "stages": "dfr"}
 QUICK = SIZE | {"num_frames": 41, "temporal_rounds": 1, "sigmas": (1.0, 0.5, 0.0)}
@@ -154,6 +154,71 @@ def test_a_run_resumes_between_tiles_and_within_one(load, golden, tmp_path):
         assert mx.array_equal(resumed["video"], complete)
 
 
+def test_the_epilogue_has_a_coarse_and_a_fine_pass_of_each_of_the_last_tiles(load):
+    request = Request("a fox", detailing_lora=None, spatial_rounds=1, **QUICK)
+    job = load().plan(request)
+    sizes = [(stage.size.height, stage.seen) for stage in job.stages]
+    assert sizes[:4] == [(32, 1), (64, 1), (64, 1), (64, 1)]
+    assert sizes[4:] == [(128, (3 / 4) ** 2), (128, 1 / 16)] * 2
+    coarse, fine, later, last = job.stages[4:]
+    assert coarse.sigmas + fine.sigmas[1:] == job.stages[1].sigmas
+    assert (fine.noise_scale, fine.upsampler, later.upsampler) == (0, None, None)
+    assert coarse.part.anchor_places == [(24, 0), (48, 1), (0, 4)]  # frame 0 too
+    assert later.part.anchor_places == [(72 - 24, 2), (96 - 24, 3)]
+    assert last.part.keyframes == (24, 48, 72, 96)
+    assert job.keyframes[job.windows[0]] == (24, 48, 72)  # of 81 frames
+
+
+def test_the_epilogue_holds_what_the_tile_before_has_made():
+    first, second = (
+        EnlargedTile(**vars(tile), grid=4, opens=1, decoder="vae")
+        for tile in tiles(2, 48, 2)
+    )
+    before = {"video": mx.arange(13)[None], "coarse": mx.zeros((1, 7))}
+    before["keyframes"] = mx.array([[1024, 1048, 1072, 1096, 1000]])
+    before = first.merge(before, {"video": 100 + mx.arange(7)[None]})
+    assert second.under(before["video"])[0].tolist() == [*range(3, 13)]
+    assert second.held_latents(before)[0].tolist() == [1024, 104, 105, 106]
+    coarse = dataclasses.replace(second, grid=2)
+    assert coarse.cut(before)[0].tolist() == [1024, *range(4, 13)]
+    made = {"video": 200 + mx.arange(10)[None]}
+    assert coarse.merge(before, made)["coarse"] is made["video"]
+    after = second.merge(before, made)
+    assert after["video"][0].tolist() == [*range(100, 107), *range(204, 210)]
+    assert after["keyframes"][0].tolist() == [1024, 1048, 1072, 1096]
+
+
+def test_without_rounds_the_epilogue_is_one_tile_and_shows_its_images(load, tmp_path):
+    media.save_png(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
+    images = (Image(str(tmp_path / "a.png")),)
+    options = SIZE | {"num_frames": 41, "spatial_rounds": 1}
+    *_, coarse, fine = load().plan(Request("a fox", images=images, **options)).stages
+    assert coarse.conditions == fine.conditions | {
+        "video": (coarse.conditions["video"][0], TileKeyframes(coarse.part)),
+        "audio": (TileSound(coarse.part),),
+    }
+    assert isinstance(coarse.conditions["video"][0], ShowImage)
+    assert coarse.part.anchor_places == [(24, 0), (48, 1)]  # the image opens
+    assert coarse.size.audio_tokens == 51
+
+
+@pytest.mark.parametrize("decoder", ["conv", "diffusion"])
+def test_an_epilogue_resumes_between_its_passes(load, golden, tmp_path, decoder):
+    pipe, contexts = load(), recorded_contexts(golden, "ltx-2.5")
+    [prompt] = contexts
+    options = SIZE | {"num_frames": 9, "sigmas": (1.0, 0.0), "spatial_rounds": 1}
+    request = Request(prompt, no_audio=True, video_decoder=decoder, **options)
+    *events, _, last = events_to_latents(pipe, request, contexts=contexts)
+    complete = last.snapshot.latents["video"]
+    assert complete.shape == (1, 2, 4, 4, 20)
+    left = next(e for e in events if (e.phase, e.step) == ("stage4", 1))
+    left.snapshot.save(tmp_path / "left.safetensors")
+    resumed = latents_of(
+        pipe, contexts=contexts, resume=Snapshot.read(tmp_path / "left.safetensors")
+    )
+    assert mx.array_equal(resumed["video"], complete)
+
+
 def test_a_tile_has_the_images_of_its_frames(load, tmp_path):
     media.save_png(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
     path = str(tmp_path / "a.png")
@@ -170,14 +235,15 @@ def test_a_tile_has_the_images_of_its_frames(load, tmp_path):
 @pytest.mark.cpu
 def test_the_memory_of_every_stage_is_predicted(load, checkpoint):
     lora = LoraFile(str(checkpoint("ltx-2.5-lora2")))
-    options = QUICK | {"height": 192, "width": 256, "no_audio": True}
+    options = QUICK | {"height": 256, "width": 256, "no_audio": True}
+    options |= {"spatial_rounds": 1, "num_frames": 25}
     request, pipe, peaks = Request("a fox", detailing_lora=lora, **options), load(), {}
     gc.collect()
     others = mx.get_active_memory()  # of earlier tests
     for event in events_to_latents(pipe, request):
         peaks[event.phase] = mx.get_peak_memory() - others
     needs = pipe.memory(pipe.plan(request)).phases
-    for stage in ("stage1", "stage2", "stage3", "stage4"):
+    for stage in ("stage1", "stage2", "stage3", "stage4", "stage5"):
         assert 0.8 < needs[stage].total(False) / peaks[stage] < 1.2, stage
 
 
@@ -217,6 +283,8 @@ def test_the_memory_of_every_stage_is_predicted(load, checkpoint):
         ({"negative_prompt": "ugly"}, "negative_prompt needs cfg_scale"),
         ({"num_frames": 1}, "--stages dfr needs at least 9 frames"),
         ({"height": 96}, "multiple of 64"),
+        ({"height": 192, "spatial_rounds": 1}, "multiple of 128"),
+        ({"stages": "two", "spatial_rounds": 1}, "needs --stages dfr"),
     ],
     ids=str,
 )

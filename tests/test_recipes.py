@@ -17,7 +17,7 @@ from ltx2.inputs import Encoders, InputFiles, filling, frames_of
 from ltx2.latents import LatentState, Size, SoundReference, audio_bounds
 from ltx2.recipes import RECIPES
 from ltx2.request import LoraFile, Request
-from ltx2.tiles import spans
+from ltx2.tiles import Span, equal_spans, spans
 from ltx2.windows import Window
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (17, 64, 96, 3), np.uint8)
@@ -290,10 +290,34 @@ def test_keyframes_of_a_window_are_in_order():
 )
 def test_a_side_is_divided_as_in_the_reference(side, size, rows):
     assert spans(side, size) == rows
+    np.testing.assert_allclose(total_weights(side, rows), 1, rtol=1e-6)
+
+
+def total_weights(side, rows):
     total = np.zeros(side)
-    for span in spans(side, size):
+    for span in map(Span._make, rows):
         total[span.start : span.stop] += span.weights
-    np.testing.assert_allclose(total, 1, rtol=1e-6)
+    return total
+
+
+@pytest.mark.parametrize(
+    "side, count, rows",
+    [
+        (3, 4, [(0, 3, 0, 0)]),
+        (4, 2, [(0, 3, 0, 2), (1, 4, 2, 0)]),
+        (4, 4, [(0, 1, 0, 0), (1, 2, 0, 0), (2, 3, 0, 0), (3, 4, 0, 0)]),
+        (5, 4, [(0, 2, 0, 1), (1, 3, 1, 1), (2, 4, 1, 1), (3, 5, 1, 0)]),
+        (
+            68,
+            4,
+            [(0, 25, 0, 10), (15, 40, 10, 10), (30, 54, 10, 10), (44, 68, 10, 0)],
+        ),
+        (120, 2, [(0, 65, 0, 10), (55, 120, 10, 0)]),
+    ],
+)
+def test_a_side_is_divided_for_dfr_as_in_the_reference(side, count, rows):
+    assert equal_spans(side, count) == rows
+    np.testing.assert_allclose(total_weights(side, rows), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("tile", [(64,), (64, 50), (32, 64)])
