@@ -365,7 +365,7 @@ def short(args, size, build):
     changes = {"transformer": {"num_layers": 6, **NARROW}}
     changes["vae"] = {"decoder_base_channels": 16}
     path = str(build("ltx-2.3", **changes))
-    planned = (1280, 704, 121) if args.long else (256, 256, 25)
+    planned = size if args.long else (256, 256, 25)
     shares = against_plan(
         path, str(build("gemma3")), str(build("spatial-x2")), args.dtype[0], planned
     )

@@ -332,6 +332,8 @@ def parser() -> argparse.ArgumentParser:
 def print_device(folder: str) -> None:
     from . import device
 
+    if not Path(folder).is_dir():
+        raise UserError(f"--folder {folder}: no such folder")
     print(device.machine(), flush=True)
     rows = list(device.checks(Path(folder)))
     print(table(("check", "", "found", "what to do"), rows))

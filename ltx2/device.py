@@ -35,8 +35,6 @@ WIDTH = 4096  # of the measured layer
 RELEASED = 16.7e9  # bytes of the 19B at 4 bits
 UPDATE = "update MLX and macOS; if that does not help, report this table"
 TF32 = "float32 is rounded to 10 bits (TF32): MLX_ENABLE_TF32=0 must be set before MLX runs"
-
-
 MODES = [("affine", bits, (32, 64, 128)) for bits in (2, 3, 4, 5, 6, 8)]
 MODES += [("mxfp4", 4, (32,)), ("nvfp4", 4, (16,)), ("mxfp8", 8, (32,))]
 
@@ -241,9 +239,8 @@ def tf32() -> Row:
     """Whether float32 products are rounded as on an M5 or a GPU of NVIDIA."""
     a, b = Draw()(300, 512), Draw()(512, 300)
     error = relative_error(mx.matmul(a, b), exact64(a) @ exact64(b))
-    seen = error > 1e-4
-    found = f"{'seen' if seen else 'not seen'}, error of float32 {error:.1e}"
-    return judged("TF32", not seen, found, TF32)
+    found = f"{'seen' if error > 1e-4 else 'not seen'}, error of float32 {error:.1e}"
+    return judged("TF32", error <= 1e-4, found, TF32)
 
 
 # Quantized products
@@ -321,6 +318,8 @@ def disk(folder: Path) -> list[Row]:
     """The rate at which a file is read that is not in memory; tensors are complete when
     they are used at once and in another order."""
     size = min(FILE_BYTES, shutil.disk_usage(folder).free // 4)
+    if size < FILE_BYTES // 16:
+        return [Row("disk", "-", "the disk is full")]
     tensors = {str(i): Draw()(size // 32, 1) + i for i in range(8)}
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".safetensors") as file:
         if hasattr(fcntl, "F_NOCACHE"):  # macOS
@@ -387,9 +386,8 @@ def rates() -> list[Row]:
     best = max(found, key=found.get)
     dtype, rate = getattr(mx, best), found[best]
     text = ", ".join(f"{r / 1e12:.3g} {d}" for d, r in found.items())
-    advice = "use --dtype float32"
-    if rate < 1e10:
-        advice = "on Linux, put LD_PRELOAD=libopenblas.so.0 before the command"
+    blas = "on Linux, put LD_PRELOAD=libopenblas.so.0 before the command"
+    advice = blas if rate < 1e10 else "use --dtype float32"
     good = rate >= 1e10 and found["bfloat16"] > found["float32"] / 2
     rows = [judged("matmul, TFLOP/s", good, text, advice, "slow")]
     tokens = min(max(int((rate * SECONDS / 16384) ** 0.5), 128), 16384) // 64 * 64

@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -144,6 +145,20 @@ def test_a_slow_disk_and_loads_in_a_wrong_order_are_found(monkeypatch, tmp_path)
     assert order.state == "ok"
     monkeypatch.setattr(mx, "load", shuffled)
     assert device.disk(tmp_path)[1].state == "wrong"
+
+
+def test_a_full_disk_is_not_measured(monkeypatch, tmp_path):
+    usage = lambda _: SimpleNamespace(free=1000)
+    monkeypatch.setattr(device.shutil, "disk_usage", usage)
+    assert device.disk(tmp_path) == [Row("disk", "-", "the disk is full")]
+
+
+def test_a_missing_folder_is_found_first(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["", "device", "--folder", "nowhere"])
+    with pytest.raises(SystemExit) as end:
+        base.run(checks.main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: --folder nowhere: no such folder\n"
 
 
 def test_slow_attention_is_found(monkeypatch):
