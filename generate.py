@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     add("--parallel", choices=choices, metavar="MODE", help=modes)
 
     add = group("run").add_argument
-    add("--plan", action="store_true", help="print the memory plan and exit")
+    add("--plan", action="store_true", help="print memory and time, and exit")
     recorded = "regenerate a video from its metadata"
     add("--from", dest="recorded", metavar="MP4", help=recorded)
     add("--save-json", action="store_true", help="write how it was made, as .json")
@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    from ltx2 import formats, pipeline
+    from ltx2 import formats, pipeline, timing
 
     group = init_distributed()
     if args.parallel and group is None:
@@ -150,7 +150,9 @@ def main() -> None:
     if pipe.machines.mode:
         print(f"--parallel {pipe.machines.mode}: {pipe.machines}")
     memory.check()
-    if not args.plan:
+    if args.plan:
+        print(timing.time_plan(pipe, jobs))
+    else:
         with awake(not args.no_caffeinate):
             make(pipe, jobs, outputs, resume, args)
 
@@ -159,6 +161,8 @@ def make(
     pipe: Any, jobs: list, outputs: list[str], resume: Any, args: argparse.Namespace
 ) -> None:
     """Run the jobs and write their videos."""
+    from ltx2 import timing
+
     if args.enhance_prompt:
         jobs = [enhanced(pipe, job) for job in jobs]
     preview = pipe.preview() if args.preview_every else None
@@ -167,7 +171,8 @@ def make(
         for _ in stream:  # rank 0 writes
             pass
         return
-    with closing(Progress(args, outputs, preview).watch(stream)) as events:
+    left = timing.Remaining(timing.work_of(pipe, jobs))
+    with closing(Progress(args, outputs, preview, left).watch(stream)) as events:
         for job, output in zip(jobs, outputs):
             result = write(output, args.codec, job, events)
             if args.save_json:
@@ -307,8 +312,11 @@ def enhanced(pipe: Any, job: Any) -> Any:
 class Progress:
     """Shows events as they pass, and saves the latents of videos that are not written."""
 
-    def __init__(self, args: argparse.Namespace, outputs: list[str], preview: Any):
+    def __init__(
+        self, args: argparse.Namespace, outputs: list[str], preview: Any, left: Any
+    ):
         self.args, self.outputs, self.preview = args, outputs, preview
+        self.left = left
 
     def watch(self, events: Iterator[Any]) -> Iterator[Any]:
         """Pass events on; phases are printed, those with steps as a bar."""
@@ -317,6 +325,7 @@ class Progress:
         bar, latest, advice = tqdm(disable=True), {}, "continue with --resume "
         try:
             for event in events:
+                seconds = self.left(event)
                 if event.snapshot:
                     latest[event.job] = event
                     self.save_preview(event)
@@ -332,6 +341,8 @@ class Progress:
                     bar.close()
                 elif not bar.disable:
                     bar.update(event.step - bar.n)
+                    if seconds is not None:
+                        bar.set_postfix_str(f"about {seconds:.0f} s left in all")
                 yield event
                 if event.step is None and not event.snapshot:  # its file is written
                     latest.pop(event.job, None)

@@ -155,6 +155,16 @@ class Pass:
         return tuple(block in b for b in (*blocks, self.skip_a2v, self.skip_v2a))
 
 
+def common_start(passes: list[Pass], n: int, blocks: int) -> tuple[int, int]:
+    """An earlier pass that equals pass n up to a block, and that block."""
+    p = passes[n]
+    for m, q in enumerate(passes[:n]):
+        if (p.video_text, p.audio_text) == (q.video_text, q.audio_text):
+            differ = (i for i in range(blocks) if p.skips(i) != q.skips(i))
+            return m, next(differ, blocks)
+    return n, 0
+
+
 # Blocks. The hidden states are sums over all blocks, too large for float16: in a
 # float16 run they alone are float32.
 
@@ -442,16 +452,6 @@ class DiT(Component):
         """Velocities (B, T, C) of the last block's states; None for an absent stream."""
         return tuple(map(self._velocity, PREFIXES, streams, states))
 
-    def _common_start(self, passes: list[Pass], n: int) -> tuple[int, int]:
-        """An earlier pass that equals pass n up to a block, and the first block where
-        they differ."""
-        p, blocks = passes[n], self.config.num_layers
-        for m, q in enumerate(passes[:n]):
-            if (p.video_text, p.audio_text) == (q.video_text, q.audio_text):
-                differ = (i for i in range(blocks) if p.skips(i) != q.skips(i))
-                return m, next(differ, blocks)
-        return n, 0
-
     def __call__(
         self,
         video: Optional[Tokens],
@@ -468,7 +468,9 @@ class DiT(Component):
         one's state at the first block where they differ.
         """
         states, streams = self.embed(video, audio)
-        starts = [self._common_start(passes, n) for n in range(len(passes))]
+        starts = [
+            common_start(passes, n, self.config.num_layers) for n in range(len(passes))
+        ]
         states = [states] * len(passes)
         for i, block in enumerate(self.transformer_blocks):
             read = [block.text_keys_values(streams, text) for text in texts]

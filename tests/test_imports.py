@@ -23,6 +23,7 @@ LAYERS = {  # a file imports files of lower layers only, not of its own
     "work": "work",
     "memory": "memory",
     "the machine": "device",
+    "time": "timing",
     "recipes": "recipes",
     "defaults": "defaults",
     "stages": "stages",
