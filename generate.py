@@ -16,18 +16,9 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 from ltx2 import REFERENCE
-from ltx2.base import (
-    OutputError,
-    Parser,
-    UserError,
-    awake,
-    checked,
-    read_text,
-    run,
-    table,
-)
+from ltx2.base import OutputError, Parser, UserError, awake, read_text, run, table
 from ltx2.guidance import Guidance
-from ltx2.options import add_flags, name_and_file
+from ltx2.options import add_flags, located, name_and_file
 from ltx2.request import Request
 
 EPILOG = """\
@@ -39,6 +30,7 @@ DEMO = Path(__file__).parent / "demo" / "model"
 NOTICE = """\
 demo model, for prompts like "A red circle moves from left to right, with a low tone": see demo/README.md
 for the real model: python convert.py --quantize -q-bits 4 (lists what it downloads first)"""
+LATENTS, PREVIEW = ".latents.safetensors", ".preview.png"
 LOADING = ("model", "kind", "text_encoder", "upsamplers", "parts", "dtype")
 
 
@@ -90,18 +82,26 @@ def parser() -> argparse.ArgumentParser:
     choices = ["data", "passes", "tensor", "many", "shards"]  # two earlier names
     add("--parallel", choices=choices, metavar="MODE", help=modes)
 
-    add = group("run").add_argument
+    add_run_flags(group("run").add_argument)
+    return p
+
+
+def add_run_flags(add: Any) -> None:
     add("--plan", action="store_true", help="print memory and time, and exit")
     recorded = "regenerate a video from its metadata"
     add("--from", dest="recorded", metavar="MP4", help=recorded)
-    add("--save-json", action="store_true", help="write how it was made, as .json")
+    trust = "with --from: use files and models wherever they are, download them too"
+    add("--trust", action="store_true", help=trust)
+    text = "write how it was made, with all paths, as .json"
+    add("--save-json", action="store_true", help=text)
+    text = "do not write into the video how it was made"
+    add("--no-metadata", action="store_true", help=text)
     add("--save-latents", action="store_true", help="keep latents for --resume")
     resume = "resume an interrupted run, or only decode"
     add("--resume", metavar="LATENTS", help=resume)
     add("--preview-every", type=int, metavar="N", help="a preview image every N steps")
     text = "let a Mac sleep during the run"
     add("--no-caffeinate", action="store_true", help=text)
-    return p
 
 
 def main() -> None:
@@ -111,18 +111,15 @@ def main() -> None:
     group = init_distributed()
     if args.parallel and group is None:
         raise UserError("--parallel needs several machines: start with mlx.launch")
-    load, request, resume, made = from_recording(args)
+    passed = passed_options(args)
+    load, request, resume, made = from_recording(args, passed)
     load |= {k: v for k, v in vars(args).items() if k in LOADING and v is not None}
-    requests = build_requests(args, request)
+    requests = build_requests(args, request, passed)
     sound_only = requests[0].audio_only
     suffix = ".wav" if sound_only else formats.FORMATS[args.codec or "h264"].suffix
     output = f"output{suffix}" if args.output is None else args.output
     outputs = name_outputs(output, len(requests))
-    inputs = {r.video for r in requests} | {r.audio for r in requests} | {args.recorded}
-    check_outputs(outputs, args.codec, requests)
-    for output in outputs:
-        if any(i and Path(i).resolve() == Path(output).resolve() for i in inputs):
-            raise UserError(f"--output {output} would overwrite an input file")
+    check_outputs(args, outputs, requests)
     if "model" not in load:
         load["model"] = "mlx_model"
         if not Path("mlx_model").exists():
@@ -133,15 +130,15 @@ def main() -> None:
     }
     pipe = pipeline.load(**load, **options, group=group)
     jobs = [pipe.plan(r) for r in requests]
-    if args.recorded and pipe.files() != made["model"]["files"]:
+    if args.recorded and pipe.files() != made.files:
         print(f"note: {args.recorded} was made with other weights")
-    if args.recorded and made.get("versions", {}).get("reference") != REFERENCE:
+    if args.recorded and made.reference != REFERENCE:
         print(
             f"note: {args.recorded} was made by the rules of an earlier reference; now "
             f"those of {REFERENCE} are used, so samplers, sound or the default negative "
             "prompt may differ"
         )
-    check_outputs(outputs, args.codec, [job.request for job in jobs])  # HDR, perhaps
+    check_outputs(args, outputs, [job.request for job in jobs])  # HDR, perhaps
     for line in dict.fromkeys(line for job in jobs for line in job.notes):
         print(f"note: {line}")
     print(describe(pipe, jobs[0]))
@@ -174,22 +171,13 @@ def make(
     left = timing.Remaining(timing.work_of(pipe, jobs))
     with closing(Progress(args, outputs, preview, left).watch(stream)) as events:
         for job, output in zip(jobs, outputs):
-            result = write(output, args.codec, job, events)
+            result = write(output, args, job, events)
             if args.save_json:
                 text = json.dumps(result.metadata, indent=2) + "\n"
-                Path(output).with_suffix(".json").write_text(text)
+                beside(output, ".json").write_text(text)
             print(f"wrote {output}")
         next(events, None)  # the last file is written, too
     print(timings(result.phases))
-
-
-def check_outputs(outputs: list[str], codec: Any, requests: list[Request]) -> None:
-    """UserError if a result cannot be written."""
-    from ltx2 import formats
-
-    for output, r in zip(outputs, requests):
-        space = r.color_space or "srgb"
-        formats.check_output(output, codec, space, r.audio_only)
 
 
 def init_distributed() -> Any:
@@ -202,10 +190,12 @@ def init_distributed() -> Any:
     return group if group.size() > 1 else None
 
 
-def from_recording(args: argparse.Namespace) -> tuple[dict, Any, Any, Any]:
+def from_recording(
+    args: argparse.Namespace, passed: dict[str, Any]
+) -> tuple[dict, Any, Any, Any]:
     """How to load the model, the request to start from, a snapshot and the record of
     how it was made, from an earlier video or saved latents if they are named."""
-    from ltx2 import media, snapshot
+    from ltx2 import record, snapshot
 
     if args.resume and (args.recorded or args.prompts or args.num_videos > 1):
         raise UserError(
@@ -213,21 +203,18 @@ def from_recording(args: argparse.Namespace) -> tuple[dict, Any, Any, Any]:
         )
     if args.resume:
         resume = snapshot.Snapshot.read(args.resume)
-        return dict(resume.load), resume.request, resume, None
+        return asdict(resume.load), resume.request, resume, None
     if args.recorded:
-        metadata = media.read_metadata(args.recorded)
-        if not {"load", "request"} <= metadata.keys():
-            raise UserError(f"{args.recorded} was not made by generate.py")
-        request = checked(Request, metadata["request"], f"{args.recorded}: request")
-        load = checked(dict, metadata["load"], f"{args.recorded}: load")
-        return load, request, None, metadata
+        made = record.Record.read(args.recorded)
+        flags = {k for k in LOADING if getattr(args, k) is not None}
+        nearby = [Path(), DEMO.parent]
+        made = made.find(args.recorded, nearby, passed.keys() | flags, args.trust)
+        return asdict(made.load), made.request, None, made
     return {}, None, None, None
 
 
-def build_requests(
-    args: argparse.Namespace, recorded: Optional[Request]
-) -> list[Request]:
-    """The requests: the recorded one changed by the flags that are passed."""
+def passed_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a request that flags set."""
     flags = {k: v for k, v in vars(args).items() if v is not None}
     passed = {k: v for k, v in flags.items() if k in Request.__dataclass_fields__}
     if args.audio:
@@ -236,6 +223,13 @@ def build_requests(
         names = (n for n in Guidance.__dataclass_fields__ if prefix + n in flags)
         if settings := {name: flags[prefix + name] for name in names}:
             passed[f"{stream}_guidance"] = settings
+    return passed
+
+
+def build_requests(
+    args: argparse.Namespace, recorded: Optional[Request], passed: dict[str, Any]
+) -> list[Request]:
+    """The requests: the recorded one changed by the flags that are passed."""
     if args.resume and passed:
         flag = next(iter(passed)).replace("_", "-")
         raise UserError(f"--resume keeps the original settings: remove --{flag}")
@@ -257,6 +251,8 @@ def build_requests(
     instead = (passed | base).get("contexts_file") or args.segments
     if prompts[0] is None and not instead:
         raise UserError("no prompt: pass --prompt or --prompts")
+    for name in {"video_guidance", "audio_guidance"} & passed.keys():
+        passed[name] = (base.get(name) or {}) | passed[name]
     first = Request(**{**base, **passed, "prompt": prompts[0] or ""})
     return [
         replace(first, prompt=prompt or "", seed=first.seed + n)
@@ -274,11 +270,36 @@ def name_outputs(output: str, count: int) -> list[str]:
     return [f"{stem}-{n + 1}{path.suffix}" for n in range(count)]
 
 
+def check_outputs(
+    args: argparse.Namespace, outputs: list[str], requests: list[Request]
+) -> None:
+    """UserError unless all files can be written, none of which may be an input."""
+    from ltx2 import formats, media
+
+    inputs = [args.recorded] if args.recorded else []
+    located(requests[0], lambda path: inputs.append(path) or path)
+    kinds = {LATENTS: True, ".json": args.save_json, PREVIEW: args.preview_every}
+    for output, r in zip(outputs, requests):
+        space = r.color_space or "srgb"
+        formats.check_output(output, args.codec, space, r.audio_only)
+        files = (beside(output, kind) for kind, wanted in kinds.items() if wanted)
+        for path in (Path(output), *files):
+            if path.suffix != Path(output).suffix:
+                media.check_output(path)
+            if path.resolve() in (Path(file).resolve() for file in inputs):
+                raise UserError(f"{path} would be overwritten, but is an input")
+
+
+def beside(output: str, kind: str) -> Path:
+    """A file of another kind next to an output."""
+    return Path(output).with_suffix(kind)
+
+
 def describe(pipe: Any, job: Any) -> str:
     """The model and the stages of a job."""
     checkpoint, r = pipe.checkpoint, job.request
     assumed = ", assumed from no name" if checkpoint.kind_assumed else ""
-    kind, dtype = f"{checkpoint.kind}{assumed}", pipe.origin["dtype"]
+    kind, dtype = f"{checkpoint.kind}{assumed}", pipe.origin.dtype
     lines = [f"LTX-2 {checkpoint.model_version} ({kind}), {dtype}, seed {r.seed}"]
     at_most = "up to " if r.auto_duration else ""
     lines += [
@@ -356,7 +377,7 @@ class Progress:
                 print(f"\nsaved latents: {advice}{path}")
 
     def save_latents(self, event: Any) -> Path:
-        path = Path(self.outputs[event.job]).with_suffix(".latents.safetensors")
+        path = beside(self.outputs[event.job], LATENTS)
         event.snapshot.save(path)
         return path
 
@@ -366,23 +387,24 @@ class Progress:
         if not (self.preview and event.denoised and "video" in event.denoised):
             return
         if event.step % self.args.preview_every == 0:
-            path = Path(self.outputs[event.job]).with_suffix(".preview.png")
+            path = beside(self.outputs[event.job], PREVIEW)
             media.save_png(path, self.preview(event.denoised["video"]))
 
 
-def write(path: str, codec: Optional[str], job: Any, events: Iterator[Any]) -> Any:
+def write(path: str, args: argparse.Namespace, job: Any, events: Iterator[Any]) -> Any:
     """Write frames as they are decoded; the file appears when it is done."""
     from ltx2 import pipeline
     from ltx2.run import video_writer
 
     if "video" not in job.streams:
         result = next(e for e in events if isinstance(e, pipeline.Result))
-        result.save(path)
+        result.save(path, metadata=not args.no_metadata)
         return result
-    with video_writer(path, job.request, job.size.fps, codec) as video:
+    with video_writer(path, job.request, job.size.fps, args.codec) as video:
         for event in events:
             if isinstance(event, pipeline.Result):
-                video.sound, video.metadata = event.sound, event.metadata
+                video.sound = event.sound
+                video.metadata = None if args.no_metadata else event.public_metadata
                 return event
             if event.frames is not None:
                 video.write(event.frames)

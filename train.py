@@ -1,5 +1,11 @@
 """Train a LoRA on a folder of clips with captions."""
 
+if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
+    import os
+    import signal
+
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import signal
 from pathlib import Path

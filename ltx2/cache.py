@@ -56,8 +56,7 @@ class ContextCache:
     """A folder of contexts; `made_by` is what else they depend on than the prompt."""
 
     def __init__(self, folder: str | Path, made_by: Any):
-        self.folder, self.made_by = Path(folder).expanduser(), made_by
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.made_by = hub.make_folder(folder), made_by
 
     def path(self, prompt: str) -> Path:
         key = json.dumps([prompt.strip(), self.made_by], sort_keys=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterator, Optional, Sequence, Union
@@ -18,6 +19,7 @@ from .dit import Block, DiT, DiTConfig, StreamedBlocks, build_blocks
 from .guidance import Contexts
 from .lora import Lora, attach
 from .parallel import Machines
+from .record import Load
 from .request import LoraFile
 from .sampling import Noise
 from .text import MAX_TOKENS, Gemma4TextEncoder, TextEncoder
@@ -33,12 +35,12 @@ class Components:
         checkpoint: weights.Checkpoint,
         text_encoder: Optional[str] = None,
         dtype: mx.Dtype = mx.bfloat16,
-        origin: Optional[dict[str, Any]] = None,
+        origin: Optional[Load] = None,
         low_memory: Optional[bool] = None,
         cache_contexts: Union[str, Path, None] = None,
         machines: Optional[Machines] = None,
     ):
-        self.checkpoint, self.dtype, self.origin = checkpoint, dtype, origin or {}
+        self.checkpoint, self.dtype, self.origin = checkpoint, dtype, origin
         self.low_memory, self.cache_contexts = low_memory, cache_contexts
         self.machines = machines or Machines()
         self.text_encoder = checkpoint.encoder(text_encoder)
@@ -95,8 +97,9 @@ class Components:
         """Load the transformer in the `fallback` dtype from now on; its name."""
         self.dtype, self.fallback = self.fallback, None
         self.free("transformer")
-        self.origin["dtype"] = str(self.dtype).removeprefix("mlx.core.")
-        return self.origin["dtype"]
+        name = str(self.dtype).removeprefix("mlx.core.")
+        self.origin = replace(self.origin, dtype=name)
+        return name
 
     def adopt(self, transformer: DiT) -> None:
         """Use this transformer, with what is attached to it, until it is freed."""

@@ -9,8 +9,9 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -181,10 +182,11 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def read_arrays(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """A safetensors file's tensors, lazily, and its metadata; else a UserError."""
-    if not (path := Path(path)).is_file():
+    """The tensors of a safetensors file, lazily, and its metadata; UserError for any
+    other file."""
+    if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    metadata = read_header(path)["__metadata__"]
+    metadata = read_header(Path(path))["__metadata__"]
     try:
         return mx.load(str(path), "safetensors"), metadata
     except RuntimeError as error:  # of dtypes
@@ -234,6 +236,16 @@ def split_repository(name: str) -> tuple[str, str]:
     """The repository and the rest of owner/name/rest; "" for what is not there."""
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
     return (match[1], match[2] or "") if match else ("", "")
+
+
+def cached_copy(repo: str) -> Optional[Path]:
+    """The folder of a repository in the Hub's cache, None if it is not there."""
+    from huggingface_hub import errors, snapshot_download
+
+    # allow_patterns lets it accept a partial snapshot
+    options = {"local_files_only": True, "allow_patterns": "config.json"}
+    with suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return Path(snapshot_download(repo, **options))
 
 
 def single_file(name: str) -> File:
@@ -323,16 +335,13 @@ def folder_files(folder: Path, repo: str = "") -> list[File]:
 def repository_files(repo: str, folder: str = "") -> list[File]:
     """The files of a model in a repository, or in its copy in the cache when offline;
     or all files of one `folder`."""
-    from huggingface_hub import errors, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     try:
         with hub_api(repo) as api:
             info = api.model_info(repo, files_metadata=True)
     except Unreachable as error:
-        try:  # allow_patterns lets it accept a partial snapshot
-            options = {"local_files_only": True, "allow_patterns": "config.json"}
-            cached = Path(snapshot_download(repo, **options))
-        except errors.LocalEntryNotFoundError:
+        if (cached := cached_copy(repo)) is None:
             raise error from None
         note(f"{error}; using its copy in the cache")
         return folder_files(cached / folder, repo)
@@ -373,6 +382,17 @@ def listing(files: list[File]) -> str:
 
 def gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make a folder to write files into, if it is not there; UserError if it cannot."""
+    try:
+        folder = Path(path).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return folder
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def check_space(needed: dict[Path, int]) -> None:

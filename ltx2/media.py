@@ -57,7 +57,7 @@ def system_errors(problem: str) -> Iterator[None]:
         raise UserError(f"{problem} ({error.strerror or error})") from None
 
 
-def _check_file(path: PathLike) -> None:
+def check_file(path: PathLike) -> None:
     """Raise if `path` is not a file with contents."""
     with system_errors(f"{path}: cannot be opened"):
         size = os.stat(path).st_size
@@ -76,7 +76,7 @@ def load_image(path: PathLike) -> np.ndarray:
     As the reference does with Pillow, except that mirrored EXIF orientations and ICC
     profiles are applied, and that 16-bit gray is scaled instead of clipped.
     """
-    _check_file(path)
+    check_file(path)
     # What Pillow raises for a damaged file depends on its format.
     damage = OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error
     try:
@@ -188,7 +188,7 @@ def has_encoder(name: str) -> bool:
 
 def input_option(path: PathLike) -> str:
     """The option that opens an existing file, whatever characters its name has."""
-    _check_file(path)
+    check_file(path)
     return f"-i {shlex.quote(f'file:{os.path.abspath(path)}')}"
 
 
@@ -413,6 +413,12 @@ def workspace(path: PathLike, folder: bool = False) -> Iterator[str]:
                 if path.is_dir():
                     os.replace(path, f"{hidden}/old")
                 os.replace(f"{hidden}/new", path)
+
+
+def check_output(path: PathLike) -> None:
+    """Raise before any work if a file cannot be written at `path`."""
+    with workspace(path):
+        pass
 
 
 def save_png(path: PathLike, image: np.ndarray) -> None:

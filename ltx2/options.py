@@ -6,7 +6,16 @@ import argparse
 import dataclasses
 import re
 from types import MappingProxyType
-from typing import Any, Callable, Mapping, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Callable,
+    Container,
+    Mapping,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from .base import UserError
 
@@ -127,6 +136,30 @@ def check_step(
             f"{name} must be {kind} from {low} to {high}, got {value}: use "
             f"{min(max(nearest, low), high)}"
         )
+
+
+def located(options: Any, place: Callable[[str], str], but: Container[str] = ()) -> Any:
+    """Options with paths changed by `place`, except in the fields `but`: those that a
+    metavar of FILE or PATH marks."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, str):
+            return place(value)
+        if isinstance(value, Mapping):
+            return {k: moved(v) for k, v in value.items()}
+        if isinstance(value, tuple):
+            return tuple(map(moved, value))
+        if dataclasses.is_dataclass(value):
+            return dataclasses.replace(value, path=place(value.path))
+        return value
+
+    names = (
+        field.name
+        for field in dataclasses.fields(options)
+        if str(field.metadata.get("metavar")).startswith(("FILE", "PATH"))
+    )
+    changes = {k: moved(getattr(options, k)) for k in names if k not in but}
+    return dataclasses.replace(options, **changes)
 
 
 # Types of flags

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import hub, memory, weights
-from .base import Trace, UserError
+from .base import Trace, UserError, checked
 from .chips import this_chip
 from .components import Components
 from .guidance import Contexts, guidance_passes
@@ -20,6 +20,7 @@ from .linear import layer_formats
 from .options import check_choice
 from .parallel import Group, Machines, Ranks
 from .preview import Preview
+from .record import Load
 from .request import Request
 from .run import Event, Frames, Phase, Result, Run, Step, finished, seeded_noise
 from .sampling import Noise
@@ -105,8 +106,7 @@ class Pipeline(Components):
 
     def initial_snapshot(self, job: Job) -> Snapshot:
         """A job before its first step."""
-        load = self.origin | {"text_encoder": self.text_encoder}
-        return Snapshot(job.request, as_json(job), load, self.files())
+        return Snapshot(job.request, as_json(job), self.origin, self.files())
 
     def enhance(self, prompt: str, seed: int) -> str:
         """The prompt expanded by the text encoder's Gemma."""
@@ -129,12 +129,20 @@ class Pipeline(Components):
 
     # A run
 
-    def generate(self, prompt: str, **options: Any) -> Result:
-        """Make one video; `options` are fields of `Request`, and those of `stream`."""
+    def generate(
+        self, prompt: Union[str, Request, Job, None] = None, **options: Any
+    ) -> Result:
+        """Make one video; `options` are fields of `Request`, and those of `stream`, which
+        needs no prompt to resume."""
         names = ("noise", "trace", "contexts", "resume", "frozen_from_noise")
         of_run = {name: options.pop(name) for name in names if name in options}
+        if isinstance(prompt, (Request, Job)):
+            requests = [replace(prompt, **options)]
+        else:
+            again = of_run.get("resume") is not None and prompt is None and not options
+            requests = [] if again else [Request(prompt, **options)]
         frames = []
-        for event in self.stream(Request(prompt, **options), **of_run):
+        for event in self.stream(*requests, **of_run):
             if isinstance(event, Frames):
                 frames.append(event.frames)
         event.frames = np.concatenate(frames) if frames else None
@@ -142,8 +150,8 @@ class Pipeline(Components):
 
     def stream(
         self,
-        *requests: Union[Request, Job],
-        noise: Optional[Noise] = None,
+        *requests: Union[str, Request, Job],
+        noise: Union[Noise, Sequence[Noise], None] = None,
         trace: Optional[Trace] = None,
         contexts: Optional[dict[str, Contexts]] = None,
         resume: Optional[Snapshot] = None,
@@ -153,29 +161,27 @@ class Pipeline(Components):
 
         All prompts are encoded, then all inputs, then all videos denoised, then decoded,
         so that no two large models are loaded together. `noise(name, shape)` is the only
-        randomness, by default seeded normals. Its names are, in this order,
-        "stage1.video", "stage1.audio" (tokens (1, T, C), appended ones included), a
-        sampler's own "<stage>.<stream>.step<i>" and ".substep<i>", those of the next
-        stages, and "vae" ((1, F, H, W, C), timestep-conditioned decoders only) or
-        "vae.frame<i>" and "vae.keyframe<i>" ((1, 1, H, W, 3), the diffusion decoder);
-        "<stage>.plane<i>." is before those of keyframes that dfr enlarges. `contexts` by
-        prompt replace the text encoder. `resume` continues from a snapshot; pass the same
+        randomness, by default seeded normals; a sequence has one for each request. Its
+        names are, in this order, "stage1.video", "stage1.audio" (tokens (1, T, C),
+        appended ones included), a sampler's own "<stage>.<stream>.step<i>" and
+        ".substep<i>", those of the next stages, and "vae" ((1, F, H, W, C),
+        timestep-conditioned decoders only) or "vae.frame<i>" and "vae.keyframe<i>"
+        ((1, 1, H, W, 3), the diffusion decoder), after "<stage>.plane<i>." for those of
+        keyframes that dfr enlarges; all after "chunk<i>." if there are windows. No name
+        comes twice in a run; several machines ask for the same ones, a resumed run for
+        those of its remaining steps and the decoder's. `contexts` by prompt, of batch 1,
+        replace the text encoder. `resume` continues from a snapshot; pass the same
         request or none. `frozen_from_noise` starts the kept stream of a retake from
         noise, as the reference does. Raises UserError before any weights are read.
         """
-        requests = requests or (resume.request,)
-        jobs = [self.plan(r) if isinstance(r, Request) else r for r in requests]
-        if resume is not None:
-            resume.check_request(jobs[0].request)
-            if jobs[0].request != resume.request:  # only the predicted length is new
-                jobs = [self.plan(resume.request)]
-            if resume.stage == len(jobs[0].stages):
-                contexts = {}  # it is only decoded
-        lacks = {p for job in jobs for p in job.texts} - {*(contexts or ())}
-        if contexts and lacks:
-            raise UserError(f"contexts lack the prompt {min(lacks)!r}")
-        plan = self._prepare(jobs, contexts is None, resume)
-        run = Run(self, self.inputs, noise, trace, frozen_from_noise, plan.streamed)
+        jobs = self._jobs(requests, resume)
+        noises = noise if isinstance(noise, Sequence) else [noise] * len(jobs)
+        if len(noises) != len(jobs):
+            raise UserError(f"{len(noises)} noise callbacks for {len(jobs)} requests")
+        if resume and resume.stage == len(jobs[0].stages):
+            contexts = {}  # it is only decoded
+        plan = self._prepare(jobs, contexts, resume)
+        run = Run(self, self.inputs, noises, trace, frozen_from_noise, plan.streamed)
         with memory.limits(plan):
             yield from self._events(run, jobs, contexts, resume)
 
@@ -202,7 +208,7 @@ class Pipeline(Components):
             at = resume or self.initial_snapshot(job)
             for i, stage in enumerate(job.stages[at.stage :], at.stage):
                 yield Phase(phase=stage.name, job=n, step=0, steps=stage.steps)
-                draw, texts = run.noise_of(job), run.texts(job, stage, contexts)
+                draw, texts = run.noise_of(n, job), run.texts(job, stage, contexts)
                 at = yield from run.denoise(n, stage, at, conditions[n][i], texts, draw)
             done[n] = finished(job, at)
             yield Phase(phase="latents", job=n, step=0, steps=0, snapshot=done[n])
@@ -213,11 +219,32 @@ class Pipeline(Components):
         self.free("vae", "diffusion_decoder", "audio_vae", "vocoder")
         self.inputs.clear()
 
+    def _jobs(self, requests: Sequence, resume: Optional[Snapshot]) -> list[Job]:
+        """The plans of requests, or of the one that is resumed."""
+        requests = requests or [resume.request if resume else None]
+        jobs = [
+            r if isinstance(r, Job) else self.plan(checked(Request, r, "request"))
+            for r in requests
+        ]
+        if resume is not None:
+            if len(jobs) > 1:
+                raise UserError("resume continues one video")
+            resume.check_request(jobs[0].request)
+            if jobs[0].request != resume.request:  # only the predicted length is new
+                jobs = [self.plan(resume.request)]
+        return jobs
+
     def _prepare(
-        self, jobs: list[Job], text: bool, resume: Optional[Snapshot]
+        self,
+        jobs: list[Job],
+        contexts: Optional[Mapping[str, Contexts]],
+        resume: Optional[Snapshot],
     ) -> memory.MemoryPlan:
         """Check what can be checked before weights are read, and fetch them."""
-        plan = self.memory(*jobs, text=text)
+        lacks = {p for job in jobs for p in job.texts} - {*(contexts or ())}
+        if contexts and lacks:
+            raise UserError(f"contexts lack the prompt {min(lacks)!r}")
+        plan = self.memory(*jobs, text=contexts is None)
         plan.check()
         hub.fetch_all(self.checkpoint.files)
         if resume is not None:
@@ -252,14 +279,14 @@ def load(
     name = str(dtype or "auto").removeprefix("mlx.core.")
     check_choice("dtype", name, ("auto", "bfloat16", "float16", "float32"))
     is_auto, name = name == "auto", this_chip().dtype if name == "auto" else name
-    files = {"upsamplers": upsamplers, "parts": dict(parts)}
-    checkpoint = weights.open_model(model, kind, **files, fetch=False)
-    origin = {"model": str(model), "kind": checkpoint.kind, "dtype": name}
-    origin["upsamplers"] = [str(path) for path in upsamplers]
-    origin["parts"] = {name: str(path) for name, path in files["parts"].items()}
+    o = Load(model, kind, name, upsamplers, dict(parts), text_encoder)
+    files = {"upsamplers": o.upsamplers, "parts": o.parts}
+    checkpoint = weights.open_model(o.model, kind, **files, fetch=False)
+    origin = replace(o, kind=checkpoint.kind)
+    if cache_contexts is not None:
+        hub.make_folder(cache_contexts)
     machines = Machines() if group is None else Ranks(group, parallel or share)
-    dtype = getattr(mx, name)
     options = low_memory, cache_contexts, machines
-    pipe = Pipeline(checkpoint, text_encoder, dtype, origin, *options)
-    pipe.fallback = mx.bfloat16 if is_auto and dtype == mx.float16 else None
+    pipe = Pipeline(checkpoint, o.text_encoder, getattr(mx, name), origin, *options)
+    pipe.fallback = mx.bfloat16 if is_auto and name == "float16" else None
     return pipe

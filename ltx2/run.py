@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 import time
 import zlib
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generator, Iterator, Optional, Union
+from typing import Any, Generator, Iterator, Optional, Sequence, Union
 
 import mlx.core as mx
 import numpy as np
 
-from . import REFERENCE, __version__, color, formats, media
+from . import color, formats, media
 from .audio_vae import AudioVAEConfig
 from .base import Trace, note, traced, within
 from .components import Components
@@ -30,8 +29,8 @@ from .latents import (
     audio_from_tokens,
     latent_frames,
 )
-from .linear import layer_formats
 from .recipes import makes_matte
+from .record import changed, name_only, provenance
 from .request import Request
 from .sampling import SAMPLERS, Noise
 from .snapshot import Snapshot
@@ -100,14 +99,26 @@ class Result(Event):
             return None
         return self.sound_file or (self.waveform, self.sample_rate)
 
-    def save(self, path: Union[str, Path], codec: Optional[str] = None) -> None:
-        """Write a video with the sound exactly as long as it, or a wav."""
+    @property
+    def public_metadata(self) -> dict[str, Any]:
+        """The metadata with names for the paths of this disk."""
+        return changed(self.metadata, name_only)
+
+    def save(
+        self,
+        path: Union[str, Path],
+        codec: Optional[str] = None,
+        metadata: bool = True,
+    ) -> None:
+        """Write a video with the sound exactly as long as it, or a wav; with `metadata`
+        it says how it was made."""
+        found = self.public_metadata if metadata else None
         if self.frames is None:
-            media.write_wav(path, self.waveform, self.sample_rate, self.metadata)
+            media.write_wav(path, self.waveform, self.sample_rate, found)
             return
         with video_writer(path, self.request, self.fps, codec) as video:
             video.write(self.frames)
-            video.sound, video.metadata = self.sound, self.metadata
+            video.sound, video.metadata = self.sound, found
 
 
 def video_writer(
@@ -164,19 +175,19 @@ class Run:
 
     model: Components
     inputs: InputFiles
-    noise: Optional[Noise]
+    noises: Sequence[Optional[Noise]]  # by the number of the job
     trace: Optional[Trace]
     frozen_from_noise: bool
     streamed: bool
     meter: Meter = field(default_factory=Meter)
 
-    def noise_of(self, job: Job) -> Noise:
+    def noise_of(self, n: int, job: Job) -> Noise:
         """Noise as float32 arrays, by name and shape."""
-        if self.noise is None:
+        if (made := self.noises[n]) is None:
             return seeded_noise(job.request.seed)
 
         def noise(name: str, shape: tuple[int, ...]) -> mx.array:
-            x = mx.array(self.noise(name, shape)).astype(mx.float32)
+            x = mx.array(made(name, shape)).astype(mx.float32)
             if x.shape != tuple(shape):  # it would be broadcast
                 raise ValueError(f"noise {name} has shape {x.shape}, not {shape}")
             return x
@@ -405,7 +416,7 @@ class Run:
             result.video_latents = mx.concatenate(parts)[: size.latent[0]]
             yield Phase(phase="video", job=n, step=0, steps=size.num_frames)
             guard = FrameGuard()
-            decode = lambda window: self.decode_video(job, latents, window)
+            decode = lambda window: self.decode_video(n, job, latents, window)
             with self.meter.phase("video"):
                 for frames in blended(job.parts, decode):
                     frames = frames[0, : size.num_frames - guard.frames]
@@ -422,7 +433,8 @@ class Run:
                     count = {"step": guard.frames, "steps": size.num_frames}
                     yield Frames(phase="video", job=n, frames=pixels, **count)
             guard.check()
-        result.metadata = self.provenance(job)
+        seconds = {k: round(s, 2) for k, (s, _) in self.meter.phases.items()}
+        result.metadata = provenance(self.model, job, seconds)
         yield result
 
     def decode_audio(self, job: Job, latents: Streams, result: Result) -> None:
@@ -466,12 +478,12 @@ class Run:
             yield mx.array(frame)[None] / 2 + 0.5
 
     def decode_video(
-        self, job: Job, latents: Streams, window: Window
+        self, n: int, job: Job, latents: Streams, window: Window
     ) -> Iterator[mx.array]:
         """Frames (1, n, H, W, 3) in [0, 1] of a window."""
         if window.given:
             return self.given_frames(job, window)
-        noise, video = self.noise_of(job), latents[window.prefix + "video"]
+        noise, video = self.noise_of(n, job), latents[window.prefix + "video"]
         draw = lambda name, shape: noise(window.prefix + name, shape)
         how = {"bias": job.request.decode_bias, "trace": within(self.trace, "video")}
         if places := job.planes(window):
@@ -483,25 +495,3 @@ class Run:
             )
         exact = job.codes != "srgb"
         return self.model.decoded(job.decoder, video, draw, exact, **how)
-
-    def provenance(self, job: Job) -> dict[str, Any]:
-        """How a result was made: enough to make it again."""
-        model, checkpoint = self.model, self.model.checkpoint
-        return {
-            "request": asdict(job.request),
-            "negative_prompt": job.negative_prompt,
-            "model": {
-                "version": checkpoint.model_version,
-                "kind": checkpoint.kind,
-                "quantization": layer_formats(checkpoint.quantization).get(""),
-                "files": model.files(),
-            },
-            "load": model.origin | {"text_encoder": model.text_encoder},
-            "versions": {
-                "ltx2": __version__,
-                "reference": REFERENCE,
-                "mlx": mx.__version__,
-                "platform": platform.platform(),
-            },
-            "seconds": {k: round(s, 2) for k, (s, _) in self.meter.phases.items()},
-        }

@@ -11,6 +11,7 @@ from typing import Any, Union
 from .base import UserError, checked, parse_json
 from .hub import read_arrays
 from .latents import Streams
+from .record import Load
 from .request import Request
 from .stages import Job
 from .weights import save_arrays
@@ -25,7 +26,7 @@ class Snapshot:
 
     request: Request
     stages: list[dict[str, Any]]  # as planned, see `as_json`
-    load: dict[str, Any]  # the arguments of `pipeline.load`
+    load: Load
     files: dict[str, str]  # the model's, with their fingerprints
     stage: int = 0  # the current one
     step: int = 0  # how many of its steps are done
@@ -79,7 +80,7 @@ class Snapshot:
             for part in self.ARRAYS
             for name, x in state.pop(part).items()
         }
-        state["request"] = dataclasses.asdict(self.request)
+        state |= {k: dataclasses.asdict(state[k]) for k in ("request", "load")}
         state["shapes"] = {key: x.shape for key, x in arrays.items()}
         save_arrays(path, arrays, {"ltx2": json.dumps(state)})
 

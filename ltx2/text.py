@@ -261,6 +261,13 @@ def enhance(folder: Path, prompt: str, seed: int, max_tokens: int = 400) -> str:
     from mlx_lm.sample_utils import make_sampler
 
     config = read_config(Path(folder))
+    sizes = config.get("text_config", config)
+    layers, pattern = sizes["num_hidden_layers"], sizes.get("sliding_window_pattern", 6)
+    if layers < pattern:  # as the demo's, which only encodes
+        raise UserError(
+            f"text encoder {folder} has {layers} layers, too few to write: remove "
+            "--enhance-prompt"
+        )
     model, tokenizer = load(str(folder), model_config=_for_mlx_lm(config))
     mx.random.seed(seed)
     turn = ENHANCE.format(prompt=prompt.strip())

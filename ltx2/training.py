@@ -472,7 +472,7 @@ class Trainer:
             "fine_tune_type": "lora",
             "lora_parameters": layers,
             "base_model": self.metadata()["base_model"],
-            "load": self.pipe.origin,
+            "load": asdict(self.pipe.origin),
             "base_files": self.pipe.files(),
             "clips": len(self.data.items),
             "steps": self.step,

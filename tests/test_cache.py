@@ -63,6 +63,12 @@ def test_damaged_contexts_are_made_again(run, tmp_path, damage):
     assert not run("a dog")[1]
 
 
+def test_a_cache_that_is_a_file_is_refused(checkpoint, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(UserError, match="cache: cannot be written"):
+        pipeline.load(checkpoint("ltx-2"), cache_contexts=tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     "change",
     [{"name": "ltx-2-notc"}, {"dtype": mx.float16}, {"seed": 1}, {"cache": None}],
@@ -150,6 +156,6 @@ def test_the_command_line_needs_no_prompt_then(checkpoint, save, tmp_path, monke
     monkeypatch.setattr(sys, "argv", [*argv, "--enhance-prompt"])
     with pytest.raises(UserError, match="remove --contexts"):
         generate.main()
-    monkeypatch.setattr(sys, "argv", [*argv, "--contexts", output])
-    with pytest.raises(UserError, match="a.mp4: no such file"):
+    monkeypatch.setattr(sys, "argv", [*argv, "--contexts", str(tmp_path / "b.mp4")])
+    with pytest.raises(UserError, match="b.mp4: no such file"):
         generate.main()

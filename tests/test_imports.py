@@ -18,7 +18,7 @@ LAYERS = {  # a file imports files of lower layers only, not of its own
     "the files of a model": "parts",
     "weights and machines": "weights parallel preview guidance",
     "requests": "request conversion cache formats",
-    "input files": "inputs",
+    "input files": "inputs record",
     "conditions and components": "conditions components",
     "work": "work",
     "memory": "memory",

@@ -205,7 +205,8 @@ def test_generate(command, folder, saved, checkpoint, monkeypatch, capsys):
     if "--audio-only" not in command:  # else nothing looks at the waveform
         monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
     if "--from" in command or "--resume" in command:  # the file has the settings
-        run(generate, command, [], saved)
+        model = "--from" in command  # of which a video has the name only
+        run(generate, command, small_model(command, checkpoint) * model, saved)
     else:
         extra = small_model(command, checkpoint) + small_size(command)
         run(generate, command, extra, folder)

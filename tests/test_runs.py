@@ -1,7 +1,9 @@
 """Runs beyond the reference: repeatable, resumable, with metadata and exact timing."""
 
 import dataclasses
+import functools
 import json
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -20,7 +22,7 @@ from test_pipeline import (
 
 import generate
 from ltx2 import base, formats, media, memory, pipeline
-from ltx2.base import OutputError, UserError
+from ltx2.base import OutputError, UserError, read_text
 from ltx2.guidance import GuidedDenoiser
 from ltx2.request import Image, LoraFile, Request
 from ltx2.snapshot import Snapshot
@@ -426,15 +428,14 @@ def test_an_enhanced_prompt_depends_on_the_seed(checkpoint):
 def test_an_mp4_is_regenerated_from_its_metadata(command, tmp_path):
     command("--prompt", "a cat", "--seed", "5", "--save-latents", "--save-json")
     recorded = media.read_metadata(tmp_path / "output.mp4")
-    assert recorded == json.loads((tmp_path / "output.json").read_text())
     assert recorded["request"]["prompt"] == "a cat" and recorded["load"]["dtype"]
     assert all(v.split(":")[1] for v in recorded["model"]["files"].values())
     flags = ("--output", "again.mp4", "--save-latents")
-    command("--from", "output.mp4", *flags, small=False)
+    command("--from", "output.json", "--trust", *flags, small=False)
     latents = lambda stem: mx.load(str(tmp_path / f"{stem}.latents.safetensors"))
     one, two = latents("output"), latents("again")
     assert one.keys() == two.keys() and all(mx.array_equal(one[k], two[k]) for k in one)
-    command("--from", "output.mp4", "--seed", "6", *flags, small=False)
+    command("--from", "output.mp4", "--seed", "6", *flags)
     assert not mx.array_equal(latents("again")["latents.video"], one["latents.video"])
 
 
@@ -442,12 +443,89 @@ def test_a_recording_of_an_earlier_reference_is_said(command, tmp_path):
     command("--prompt", "a cat")
     path = tmp_path / "output.mp4"
     again = "--from", "output.mp4", "--output", "again.mp4", "--plan"
-    assert "earlier reference" not in command(*again, small=False)
+    assert "earlier reference" not in command(*again)
     metadata = media.read_metadata(path)
     del metadata["versions"]["reference"]
     with formats.VideoWriter(path, 24, metadata=metadata) as video:
         video.write(np.zeros((9, 64, 96, 3), np.uint8))
-    assert "rules of an earlier reference" in command(*again, small=False)
+    assert "rules of an earlier reference" in command(*again)
+
+
+PATHS = [("load", "model"), ("load", "text_encoder"), ("request", "images", 0, "path")]
+
+
+def test_a_video_names_files_without_their_paths(command, tmp_path):
+    image = tmp_path / "private" / "cat.png"
+    image.parent.mkdir()
+    media.save_png(image, np.random.default_rng(0).integers(0, 255, (64, 96, 3), "u1"))
+    flags = ("--prompt", "a cat", "--image", str(image))
+    command(*flags, "--save-json")
+    recorded = media.read_metadata("output.mp4"), json.loads(read_text("output.json"))
+    at = lambda x, path: functools.reduce(lambda x, k: x[k], path, x)
+    names, paths = ([at(x, path) for path in PATHS] for x in recorded)
+    assert names == ["ltx-2-notc.safetensors", "gemma3", "cat.png"]
+    assert all(Path(p).is_absolute() for p in paths) and paths[2] == str(image)
+    assert str(tmp_path.parent) not in json.dumps(recorded[0])
+    message = "output.mp4 was made with cat.png, which is not in its folder"
+    with pytest.raises(UserError, match=message):
+        command("--from", "output.mp4", "--plan")
+    shutil.copy(image, tmp_path)
+    assert "9 frames" in command("--from", "output.mp4", "--output", "b.mp4", "--plan")
+    command(*flags, "--no-metadata")
+    with pytest.raises(UserError, match="does not say how it was made"):
+        media.read_metadata("output.mp4")
+
+
+def write_record(path, request=(), **load):
+    record = {"request": {"prompt": "a cat", **dict(request)}, "load": load}
+    path.write_text(json.dumps(record | {"model": {"files": {}}}))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"model": "/etc/hosts"},
+        {"model": "../model.safetensors"},
+        {"model": "someone/a-model"},
+        {"model": "here.safetensors", "text_encoder": "someone/gemma"},
+        {"model": "here.safetensors", "upsamplers": ["/up.safetensors"]},
+        {"model": "here.safetensors", "parts": {"vae": "../vae.safetensors"}},
+        {"model": "here.safetensors", "request": {"audio": "/dev/zero"}},
+        {"model": "here.safetensors", "request": {"images": [{"path": "../x.png"}]}},
+        {"model": "here.safetensors", "request": {"distilled_lora": {"path": "/x"}}},
+    ],
+)
+def test_a_strangers_record_names_files_in_its_folder_only(command, tmp_path, record):
+    folder = tmp_path / "download"
+    folder.mkdir()
+    for place in (tmp_path / "x.png", folder / "here.safetensors"):
+        place.write_text("x")
+    write_record(folder / "made.json", **record)
+    with pytest.raises(UserError, match="which is not in its folder: .*--trust"):
+        command("--from", "download/made.json", small=False)
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"model": 3}, "load.model must be text, got 3"),
+        ({"model": "x", "dtype": "__class__"}, "load.dtype must be one of bfloat16"),
+        ({"model": "x", "group": 3}, "load.group is unknown"),
+        ({"model": "x", "upsamplers": "x"}, "load.upsamplers must be a list"),
+        ({"model": "x", "request": {"height": "64"}}, "request.height must be an int"),
+        (
+            {"model": "x", "request": {"loras": [{}]}},
+            r"request.loras\[0\].path is miss",
+        ),
+    ],
+)
+def test_a_record_is_checked(command, tmp_path, record, message):
+    write_record(tmp_path / "made.json", **record)
+    with pytest.raises(UserError, match=f"made.json: {message}"):
+        command("--from", "made.json", small=False)
+    (tmp_path / "made.json").write_text("[1]")
+    with pytest.raises(UserError, match="made.json must be an object, got"):
+        command("--from", "made.json", small=False)
 
 
 def test_previews_have_the_colors_of_the_frames(pipe, contexts, quick_vocoder):
@@ -483,6 +561,7 @@ def test_latents_of_another_request_are_refused(pipe, contexts, change):
         ({"video_guidance": {"cfg_scal": 3}}, "video_guidance.cfg_scal is unknown"),
         ({"audio_guidance": {"cfg_scale": "3"}}, "cfg_scale must be a number"),
         ({"contexts": {"a dog": ()}}, "contexts lack the prompt 'a cat'"),
+        ({"noise": [None, None]}, "2 noise callbacks for 1 requests"),
         ({"prompt": "\ud800"}, "prompt must be valid text"),
     ],
 )
@@ -512,6 +591,16 @@ def test_arguments_may_be_numpys_or_paths():
     )
     assert request == expected and type(request.height) is int
     json.dumps(dataclasses.asdict(request))
+
+
+def test_each_request_may_have_its_noise(pipe, contexts):
+    requests = [Request("a cat", **SHORT), Request("a dog", **SHORT)]
+    noises = [pipeline.seeded_noise(seed) for seed in (3, 4)]
+    events = events_to_latents(pipe, *requests, contexts=contexts, noise=noises)
+    both = [e.snapshot.latents["video"] for e in events if e.phase == "latents"]
+    for r, noise, found in zip(requests, noises, both):
+        alone = latents_of(pipe, r, contexts=contexts, noise=noise)
+        assert mx.array_equal(alone["video"], found)
 
 
 @pytest.mark.parametrize(
@@ -548,7 +637,7 @@ def test_a_part_of_another_file_is_used_and_recorded(command, checkpoint, tmp_pa
     command("--prompt", "a cat", "--part", f"vae={vae}", "--save-json")
     made = json.loads((tmp_path / "output.json").read_text())
     assert made["load"]["parts"] == {"vae": vae}
-    command("--from", "output.mp4", "--output", "again.mp4", small=False)
+    command("--from", "output.json", "--trust", "--output", "again.mp4", small=False)
     frames = [[*media.read_video(tmp_path / f)] for f in ("output.mp4", "again.mp4")]
     assert np.array_equal(*frames)
 

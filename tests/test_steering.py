@@ -13,7 +13,7 @@ from test_pipeline import latents_of
 
 import generate
 from ltx2 import layers, pipeline
-from ltx2.base import UserError
+from ltx2.base import UserError, checked
 from ltx2.defaults import NEGATIVE_PROMPT
 from ltx2.guidance import Prompts
 from ltx2.latents import Keyframe, LatentState, audio_bounds, video_bounds
@@ -266,7 +266,7 @@ def test_the_prompt_is_put_before_each_segment_that_does_not_begin_with_it():
 def test_segments_are_recorded_and_parsed():
     request = Request("a cat", segments=HALVES)
     recorded = json.loads(json.dumps(dataclasses.asdict(request)))
-    assert Request.from_json(recorded) == request
+    assert checked(Request, recorded, "request") == request
     flags = ["--segment", "0-.35:a cat", "--segment", "0.35-0.7:a dog: a brown one"]
     parsed = generate.parser().parse_args(flags).segments
     assert parsed == [HALVES[0], Segment(0.35, 0.7, "a dog: a brown one")]

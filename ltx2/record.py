@@ -1,0 +1,129 @@
+"""How a result was made: what its file says of it, and what such a file may name."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Container, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import mlx.core as mx
+
+from . import REFERENCE, __version__, hub, media
+from .base import Checked, UserError, checked, parse_json
+from .linear import layer_formats
+from .options import located
+from .request import Request
+
+FILE = {"metavar": "FILE"}
+
+
+@dataclass(frozen=True)
+class Load(Checked):
+    """The arguments of `pipeline.load` that decide what a request gives."""
+
+    model: str = field(metadata=FILE)
+    kind: Literal["dev", "distilled", None] = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    upsamplers: tuple[str, ...] = field(default=(), metadata=FILE)
+    parts: dict[str, str] = field(default_factory=dict, metadata=FILE)
+    text_encoder: Optional[str] = field(default=None, metadata=FILE)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a file says of how it was made."""
+
+    request: Request
+    load: Load
+    files: dict[str, str]  # the model's, with their fingerprints
+    reference: Optional[str]  # the version of the reference that it follows
+
+    @classmethod
+    def read(cls, path: str) -> Record:
+        """From a video, a sound or the .json next to it; UserError for other files."""
+        if Path(path).suffix.lower() == ".json":
+            media.check_file(path)
+            found = parse_json(Path(path).read_bytes(), f"{path}: ")
+        else:
+            found = media.read_metadata(path)
+        if not {"request", "load", "model"} <= found.keys():
+            raise UserError(f"{path} does not say how it was made")
+        kinds = {"request": Request, "load": Load, "model": dict, "versions": dict}
+        found = {"versions": {}} | found
+        o = {k: checked(kind, found[k], f"{path}: {k}") for k, kind in kinds.items()}
+        files, version = o["model"].get("files"), o["versions"].get("reference")
+        files = checked(dict[str, str], files, f"{path}: model.files")
+        return cls(o["request"], o["load"], files, version)
+
+    def find(
+        self, path: str, nearby: list[Path], but: Container[str], trust: bool
+    ) -> Record:
+        """With the files that it names, all but those of the fields `but`: next to the
+        record `path`, those of the model also in the folders `nearby` and in the Hub's
+        cache. What is elsewhere, or would have to be downloaded, is a UserError without
+        `trust`."""
+
+        def locate(name: str, *nearby: Path) -> str:
+            for folder in (Path(path).parent, *nearby):
+                root, file = folder.resolve(), (folder / name).resolve()
+                if file.exists() and root in file.parents:
+                    return str(folder / name)
+            if trust:
+                return name
+            raise UserError(
+                f"{path} was made with {name}, which is not in its folder: put it there, "
+                "pass its flag, or --trust to use it where it is"
+            )
+
+        def locate_model(name: str) -> str:
+            repo = hub.split_repository(name)[0]
+            return name if hub.cached_copy(repo) else locate(name, *nearby)
+
+        load = located(self.load, locate_model, but)
+        return replace(self, load=load, request=located(self.request, locate, but))
+
+
+def provenance(model: Any, job: Any, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """How a model made a job's result: enough to make it again."""
+    checkpoint = model.checkpoint
+    return {
+        "request": asdict(located(job.request, absolute)),
+        "negative_prompt": job.negative_prompt,
+        "model": {
+            "version": checkpoint.model_version,
+            "kind": checkpoint.kind,
+            "quantization": layer_formats(checkpoint.quantization).get(""),
+            "files": model.files(),
+        },
+        "load": asdict(located(model.origin, absolute)),
+        "versions": {
+            "ltx2": __version__,
+            "reference": REFERENCE,
+            "mlx": mx.__version__,
+            "platform": platform.platform(),
+        },
+        "seconds": seconds,
+    }
+
+
+def changed(metadata: Mapping[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
+    """The metadata of a result with other paths."""
+    kinds = {"request": Request, "load": Load}
+    parts = {
+        k: asdict(located(kind(**metadata[k]), place)) for k, kind in kinds.items()
+    }
+    return {**metadata, **parts}
+
+
+def name_only(path: str) -> str:
+    """The name of a file or folder without where it is; a repository as it is."""
+    file = Path(path).expanduser()
+    return file.name if file.exists() or not hub.split_repository(path)[0] else path
+
+
+def absolute(path: str) -> str:
+    """The path from any working directory; a repository as it is."""
+    file = Path(path).expanduser()
+    return str(file.absolute()) if file.exists() else path
