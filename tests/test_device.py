@@ -33,7 +33,7 @@ def check(monkeypatch, tmp_path, capsys):
         assert not list(tmp_path.iterdir())
         lines = capsys.readouterr().out.splitlines()
         assert f"MLX {mx.__version__}" in lines[0] and lines[-1].endswith(" slow")
-        return end.value.code, [re.split("  +", line) for line in lines[2:-1]]
+        return end.value.code, [re.split("  +", line) for line in lines[1:-1]]
 
     return call
 
