@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .base import Config, UserError
-from .layers import Component, Statistics, channels_last, rms_norm
+from .layers import Component, Statistics, rms_norm
 
 SAMPLE_RATE = 16000
 N_FFT = 1024
@@ -235,8 +235,3 @@ class AudioVAE(Component):
     def decode(self, latents: mx.array) -> mx.array:
         """Normalized latents (B, t, 16, C) to log-mel (B, 4 t - 3, 64, 2)."""
         return self.decoder(self.per_channel_statistics.denormalize(latents))
-
-    @classmethod
-    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Official tensors to MLX layouts, (O, I, H, W) to (O, H, W, I)."""
-        return {k: channels_last(w) if w.ndim == 4 else w for k, w in weights.items()}

@@ -166,6 +166,7 @@ class Config:
 
     FIXED: ClassVar[dict[str, tuple]] = {}
     UNUSED: ClassVar[frozenset[str]] = frozenset()
+    PARTIAL: ClassVar[bool] = False  # the section has keys of other classes, too
     LIMIT: ClassVar[int] = 10**8  # of any number; all are sizes or scales
 
     @classmethod
@@ -180,7 +181,7 @@ class Config:
                     f"{name}: {key} is {value!r}, only {only} is implemented"
                 )
         unknown = section.keys() - fields - cls.FIXED.keys() - cls.UNUSED
-        if unknown:
+        if unknown and not cls.PARTIAL:
             report = {key: section[key] for key in sorted(unknown)}
             note(f"{name}: unknown configuration keys ignored: {report}")
         used = {key: section[key] for key in fields & section.keys()}

@@ -385,6 +385,13 @@ class Stage:
         return math.prod(map(largest, self.spans))
 
     @property
+    def tokens(self) -> tuple[float, int]:
+        """Tokens of the video and of the audio that a model call sees."""
+        video = self.size.tokens + sum(c.tokens(self.size) for c in self.all_conditions)
+        video *= ("video" in self.streams) * self.seen
+        return video, self.size.audio_tokens * ("audio" in self.streams)
+
+    @property
     def phase(self) -> str:
         """Its name in every window."""
         return self.name.removeprefix(self.window.prefix)

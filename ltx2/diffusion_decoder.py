@@ -24,7 +24,10 @@ import numpy as np
 from .base import Config, Trace, traced
 from .layers import (
     Component,
+    Section,
+    Shapes,
     Statistics,
+    Weights,
     depth_to_space,
     patchify,
     timestep_embedding,
@@ -34,7 +37,6 @@ from .layers import (
 Frames = Iterator[mx.array]
 Size = tuple[int, int, int]  # frames, rows, columns
 ScaleShift = tuple[mx.array, mx.array]
-UNUSED_KEYS = "coarse_"  # prefix
 TYPE_EMB = 128  # its released size; the small test checkpoints have no other
 
 
@@ -368,6 +370,7 @@ class DiffusionDecoder(Component):
     """Normalized latents (1, F, h, w, C) to pixels (1, 8F - 7, 32h, 32w, 3)."""
 
     config_class = DiffusionDecoderConfig
+    UNUSED = ("coarse_",)
 
     def __init__(self, config: DiffusionDecoderConfig):
         super().__init__()
@@ -478,18 +481,14 @@ class DiffusionDecoder(Component):
             yield unpatchify(x, size)
 
     @classmethod
-    def infer_sizes(
-        cls, section: dict[str, Any], shapes: dict[str, tuple]
-    ) -> dict[str, Any]:
+    def infer_sizes(cls, section: Section, shapes: Shapes) -> Section:
         return section | {"type_emb": "type_emb" in shapes}
 
     @classmethod
-    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    def sanitize(cls, weights: Weights) -> Weights:
         """Official names to the module's; released files nest the fused projection."""
         width = weights["conv_in.weight"].shape[1] if "conv_in.weight" in weights else 0
         odd = lambda k, w: k == "type_emb" and w.shape == (TYPE_EMB,) != (width,)
-        return {
-            key.replace("attn.qkv.qkv.", "attn.qkv."): w
-            for key, w in weights.items()
-            if not key.startswith(UNUSED_KEYS) and not odd(key, w)
-        }
+        name = lambda k: k.replace("attn.qkv.qkv.", "attn.qkv.")
+        named = {name(k): w for k, w in weights.items() if not odd(k, w)}
+        return super().sanitize(named)

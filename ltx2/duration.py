@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .base import Config
-from .layers import Component
+from .layers import Component, Section, Shapes
 
 
 @dataclass
@@ -77,9 +76,7 @@ class DurationHead(Component):
         return mx.exp(x.astype(mx.float32)).squeeze(-1)
 
     @classmethod
-    def infer_sizes(
-        cls, section: dict[str, Any], shapes: dict[str, tuple]
-    ) -> dict[str, Any]:
+    def infer_sizes(cls, section: Section, shapes: Shapes) -> Section:
         """The section with the sizes of the tensors."""
         names = ("video_input_proj", "audio_input_proj", "mlp_hidden")
         video, audio, hidden = (shapes.get(f"{name}.weight", (0, 0)) for name in names)

@@ -130,6 +130,11 @@ class Prompts:
     segments: tuple[str, ...] = ()
     times: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
 
+    @property
+    def count(self) -> int:
+        """How many prompts are read at once."""
+        return max(len(self.segments), 1)
+
     def steering(self, name: str, state: LatentState) -> Steering:
         """A token reads the segment of its middle; outside of all, the nearest one."""
         if len(self.segments) < 2:

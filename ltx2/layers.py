@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Iterator, NamedTuple, Optional, Sequence
 
 import mlx.core as mx
@@ -22,6 +23,8 @@ from .linear import (
     shard_rows,
 )
 
+Section, Shapes = dict[str, Any], dict[str, tuple]  # of a configuration; by tensor
+Weights = dict[str, mx.array]
 Stride = tuple[int, int, int]  # in time, height and width
 Rope = tuple[mx.array, mx.array]  # cos and sin, each (heads, T, head_dim / 2)
 
@@ -44,28 +47,28 @@ class Component(nn.Module):
     """A part of the model: built from its section of a checkpoint's configuration."""
 
     config_class: ClassVar[type[Config]]
+    UNUSED: ClassVar[tuple[str, ...]] = ()  # prefixes of official tensors
 
     @classmethod
-    def from_config(cls, section: dict[str, Any]) -> nn.Module:
+    def from_config(cls, section: Section) -> nn.Module:
         """The module with parameters of the configured shapes, not loaded."""
         with no_random_weights():
             return cls.build(section)
 
     @classmethod
-    def build(cls, section: dict[str, Any]) -> nn.Module:
+    def build(cls, section: Section) -> nn.Module:
         return cls(cls.config_class.from_dict(section))
 
     @classmethod
-    def infer_sizes(
-        cls, section: dict[str, Any], shapes: dict[str, tuple]
-    ) -> dict[str, Any]:
+    def infer_sizes(cls, section: Section, shapes: Shapes) -> Section:
         """The section with sizes that only the tensors' shapes tell."""
         return section
 
     @classmethod
-    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Official names and layouts to the module's."""
-        return weights
+    def sanitize(cls, weights: Weights) -> Weights:
+        """Official tensors as the module has them: convolutions in MLX's layout."""
+        used = {k: w for k, w in weights.items() if not k.startswith(cls.UNUSED)}
+        return {k: channels_last(w) if w.ndim > 2 else w for k, w in used.items()}
 
 
 def channels_last(w: mx.array) -> mx.array:
@@ -261,17 +264,13 @@ class Attention(nn.Module):
             else:
                 q = self._split(self.q_norm(self.to_q(x[:, rows]))).swapaxes(1, 2)
                 q = apply_rope(q, *(table[:, rows] for table in rope)) if rope else q
-                options = {"scale": 1 / math.sqrt(q.shape[-1])}
-                masked = options
+                scale, seen = 1 / math.sqrt(q.shape[-1]), mask
                 if mask is not None:
-                    size = k.shape[2] // mask.shape[3]
-                    masked = options | {"mask": mx.repeat(mask[:, :, rows], size, 3)}
-                out = mx.fast.scaled_dot_product_attention(q, k, v, **masked)
+                    seen = mx.repeat(mask[:, :, rows], k.shape[2] // mask.shape[3], 3)
+                attention = partial(mx.fast.scaled_dot_product_attention, scale=scale)
+                out = attention(q, k, v, mask=seen)
                 if nag is not None:
-                    other = mx.fast.scaled_dot_product_attention(
-                        q, *negative, **options
-                    )
-                    out = nag(out, other, self.group)
+                    out = nag(out, attention(q, *negative), self.group)
                 out = out.swapaxes(1, 2)  # (B, heads, T, d) to (B, T, heads, d)
             if "to_gate_logits" in self:
                 out = out * (2 * mx.sigmoid(self.to_gate_logits(x[:, rows])))[..., None]

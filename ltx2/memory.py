@@ -29,7 +29,7 @@ from .guidance import guidance_passes
 from .hub import DTYPES, File
 from .latents import MEL_FRAMES_PER_TOKEN, Size
 from .request import Request
-from .text import MAX_TOKENS
+from .text import MAX_TOKENS, TextConfig
 from .upsampler import UpsamplerConfig
 from .vae import DOWN, UP, VideoVAEConfig
 from .weights import FLOAT32, Checkpoint
@@ -191,11 +191,8 @@ class Estimator:
         self.bits = (checkpoint.quantization or {}).get("bits", 0)
         self.dit = DiTConfig.from_dict(self.config["transformer"])
         self.vae = VideoVAEConfig.from_dict(self.config["vae"])
-        c = self.config["transformer"]
-        keys = "num_attention_heads", "attention_head_dim"
-        video = [c[f"connector_{k}"] for k in keys]
-        audio = [c.get(f"audio_connector_{k}", v) for k, v in zip(keys, video)]
-        self.connectors = video, audio  # heads and the size of one
+        c = TextConfig.from_dict(self.config["transformer"])
+        self.connectors = c.video, c.audio
 
     def __call__(
         self,
@@ -308,13 +305,8 @@ class Estimator:
 
     def stage(self, stage: Stage, loras: int, contexts: int, shards: int) -> Footprint:
         """With so many bytes of LoRA factors and contexts."""
-        size = stage.size
-        tokens = size.tokens + sum(c.tokens(size) for c in stage.all_conditions)
-        tokens *= ("video" in stage.streams) * stage.seen
-        sound = size.audio_tokens if "audio" in stage.streams else 0
-        passes = guidance_passes(stage.guidance)
-        segments = max(len(stage.prompts.segments), 1)
-        nag = stage.prompts.nag is not None
+        (tokens, sound), passes = stage.tokens, guidance_passes(stage.guidance)
+        segments, nag = stage.prompts.count, stage.prompts.nag is not None
         texts = 7.2 * segments - 0.7 + max(3 * ("uncond" in passes), 4.3 * nag)
         keys = max(tokens, MAX_TOKENS * (segments + nag))
         buffers = (

@@ -44,7 +44,7 @@ KEYS = {
     "vocoder": r"vocoder\.",
     "duration_head": r"duration_head\.",
     "gemma": r"(?=model\.(layers|embed_tokens|norm)\.|tokenizer_json|"
-    + "|".join(map(re.escape, text.UNUSED_KEYS))
+    + "|".join(map(re.escape, text.Gemma4.UNUSED))
     + ")",
 }
 # ComfyUI's names of fp8 scales, and its marks, which add nothing to the dtypes.

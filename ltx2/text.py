@@ -19,6 +19,8 @@ from .layers import (
     Attention,
     Component,
     FeedForward,
+    Section,
+    Shapes,
     no_random_weights,
     prefetch,
     rms_norm,
@@ -26,13 +28,6 @@ from .layers import (
 )
 
 MAX_TOKENS = 1024  # of a prompt, and the length of every context
-# Prefixes of what is packed with Gemma 4 for other uses
-UNUSED_KEYS = (
-    "vision_model.",
-    "multi_modal_projector.",
-    "audio_projector.",
-    "hf_asset",
-)
 
 
 class TextEncoder:
@@ -166,10 +161,10 @@ class Gemma4Config(Config):
         "num_kv_shared_layers": (0,),
         "use_bidirectional_attention": ("vision", None),
     }
+    PARTIAL = True
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> Gemma4Config:
-        known = cls.__dataclass_fields__.keys() | cls.FIXED.keys()
         text = section["text_config"]
         window = text.get("sliding_window", MAX_TOKENS)
         if window < MAX_TOKENS:  # prompts are encoded without a window
@@ -177,16 +172,15 @@ class Gemma4Config(Config):
         kinds = text.get("rope_parameters", {}).keys()
         if kinds != {"full_attention", "sliding_attention"}:  # mlx-lm would guess
             raise UserError("Gemma 4: its config lacks rope_parameters by layer type")
-        fields = {k: v for k, v in text.items() if k in known}
-        return super().from_dict(
-            fields | {"tokenizer_bytes": section["tokenizer_bytes"]}
-        )
+        size = {"tokenizer_bytes": section["tokenizer_bytes"]}
+        return super().from_dict(text | size)
 
 
 class Gemma4(Component):
     """LTX-2.5's Gemma 4: its text layers without LM head, and its tokenizer."""
 
     config_class = Gemma4Config
+    UNUSED = "vision_model.", "multi_modal_projector.", "audio_projector.", "hf_asset"
 
     def __init__(self, c: Gemma4Config):
         from mlx_lm.models.gemma4_text import Gemma4TextModel, ModelArgs
@@ -201,16 +195,9 @@ class Gemma4(Component):
         self.model = Gemma4TextModel(ModelArgs(**args))
 
     @classmethod
-    def infer_sizes(
-        cls, section: dict[str, Any], shapes: dict[str, tuple]
-    ) -> dict[str, Any]:
+    def infer_sizes(cls, section: Section, shapes: Shapes) -> Section:
         """The section with the size of the packed tokenizer."""
         return {**section, "tokenizer_bytes": shapes["tokenizer_json"][0]}
-
-    @classmethod
-    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The tensors that are used; official names are the module's."""
-        return {k: w for k, w in weights.items() if not k.startswith(UNUSED_KEYS)}
 
 
 class Gemma4TextEncoder(TextEncoder):
@@ -306,10 +293,18 @@ class TextConfig(Config):
         "text_encoder_norm_type": ("per_token_rms", None),
     }
 
-    @classmethod
-    def from_dict(cls, section: dict[str, Any]) -> TextConfig:
-        known = cls.__dataclass_fields__.keys() | cls.FIXED.keys()
-        return super().from_dict({k: v for k, v in section.items() if k in known})
+    PARTIAL = True
+
+    @property
+    def video(self) -> tuple[int, int]:
+        """Heads and the size of one."""
+        return self.connector_num_attention_heads, self.connector_attention_head_dim
+
+    @property
+    def audio(self) -> tuple[int, int]:
+        own = self.audio_connector_num_attention_heads
+        size = self.audio_connector_attention_head_dim
+        return own or self.video[0], size or self.video[1]
 
 
 class TextConnectors(Component):
@@ -320,19 +315,11 @@ class TextConnectors(Component):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = c = config
-        video = (c.connector_num_attention_heads, c.connector_attention_head_dim)
-        audio = (
-            c.audio_connector_num_attention_heads or video[0],
-            c.audio_connector_attention_head_dim or video[1],
-        )
-        self.text_embedding_projection = FeatureExtractor(
-            c, video[0] * video[1], audio[0] * audio[1]
-        )
-        layers = c.connector_num_layers
-        self.video_embeddings_connector = Connector(c, *video, layers)
-        self.audio_embeddings_connector = Connector(
-            c, *audio, c.audio_connector_num_layers or layers
-        )
+        widths = math.prod(c.video), math.prod(c.audio)
+        self.text_embedding_projection = FeatureExtractor(c, *widths)
+        layers = c.connector_num_layers, c.audio_connector_num_layers
+        self.video_embeddings_connector = Connector(c, *c.video, layers[0])
+        self.audio_embeddings_connector = Connector(c, *c.audio, layers[1] or layers[0])
 
     def __call__(
         self,
@@ -352,9 +339,7 @@ class TextConnectors(Component):
         )
 
     @classmethod
-    def infer_sizes(
-        cls, section: dict[str, Any], shapes: dict[str, tuple]
-    ) -> dict[str, Any]:
+    def infer_sizes(cls, section: Section, shapes: Shapes) -> Section:
         """The section with the number of hidden states, from the projection's shape."""
         for name, shape in shapes.items():
             if name.endswith("_embed.weight") and len(shape) == 2:

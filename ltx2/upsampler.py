@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from .base import Config, UserError
 from .conv import conv3d
-from .layers import Component, channels_last, depth_to_space
+from .layers import Component, depth_to_space
 
 
 @dataclass
@@ -120,8 +120,3 @@ class LatentUpsampler(Component):
             x = layer(x)
             mx.eval(x)  # else the workspaces of several blocks are held
         return self.final_conv(x)
-
-    @classmethod
-    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Official tensors to MLX layouts, (O, I, ...) to (O, ..., I)."""
-        return {k: channels_last(w) if w.ndim > 2 else w for k, w in weights.items()}

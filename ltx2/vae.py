@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice, starmap
-from typing import Any, Callable, Iterator, Optional, Union
+from typing import Callable, Iterator, Optional, Union
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,10 +21,11 @@ from .base import Config, Trace, UserError, note, traced
 from .conv import conv3d
 from .layers import (
     Component,
+    Section,
+    Shapes,
     Statistics,
     Stride,
     TimestepEmbedding,
-    channels_last,
     depth_to_space,
     patchify,
     rms_norm,
@@ -39,11 +40,6 @@ Layer = Callable[[Chunks], Chunks]
 
 DEFAULT_TIMESTEP = "as trained"
 LATENTS_PER_CHUNK = 2  # of the decoder: its widest weights are read half as often
-UNUSED_KEYS = (  # present in some files
-    "per_channel_statistics.channel",
-    "per_channel_statistics.mean-of-stds",
-    "per_channel_statistics.mean-of-stds_over_std-of-means",
-)
 
 
 @dataclass
@@ -385,6 +381,7 @@ class VideoVAE(Component):
     """
 
     config_class = VideoVAEConfig
+    UNUSED = "per_channel_statistics.channel", "per_channel_statistics.mean-of-stds"
 
     def __init__(self, config: VideoVAEConfig):
         super().__init__()
@@ -473,22 +470,11 @@ class VideoVAE(Component):
         return map(image, single_frames(patches))
 
     @classmethod
-    def infer_sizes(
-        cls, section: dict[str, Any], shapes: dict[str, tuple]
-    ) -> dict[str, Any]:
+    def infer_sizes(cls, section: Section, shapes: Shapes) -> Section:
         """The `vae` section with the encoder's width, taken from its tensors. (The reference
         takes the number of latent channels, which is equal in released files only.)"""
         width = shapes.get("encoder.conv_in.conv.bias")
         return {**section, **({"encoder_base_channels": width[0]} if width else {})}
-
-    @classmethod
-    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Official tensors to MLX layouts, (O, I, D, H, W) to (O, D, H, W, I)."""
-        return {
-            key: channels_last(w) if w.ndim == 5 else w
-            for key, w in weights.items()
-            if key not in UNUSED_KEYS
-        }
 
 
 def latent_groups(chunks: Chunks) -> Chunks:
@@ -508,7 +494,7 @@ def latent_groups(chunks: Chunks) -> Chunks:
         size = 8
 
 
-def encoder_alone(section: dict[str, Any]) -> dict[str, Any]:
+def encoder_alone(section: Section) -> Section:
     """The `vae` section of an encoder whose VAE has a diffusion decoder."""
     config = {k: v for k, v in section["encoder"].items() if k != "out_channels"}
     config["encoder_blocks"] = config.pop("blocks")

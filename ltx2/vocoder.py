@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .base import Config, UserError, hann_sinc
-from .layers import Component, channels_last
+from .layers import Component, Section, Weights
 
 MEL_RATE = 100  # frames per second of the audio VAE's mel
 MEL_BINS = 64
 Activation = Callable[[int], nn.Module]  # built for a number of channels
-UNUSED_KEYS = ("mel_stft.stft_fn.inverse_basis",)
 
 
 @dataclass(kw_only=True)
@@ -132,25 +131,21 @@ class Vocoder(Component):
     """Log-mel (B, T, 64, 2) to waveform (B, samples, 2), float32 at `sample_rate`."""
 
     sample_rate: int
+    UNUSED = ("mel_stft.stft_fn.inverse_basis",)
 
     @classmethod
-    def build(cls, section: dict[str, Any]) -> Vocoder:
+    def build(cls, section: Section) -> Vocoder:
         if "bwe" not in section:
             return Generator(GeneratorConfig.from_dict(section))
         base = GeneratorConfig.from_dict(section.get("vocoder", {}))
         return VocoderWithBWE(base, BWEConfig.from_dict(section["bwe"]))
 
     @classmethod
-    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Official tensors, without the leading `vocoder.`, to MLX layouts."""
-
-        def layout(key: str, w: mx.array) -> mx.array:
-            if w.ndim < 3:
-                return w
-            # Convolutions are (O, I, K), transposed ones (I, O, K)
-            return channels_last(w.swapaxes(0, 1) if "ups." in key else w)
-
-        return {k: layout(k, w) for k, w in weights.items() if k not in UNUSED_KEYS}
+    def sanitize(cls, weights: Weights) -> Weights:
+        """Official tensors, without the leading `vocoder.`."""
+        # Convolutions are (O, I, K), transposed ones (I, O, K).
+        turn = lambda k, w: w.swapaxes(0, 1) if "ups." in k and w.ndim > 2 else w
+        return super().sanitize({k: turn(k, w) for k, w in weights.items()})
 
 
 class Generator(Vocoder):

@@ -14,7 +14,6 @@ from .guidance import NO_GUIDANCE, guidance_passes
 from .hub import File
 from .latents import MEL_FRAMES_PER_TOKEN, Size
 from .text import MAX_TOKENS
-from .tiles import spans
 from .vae import DOWN, LATENTS_PER_CHUNK, UP, VideoVAEConfig, frames_at_once
 from .weights import Checkpoint, Weights
 
@@ -106,21 +105,16 @@ def forward(
 
 def step(c: DiTConfig, stage: Stage, passes: list[Pass]) -> float:
     """Operations of a call of the transformer with these passes, over all tiles."""
-    size, streams = stage.size, stage.streams
-    video = size.tokens + sum(x.tokens(size) for x in stage.all_conditions)
-    video *= ("video" in streams) * stage.seen
-    audio = size.audio_tokens * ("audio" in streams)
-    segments = max(len(stage.prompts.segments), 1) + (stage.prompts.nag is not None)
-    total = 0.0
+    (video, audio), total = stage.tokens, 0.0
+    segments = stage.prompts.count + (stage.prompts.nag is not None)
     for n, p in enumerate(passes):
         crossed = video * audio > 0 and not all(p.skips(0)[2:])
         blocks = c.num_layers - common_start(passes, n, c.num_layers)[1]
         total += blocks * forward(c, video, audio, MAX_TOKENS * segments, crossed)
     texts = segments - 1 + len({p.video_text for p in passes})
-    dims = [c.video_dim] * ("video" in streams) + [c.audio_dim] * (audio > 0)
+    dims = [c.video_dim] * (video > 0) + [c.audio_dim] * (audio > 0)
     total += texts * c.num_layers * 4 * MAX_TOKENS * sum(dim**2 for dim in dims)
-    sides = zip(size.latent[1:], stage.tile or size.latent[1:])
-    return total * math.prod(len(spans(*pair)) for pair in sides)
+    return total * math.prod(map(len, stage.spans))
 
 
 def denoising(c: DiTConfig, stage: Stage) -> float:

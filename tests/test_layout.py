@@ -99,7 +99,7 @@ def test_every_upsampler_tensor_has_one_parameter(file):
 def test_unused_statistics_are_accepted():
     source = model("ltx-2-19b-dev")
     f = source.files[0]
-    for key in vae.UNUSED_KEYS:
+    for key in vae.VideoVAE.UNUSED:
         f.header[f"vae.{key}"] = ("BF16", (128,))
     source = opened([f])
     source.build("vae", source.shapes("vae"))

@@ -425,6 +425,6 @@ def test_only_moved_weights_are_copied(component):
 
 
 def test_only_unused_statistics_are_dropped():
-    names = [*vae.UNUSED_KEYS, "per_channel_statistics.std-of-means", "decoder.new"]
+    names = [*VideoVAE.UNUSED, "per_channel_statistics.std-of-means", "decoder.new"]
     kept = VideoVAE.sanitize({name: mx.zeros(2) for name in names})
     assert [*kept] == ["per_channel_statistics.std-of-means", "decoder.new"]

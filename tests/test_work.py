@@ -4,6 +4,7 @@ import math
 import re
 from argparse import Namespace
 from contextlib import ExitStack
+from dataclasses import replace
 from unittest import mock
 
 import mlx.core as mx
@@ -13,8 +14,8 @@ from checkpoints import CONFIGS
 from pytest import approx
 
 from ltx2 import pipeline, timing
+from ltx2.conditions import Stage
 from ltx2.dit import DiTConfig, Pass
-from ltx2.guidance import Prompts
 from ltx2.latents import Size
 from ltx2.request import Request
 from ltx2.work import Counter, step
@@ -102,10 +103,9 @@ def test_all_phases_are_counted(checkpoint, computed, name, kind, options):
 def test_a_forward_of_the_19b_is_counted():
     c = DiTConfig.from_dict(CONFIGS["ltx-2-19b-dev"]["transformer"])
     size = Size(1920, 1088, 257, 24.0, 268)
-    facts = {"tile": None, "prompts": Prompts(), "all_conditions": (), "seen": 1}
-    stage = Namespace(size=size, streams=("video", "audio"), **facts)
+    stage = Stage("stage1", size, (1.0, 0.0), conditions={"video": (), "audio": ()})
     assert step(c, stage, [Pass()]) / 1e12 == approx(5360, rel=0.02)
-    tiled = Namespace(**vars(stage) | {"tile": (17, 30), "seen": 1 / 4})
+    tiled = replace(stage, tile=(17, 30))
     assert step(c, tiled, [Pass()]) < step(c, stage, [Pass()])  # 9 tiles see less
 
 
