@@ -158,10 +158,9 @@ class Batches:
         first, alone = rng.random(2)
         if first < 0.25:
             held = self.latents["video"][mx.array(clips)][:, :1]
-            states["video"] = latents.Replace(held)(states["video"])
+            states["video"] = states["video"].hold(held)
         if alone < 0.125:
-            sound = states["audio"]
-            states["audio"] = sound.replace_tokens(0, sound.latent, 1.0)
+            states["audio"] = states["audio"].freeze()
         elif alone < 0.25:
             del states["video" if alone < 0.1875 else "audio"]
         texts = self.encoder(captions)

@@ -15,10 +15,10 @@ import mlx.core as mx
 from . import latents
 from .guidance import Guidance, Prompts
 from .inputs import Encoders
-from .latents import Conditioning, Size, Streams
+from .latents import Conditioning, LatentState, Size, Streams
 from .request import LoraFile
 from .tiles import Span, equal_spans, spans
-from .windows import ANCHOR_STRENGTH, WHOLE, Tile, Whole, Window, carried_tokens
+from .windows import ANCHOR_STRENGTH, WHOLE, Slice, Whole, Window, carried_tokens
 
 WHOLE_CLIP = Window(0, 0)
 
@@ -54,7 +54,7 @@ class ShowImage(Condition):
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
         image = source.image(self.path, self.crf, size)
-        return latents.Replace(image, 0, self.strength)
+        return lambda state: state.hold(image, 0, self.strength)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class GuideImage(ShowImage):
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
         image = source.image(self.path, self.crf, size)
-        return latents.Keyframe(image, self.frame, size.rate, self.strength)
+        return lambda state: state.guide(image, self.frame, size.rate, self.strength)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class HoldClip(ClipPart):
         before = total - clip.shape[1] if self.at_end else 0
         # Only at the start of a stream does the first latent cover a single frame.
         skip = 1 if before else 0
-        return latents.Replace(clip[:, skip:], before + skip)
+        return lambda state: state.hold(clip[:, skip:], before + skip)
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ class RetakeClip(ClipPart):
     span: Optional[tuple[float, float]]
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
-        start = latents.StartFrom(self.encoded(size, source))
-        if self.span is not None:
-            return in_order(start, latents.Regenerate(*self.span))
-        return in_order(start, latents.Freeze(source.frozen_from_noise))
+        clip, from_noise = self.encoded(size, source), source.frozen_from_noise
+        if self.span is None:
+            return lambda state: state.start_from(clip).freeze(from_noise)
+        return lambda state: state.start_from(clip).regenerate(*self.span)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class HoldSound(Condition):
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
         sound = self.encoded(size, source)
-        return in_order(latents.StartFrom(sound), latents.Freeze())
+        return lambda state: state.start_from(sound).freeze()
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ class ReferenceSound(HoldSound):
         return size.audio_tokens
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
-        return latents.SoundReference(self.encoded(size, source))
+        sound = self.encoded(size, source)
+        return lambda state: state.let_hear(sound)
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,8 @@ class ReferenceClip(Condition):
                 sides = size
             weights = source.weights(path, *frames, sides, smaller, self.slow)
             visible = visible * weights[self.skip :].flatten()
-        facts = clip, size.rate, self.strength, *scale, visible
-        return latents.Reference(*facts, self.skip)
+        facts = clip, size.rate, self.strength, *scale, visible, self.skip
+        return lambda state: state.show(*facts)
 
 
 @dataclass(frozen=True)
@@ -209,8 +210,9 @@ class ClipKeyframes(Condition):
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
         still = lambda frame: source.clip(self.path, self.first + frame, 1, size)
-        facts = size.rate, ANCHOR_STRENGTH
-        return in_order(*(latents.Keyframe(still(n), n, *facts) for n in self.frames))
+        stills = mx.concatenate([*map(still, self.frames)], axis=1)
+        facts = self.frames, size.rate, ANCHOR_STRENGTH
+        return lambda state: state.guide_stills(stills, *facts)
 
 
 # Conditions on the previous stage's latents
@@ -227,8 +229,8 @@ class NewKeyframes(Condition):
         return len(self.frames) * size.frame_tokens
 
     def load(self, size: Size, source: Streams) -> Conditioning:
-        where = self.frames, size.latent, size.rate
-        return latents.KeyframeSlots(*where, source.get("keyframes"))
+        initial = source.get("keyframes")
+        return lambda state: state.generate_stills(self.frames, size, initial)
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,8 @@ class Carried(Condition):
     carried = True
 
     def load(self, size: Size, source: Streams) -> Conditioning:
-        return latents.Replace(source[carry_key(self.stage, self.stream)])
+        made = source[carry_key(self.stage, self.stream)]
+        return lambda state: state.hold(made)
 
 
 @dataclass(frozen=True)
@@ -256,9 +259,7 @@ class CarriedKeyframes(Condition):
 
     def load(self, size: Size, source: Streams) -> Conditioning:
         stills = source[carry_key(self.stage, "keyframes")]
-        stills = mx.split(stills, len(self.frames), axis=1)
-        frames = zip(stills, self.frames)
-        return in_order(*(latents.Keyframe(x, n, size.rate) for x, n in frames))
+        return lambda state: state.guide_stills(stills, self.frames, size.rate)
 
 
 def carry_key(stage: str, stream: str) -> str:
@@ -277,8 +278,9 @@ class KeepAudio(Condition):
         return size.audio_tokens * self.heard
 
     def load(self, size: Size, source: Streams) -> Conditioning:
-        heard = [latents.SoundReference(source["audio"])] if self.heard else []
-        return in_order(latents.Freeze(), *heard)
+        if self.heard:
+            return lambda state: state.freeze().let_hear(source["audio"])
+        return LatentState.freeze
 
 
 @dataclass(frozen=True)
@@ -294,49 +296,44 @@ class PreviousAsReference(Condition):
 
     def load(self, size: Size, source: Streams) -> Conditioning:
         smaller = self.part.under(source["smaller"])
-        return latents.Reference(smaller, size.rate, 1.0, self.downscale)
+        return lambda state: state.show(smaller, size.rate, 1.0, self.downscale)
 
 
 @dataclass(frozen=True)
-class TileKeyframes(Condition):
-    """Guide a tile with the canvas's keyframes, generate one in each segment, and hold
-    what the tile before has made."""
+class SliceKeyframes(Condition):
+    """Guide a slice with the canvas's keyframes, generate one in each segment, and hold
+    what the slice before has made."""
 
-    tile: Tile
+    part: Slice
     carried = True
 
     def tokens(self, size: Size) -> int:
-        count = len(self.tile.slots) + len(self.tile.anchor_places)
+        count = len(self.part.slots) + len(self.part.anchor_places)
         return count * size.frame_tokens
 
     def load(self, size: Size, source: Streams) -> Conditioning:
-        anchors = [
-            latents.Keyframe(still, frame, size.rate, self.tile.strength)
-            for frame, still in self.tile.anchors(source["keyframes"])
-        ]
-        where, slots = (self.tile.slots, size.latent, size.rate), []
-        if self.tile.slots:
-            slots = [latents.KeyframeSlots(*where, self.tile.seeds(source))]
-        held = self.tile.held_latents(source) if self.tile.start else None
-        held = [] if held is None else [latents.Replace(held)]
-        return in_order(*anchors, *slots, *held)
+        part, (frames, numbers) = self.part, zip(*self.part.anchor_places)
+        stills = source["keyframes"][:, mx.array(numbers)]
+
+        def conditioned(state: LatentState) -> LatentState:
+            state = state.guide_stills(stills, frames, size.rate, part.strength)
+            if part.slots:
+                state = state.generate_stills(part.slots, size, part.seeds(source))
+            return state.hold(part.held_latents(source)) if part.start else state
+
+        return conditioned
 
 
 @dataclass(frozen=True)
-class TileSound(Condition):
-    """Keep the first stage's audio of a tile's frames."""
+class SliceSound(Condition):
+    """Keep the first stage's audio of a slice's frames."""
 
-    tile: Tile
+    part: Slice
     carried = True
 
     def load(self, size: Size, source: Streams) -> Conditioning:
-        sound = self.tile.sound(source["final_audio"], size.audio_tokens)
-        return in_order(latents.StartFrom(sound), latents.Freeze())
-
-
-def in_order(*conditionings: Conditioning) -> Conditioning:
-    """Several conditionings as one."""
-    return lambda state: latents.condition(state, conditionings)
+        sound = self.part.sound(source["final_audio"], size.audio_tokens)
+        return lambda state: state.start_from(sound).freeze()
 
 
 @dataclass(frozen=True)
@@ -434,16 +431,16 @@ class Stage:
         channels: Mapping[str, int],
         before: Streams,
         loaded: Mapping[Condition, Conditioning],
-    ) -> dict[str, latents.LatentState]:
+    ) -> dict[str, LatentState]:
         """The streams at the start: from zeros or the latents `before`, conditioned."""
         states, before = {}, dict(before)
         for stream, items in self.conditions.items():
-            state = latents.LatentState.initial(
-                self.size.bounds(stream), channels[stream]
-            )
+            state = LatentState.initial(self.size.bounds(stream), channels[stream])
             if stream in before:
                 start = self.part.cut(before) if stream == "video" else before[stream]
-                state = latents.StartFrom(start)(state)
-            load = lambda c: c.load(self.size, before) if c.carried else loaded[c]
-            states[stream] = latents.condition(state, map(load, items))
+                state = state.start_from(start)
+            for c in items:
+                load = c.load(self.size, before) if c.carried else loaded[c]
+                state = load(state)
+            states[stream] = state
         return states

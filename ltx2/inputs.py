@@ -59,7 +59,7 @@ class Encoders:
 
     files: InputFiles
     component: Callable[[str], nn.Module]
-    frozen_from_noise: bool = False  # see latents.Freeze
+    frozen_from_noise: bool = False  # see LatentState.freeze
     codes: str = "srgb"  # what the video VAE sees, of color.SPACES
 
     def encoder_input(self, frames: np.ndarray) -> mx.array:

@@ -1,7 +1,7 @@
 """Latent shapes, token positions, the latent state and the conditionings on it.
 
-A conditioning is a function of the state: it replaces tokens, appends tokens that only
-guide, or chooses which tokens are generated. Every feature is a list of them.
+A conditioning is a method of the state: it replaces tokens, appends tokens that only
+guide, or chooses which tokens are generated. Every feature is a chain of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Callable, Iterable, Optional
+from typing import Callable, Optional, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -127,6 +127,11 @@ def audio_to_tokens(latents: mx.array) -> mx.array:
     return latents.swapaxes(2, 3).flatten(2)
 
 
+def to_tokens(latents: mx.array) -> mx.array:
+    """Latents of video (1, f, H, W, C) or audio (1, t, mel, C) as tokens (1, n, C)."""
+    return audio_to_tokens(latents) if latents.ndim == 4 else video_tokens(latents)
+
+
 def audio_from_tokens(tokens: mx.array, channels: int) -> mx.array:
     """(B, T, C * mel) to (B, T, mel, C)."""
     return tokens.reshape(*tokens.shape[:2], channels, -1).swapaxes(2, 3)
@@ -190,14 +195,33 @@ class LatentState:
             return noise
         return self.blend(self.latent * (1 - scale) + noise * scale)
 
-    def replace_tokens(self, at: int, tokens: mx.array, strength: float) -> LatentState:
-        """Hold `tokens` (1, n, C) from index `at` on with a strength in [0, 1]."""
-        stop = at + tokens.shape[1]
-        clean = mx.array(self.clean_latent)
-        clean[:, at:stop] = tokens
-        mask = self.denoise_mask.copy()
-        mask[at:stop] = 1 - strength
+    def start_from(self, latents: mx.array) -> LatentState:
+        """Start from latents (video or audio, of the target's size) instead of zeros."""
+        tokens = to_tokens(latents).astype(mx.float32)
+        return replace(self, latent=tokens, clean_latent=tokens)
+
+    def hold(
+        self, latents: mx.array, at: int = 0, strength: float = 1.0
+    ) -> LatentState:
+        """Hold latents in place from latent frame or audio token `at` on."""
+        tokens = to_tokens(latents)
+        start = at * (tokens.shape[1] // latents.shape[1])
+        stop = start + tokens.shape[1]
+        clean, mask = mx.array(self.clean_latent), self.denoise_mask.copy()
+        clean[:, start:stop], mask[start:stop] = tokens, 1 - strength
         return replace(self, clean_latent=clean, denoise_mask=mask)
+
+    def regenerate(self, start: float, end: float) -> LatentState:
+        """Generate the tokens that overlap these seconds, keep the rest: a retake."""
+        begin, stop = self.bounds[0, :, 0], self.bounds[0, :, 1]
+        inside = (stop > start) & (begin < end)
+        return replace(self, denoise_mask=inside.astype(np.float32))
+
+    def freeze(self, from_noise: bool = False) -> LatentState:
+        """Keep the whole stream unchanged; `from_noise` starts it as noise all the same,
+        as the reference's retake does."""
+        mask = np.zeros_like(self.denoise_mask)
+        return replace(self, denoise_mask=mask, starts_as_noise=from_noise)
 
     def append(
         self,
@@ -238,63 +262,74 @@ class LatentState:
             attention=grown,
         )
 
-
-Conditioning = Callable[[LatentState], LatentState]
-
-
-def condition(state: LatentState, items: Iterable[Conditioning]) -> LatentState:
-    """Apply conditionings in order."""
-    for item in items:
-        state = item(state)
-    return state
-
-
-def to_tokens(latents: mx.array) -> mx.array:
-    """Latents of video (1, f, H, W, C) or audio (1, t, mel, C) as tokens (1, n, C)."""
-    return audio_to_tokens(latents) if latents.ndim == 4 else video_tokens(latents)
-
-
-@dataclass(frozen=True)
-class StartFrom:
-    """Start from latents (video or audio, of the target's size) instead of zeros."""
-
-    latents: mx.array
-
-    def __call__(self, state: LatentState) -> LatentState:
-        tokens = to_tokens(self.latents).astype(mx.float32)
-        return replace(state, latent=tokens, clean_latent=tokens)
-
-
-@dataclass(frozen=True)
-class Replace:
-    """Hold latents (video or audio) in place from latent frame or audio token `at`."""
-
-    latents: mx.array
-    at: int = 0
-    strength: float = 1.0
-
-    def __call__(self, state: LatentState) -> LatentState:
-        tokens = to_tokens(self.latents)
-        start = self.at * (tokens.shape[1] // self.latents.shape[1])
-        return state.replace_tokens(start, tokens, self.strength)
-
-
-@dataclass(frozen=True)
-class Keyframe:
-    """Guide with an image or short clip (1, f, H, W, C) placed at pixel frame `frame`."""
-
-    latents: mx.array
-    frame: int
-    fps: float
-    strength: float = 1.0
-
-    def __call__(self, state: LatentState) -> LatentState:
-        _, frames, height, width, _ = self.latents.shape
-        bounds = video_bounds(frames, height, width, 1.0, causal=self.frame == 0)
+    def guide(
+        self, latents: mx.array, frame: int, fps: float, strength: float = 1.0
+    ) -> LatentState:
+        """Guide with an image or short clip (1, f, H, W, C) placed at pixel frame `frame`."""
+        _, frames, height, width, _ = latents.shape
+        bounds = video_bounds(frames, height, width, 1.0, causal=frame == 0)
         if frames == 1:  # a still lasts one pixel frame
             bounds[0] = (0, 1)
-        bounds[0] = (bounds[0] + self.frame) / np.float32(self.fps)
-        return state.append(video_tokens(self.latents), bounds, self.strength)
+        bounds[0] = (bounds[0] + frame) / np.float32(fps)
+        return self.append(video_tokens(latents), bounds, strength)
+
+    def guide_stills(
+        self, stills: mx.array, frames: Sequence[int], fps: float, strength: float = 1.0
+    ) -> LatentState:
+        """Guide with single frames (1, K, H, W, C) at their places."""
+        state = self
+        for n, frame in enumerate(frames):
+            state = state.guide(stills[:, n : n + 1], frame, fps, strength)
+        return state
+
+    def generate_stills(
+        self, frames: tuple[int, ...], size: Size, initial: Optional[mx.array] = None
+    ) -> LatentState:
+        """Generate single frames at these places together with a video of a size, from
+        zeros or initial latents (1, K, H, W, C); from 2.5 on."""
+        grid = video_bounds(1, *size.latent_sides, 1.0)
+        bounds = np.concatenate([grid] * len(frames), axis=1)
+        starts = np.repeat(np.float32(frames), grid.shape[1])
+        bounds[0] = np.stack([starts, starts + 1], axis=-1) / np.float32(size.rate)
+        empty = mx.zeros((1, bounds.shape[1], self.latent.shape[-1]))
+        initial = None if initial is None else video_tokens(initial)
+        return self.append(empty, bounds, 0.0, keyframes=True, initial=initial)
+
+    def show(
+        self,
+        latents: mx.array,
+        fps: float,
+        strength: float = 1.0,
+        downscale: int = 1,
+        slow: int = 1,
+        visibility: float | np.ndarray = 1.0,
+        skip: int = 0,
+    ) -> LatentState:
+        """Show a reference clip (1, f, H, W, C), `downscale` times smaller and `slow` times
+        slower than the target, to an IC-LoRA. `visibility` in [0, 1] (scalar or by token)
+        weighs attention between the two; `skip` latent frames are left out, the others
+        keep their places."""
+        _, frames, height, width, _ = latents.shape
+        bounds = video_bounds(frames, height, width, fps)
+        bounds[1:] *= downscale
+        if slow != 1:
+            late = np.float32((slow - 1) / fps)
+            bounds[0] = np.maximum(bounds[0] * np.float32(slow) - late, 0)
+        bounds = bounds[:, skip * height * width :]
+        tokens = video_tokens(latents[:, skip:])
+        visible = np.asarray(visibility, np.float32)
+        visible = np.broadcast_to(visible, tokens.shape[1])
+        attention = None if (visible == 1).all() else visible
+        return self.append(tokens, bounds, strength, attention)
+
+    def let_hear(self, latents: mx.array) -> LatentState:
+        """A sound (1, T, mel, C) for an IC-LoRA, which ends 40 ms before the target begins."""
+        bounds = audio_bounds(latents.shape[1])
+        bounds = bounds - bounds[0, -1, 1] - np.float32(0.04)
+        return self.append(audio_to_tokens(latents), bounds)
+
+
+Conditioning = Callable[[LatentState], LatentState]
 
 
 def evenly_spaced(count: int, num_frames: int) -> tuple[int, ...]:
@@ -307,93 +342,3 @@ def divided_evenly(total: int, count: int) -> list[int]:
     """Where `count` whole parts of a length begin and end, the longer ones first."""
     length, longer = divmod(total, count)
     return [n * length + min(n, longer) for n in range(count + 1)]
-
-
-@dataclass(frozen=True)
-class KeyframeSlots:
-    """Generate single frames at these places together with a video of latent size
-    (F, H, W), from zeros or initial latents (1, K, H, W, C); from 2.5 on."""
-
-    frames: tuple[int, ...]
-    latent_size: tuple[int, int, int]
-    fps: float
-    initial: Optional[mx.array] = None
-
-    def __call__(self, state: LatentState) -> LatentState:
-        grid = video_bounds(1, *self.latent_size[1:], 1.0)
-        bounds = np.concatenate([grid] * len(self.frames), axis=1)
-        starts = np.repeat(np.float32(self.frames), grid.shape[1])
-        bounds[0] = np.stack([starts, starts + 1], axis=-1) / np.float32(self.fps)
-        empty = mx.zeros((1, bounds.shape[1], state.latent.shape[-1]))
-        initial = None if self.initial is None else video_tokens(self.initial)
-        return state.append(empty, bounds, 0.0, keyframes=True, initial=initial)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A reference clip (1, f, H, W, C) for an IC-LoRA.
-
-    The factors scale the positions of a smaller or slower clip to the target's.
-    `visibility` in [0, 1] (scalar or per token) weighs attention between the two.
-    """
-
-    latents: mx.array
-    fps: float
-    strength: float = 1.0
-    downscale_factor: int = 1
-    temporal_scale_factor: int = 1
-    visibility: float | np.ndarray = 1.0
-    skip: int = 0  # latent frames that are left out, the others keep their places
-
-    def __call__(self, state: LatentState) -> LatentState:
-        _, frames, height, width, _ = self.latents.shape
-        bounds = video_bounds(frames, height, width, self.fps)
-        bounds[1:] *= self.downscale_factor
-        slow = self.temporal_scale_factor
-        if slow != 1:
-            late = np.float32((slow - 1) / self.fps)
-            bounds[0] = np.maximum(bounds[0] * np.float32(slow) - late, 0)
-        bounds = bounds[:, self.skip * height * width :]
-        tokens = video_tokens(self.latents[:, self.skip :])
-        visible = np.broadcast_to(
-            np.asarray(self.visibility, np.float32), tokens.shape[1]
-        )
-        attention = None if (visible == 1).all() else visible
-        return state.append(tokens, bounds, self.strength, attention)
-
-
-@dataclass(frozen=True)
-class SoundReference:
-    """A sound (1, T, mel, C) for an IC-LoRA, which ends 40 ms before the target begins."""
-
-    latents: mx.array
-
-    def __call__(self, state: LatentState) -> LatentState:
-        bounds = audio_bounds(self.latents.shape[1])
-        bounds = bounds - bounds[0, -1, 1] - np.float32(0.04)
-        return state.append(audio_to_tokens(self.latents), bounds)
-
-
-@dataclass(frozen=True)
-class Regenerate:
-    """Generate the tokens that overlap (start, end) in seconds, keep the rest: a retake."""
-
-    start: float
-    end: float
-
-    def __call__(self, state: LatentState) -> LatentState:
-        begin, stop = state.bounds[0, :, 0], state.bounds[0, :, 1]
-        inside = (stop > self.start) & (begin < self.end)
-        return replace(state, denoise_mask=inside.astype(np.float32))
-
-
-@dataclass(frozen=True)
-class Freeze:
-    """Keep the whole stream unchanged; `from_noise` starts it as noise all the same, as
-    the reference's retake does."""
-
-    from_noise: bool = False
-
-    def __call__(self, state: LatentState) -> LatentState:
-        mask = np.zeros_like(state.denoise_mask)
-        return replace(state, denoise_mask=mask, starts_as_noise=self.from_noise)

@@ -76,7 +76,7 @@ DOUBLED = Row("doubled", REFINE_SIGMAS, "euler", False, 1, "temporal", VIDEO, Fa
 # fmt: on
 HDR_FPS = 30.0  # the highest rate of positions in HDR, the reference's
 DETAIL = 0.5  # the reference's strength of a detailing LoRA
-TILE_SIGMAS, TILE_SAMPLER = DISTILLED_SIGMAS[4:], "euler_half_ancestral"
+SLICE_SIGMAS, SLICE_SAMPLER = DISTILLED_SIGMAS[4:], "euler_half_ancestral"
 
 
 @dataclass(frozen=True)
@@ -223,11 +223,11 @@ class Planner(Resolver):
             yield from self.window(rows, guidance, half, WHOLE_CLIP, keyframes)
             n, rounds = len(rows), r.temporal_rounds
             for round_ in range(1, rounds + 1):
-                for tile in windows.tiles_of_round(round_, keyframes):
-                    yield self.tile_stage(n := n + 1, tile, half)
-            for tile in windows.tiles_of_round(rounds, keyframes) * r.spatial_rounds:
+                for part in windows.slices_of_round(round_, keyframes):
+                    yield self.slice_stage(n := n + 1, part, half)
+            for part in windows.slices_of_round(rounds, keyframes) * r.spatial_rounds:
                 for grid in windows.GRIDS:
-                    yield self.enlarged_stage(n := n + 1, tile, full, grid)
+                    yield self.enlarged_stage(n := n + 1, part, full, grid)
             return
         incoming: tuple[int, ...] = ()
         for window in self.windows():
@@ -333,25 +333,25 @@ class Planner(Resolver):
             )
 
     def enlarged_stage(
-        self, n: int, tile: windows.Tile, full: Size, grid: int
+        self, n: int, part: windows.Slice, full: Size, grid: int
     ) -> Stage:
-        """A coarse or fine pass of a tile in dfr's epilogue."""
+        """A coarse or fine pass of a slice in dfr's epilogue."""
         r, fine = self.r, grid == windows.GRIDS[1]
         opens = int(all(image.index(r.num_frames, r.fps) for image in r.images))
-        tile = windows.EnlargedTile(
-            **vars(tile), grid=grid, opens=opens, decoder=self.decoder()
+        part = windows.EnlargedSlice(
+            **vars(part), grid=grid, opens=opens, decoder=self.decoder()
         )
-        stage = self.tile_stage(n, tile, full)
-        owned = range(tile.seam // tile.rate + (tile.start > 0), r.num_frames)
-        images = self.images(stage.size, tile.rate, tile.first, owned)
-        video = *images, conditions.TileKeyframes(tile), *self.smaller(tile)
+        stage = self.slice_stage(n, part, full)
+        owned = range(part.seam // part.rate + (part.start > 0), r.num_frames)
+        images = self.images(stage.size, part.rate, part.first, owned)
+        video = *images, conditions.SliceKeyframes(part), *self.smaller(part)
         return replace(
             stage,
             sigmas=REFINE_SIGMAS[1:] if fine else REFINE_SIGMAS[:2],
             sampler=self.ancestral,
             noise_scale=0.0 if fine else REFINE_SIGMAS[0],
             loras=self.loras(None, 1, True),
-            upsampler=None if tile.start or fine else self.upsampler,
+            upsampler=None if part.start or fine else self.upsampler,
             conditions=stage.conditions | {"video": video},
         )
 
@@ -366,30 +366,30 @@ class Planner(Resolver):
             factor, _ = reference_factors([self.r.detailing_lora], self.files)
             yield conditions.PreviousAsReference(max(factor, 2), part)
 
-    def tile_stage(self, n: int, tile: windows.Tile, full: Size) -> Stage:
-        """A tile of one of dfr's rounds, which double the frame rate."""
-        fps, streams = full.fps * tile.rate, full.audio_tokens > 0
+    def slice_stage(self, n: int, part: windows.Slice, full: Size) -> Stage:
+        """A slice of one of dfr's rounds, which double the frame rate."""
+        fps, streams = full.fps * part.rate, full.audio_tokens > 0
         rate = windows.conditioned_rate(fps)
-        size = replace(full, num_frames=tile.num_frames, fps=fps, conditioned_fps=rate)
-        size = replace(size, audio_tokens=audio_tokens(tile.num_frames, rate))
-        images = self.images(size, tile.rate, tile.first)
+        size = replace(full, num_frames=part.num_frames, fps=fps, conditioned_fps=rate)
+        size = replace(size, audio_tokens=audio_tokens(part.num_frames, rate))
+        images = self.images(size, part.rate, part.first)
         both = {
-            "video": (*images, conditions.TileKeyframes(tile)),
-            "audio": (conditions.TileSound(tile),),
+            "video": (*images, conditions.SliceKeyframes(part)),
+            "audio": (conditions.SliceSound(part),),
         }
         return Stage(
             f"stage{n}",
             size,
-            TILE_SIGMAS,
-            TILE_SAMPLER,
-            TILE_SIGMAS[0],
+            SLICE_SIGMAS,
+            SLICE_SAMPLER,
+            SLICE_SIGMAS[0],
             loras=self.loras(None, 1),
-            upsampler=None if tile.start else "temporal_upsampler",
+            upsampler=None if part.start else "temporal_upsampler",
             conditions=both if streams else {"video": both["video"]},
             final=VIDEO,
-            part=tile,
+            part=part,
             first=False,
-            prompts=self.prompts(tile.first, size, fps / rate),
+            prompts=self.prompts(part.first, size, fps / rate),
         )
 
     def loras(

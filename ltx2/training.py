@@ -148,10 +148,10 @@ def draw_example(
         if name == "video":
             # A picture would have nothing left to generate.
             if rng.uniform() < probability and x.shape[1] > 1:
-                state = latents.Replace(x[:, :1])(state)
+                state = state.hold(x[:, :1])
             if sample.reference is not None:
                 scale = 1.0, options.reference_downscale
-                state = latents.Reference(sample.reference, size.fps, *scale)(state)
+                state = state.show(sample.reference, size.fps, *scale)
         states[name] = state
     contexts = (
         c if k in states else None for k, c in zip(("video", "audio"), sample.contexts)

@@ -4,7 +4,7 @@ A long video is made in windows: each carries the last latents of the one before
 decoded frames of the overlap are blended.
 
 dfr (detail-fidelity rendering) pads a video to a canvas of segments that end in
-keyframes. Each round refines it at twice the frame rate in tiles of whole segments.
+keyframes. Each round refines it at twice the frame rate in slices of whole segments.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .latents import (
 )
 
 SEGMENTS = (32, 24)  # pixel frames from keyframe to keyframe
-ANCHOR_STRENGTH = 0.95  # the reference's: a tile can still smooth its seams
+ANCHOR_STRENGTH = 0.95  # the reference's: a slice can still smooth its seams
 GRIDS = (2, 4)  # tiles along a side of dfr's coarse and fine passes
 MAX_FPS = 60.0  # of positions in dfr, the reference's
 
@@ -210,10 +210,10 @@ WHOLE = Whole()
 
 
 @dataclass(frozen=True)
-class Tile(Whole):
-    """Segments [start, stop) of a canvas whose rate was doubled. Every tile but the first
-    begins with the last keyframe before its seam, which the tile before has made, and
-    holds that tile's latents up to the seam."""
+class Slice(Whole):
+    """Segments [start, stop) of a canvas whose rate was doubled. Every slice but the first
+    begins with the last keyframe before its seam, which the slice before has made, and
+    holds that slice's latents up to the seam."""
 
     start: int
     stop: int
@@ -294,16 +294,12 @@ class Tile(Whole):
         own = range(self.seam + (self.start > 0), self.first + self.num_frames)
         return [(p - self.first, n) for n, p in enumerate(self.guides) if p in own]
 
-    def anchors(self, keyframes: mx.array) -> list[tuple[int, mx.array]]:
-        """The canvas's keyframes after the seam, by its own frames."""
-        return [(place, keyframes[:, n : n + 1]) for place, n in self.anchor_places]
-
     def joined(self, before: Streams, name: str, new: mx.array) -> mx.array:
-        """What the tiles up to this one have made."""
+        """What the slices up to this one have made."""
         return mx.concatenate([before[name], new], 1) if self.start else new
 
     def merge(self, before: Streams, made: Streams) -> Streams:
-        """The same canvas with what has been refined so far; after the last tile the
+        """The same canvas with what has been refined so far; after the last slice the
         refined canvas with twice as many keyframes."""
         refined = self.joined(before, "refined", made["video"][:, self.held :])
         slots = self.joined(before, "slots", made["keyframes"])
@@ -327,8 +323,8 @@ class Tile(Whole):
 
 
 @dataclass(frozen=True)
-class EnlargedTile(Tile):
-    """A tile at twice the sides, without a change of rate: a coarse pass, then a fine
+class EnlargedSlice(Slice):
+    """A slice at twice the sides, without a change of rate: a coarse pass, then a fine
     one of its result (GRIDS). The guides are all keyframes of the canvas, decoded, enlarged and
     encoded again, and after them its first frame if it `opens`."""
 
@@ -354,7 +350,7 @@ class EnlargedTile(Tile):
 
     def merge(self, before: Streams, made: Streams) -> Streams:
         """The same canvas with the coarse result, or with what has been refined so far;
-        after the last tile the refined canvas with the keyframes that guided it."""
+        after the last slice the refined canvas with the keyframes that guided it."""
         if self.grid == GRIDS[0]:
             return before | {"coarse": made["video"]}
         refined = self.joined(before, "refined", made["video"][:, self.held :])
@@ -364,16 +360,16 @@ class EnlargedTile(Tile):
         return {"video": refined, "keyframes": stills}
 
 
-def tiles(segments: int, length: int, rate: int) -> list[Tile]:
-    """Divide a canvas into at most `rate` tiles of whole segments, longer ones first."""
+def slices(segments: int, length: int, rate: int) -> list[Slice]:
+    """Divide a canvas into at most `rate` slices of whole segments, longer ones first."""
     ends = divided_evenly(segments, min(rate, segments))
-    return [Tile(*pair, segments, length, rate) for pair in zip(ends, ends[1:])]
+    return [Slice(*pair, segments, length, rate) for pair in zip(ends, ends[1:])]
 
 
-def tiles_of_round(number: int, keyframes: tuple[int, ...]) -> list[Tile]:
-    """The tiles of one of dfr's rounds, of a canvas with these keyframes (0: one tile)."""
+def slices_of_round(number: int, keyframes: tuple[int, ...]) -> list[Slice]:
+    """The slices of one of dfr's rounds, of a canvas with these keyframes (0: one slice)."""
     rate, count = 2**number, 2 if number else 1  # keyframes to a segment
-    return tiles(len(keyframes) * rate // count, count * keyframes[0], rate)
+    return slices(len(keyframes) * rate // count, count * keyframes[0], rate)
 
 
 def conditioned_rate(fps: float) -> float:

@@ -1,4 +1,4 @@
-"""DFR: its canvas and tiles, complete runs against the reference, and refused requests."""
+"""DFR: its canvas and slices, complete runs against the reference, and refused requests."""
 
 import dataclasses
 import gc
@@ -18,10 +18,10 @@ from test_pipeline import (
 import generate
 from ltx2 import media, pipeline, weights
 from ltx2.base import UserError
-from ltx2.conditions import GuideImage, ShowImage, TileKeyframes, TileSound
+from ltx2.conditions import GuideImage, ShowImage, SliceKeyframes, SliceSound
 from ltx2.request import Image, LoraFile, Request
 from ltx2.snapshot import Snapshot
-from ltx2.windows import EnlargedTile, canvas, conditioned_rate, tiles
+from ltx2.windows import EnlargedSlice, canvas, conditioned_rate, slices
 
 SIZE = {"height": 128, "width": 128, "stages": "dfr"}
 QUICK = SIZE | {"num_frames": 41, "temporal_rounds": 1, "sigmas": (1.0, 0.5, 0.0)}
@@ -66,19 +66,19 @@ def test_a_canvas_has_complete_segments(frames, total, keyframes):
         (6, 4, [(0, 2), (2, 4), (4, 5), (5, 6)]),
     ],
 )
-def test_tiles_divide_the_segments(segments, rate, parts):
-    ours = tiles(segments, 48, rate)
-    assert [(tile.start, tile.stop) for tile in ours] == parts
+def test_slices_divide_the_segments(segments, rate, parts):
+    ours = slices(segments, 48, rate)
+    assert [(part.start, part.stop) for part in ours] == parts
 
 
-def test_a_later_tile_begins_with_the_keyframe_before_its_seam():
-    first, second = tiles(2, 48, 2)
+def test_a_later_slice_begins_with_the_keyframe_before_its_seam():
+    first, second = slices(2, 48, 2)
     assert (first.first, first.num_frames, first.held) == (0, 49, 0)
     assert (second.first, second.num_frames, second.held) == (24, 73, 4)
     assert first.slots == (24,) and second.slots == (48,)
     stills = mx.array([[48, 96]])
-    assert [(at, x.item()) for at, x in first.anchors(stills)] == [(48, 48)]
-    assert [(at, x.item()) for at, x in second.anchors(stills)] == [(72, 96)]
+    assert [(at, stills[0, n].item()) for at, n in first.anchor_places] == [(48, 48)]
+    assert [(at, stills[0, n].item()) for at, n in second.anchor_places] == [(72, 96)]
     before = {"video": mx.arange(13)[None], "refined": 100 + mx.arange(7)[None]}
     before["slots"] = mx.array([[1000]])
     cut = second.cut(before)[0].tolist()
@@ -90,20 +90,20 @@ def test_a_later_tile_begins_with_the_keyframe_before_its_seam():
 @pytest.mark.parametrize("segments", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("rate", [2, 4])
 @pytest.mark.parametrize("length", [48, 64])
-def test_tiles_cover_the_canvas_and_the_earlier_one_wins(segments, rate, length):
+def test_slices_cover_the_canvas_and_the_earlier_one_wins(segments, rate, length):
     frames = segments * length // 8 + 1
     ends = mx.arange(1, segments + 1)[None] * length
     given = {"video": mx.arange(frames)[None], "keyframes": ends}
-    parts = tiles(segments, length, rate)
-    for n, tile in enumerate(parts):
-        made = tile.first // 8 + mx.arange(tile.num_frames // 8 + 1)[None] + 1000 * n
-        slots = mx.array([tile.slots]) + tile.first
-        given = tile.merge(given, {"video": made, "keyframes": slots})
+    parts = slices(segments, length, rate)
+    for n, part in enumerate(parts):
+        made = part.first // 8 + mx.arange(part.num_frames // 8 + 1)[None] + 1000 * n
+        slots = mx.array([part.slots]) + part.first
+        given = part.merge(given, {"video": made, "keyframes": slots})
     assert given.keys() == {"video", "keyframes"}
     video, by = given["video"][0] % 1000, given["video"][0] // 1000
     assert video.tolist() == list(range(frames))
-    for n, tile in enumerate(parts):  # each up to the latent of its last keyframe
-        assert by[tile.stop * length // 8].item() == n
+    for n, part in enumerate(parts):  # each up to the latent of its last keyframe
+        assert by[part.stop * length // 8].item() == n
     every = range(length // 2, segments * length + 1, length // 2)
     assert given["keyframes"][0].tolist() == list(every)
 
@@ -137,7 +137,7 @@ def test_a_temporal_round_doubles_the_frame_rate_not_the_duration(
     assert (again.temporal_rounds, again.detailing_lora.strength) == (1, 0.5)
 
 
-def test_a_run_resumes_between_tiles_and_within_one(load, golden, tmp_path):
+def test_a_run_resumes_between_slices_and_within_one(load, golden, tmp_path):
     pipe, contexts = load(), recorded_contexts(golden, "ltx-2.5")
     [prompt] = contexts
     request = Request(prompt, no_audio=True, **QUICK)
@@ -154,7 +154,7 @@ def test_a_run_resumes_between_tiles_and_within_one(load, golden, tmp_path):
         assert mx.array_equal(resumed["video"], complete)
 
 
-def test_the_epilogue_has_a_coarse_and_a_fine_pass_of_each_of_the_last_tiles(load):
+def test_the_epilogue_has_a_coarse_and_a_fine_pass_of_each_of_the_last_slices(load):
     request = Request("a fox", detailing_lora=None, spatial_rounds=1, **QUICK)
     job = load().plan(request)
     sizes = [(stage.size.height, stage.seen) for stage in job.stages]
@@ -169,10 +169,10 @@ def test_the_epilogue_has_a_coarse_and_a_fine_pass_of_each_of_the_last_tiles(loa
     assert job.keyframes[job.windows[0]] == (24, 48, 72)  # of 81 frames
 
 
-def test_the_epilogue_holds_what_the_tile_before_has_made():
+def test_the_epilogue_holds_what_the_slice_before_has_made():
     first, second = (
-        EnlargedTile(**vars(tile), grid=4, opens=1, decoder="vae")
-        for tile in tiles(2, 48, 2)
+        EnlargedSlice(**vars(part), grid=4, opens=1, decoder="vae")
+        for part in slices(2, 48, 2)
     )
     before = {"video": mx.arange(13)[None], "coarse": mx.zeros((1, 7))}
     before["keyframes"] = mx.array([[1024, 1048, 1072, 1096, 1000]])
@@ -188,14 +188,14 @@ def test_the_epilogue_holds_what_the_tile_before_has_made():
     assert after["keyframes"][0].tolist() == [1024, 1048, 1072, 1096]
 
 
-def test_without_rounds_the_epilogue_is_one_tile_and_shows_its_images(load, tmp_path):
+def test_without_rounds_the_epilogue_is_one_slice_and_shows_its_images(load, tmp_path):
     media.save_png(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
     images = (Image(str(tmp_path / "a.png")),)
     options = SIZE | {"num_frames": 41, "spatial_rounds": 1}
     *_, coarse, fine = load().plan(Request("a fox", images=images, **options)).stages
     assert coarse.conditions == fine.conditions | {
-        "video": (coarse.conditions["video"][0], TileKeyframes(coarse.part)),
-        "audio": (TileSound(coarse.part),),
+        "video": (coarse.conditions["video"][0], SliceKeyframes(coarse.part)),
+        "audio": (SliceSound(coarse.part),),
     }
     assert isinstance(coarse.conditions["video"][0], ShowImage)
     assert coarse.part.anchor_places == [(24, 0), (48, 1)]  # the image opens
@@ -219,7 +219,7 @@ def test_an_epilogue_resumes_between_its_passes(load, golden, tmp_path, decoder)
     assert mx.array_equal(resumed["video"], complete)
 
 
-def test_a_tile_has_the_images_of_its_frames(load, tmp_path):
+def test_a_slice_has_the_images_of_its_frames(load, tmp_path):
     media.save_png(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
     path = str(tmp_path / "a.png")
     images = tuple(Image(path, frame) for frame in (0, 60, -1))

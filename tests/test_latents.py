@@ -8,17 +8,11 @@ import pytest
 from parity import channels_last
 
 from ltx2.latents import (
-    Freeze,
-    Keyframe,
     LatentState,
-    Reference,
-    Regenerate,
-    Replace,
     audio_bounds,
     audio_from_tokens,
     audio_to_tokens,
     audio_tokens,
-    condition,
     latent_frames,
     video_bounds,
     video_tokens,
@@ -32,45 +26,41 @@ def nothing(g):
 
 
 def replaced(g):
-    return [
-        Replace(
-            channels_last(g["in.latent"]),
-            g["info"]["latent_idx"],
-            g["info"]["strength"],
-        )
-    ]
+    latents, i = channels_last(g["in.latent"]), g["info"]
+    return [lambda state: state.hold(latents, i["latent_idx"], i["strength"])]
 
 
 def keyframe(g):
-    i = g["info"]
-    latents = channels_last(g["in.latent"])
-    return [Keyframe(latents, i["frame_idx"], i["fps"], i["strength"])]
+    latents, i = channels_last(g["in.latent"]), g["info"]
+    facts = i["frame_idx"], i["fps"], i["strength"]
+    return [lambda state: state.guide(latents, *facts)]
 
 
 def reference(g):
-    i = g["info"]
-    return [
-        Reference(
-            channels_last(g["in.latent"]),
-            i["fps"],
-            i.get("strength", 1.0),
-            i.get("downscale_factor", 1),
-            i.get("temporal_scale_factor", 1),
-            g["in.attention"][0] if "in.attention" in g else i.get("attention", 1.0),
-        )
-    ]
+    latents, i = channels_last(g["in.latent"]), g["info"]
+    scale = i.get("downscale_factor", 1), i.get("temporal_scale_factor", 1)
+    weights = g["in.attention"][0] if "in.attention" in g else i.get("attention", 1.0)
+    facts = i["fps"], i.get("strength", 1.0), *scale, weights
+    return [lambda state: state.show(latents, *facts)]
 
 
 def several(*kinds):
     """Items made from in.latent0, in.latent1 and so on."""
 
     def items(g):
+        latents = [channels_last(g[f"in.latent{n}"]) for n in range(len(kinds))]
+        fps = g["info"]["fps"]
         return [
-            kind(channels_last(g[f"in.latent{n}"]), g["info"]["fps"])
-            for n, kind in enumerate(kinds)
+            lambda state, kind=kind, x=x: kind(state, x, fps)
+            for kind, x in zip(kinds, latents)
         ]
 
     return items
+
+
+hold = lambda state, x, fps: state.hold(x)
+guide = lambda state, x, fps: state.guide(x, 8, fps)
+show = lambda weight: lambda state, x, fps: state.show(x, fps, visibility=weight)
 
 
 def slots(g):
@@ -84,11 +74,12 @@ def slots(g):
         bounds.append(grid)
     bounds = np.concatenate(bounds, axis=1)
     empty = mx.zeros((1, bounds.shape[1], channels))
-    return [Replace(first), lambda s: s.append(empty, bounds, 0.0, keyframes=True)]
+    return [lambda s: s.hold(first).append(empty, bounds, 0.0, keyframes=True)]
 
 
 def region(g):
-    return [Regenerate(g["info"]["start"], g["info"]["end"])]
+    times = g["info"]["start"], g["info"]["end"]
+    return [lambda state: state.regenerate(*times)]
 
 
 def audio_reference(g):
@@ -119,18 +110,10 @@ CASES = {
     "reference_attention0.5": reference,
     "reference_attention_tensor": reference,
     "image0_plus_keyframe16": several(
-        lambda x, fps: Replace(x), lambda x, fps: Keyframe(x, 16, fps, 0.9)
+        hold, lambda state, x, fps: state.guide(x, 16, fps, 0.9)
     ),
-    "keyframe_then_two_references_attention": several(
-        lambda x, fps: Keyframe(x, 8, fps),
-        lambda x, fps: Reference(x, fps, visibility=0.3),
-        lambda x, fps: Reference(x, fps, visibility=0.8),
-    ),
-    "replace_reference_attention_keyframe": several(
-        lambda x, fps: Replace(x),
-        lambda x, fps: Reference(x, fps, visibility=0.3),
-        lambda x, fps: Keyframe(x, 8, fps),
-    ),
+    "keyframe_then_two_references_attention": several(guide, show(0.3), show(0.8)),
+    "replace_reference_attention_keyframe": several(hold, show(0.3), guide),
     "generated_keyframe_slots": slots,
     **{f"region_video_{times}": region for times in REGIONS},
     **{f"region_audio_{times}": region for times in REGIONS},
@@ -156,7 +139,9 @@ def start(g) -> LatentState:
 @pytest.mark.parametrize("case", CASES)
 def test_conditioned_states_are_the_references(golden, case):
     g = golden(f"common/cond_{case}")
-    state = condition(start(g), CASES[case](g))
+    state = start(g)
+    for conditioning in CASES[case](g):
+        state = conditioning(state)
     equal = np.testing.assert_array_equal
     equal(state.latent, g["out.latent"])
     equal(state.clean_latent, g["out.clean_latent"])
@@ -186,7 +171,7 @@ def state():
     frame = lambda key: mx.random.normal((1, 1, 2, 3, 4), key=mx.random.key(key))
     initial = mx.random.normal((1, 18, 4), key=mx.random.key(0))
     state = LatentState.initial(video_bounds(3, 2, 3, 24), 4, initial)
-    return condition(state, [Replace(frame(1)), Replace(frame(2), 2, 0.5)])
+    return state.hold(frame(1)).hold(frame(2), 2, 0.5)
 
 
 def test_x0_is_pulled_to_the_clean_tokens_as_in_the_reference(golden):
@@ -222,13 +207,13 @@ def test_a_state_without_conditionings_starts_as_its_noise():
 
 def test_a_frozen_state_keeps_every_bit(state):
     noise = mx.random.normal((1, 18, 4), key=mx.random.key(3))
-    frozen = condition(state, [Freeze()])
+    frozen = state.freeze()
     assert frozen.frozen and not state.frozen
     assert mx.array_equal(frozen.noised(noise), state.clean_latent)
 
 
 def test_a_retake_keeps_what_is_outside_to_the_bit(state):
-    again = condition(state, [Regenerate(0.1, 0.2)])  # inside frames 1 to 8
+    again = state.regenerate(0.1, 0.2)  # inside frames 1 to 8
     noise = mx.random.normal((1, 18, 4), key=mx.random.key(3))
     x = again.noised(noise)
     assert again.denoise_mask.tolist() == [0.0] * 6 + [1.0] * 6 + [0.0] * 6
@@ -240,7 +225,7 @@ def test_a_retake_keeps_what_is_outside_to_the_bit(state):
 def test_the_later_item_wins_and_the_state_before_stays(state):
     before = mx.array(np.array(state.clean_latent)), state.denoise_mask.copy()
     latents = mx.ones((1, 1, 2, 3, 4))
-    after = condition(state, [Replace(latents, 0, 0.25)])
+    after = state.hold(latents, 0, 0.25)
     assert mx.array_equal(after.clean_latent[:, :6], mx.ones((1, 6, 4)))
     assert (after.denoise_mask[:6] == 0.75).all()
     assert mx.array_equal(state.clean_latent, before[0])
@@ -251,7 +236,7 @@ def test_levels_are_the_distinct_masks(state):
     levels, level_index = state.levels
     assert levels.tolist() == [0.0, 0.5, 1.0]
     assert np.array_equal(levels[np.array(level_index)], state.denoise_mask)
-    assert condition(state, [Freeze()]).levels == (np.zeros(1), None)
+    assert state.freeze().levels == (np.zeros(1), None)
 
 
 # Shapes and positions

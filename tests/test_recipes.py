@@ -14,7 +14,7 @@ from ltx2 import media, pipeline
 from ltx2.base import UserError
 from ltx2.conditions import KeepAudio, ReferenceClip, ReferenceSound
 from ltx2.inputs import Encoders, InputFiles, filling, frames_of
-from ltx2.latents import LatentState, Size, SoundReference, audio_bounds
+from ltx2.latents import LatentState, Size, audio_bounds
 from ltx2.recipes import RECIPES
 from ltx2.request import LoraFile, Request
 from ltx2.tiles import Span, equal_spans, spans
@@ -409,7 +409,7 @@ def test_dub_it_sees_and_hears_the_clip_in_both_stages(dub, dubbed):
 
 def test_the_sound_that_is_heard_ends_before_the_video_begins():
     state = LatentState.initial(audio_bounds(18), 8)
-    state = SoundReference(mx.ones((1, 12, 2, 4)))(state)
+    state = state.let_hear(mx.ones((1, 12, 2, 4)))
     assert state.num_target_tokens == 18 and state.denoise_mask.sum() == 18
     np.testing.assert_allclose(state.bounds[0, 18], (-0.49, -0.48), atol=1e-6)
     np.testing.assert_allclose(state.bounds[0, -1], (-0.08, -0.04), atol=1e-6)

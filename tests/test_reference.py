@@ -223,18 +223,20 @@ def test_dfr_is_laid_out_as_in_the_reference():
             assert [total, keyframes[0], *keyframes] == expected
             continue
         segments = len(keyframes) * 2 ** (int(round_) - 1)
-        tiles = windows.tiles(segments, 2 * keyframes[0], 2 ** int(round_))
+        slices = windows.slices(segments, 2 * keyframes[0], 2 ** int(round_))
         if tile is None:
             seams = [
-                (t.seam // 8 + 1, t.seam + 1) if t.start else (0, 0) for t in tiles
+                (t.seam // 8 + 1, t.seam + 1) if t.start else (0, 0) for t in slices
             ]
             rows = [
                 [cell, t.stop * t.length // 8 + 1, t.first, t.held, pixel]
-                for t, (cell, pixel) in zip(tiles, seams)
+                for t, (cell, pixel) in zip(slices, seams)
             ]
         elif what == "slots":
-            rows = [frame + tiles[int(tile)].first for frame in tiles[int(tile)].slots]
+            rows = [
+                frame + slices[int(tile)].first for frame in slices[int(tile)].slots
+            ]
         else:
-            t, ends = tiles[int(tile)], mx.arange(1, segments + 1)[None]
-            rows = [frame + t.first for frame, _ in t.anchors(ends)]
+            t = slices[int(tile)]
+            rows = [frame + t.first for frame, _ in t.anchor_places]
         assert rows == expected, key

@@ -16,7 +16,7 @@ from ltx2 import layers, pipeline
 from ltx2.base import UserError, checked
 from ltx2.defaults import NEGATIVE_PROMPT
 from ltx2.guidance import Prompts
-from ltx2.latents import Keyframe, LatentState, audio_bounds, video_bounds
+from ltx2.latents import LatentState, audio_bounds, video_bounds
 from ltx2.layers import Attention, Nag, Steering
 from ltx2.request import Request, Segment
 from ltx2.tiles import Span, part
@@ -186,7 +186,7 @@ def test_tokens_read_the_segment_of_their_own_time():
     prompts = Prompts(None, ("a", "b", "c"), times)
     state = LatentState.initial(video_bounds(3, 1, 1, 24.0), 8)  # 0.02, 0.21, 0.54 s
     for frame in (11, 14, 17, 400):  # appended, at 0.48, 0.6, 0.73 s and after the end
-        state = Keyframe(mx.zeros((1, 1, 1, 1, 8)), frame, 24.0)(state)
+        state = state.guide(mx.zeros((1, 1, 1, 1, 8)), frame, 24.0)
     mask = prompts.steering("video", state).mask
     read = ["".join(np.array(list("abc"))[row]) for row in np.array(mask[0, 0])]
     assert read == ["a", "a", "b", "ab", "b", "b", "c"]

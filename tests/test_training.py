@@ -60,16 +60,14 @@ def states(g: dict[str, Any], sample: int = 0, prefix: str = "in."):
         if name == "video":
             bounds = latents.video_bounds(*x.shape[1:4], FPS)
         tokens = latents.to_tokens(x)
-        items = []
+        state = latents.LatentState.initial(bounds, tokens.shape[-1], tokens)
         if name == "video" and first and marked(g, name, sample):
-            items.append(latents.Replace(x[:, :1]))
+            state = state.hold(x[:, :1])
         if name == "video" and "reference" in kinds:
             reference = channels_last(g["in.reference_latents"])
-            items.append(latents.Reference(reference, FPS, 1.0, 2))
-        state = latents.LatentState.initial(bounds, tokens.shape[-1], tokens)
+            state = state.show(reference, FPS, 1.0, 2)
         if info.get(f"{name}_role") == "frozen":
-            items.append(latents.Freeze())
-        state = latents.condition(state, items)
+            state = state.freeze()
         if name == "video" and "mask" in kinds:
             mask = 1 - g["in.video_mask"].flatten().astype(np.float32)
             state = replace(state, denoise_mask=mask)
