@@ -30,7 +30,7 @@ DEMO = Path(__file__).parent / "demo" / "model"
 NOTICE = """\
 demo model, for prompts like "A red circle moves from left to right, with a low tone": see demo/README.md
 for the real model: python convert.py --quantize -q-bits 4 (lists what it downloads first)"""
-LATENTS, PREVIEW = ".latents.safetensors", ".preview.png"
+LATENTS, PREVIEW, SHEET = ".latents.safetensors", ".preview.png", "-sheet.png"
 LOADING = ("model", "kind", "text_encoder", "upsamplers", "parts", "dtype")
 
 
@@ -96,6 +96,8 @@ def add_run_flags(add: Any) -> None:
     add("--save-json", action="store_true", help=text)
     text = "do not write into the video how it was made"
     add("--no-metadata", action="store_true", help=text)
+    text = "write frames with their times and the waveform as a picture, -sheet.png"
+    add("--save-sheet", action="store_true", help=text)
     add("--save-latents", action="store_true", help="keep latents for --resume")
     resume = "resume an interrupted run, or only decode"
     add("--resume", metavar="LATENTS", help=resume)
@@ -158,7 +160,8 @@ def make(
     pipe: Any, jobs: list, outputs: list[str], resume: Any, args: argparse.Namespace
 ) -> None:
     """Run the jobs and write their videos."""
-    from ltx2 import timing
+    from ltx2 import media, timing
+    from ltx2.sheet import Sheet
 
     if args.enhance_prompt:
         jobs = [enhanced(pipe, job) for job in jobs]
@@ -171,7 +174,12 @@ def make(
     left = timing.Remaining(timing.work_of(pipe, jobs))
     with closing(Progress(args, outputs, preview, left).watch(stream)) as events:
         for job, output in zip(jobs, outputs):
-            result = write(output, args, job, events)
+            sheet = Sheet(job.size.fps, job.request.color_space)
+            result = write(output, args, job, sheet.watch(events))
+            if args.save_sheet:
+                picture = sheet.draw(result.waveform, result.sample_rate)
+                media.save_png(beside(output, SHEET), picture)
+                print(f"wrote {beside(output, SHEET)}")
             if args.save_json:
                 text = json.dumps(result.metadata, indent=2) + "\n"
                 beside(output, ".json").write_text(text)
@@ -279,6 +287,7 @@ def check_outputs(
     inputs = [args.recorded] if args.recorded else []
     located(requests[0], lambda path: inputs.append(path) or path)
     kinds = {LATENTS: True, ".json": args.save_json, PREVIEW: args.preview_every}
+    kinds[SHEET] = args.save_sheet
     for output, r in zip(outputs, requests):
         space = r.color_space or "srgb"
         formats.check_output(output, args.codec, space, r.audio_only)
@@ -292,7 +301,7 @@ def check_outputs(
 
 def beside(output: str, kind: str) -> Path:
     """A file of another kind next to an output."""
-    return Path(output).with_suffix(kind)
+    return Path(output).with_name(Path(output).stem + kind)
 
 
 def describe(pipe: Any, job: Any) -> str:

@@ -22,4 +22,6 @@ def strip(clips: list[np.ndarray], count: int = 8) -> np.ndarray:
 
 if __name__ == "__main__":
     target, *names = sys.argv[1:]
+    if Path(target).exists():  # perhaps the tracked demo/strip.png
+        sys.exit(f"{target} exists: give another name")
     media.save_png(target, strip([read_mp4(name)[0] for name in names]))

@@ -37,7 +37,7 @@ class Report(NamedTuple):
 # Stages of a run
 
 
-Values = namedtuple("Values", "mean std low high")
+Values = namedtuple("Values", "mean std min max")
 
 
 class Tracer:
@@ -45,6 +45,7 @@ class Tracer:
 
     def __init__(self) -> None:
         self.chunks: dict[str, list] = defaultdict(list)
+        self.sheet: Any = None  # a picture of the result
 
     def __call__(self, name: str, x: mx.array) -> None:
         x = x.astype(mx.float32)
@@ -67,16 +68,16 @@ class Tracer:
             clear = all(abs(v.mean) > 0.1 * v.std for v in (last, now)) and not audible
             conditions = {
                 "not finite": not math.isfinite(now.mean),
-                "explosion": max(now.high, -now.low) > LARGEST,
+                "explosion": max(now.max, -now.min) > LARGEST,
                 "collapse": now.std < (USUAL_LEVEL if audible else USUAL_STD[0]),
                 "sign flip": clear and -2 <= now.mean / last.mean <= -0.5,
             }
             flags[name] = [flag for flag, met in conditions.items() if met]
         return flags
 
-    def table(self, other: Optional[Tracer] = None) -> str:
-        """A line for each stage; with another trace, also the drift: the change of mean
-        or deviation, in units of the other's deviation."""
+    def rows(self, other: Optional[Tracer] = None) -> tuple[list[str], list[list]]:
+        """Heads and a row for each stage; with another trace, also the drift: the change
+        of mean or deviation, in units of the other's deviation."""
         stages, flags, rows = self.stages, self.flags(), []
         theirs = other.stages if other else {}
         for name, values in stages.items():
@@ -84,10 +85,43 @@ class Tracer:
             change = max(abs(a - b) for a, b in zip(values[:2], v))
             drift = [change / max(v.std, 1e-12)] if other else []
             rows.append([name, *values, *drift, ", ".join(flags[name])])
-        heads = ["stage", "mean", "std", "min", "max", *["drift"][: bool(other)], ""]
+        return ["stage", *Values._fields, *["drift"][: bool(other)], ""], rows
+
+    def summary(self) -> str:
+        flags = self.flags()
         flagged = [name for name in flags if flags[name]]
         first = f", the first is {flagged[0]}" if flagged else ""
-        return f"{table(heads, rows)}\n{len(flagged)} of {len(flags)} flagged{first}"
+        return f"{len(flagged)} of {len(flags)} flagged{first}"
+
+    def table(self, other: Optional[Tracer] = None) -> str:
+        return f"{table(*self.rows(other))}\n{self.summary()}"
+
+    def html(self, other: Optional[Tracer] = None) -> Iterator[str]:
+        """The same as parts of a page, with a chart of stages that follow each other."""
+        from . import page
+
+        heads, rows = self.rows(other)
+        marked = [n for n, row in enumerate(rows) if row[-1]]
+        groups, charts = defaultdict(list), []
+        for row in rows:
+            groups[series(row[0])].append(row)
+        for name, group in groups.items():
+            if len(group) > 1:
+                _, mean, std, low, high, *drift, _ = [*zip(*group)]
+                inner = [a - b for a, b in zip(mean, std)], [*map(sum, zip(mean, std))]
+                marks = {i: f"{r[0]}: {r[-1]}" for i, r in enumerate(group) if r[-1]}
+                size = f"{len(group)} stages, {min(low):.3g} to {max(high):.3g}"
+                bands = (low, high), inner
+                charts.append(page.chart(f"{name}: {size}", [mean], bands, marks))
+                for line in drift:
+                    text = f"{name}: drift up to {max(line):.3g}"
+                    charts.append(page.chart(text, [line], marks=marks))
+        text = (
+            "By stage, the mean with one deviation (dark), minimum to maximum (light)."
+        )
+        yield page.section("Stages that follow each other", text, charts)
+        stages = page.table(heads, rows, marked)
+        yield page.section("All stages", self.summary(), [stages])
 
 
 def merged(chunks: list) -> Values:
@@ -98,11 +132,25 @@ def merged(chunks: list) -> Values:
     return Values(mean, math.sqrt(sum(squares) / sum(sizes)), min(lows), max(highs))
 
 
+def series(stage: str) -> str:
+    """The stages that a stage's values are drawn with: blocks of a step, layers."""
+    stream = next((s for s in ("audio", "video") if s in stage), "")
+    name = re.sub(r"\.block\d+\.\w+$|\.\w+$", "", stage)
+    return name if stream in name else f"{name}, {stream}"
+
+
 def trace(pipe: Pipeline, tracer: Tracer, start: Snapshot) -> None:
     """Trace a run from `start`: its first step, its decode, or anything between."""
+    from .pipeline import Result
+    from .sheet import Sheet
+
     for name, x in start.latents.items():
         tracer(f"{name}.latents", x)
-    for event in pipe.stream(start.request, trace=tracer, resume=start):
+    job = pipe.plan(start.request)
+    sheet = Sheet(job.size.fps, job.request.color_space, count=4)
+    for event in sheet.watch(pipe.stream(job, trace=tracer, resume=start)):
+        if isinstance(event, Result):
+            tracer.sheet = sheet.draw(event.waveform, event.sample_rate)
         if event.frames is not None:
             tracer("video.frames", mx.array(event.frames) / 255)
         elif getattr(event, "step", None) == 0 and not event.snapshot:
@@ -296,6 +344,8 @@ def parser() -> argparse.ArgumentParser:
     size.add_argument("--text-encoder", metavar="MODEL", help="Gemma 3 to use")
     dtypes = "bfloat16", "float32"
     size.add_argument("--dtype", default=dtypes[0], choices=dtypes)
+    text = "also write a page with charts and pictures, which loads nothing"
+    size.add_argument("--html", metavar="FILE", help=text)
 
     text = "statistics of every stage"
     t = checks.add_parser("trace", parents=[model, size], help=text)
@@ -348,8 +398,9 @@ def print_trace(args: argparse.Namespace) -> None:
     from . import pipeline
 
     tracers: list[Tracer] = []
+    dtypes = [args.dtype, *filter(None, [args.against])]
     try:
-        for dtype in filter(None, (args.dtype, args.against)):
+        for dtype in dtypes:
             pipe = pipeline.load(args.model, args.text_encoder, dtype=dtype)
             start = starting_point(pipe, args)
             tracers.append(Tracer())
@@ -357,6 +408,21 @@ def print_trace(args: argparse.Namespace) -> None:
     finally:  # also when a result is rejected
         if tracers and tracers[0].chunks:
             print(tracers[0].table(*tracers[1:]))
+            if args.html:
+                write_trace(args, tracers, dtypes)
+
+
+def write_trace(
+    args: argparse.Namespace, tracers: list[Tracer], dtypes: list[str]
+) -> None:
+    from . import page
+
+    text = f"{args.prompt or f'latents: {args.latents}'} ({', '.join(dtypes)})"
+    sheets = [(t.sheet, d) for t, d in zip(tracers, dtypes) if t.sheet is not None]
+    pictures = [page.picture(*sheet) for sheet in sheets]
+    parts = [page.section("Result", text, pictures), *tracers[0].html(*tracers[1:])]
+    page.write(args.html, f"Trace of {args.model}", parts)
+    print(f"wrote {args.html}")
 
 
 def print_quality(args: argparse.Namespace) -> None:
@@ -369,6 +435,10 @@ def print_quality(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parser().parse_args()
+    if getattr(args, "html", None):
+        from .media import check_output
+
+        check_output(args.html)
     if args.check == "quality":
         return print_quality(args)
     if args.check == "trace":

@@ -421,12 +421,19 @@ def check_output(path: PathLike) -> None:
         pass
 
 
+def png(image: np.ndarray) -> bytes:
+    """An image (H, W, 3) uint8 as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
 def save_png(path: PathLike, image: np.ndarray) -> None:
     """Write an image (H, W, 3) uint8, or frames (F, H, W, 3) as a horizontal strip."""
     if image.ndim == 4:
         image = np.concatenate(list(image), axis=1)
     with workspace(path) as folder, system_errors(f"{path}: cannot be written"):
-        Image.fromarray(image).save(f"{folder}/new", "PNG")
+        Path(folder, "new").write_bytes(png(image))
 
 
 def mux(

@@ -19,6 +19,7 @@ from typing import Any, Optional
 import mlx.core as mx
 import numpy as np
 
+from . import page
 from .base import LOG, UserError, table
 from .guidance import Contexts, guidance_passes
 from .latents import Streams
@@ -27,6 +28,7 @@ from .pipeline import Pipeline, Result, Step
 from .quantization import ERROR, allocate, groups, layers, quantization
 from .request import Request
 from .run import seeded_noise
+from .sheet import Sheet
 from .snapshot import Snapshot
 from .weights import Checkpoint, Weights
 
@@ -44,7 +46,11 @@ class Clip:
     contexts: dict[str, Contexts]
     steps: list[tuple[Snapshot, Streams]] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
-    sound: Optional[np.ndarray] = None
+    result: Optional[Result] = None
+
+    @property
+    def sound(self) -> np.ndarray:
+        return self.result.waveform
 
 
 def clips(pipe: Pipeline, requests: Sequence[Request], made_up: bool) -> list[Clip]:
@@ -74,7 +80,7 @@ def run(pipe: Pipeline, clip: Clip, decode: bool = True) -> Clip:
             done.steps.append((at, event.denoised))
             at = event.snapshot
         elif isinstance(event, Result):
-            done.sound = event.waveform
+            done.result = event
         elif event.frames is not None:
             done.frames.append(event.frames)
         elif event.phase == "latents" and not decode:
@@ -125,20 +131,46 @@ def spectra(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.sqrt(np.square(a - b).mean()))
 
 
-def compare(model: Pipeline, runs: list[Clip], limit: Optional[int]) -> Iterator[str]:
-    """Tables of the errors of a model's x0 by step, its pictures and its sound."""
-    found, ends = [], []
+def compare(
+    model: Pipeline, runs: list[Clip], limit: Optional[int]
+) -> Iterator[tuple[str, str]]:
+    """The errors of a model's x0 by step, its pictures and its sound: as text to print
+    and as parts of a page, where the largest error is marked."""
+    found, ends, pictures = [], [], []
     for clip in runs:
         found.append(errors(model, clip, limit or len(clip.steps)))
-        ours = run(model, clip)
+        ours, prompt = run(model, clip), clip.request.prompt[:40]
         psnr = decibels(ours, clip)
-        ends.append([clip.request.prompt[:40], psnr, spectra(ours.sound, clip.sound)])
+        ends.append([prompt, psnr, spectra(ours.sound, clip.sound)])
+        pictures.append(side_by_side(ours, clip))
     streams = list(found[0][max(found[0])])
     mean = lambda i, k: float(np.mean([f[i][k] for f in found]))
     rows = [[str(i + 1), *(mean(i, k) for k in streams)] for i in sorted(found[0])]
-    yield table(["step", *(f"error of x0, {k}" for k in streams)], rows)
-    yield f"error of x0 in all: {math.sqrt(mean_square(found)):.4g}\n"
-    yield table(["decoded", "PSNR, dB", "spectra of the sound, dB"], ends)
+    heads = ["step", *(f"error of x0, {k}" for k in streams)]
+    text = f"error of x0 in all: {math.sqrt(mean_square(found)):.4g}"
+    worst = max(range(len(rows)), key=lambda n: max(rows[n][1:]))
+    lines = page.chart(f"error of x0: {', dashed '.join(streams)}", [*zip(*rows)][1:])
+    html = [lines, page.table(heads, rows, {worst})]
+    yield f"{table(heads, rows)}\n{text}\n", page.section("Steps", text, html)
+    heads = ["decoded", "PSNR, dB", "spectra of the sound, dB"]
+    worst = min(range(len(ends)), key=lambda n: ends[n][1])
+    html = page.section("Decoded", "", [page.table(heads, ends, {worst})])
+    yield table(heads, ends), "\n".join([html, *pictures])
+
+
+def side_by_side(ours: Clip, theirs: Clip) -> str:
+    """A section with pictures of a clip's source, of the model, and of the difference."""
+    sounds = {"source": theirs.sound, "model": ours.sound, "difference, 8 times": None}
+    sheets = [Sheet(theirs.result.fps, count=4) for _ in sounds]
+    end, total = 0, sum(map(len, theirs.frames))
+    for a, b in zip(ours.frames, theirs.frames):
+        end += len(b)
+        difference = np.minimum(8 * np.abs(a.astype(np.int16) - b), 255)
+        for sheet, frames in zip(sheets, (b, a, difference.astype(np.uint8))):
+            sheet.add(frames, end, total)
+    rate, pairs = theirs.result.sample_rate, zip(sheets, sounds.items())
+    pictures = [page.picture(s.draw(sound, rate), name) for s, (name, sound) in pairs]
+    return page.section(theirs.request.prompt, "", pictures)
 
 
 # Kinds of layers
@@ -198,7 +230,9 @@ class Kinds:
             )
         return recipe, math.sqrt(square / ERROR[self.how["bits"]] / PLAIN)
 
-    def __str__(self) -> str:
+    @property
+    def table(self) -> tuple[tuple[str, ...], list[list]]:
+        """Heads and rows, the largest error first."""
         found, rows = self.found, []
         size = sum(w.size for w in found.values())
         total = sum(self.squares.values()) / 2  # of kinds and of quarters
@@ -213,7 +247,7 @@ class Kinds:
             "% of error²",
             "x0 error",
         )
-        return table(heads, sorted(rows, key=lambda row: -row[-1]))
+        return heads, sorted(rows, key=lambda row: -row[-1])
 
 
 def measure_kinds(source: Pipeline, runs: list[Clip], how: dict, limit: int) -> Kinds:
@@ -264,13 +298,21 @@ def report(model: Pipeline, source: Pipeline, options: dict, size: dict) -> None
     count = sum(calls(source, r, limit, kinds) for r in wanted)
     print(f"{len(wanted)} clips, {count} calls of the transformer", flush=True)
     runs = [run(source, c) for c in clips(source, wanted, not options["prompt"])]
-    for text in compare(model, runs, limit):
+    html = []
+    for text, part in compare(model, runs, limit):
         print(text, flush=True)
+        html.append(part)
     if file:
         found = measure_kinds(source, runs, how, min(limit or OF_A_KIND, OF_A_KIND))
         recipe, expected = found.recipe()
         Path(file).write_text(json.dumps(recipe, indent=1))
-        print(f"\n{found}\nwrote {file}: an error of x0 of {expected:.3g} is expected")
+        text = f"wrote {file}: an error of x0 of {expected:.3g} is expected"
+        print(f"\n{table(*found.table)}\n{text}")
+        html.append(page.section("Layers", text, [page.table(*found.table, {0})]))
+    if options["html"]:
+        title = f"{options['model']} against {options['against']}"
+        page.write(options["html"], title, html)
+        print(f"wrote {options['html']}")
 
 
 def auto(checkpoint: Checkpoint, how: dict[str, Any], size: dict) -> tuple[dict, float]:
@@ -283,5 +325,5 @@ def auto(checkpoint: Checkpoint, how: dict[str, Any], size: dict) -> tuple[dict,
     LOG.info(f"measuring each kind of layer: {count} calls of the transformer at most")
     runs = [run(source, clip, decode=False) for clip in clips(source, wanted, True)]
     found = measure_kinds(source, runs, how, OF_A_KIND)
-    LOG.info(str(found))
+    LOG.info(table(*found.table))
     return found.recipe()

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from test_look import Page
 
 from ltx2 import base, checks, pipeline, weights
 from ltx2.checks import Tracer
@@ -174,11 +175,18 @@ def test_saved_latents_are_traced_in_two_dtypes(check, checkpoint, tmp_path):
     start = pipe.initial_snapshot(pipe.plan(request))
     dataclasses.replace(start, stage=1, latents=latents).save(path)
     args = ("trace", checkpoint("ltx-2"), "--latents", path, "--against", "float32")
-    code, out = check(*args)
+    code, out = check(*args, "--html", tmp_path / "page.html")
     stages = rows(out)
     assert code == 0 and "audio" not in out
     assert stages["video.latents"][:2] == ["0.5", "0"]
     assert float(stages["video.up6"][4]) == 0  # the decoder is float32 in any run
+    page = Page((tmp_path / "page.html").read_text())
+    heads, *cells = ([c for c in row if c] for row in page.rows)
+    assert heads[-1] == "drift" and dict((c[0], c[1:6]) for c in cells) == {
+        name: stages[name][:5] for name, *_ in cells
+    }
+    assert page.tags.count("img") == 2  # the frames of both
+    assert page.tags.count("svg") == 2  # the layers of the decoder, and their drift
 
 
 def test_a_rejected_run_shows_its_trace(check, checkpoint, tmp_path):
@@ -187,10 +195,17 @@ def test_a_rejected_run_shows_its_trace(check, checkpoint, tmp_path):
     tensors[key] = tensors[key] * mx.nan
     path = tmp_path / "broken.safetensors"
     mx.save_safetensors(str(path), tensors, metadata)
-    code, out = check("trace", path, "--latents", "random", *SMALL)
+    html = tmp_path / "page.html"
+    code, out = check("trace", path, "--latents", "random", *SMALL, "--html", html)
     assert code == 1
     assert rows(out)["video.up2"] == ["nan"] * 4 + ["not", "finite"]
     assert "the first is video.up2" in out
+    page, flagged = Page(html.read_text()), [
+        name for name, v in rows(out).items() if v[-1] == "finite"
+    ]
+    assert [row[0] for row in page.marked] == flagged and "video.up2" in flagged
+    assert {row[-1] for row in page.marked} == {"not finite"}
+    assert page.tags.count("circle") == len(flagged)  # in the charts
     assert out.splitlines()[-1].startswith(
         "error: output rejected: frames are not finite"
     )
@@ -209,6 +224,7 @@ def test_a_rejected_run_shows_its_trace(check, checkpoint, tmp_path):
             "--steps cannot be combined with --latents zeros",
         ),
         (("--latents", "zeros", "--height", 65), "height must be a multiple of 32"),
+        (("--latents", "zeros", "--html", "/dev/null/x"), "x: cannot be written"),
         (("--prompt", "a dog", "--num-frames", 10), "num_frames must be 8k+1"),
     ],
 )
@@ -216,6 +232,21 @@ def test_invalid_trace_arguments_are_one_line(check, checkpoint, args, message):
     code, out = check("trace", checkpoint("ltx-2"), *args)
     assert code == 2
     assert message in out and len(out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "stage, name",
+    [
+        ("gemma.3", "gemma"),
+        ("text.audio_context", "text, audio"),
+        ("stage1.step0.block12.video", "stage1.step0, video"),
+        ("chunk1.stage2.step3.block0.audio", "chunk1.stage2.step3, audio"),
+        ("video.up3", "video"),
+        ("audio.waveform", "audio"),
+    ],
+)
+def test_stages_that_follow_each_other_are_one_chart(stage, name):
+    assert checks.series(stage) == name
 
 
 # Weights and their source

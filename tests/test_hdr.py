@@ -157,6 +157,7 @@ def test_an_mp4_is_hlg_with_its_exr_frames_beside_it(
     argv = ["generate.py", "--model", str(checkpoint("ltx-2.5")), "--sigmas", "1,0"]
     argv += ["--video", r.video, "--lora", r.loras[0].path, "--kind", "distilled"]
     argv += ["--contexts", r.contexts_file, "--color-space", "acescg"]
+    argv += ["--save-sheet"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", argv)
     generate.main()
@@ -166,6 +167,7 @@ def test_an_mp4_is_hlg_with_its_exr_frames_beside_it(
     assert attributes(frames[0])["colorSpace"][1] == b"ACEScg"
     recorded = media.read_metadata("output.mp4")["request"]
     assert recorded["color_space"] == "acescg"
+    assert media.load_image("output-sheet.png").std() > 10
     monkeypatch.setattr(sys, "argv", [*argv, "--codec", "h264"])
     with pytest.raises(UserError, match="h264 cannot hold acescg"):
         generate.main()

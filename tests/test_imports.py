@@ -15,6 +15,7 @@ LAYERS = {  # a file imports files of lower layers only, not of its own
     "tools": "linear latents options hub guards conv color",
     "layers and files": "layers media sampling windows lora tiles quantization",
     "models": "dit text vae diffusion_decoder audio_vae vocoder upsampler duration",
+    "looking": "page sheet",
     "the files of a model": "parts",
     "weights and machines": "weights parallel preview guidance",
     "requests": "request conversion cache formats",
@@ -40,7 +41,7 @@ LAYER = {name: n for n, files in enumerate(LAYERS.values()) for name in files.sp
 # The only files that import a package; those of LATE import it inside of a function,
 # because the import takes long or the package may not be needed.
 KNOWN_BY = {
-    "PIL": {"adapters", "media"},
+    "PIL": {"adapters", "media", "sheet"},
     "huggingface_hub": {"hub"},
     "imageio_ffmpeg": {"media"},
     "mlx_lm": {"text"},

@@ -7,6 +7,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
+from test_look import Page
 
 from ltx2 import checks, quality, weights
 from ltx2.base import UserError
@@ -105,7 +106,10 @@ def test_bits_go_to_the_kinds_that_cause_the_error():
     assert bits[0] == [3, 3, 3, 3] and bits[1] == sorted(bits[1])
     assert bits[2][3] >= bits[2][0] > 3
     assert expected < sum(squares[name] for name in names) ** 0.5 / 2
-    assert "attn1.to_q" in str(kinds)
+    heads, rows = kinds.table
+    assert rows[0][0] == "quarter 4 of the blocks" and "attn1.to_q" in {
+        r[0] for r in rows
+    }
 
 
 def test_distances_are_known():
@@ -158,6 +162,7 @@ def test_the_command_saves_a_recipe_that_convert_takes(
     file, model = tmp_path / "bits.json", tmp_path / "model"
     args = [str(folders[3]), "--against", source, "--dtype", "float32", "--limit", "1"]
     args += ["--height", "64", "--width", "64", "--steps", "2", "--recipe", str(file)]
+    args += ["--html", str(tmp_path / "page.html")]
     monkeypatch.setattr(sys, "argv", ["checks", "quality", *args])
     checks.main()
     out = capsys.readouterr().out
@@ -166,6 +171,11 @@ def test_the_command_saves_a_recipe_that_convert_takes(
     assert out.startswith(f"1 clips, {4 * (2 * 2 + 1 + 31)} calls of the transformer")
     for text in ("error of x0 in all", "PSNR", "one part quantized", "is expected"):
         assert text in out
+    page = Page((tmp_path / "page.html").read_text())
+    numbers = {word for line in out.splitlines() for word in line.split()}
+    assert all(numbers >= set(" ".join(row).split()) for row in page.rows)
+    assert page.tags.count("table") == len(page.marked) == 3  # the largest of each
+    assert page.tags.count("img") == 3  # source, model, difference
     recipe = json.loads(file.read_text())
     assert recipe["bits"] == 3 and recipe["group_size"] == 32
     run_convert(monkeypatch, source, model, "--quant-predicate", file)

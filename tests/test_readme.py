@@ -60,7 +60,7 @@ UPSAMPLERS = {  # of LTX-2.5
     "ltx-2.5-latent-temporal-upscaler-x2-bf16-1.0.safetensors": "temporal-x2",
 }
 SAVES = next(c for c in GENERATE if "--save-latents" in c)
-SAVED = ("mp4", "json", "preview.png", "latents.safetensors")
+SAVED = (".mp4", ".json", ".preview.png", "-sheet.png", ".latents.safetensors")
 GUIDED = ("--cfg-scale", "--distilled-lora", "alpha-gen")  # for a dev model
 
 
@@ -71,7 +71,7 @@ def test_every_command_is_tested():
         "pip install -r requirements.txt",
         "pip install -r requirements.txt pytest",
         "python -m pytest",
-        "python demo/strip.py demo/strip.png demo-1.mp4 demo-2.mp4 demo-3.mp4 demo-4.mp4",
+        "python demo/strip.py strip.png demo-1.mp4 demo-2.mp4 demo-3.mp4 demo-4.mp4",
     }
     assert len(GENERATE) > 20 and len(CONVERT) >= 4 and len(CHECKS) >= 4
 
@@ -194,12 +194,14 @@ def test_the_first_commands_make_clips_and_their_image(tmp_path):
     argv = [sys.executable, script, "strip.png", "demo.mp4"]
     subprocess.run(argv, check=True, cwd=tmp_path)
     assert media.load_image(tmp_path / "strip.png").shape == (96, 8 * 96, 3)
+    again = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert again.stderr == "strip.png exists: give another name\n"
 
 
 @pytest.mark.parametrize("command", GENERATE[2:], ids=lambda c: c[19:60])
 def test_generate(command, folder, saved, checkpoint, monkeypatch, capsys):
     if command == SAVES:  # has been run
-        names = {f"output.{end}" for end in SAVED}
+        names = {f"output{end}" for end in SAVED}
         assert names <= {path.name for path in saved.iterdir()}
         return
     if "--audio-only" not in command:  # else nothing looks at the waveform

@@ -439,6 +439,22 @@ def test_an_mp4_is_regenerated_from_its_metadata(command, tmp_path):
     assert not mx.array_equal(latents("again")["latents.video"], one["latents.video"])
 
 
+@pytest.mark.parametrize(
+    "names, flags, height",
+    [
+        (["cat-1.mp4", "cat-2.mp4"], ("--output", "cat.mp4", "--num-videos", "2"), 342),
+        (["frames"], ("--output", "frames", "--no-audio"), 188),
+        (["cat.wav"], ("--output", "cat.wav", "--audio-only"), 162),
+    ],
+)
+def test_a_contact_sheet_is_next_to_each_output(command, names, flags, height):
+    said = command("--prompt", "a cat", "--sigmas", "1,0.5,0", "--save-sheet", *flags)
+    for name in names:
+        sheet = f"{name.split('.')[0]}-sheet.png"
+        assert f"wrote {sheet}" in said
+        assert media.load_image(sheet).shape[0] == height
+
+
 def test_a_recording_of_an_earlier_reference_is_said(command, tmp_path):
     command("--prompt", "a cat")
     path = tmp_path / "output.mp4"

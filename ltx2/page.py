@@ -1,0 +1,118 @@
+"""One HTML page of what a check found, tables, charts and pictures: it loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from .base import cell
+from .media import PathLike, png, system_errors, workspace
+
+WIDTH, HEIGHT, EDGE = 240, 60, 5  # of a chart
+STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1d1d1f; --soft: #6b6b70;
+  --rule: #e3e3e6; --line: #0a63c9; --second: #b45309; --red: #c62828; --mark: #fde9e7 }
+@media (prefers-color-scheme: dark) { :root { --paper: #18181b; --ink: #e8e8ea;
+  --soft: #a1a1a8; --rule: #3a3a40; --line: #60a5fa; --second: #f0b35b; --red: #ff8a80;
+  --mark: #4a2224 } }
+body { background: var(--paper); color: var(--ink); max-width: 1320px; margin: 2em auto;
+  padding: 0 1em; font: 15px/1.45 system-ui, sans-serif }
+h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin: 2em 0 .5em }
+h1, p { overflow-wrap: anywhere } p, figcaption { color: var(--soft) }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+th, td { padding: 2px 10px; text-align: left; border-bottom: 1px solid var(--rule) }
+th { background: var(--paper); position: sticky; top: 0 } .number { text-align: right }
+.marked td { background: var(--mark); color: var(--red); font-weight: 600 }
+div { display: flex; flex-wrap: wrap; align-items: start; gap: 12px 20px } figure { margin: 0 }
+figcaption { font-size: 12px } img { max-width: 100%; height: auto; display: block }
+svg + figcaption { width: 240px }
+svg { display: block; border: 1px solid var(--rule) } polyline { fill: none;
+  stroke-width: 1.5; stroke-linecap: round; stroke: var(--line) }
+polyline + polyline { stroke: var(--second); stroke-dasharray: 4 3 }
+polygon { fill: var(--line); stroke: var(--line); opacity: .18 }
+circle { fill: var(--red) }
+"""
+
+
+def write(path: PathLike, title: str, parts: Iterable[str]) -> None:
+    """Write a page of parts, which the functions below make."""
+    head = f'<meta charset="utf-8" /><title>{escape(title)}</title>'
+    head += f"<style>{STYLE}</style>"
+    body = "\n".join([f"<h1>{escape(title)}</h1>", *parts])
+    text = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+    with workspace(path) as folder, system_errors(f"{path}: cannot be written"):
+        Path(folder, "new").write_text(text, "utf-8")
+
+
+def section(head: str, text: str, parts: Iterable[str]) -> str:
+    """Parts side by side below a heading and a sentence."""
+    top = f"<h2>{escape(head)}</h2>" + f"<p>{escape(text)}</p>" * bool(text)
+    return "\n".join([top, "<div>", *parts, "</div>"])
+
+
+def table(
+    heads: Sequence[str], rows: Sequence[Sequence], marked: Collection[int] = ()
+) -> str:
+    """The same as `base.table`, with some rows, by number, highlighted."""
+
+    def line(tag: str, cells: Sequence, kinds: Sequence) -> str:
+        style = (" class='number'" * (not isinstance(x, str)) for x in kinds)
+        pairs = zip(map(cell, cells), style)
+        return "".join(f"<{tag}{s}>{escape(x)}</{tag}>" for x, s in pairs)
+
+    lines = [f"<tr>{line('th', heads, rows[0] if rows else heads)}</tr>"]
+    for n, row in enumerate(rows):
+        style = " class='marked'" * (n in marked)
+        lines.append(f"<tr{style}>{line('td', row, row)}</tr>")
+    return "\n".join(["<table>", *lines, "</table>"])
+
+
+def picture(image: np.ndarray, caption: str) -> str:
+    """A picture (H, W, 3) uint8."""
+    data, text = base64.b64encode(png(image)).decode(), escape(caption)
+    image = f'<img alt="{text}" src="data:image/png;base64,{data}" />'
+    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
+
+
+def chart(
+    caption: str,
+    lines: Sequence[Sequence[float]],
+    bands: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
+    marks: Mapping[int, str] = {},
+) -> str:
+    """A sparkline: lines, the second one dashed, areas between a lower and an upper one
+    (without them from 0 on), and marks by place, each with a text to point at. Values
+    above 1 are drawn as logarithms; those that are not finite are left out."""
+    curves = [*lines, *(curve for band in bands for curve in band)]
+    values = [math.asinh(v) for c in curves for v in c if math.isfinite(v)]
+    values += [0.0] * (not (bands and values))
+    low, high = min(values), max(values)
+    step = (WIDTH - 2 * EDGE) / max(len(lines[0]) - 1, 1)
+
+    def place(i: int, value: float) -> tuple[float, float]:
+        value = (math.asinh(value) - low) / (high - low or 1)
+        return EDGE + i * step, HEIGHT - EDGE - value * (HEIGHT - 2 * EDGE)
+
+    def points(curve: Iterable[tuple[int, float]]) -> str:
+        places = (place(i, v) for i, v in curve if math.isfinite(v))
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+
+    shapes = []
+    for lower, upper in bands:
+        around = [*enumerate(lower), *reversed([*enumerate(upper)])]
+        shapes.append(f'<polygon points="{points(around)}" />')
+    shapes += [f'<polyline points="{points(enumerate(line))}" />' for line in lines]
+    for i, text in marks.items():
+        value = lines[0][i] if math.isfinite(lines[0][i]) else math.sinh(high)
+        x, y = place(i, value)
+        tip = f"<title>{escape(text)}</title>"
+        shapes.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5">{tip}</circle>')
+    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
+    text = escape(caption)
+    svg = f'<svg role="img" aria-label="{text}" {size}>{"".join(shapes)}</svg>'
+    return f"<figure>{svg}<figcaption>{text}</figcaption></figure>"
