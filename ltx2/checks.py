@@ -110,15 +110,12 @@ class Tracer:
                 _, mean, std, low, high, *drift, _ = [*zip(*group)]
                 inner = [a - b for a, b in zip(mean, std)], [*map(sum, zip(mean, std))]
                 marks = {i: f"{r[0]}: {r[-1]}" for i, r in enumerate(group) if r[-1]}
-                size = f"{len(group)} stages, {min(low):.3g} to {max(high):.3g}"
-                bands = (low, high), inner
-                charts.append(page.chart(f"{name}: {size}", [mean], bands, marks))
+                text = f"{name}: {min(low):.3g} to {max(high):.3g}"
+                charts.append(page.chart(text, [mean], [(low, high), inner], marks))
                 for line in drift:
                     text = f"{name}: drift up to {max(line):.3g}"
                     charts.append(page.chart(text, [line], marks=marks))
-        text = (
-            "By stage, the mean with one deviation (dark), minimum to maximum (light)."
-        )
+        text = "Line: mean; inner area: one deviation; outer area: minimum to maximum."
         yield page.section("Stages that follow each other", text, charts)
         stages = page.table(heads, rows, marked)
         yield page.section("All stages", self.summary(), [stages])

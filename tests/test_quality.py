@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_look import Page
 
-from ltx2 import checks, quality, weights
+from ltx2 import checks, pipeline, quality, weights
 from ltx2.base import UserError
 from ltx2.conversion import Conversion
 from ltx2.pipeline import Pipeline
@@ -35,7 +35,7 @@ def folders(source, tmp_path_factory):
 
 
 def pipe(path) -> Pipeline:
-    return Pipeline(weights.open_model(str(path)), dtype=mx.float32)
+    return pipeline.load(str(path), dtype="float32")
 
 
 @pytest.fixture(scope="module")
