@@ -12,7 +12,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Union
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -56,7 +56,8 @@ def name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-Case = tuple[str, mx.Dtype, Callable[[], tuple[mx.array, np.ndarray]]]
+Pair = tuple[mx.array, np.ndarray]  # what MLX computes, and exact values
+Case = tuple  # name, dtype, what computes a Pair, its arguments
 
 
 def relative_error(ours: mx.array, exact: np.ndarray) -> float:
@@ -71,10 +72,10 @@ def exact64(x: mx.array) -> np.ndarray:
 def judge(check: str, cases: Iterable[Case]) -> list[Row]:
     """A row for all cases together, or one for each that is wrong."""
     cases, rows, largest = [*cases], [], (0.0, "")
-    for case, dtype, compute in cases:
+    for case, dtype, compute, *inputs in cases:
         case, advice = f"{case}, {name(dtype)}", UPDATE
         try:
-            error = relative_error(*compute())
+            error = relative_error(*compute(*inputs))
         except (RuntimeError, ValueError) as failed:
             found = f"{case}: {' '.join(str(failed).split())[:80]}"
             rows.append(Row(check, "wrong", found, advice))
@@ -109,26 +110,16 @@ def attention_cases(dim: int) -> Iterator[Case]:
             queries = {"one query": 1, "causal": keys}.get(kind, 100)
             q = 3 * draw(1, 2, queries, dim, dtype=dtype)
             k, v = (draw(1, 1, keys, dim, dtype=dtype) for _ in range(2))
-            mask: Union[None, str, mx.array] = None
-            if kind == "added mask":
+            mask = kind if kind == "causal" else None
+            if "mask" in kind and kind != "no mask":
                 mask = draw(1, 1, queries, keys, dtype=dtype)
-            elif kind == "boolean mask":
-                mask = draw(1, 1, queries, keys) > 0
-            elif kind == "causal":
-                mask = kind
-
-            def compute(q=q, k=k, v=v, mask=mask) -> tuple[mx.array, np.ndarray]:
-                scale = 1 / math.sqrt(dim)
-                attend = mx.fast.scaled_dot_product_attention
-                ours = attend(q, k, v, scale=scale, mask=mask)
-                return ours, exact_attention(q, k, v, scale, mask)
-
-            yield kind, dtype, compute
+                mask = mask > 0 if kind == "boolean mask" else mask
+            yield kind, dtype, attention, q, k, v, mask
 
 
-def exact_attention(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any
-) -> np.ndarray:
+def attention(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> Pair:
+    scale = 1 / math.sqrt(q.shape[-1])
+    ours = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     q, k, v = (exact64(x) for x in (q, k, v))
     k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = q @ k.swapaxes(2, 3) * scale
@@ -139,57 +130,52 @@ def exact_attention(
     elif mask is not None:
         scores = scores + exact64(mask)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True) @ v
+    return ours, weights / weights.sum(-1, keepdims=True) @ v
 
 
 # Convolutions and products in float32
 
 
-def convolution(size: tuple[int, ...], out: int, taps: tuple[int, ...], step: int = 1):
+def convolution(size: tuple, out: int, taps: tuple, step: int = 1) -> Pair:
     """A convolution of (1, *size), and exact values at some places of its output."""
-
-    def compute() -> tuple[mx.array, np.ndarray]:
-        draw = Draw()
-        x, w = draw(1, *size), draw(out, *taps, size[-1])
-        if len(taps) == 3:
-            y = conv.conv3d(x, w, padding=0)
-        else:
-            y = mx.conv2d(x, w) if len(taps) == 2 else mx.conv1d(x, w, dilation=step)
-        sides = y.shape[1:-1]
-        places = np.stack([draw.rng.integers(0, n, 64) for n in sides], 1)
-        return y[0][tuple(map(mx.array, places.T))], exact_at(x, w, places, step)
-
-    return compute
+    draw = Draw()
+    x, w = draw(1, *size), draw(out, *taps, size[-1])
+    if len(taps) == 3:
+        y = conv.conv3d(x, w, padding=0)
+    else:
+        y = mx.conv2d(x, w) if len(taps) == 2 else mx.conv1d(x, w, dilation=step)
+    places = np.stack([draw.rng.integers(0, n, 64) for n in y.shape[1:-1]], 1)
+    return y[0][tuple(map(mx.array, places.T))], exact_at(x, w, places, step)
 
 
 def winograd_cases() -> Iterator[Case]:
     """Wide ones, for which Metal takes Winograd's F(6, 3)."""
-    yield "3x3x3", mx.float32, convolution((3, 66, 66, 128), 128, (3, 3, 3))
-    yield "1x3x3", mx.float32, convolution((1, 66, 66, 128), 128, (1, 3, 3))
-    yield "3x3", mx.float32, convolution((66, 130, 128), 128, (3, 3))
+    yield "3x3x3", mx.float32, convolution, (3, 66, 66, 128), 128, (3, 3, 3)
+    yield "1x3x3", mx.float32, convolution, (1, 66, 66, 128), 128, (1, 3, 3)
+    yield "3x3", mx.float32, convolution, (66, 130, 128), 128, (3, 3)
 
 
 def convolution_cases() -> Iterator[Case]:
     """Narrow ones, and those of the vocoder."""
     draw, float32 = Draw(), mx.float32
-    yield "3x3x3", float32, convolution((6, 22, 26, 32), 48, (3, 3, 3))
-    yield "7, dilated", float32, convolution((2000, 64), 64, (7,), 3)
+    yield "3x3x3", float32, convolution, (6, 22, 26, 32), 48, (3, 3, 3)
+    yield "7, dilated", float32, convolution, (2000, 64), 64, (7,), 3
+    yield "depthwise", float32, depthwise, draw(1, 500, 32), draw(32, 12, 1)
+    yield "transposed", float32, transposed, draw(1, 200, 64), draw(32, 16, 64)
 
-    def depthwise() -> tuple[mx.array, np.ndarray]:
-        x, w = draw(1, 500, 32), draw(32, 12, 1)
-        dense = mx.where(mx.eye(32)[:, None] == 1, w, 0)
-        places = np.arange(489)[:, None]
-        return mx.conv1d(x, w, groups=32)[0], exact_at(x, dense, places, 1)
 
-    def transposed() -> tuple[mx.array, np.ndarray]:
-        x, w = draw(1, 200, 64), draw(32, 16, 64)
-        exact = np.zeros((199 * 8 + 16, 32))
-        for tap in range(16):
-            exact[tap : tap + 199 * 8 + 1 : 8] += (exact64(x) @ exact64(w)[:, tap].T)[0]
-        return mx.conv_transpose1d(x, w, stride=8)[0], exact
+def depthwise(x: mx.array, w: mx.array) -> Pair:
+    dense = mx.where(mx.eye(len(w))[:, None] == 1, w, 0)
+    y = mx.conv1d(x, w, groups=len(w))[0]
+    return y, exact_at(x, dense, np.arange(len(y))[:, None], 1)
 
-    yield "depthwise", float32, depthwise
-    yield "transposed", float32, transposed
+
+def transposed(x: mx.array, w: mx.array) -> Pair:
+    y = mx.conv_transpose1d(x, w, stride=8)[0]
+    exact = np.zeros(y.shape)
+    for tap in range(w.shape[1]):
+        exact[tap::8][: x.shape[1]] += (exact64(x) @ exact64(w)[:, tap].T)[0]
+    return y, exact
 
 
 def exact_at(x: mx.array, w: mx.array, places: np.ndarray, step: int) -> np.ndarray:
@@ -201,38 +187,30 @@ def exact_at(x: mx.array, w: mx.array, places: np.ndarray, step: int) -> np.ndar
 
 def layer_cases() -> Iterator[Case]:
     """Products with many rows and one, the norm, rotary embeddings, which are compiled."""
-    draw = Draw()
+    matmul = lambda a, b: (mx.matmul(a, b), exact64(a) @ exact64(b))
+    addmm = lambda a, b, c: (mx.addmm(c, a, b), exact64(a) @ exact64(b) + exact64(c))
     for dtype in LIMITS:
-        b, bias = draw(512, 200, dtype=dtype), draw(200, dtype=dtype)
+        draw = partial(Draw(), dtype=dtype)
+        b, bias = draw(512, 200), draw(200)
         for rows in (300, 1):
-            a = draw(rows, 512, dtype=dtype)
-            product = exact64(a) @ exact64(b)
+            a = draw(rows, 512)
+            yield f"matmul, {rows} rows", dtype, matmul, a, b
+            yield f"addmm, {rows} rows", dtype, addmm, a, b, bias
+        yield "rms_norm", dtype, norm, draw(3, 2560), draw(2560)
+        tables = draw(3, 40, 32), draw(3, 40, 32)
+        yield "apply_rope", dtype, rope, draw(3, 40, 64), *tables
 
-            def matmul(a=a, b=b, exact=product) -> tuple[mx.array, np.ndarray]:
-                return mx.matmul(a, b), exact
 
-            def addmm(a=a, b=b, c=bias, exact=product) -> tuple[mx.array, np.ndarray]:
-                return mx.addmm(c, a, b), exact + exact64(c)
+def norm(x: mx.array, w: mx.array) -> Pair:
+    y = exact64(x)
+    y = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-6) * exact64(w)
+    return mx.fast.rms_norm(x, w, 1e-6), y
 
-            yield f"matmul, {rows} rows", dtype, matmul
-            yield f"addmm, {rows} rows", dtype, addmm
 
-        x = draw(3, 40, 64, dtype=dtype)
-
-        def norm(x=x, dtype=dtype) -> tuple[mx.array, np.ndarray]:
-            wide, w = x.reshape(3, -1), draw(40 * 64, dtype=dtype)
-            y = exact64(wide)
-            y = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-6) * exact64(w)
-            return mx.fast.rms_norm(wide, w, 1e-6), y
-
-        def rope(x=x, dtype=dtype) -> tuple[mx.array, np.ndarray]:
-            cos, sin = (draw(3, 40, 32, dtype=dtype) for _ in range(2))
-            (a, b), c, s = np.split(exact64(x), 2, axis=-1), exact64(cos), exact64(sin)
-            exact = np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
-            return apply_rope(x[None], cos, sin)[0], exact
-
-        yield "rms_norm", dtype, norm
-        yield "apply_rope", dtype, rope
+def rope(x: mx.array, cos: mx.array, sin: mx.array) -> Pair:
+    (a, b), c, s = np.split(exact64(x), 2, axis=-1), exact64(cos), exact64(sin)
+    exact = np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+    return apply_rope(x[None], cos, sin)[0], exact
 
 
 def tf32() -> Row:
@@ -279,23 +257,25 @@ def quantized_cases(mode: str, bits: int, groups: tuple[int, ...]) -> Iterator[C
         how = {"group_size": group, "bits": bits, "mode": mode}
         for dtype in LIMITS:
             w, x = draw(96, 256, dtype=dtype), draw(40, 256, dtype=dtype)
-
-            def weights(w=w, how=how, dtype=dtype) -> tuple[mx.array, np.ndarray]:
-                parts = mx.quantize(w, **how)
-                exact = decoded(parts, **how)
-                lost = np.linalg.norm(exact - exact64(w)) / np.linalg.norm(exact)
-                if lost > (0.04 if mode == "mxfp8" else 2.4 / 2**bits):
-                    raise ValueError(f"quantizing loses {lost:.2f}")
-                return mx.dequantize(*parts, **how, dtype=dtype), exact
-
-            def product(rows, w=w, x=x, how=how) -> tuple[mx.array, np.ndarray]:
-                parts, x = mx.quantize(w, **how), x[:rows]
-                exact = exact64(x) @ decoded(parts, **how).T
-                return mx.quantized_matmul(x, *parts, **how), exact
-
-            yield f"groups of {group}", dtype, weights
+            yield f"groups of {group}", dtype, weights, w, how
             for rows in (1, 40):
-                yield f"groups of {group}, {rows} rows", dtype, partial(product, rows)
+                case = f"groups of {group}, {rows} rows"
+                yield case, dtype, product, x[:rows], w, how
+
+
+def weights(w: mx.array, how: dict[str, Any]) -> Pair:
+    parts = mx.quantize(w, **how)
+    exact = decoded(parts, **how)
+    lost = np.linalg.norm(exact - exact64(w)) / np.linalg.norm(exact)
+    if lost > (0.04 if how["mode"] == "mxfp8" else 2.4 / 2 ** how["bits"]):
+        raise ValueError(f"quantizing loses {lost:.2f}")
+    return mx.dequantize(*parts, **how, dtype=w.dtype), exact
+
+
+def product(x: mx.array, w: mx.array, how: dict[str, Any]) -> Pair:
+    parts = mx.quantize(w, **how)
+    exact = exact64(x) @ decoded(parts, **how).T
+    return mx.quantized_matmul(x, *parts, **how), exact
 
 
 # Large arrays, files, memory
