@@ -14,7 +14,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Callable, Iterable, Iterator, Mapping, Optional
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional
 
 import mlx.core as mx
 
@@ -32,6 +32,7 @@ from .request import Request
 from .text import MAX_TOKENS, TextConfig
 from .upsampler import UpsamplerConfig
 from .vae import DOWN, UP, VideoVAEConfig
+from .vocoder import generators
 from .weights import FLOAT32, Checkpoint
 from .work import video_convs
 
@@ -53,10 +54,7 @@ class Footprint:
     buffers: float
     streamable: int = 0
 
-    def size(self) -> float:
-        return self.total(False)
-
-    def total(self, streamed: bool) -> float:
+    def total(self, streamed: bool = False) -> float:
         return self.weights + self.buffers - self.streamable * streamed
 
 
@@ -118,7 +116,7 @@ def joined(
     for plan in plans:
         for phase, need in plan.phases.items():
             other = phases.get(phase, need)
-            phases[phase] = max(other, need, key=Footprint.size)
+            phases[phase] = max(other, need, key=Footprint.total)
     return planned(phases, plan.limit, low_memory)
 
 
@@ -195,31 +193,16 @@ class Estimator:
         self.connectors = c.video, c.audio
 
     def __call__(
-        self,
-        stages: Iterable[Stage],
-        prompts: int,
-        decoder: str,
-        loras: Callable[[str], int],
-        decodes_audio: bool = True,
-        shards: int = 1,
-        ahead: int = 0,
+        self, job: Any, loras: Callable[[str], int], shards: int = 1
     ) -> dict[str, Footprint]:
-        """By phase after the text, in the order of a run. `loras` gives a LoRA file's
-        bytes, `decodes_audio` is false for an audio input; `shards` machines hold a part
-        of the transformer's blocks each; keyframes have the diffusion decoder compute
-        frames so far `ahead`."""
-        stages = list(stages)
-        contexts, phases = self.contexts(prompts), {}
-        encoded = [
-            self.encoding(c, s.size)
-            for s in stages
-            for c in s.all_conditions
-            if c.encoder
-        ]
-        if encoded:
-            weights = {c: self.size[c] for c, _ in encoded}
-            buffers = max(b for _, b in encoded)
-            phases["inputs"] = Footprint(sum(weights.values()), contexts + buffers)
+        """A job's phases after the text, in the order of a run. `loras` gives a LoRA file's
+        bytes; `shards` machines hold a part of the transformer's blocks each."""
+        stages, decoder = job.stages, job.decoder
+        contexts, phases = self.contexts(len(job.prompts)), {}
+        if encoded := [self.encoding(*item) for item in job.encoded]:
+            weights = sum(self.size[name] for name in {name for name, _ in encoded})
+            buffers = max(size for _, size in encoded)
+            phases["inputs"] = Footprint(weights, contexts + buffers)
         for stage in stages:
             factors = sum(loras(file.path) for file in stage.loras)
             need, phase = self.stage(stage, factors, contexts, shards), stage.phase
@@ -230,22 +213,20 @@ class Estimator:
                 weights += self.size[DECODING.get(decoder, decoder)]
                 buffers = contexts + max(encode, decode)
                 more = Footprint(weights, buffers, need.streamable)
-                need = max(need, more, key=Footprint.size)
-            phases[phase] = max(need, phases.get(phase, need), key=Footprint.size)
+                need = max(need, more, key=Footprint.total)
+            phases[phase] = max(need, phases.get(phase, need), key=Footprint.total)
         size, sound = stages[-1].size, 0
-        if "audio" in stages[0].streams and decodes_audio:
+        if job.decodes_audio:
             sound = self.size["audio_vae"] + self.size["vocoder"]
             buffers = self.sound(stages[0].size.audio_tokens)
             phases["audio"] = Footprint(sound, contexts + buffers)
-        if "video" in stages[0].streams:
+        if "video" in job.streams:
             frame = FLOAT * 3 * size.height * size.width
             blended = max(stage.window.blended_out for stage in stages)
             blended = max(blended, stages[0].window.carried_in)  # of a clip
-            buffers = (
-                contexts + self.decoding(decoder, size, ahead) + (4 + blended) * frame
-            )
+            buffers = contexts + self.decoding(decoder, size, job.frames_ahead)
             weights = sound + self.size[DECODING.get(decoder, decoder)]
-            phases["video"] = Footprint(weights, buffers)
+            phases["video"] = Footprint(weights, buffers + (4 + blended) * frame)
         return phases
 
     def decoding(self, decoder: str, size: Size, ahead: int = 0) -> float:
@@ -371,16 +352,12 @@ class Estimator:
 
     def sound(self, tokens: int) -> float:
         """The audio VAE's decoder, or the vocoder if it has wider tensors."""
-        config, buffers = self.config["vocoder"], [self.spectra(tokens)]
-        frames = MEL_FRAMES_PER_TOKEN * tokens
-        for c in [config[k] for k in ("vocoder", "bwe") if k in config] or [config]:
-            channels, length, widest = c["upsample_initial_channel"], frames, 0
-            for rate in c["upsample_rates"]:
-                channels, length = channels // 2, length * rate
-                widest = max(widest, channels * length)
+        buffers, frames = [self.spectra(tokens)], MEL_FRAMES_PER_TOKEN * tokens
+        for _, c, (_, *lengths) in generators(self.config["vocoder"], frames):
+            channels = c["upsample_initial_channel"]
+            widest = max(n * (channels >> i) for i, n in enumerate(lengths, 1))
             copies = BIGVGAN if c["resblock"] == "AMP1" else SPECTRAL
             buffers.append(copies[self.gpu] * FLOAT * widest)
-            frames = length // config.get("bwe", {}).get("hop_length", 1)
         return max(buffers)
 
 

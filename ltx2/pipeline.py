@@ -59,19 +59,11 @@ class Pipeline(Components):
         return memory.Estimator(self.checkpoint, self.dtype)
 
     def _estimate(self, job: Job, shards: int = 1) -> memory.MemoryPlan:
-        estimate = lambda estimator: estimator(
-            job.stages,
-            len(job.prompts),
-            job.decoder,
-            loras=lambda path: self.inputs.lora(path).nbytes,
-            decodes_audio=job.request.audio is None,
-            shards=shards,
-            ahead=job.frames_ahead,
-        )
-        needs = estimate(self._estimator)
+        inputs = job, lambda path: self.inputs.lora(path).nbytes, shards
+        needs = self._estimator(*inputs)
         if job.codes != "srgb":  # decoded in float32
-            exact = estimate(memory.Estimator(self.checkpoint, mx.float32))
-            needs["video"] = exact["video"]
+            exact = memory.Estimator(self.checkpoint, mx.float32)
+            needs["video"] = exact(*inputs)["video"]
         return memory.planned(needs, memory.available(), self.low_memory)
 
     def memory(self, *jobs: Job, text: bool = True) -> memory.MemoryPlan:
@@ -200,7 +192,7 @@ class Pipeline(Components):
         jobs = [run.predict_duration(job, contexts) for job in jobs]
         conditions, done = {}, {}
         for n, job in self.machines.deal(jobs):
-            if job.has_media_inputs:
+            if job.encoded:
                 yield Phase(phase="inputs", job=n, step=0, steps=0)
             conditions[n] = run.load_conditions(job, resume)
         self.free("vae", "audio_vae")

@@ -168,9 +168,14 @@ class Job:
         return *parts, *((self.decoder,) if "video" in self.streams else ())
 
     @property
-    def has_media_inputs(self) -> bool:
-        """Whether any condition needs an encoder."""
-        return any(c.encoder for stage in self.stages for c in stage.all_conditions)
+    def decodes_audio(self) -> bool:
+        return "audio" in self.streams and self.request.audio is None
+
+    @property
+    def encoded(self) -> list[tuple[Condition, Size]]:
+        """The conditions that need an encoder, each with its stage's size."""
+        both = ((c, s.size) for s in self.stages for c in s.all_conditions)
+        return [pair for pair in both if pair[0].encoder]
 
 
 def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:

@@ -55,12 +55,8 @@ class TimePlan:
 
 def work_of(pipe: Any, jobs: Sequence[Any]) -> list[dict[str, float]]:
     """Operations of each job by phase, stages by their own names."""
-    count, found = Counter(pipe.checkpoint), []
-    for job in jobs:
-        encoder = pipe.encoder_files if job.texts else []
-        decodes_audio = job.request.audio is None
-        found.append(count(job.stages, job.texts, job.decoder, decodes_audio, encoder))
-    return found
+    count = Counter(pipe.checkpoint)
+    return [count(job, pipe.encoder_files if job.texts else []) for job in jobs]
 
 
 def time_plan(pipe: Any, jobs: Sequence[Any]) -> TimePlan:

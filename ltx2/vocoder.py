@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Callable
+from itertools import accumulate
+from operator import mul
+from typing import Callable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -187,6 +189,20 @@ class Generator(Vocoder):
         if not self.config.apply_final_activation:
             return x
         return mx.tanh(x) if self.config.use_tanh_at_final else mx.clip(x, -1, 1)
+
+
+def generators(
+    section: Section, frames: int
+) -> Iterator[tuple[str, Section, list[int]]]:
+    """Of each generator in a `vocoder` section, for so many mel frames: the prefix of its
+    tensors, its configuration, its length before and after each upsampling."""
+    hop = section.get("bwe", {}).get("hop_length", 1)
+    parts = {"vocoder.": "vocoder", "bwe_generator.": "bwe"}
+    for prefix, name in parts.items() if "bwe" in section else [("", "")]:
+        c = section[name] if name else section
+        lengths = [*accumulate(c["upsample_rates"], mul, initial=frames)]
+        yield prefix, c, lengths
+        frames = lengths[-1] // hop
 
 
 class VocoderWithBWE(Vocoder):

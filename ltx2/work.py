@@ -15,6 +15,7 @@ from .hub import File
 from .latents import MEL_FRAMES_PER_TOKEN, Size
 from .text import MAX_TOKENS
 from .vae import DOWN, LATENTS_PER_CHUNK, UP, VideoVAEConfig, frames_at_once
+from .vocoder import generators
 from .weights import Checkpoint, Weights
 
 
@@ -139,19 +140,14 @@ def upsampling(c: dict[str, Any], weights: Weights, after: int) -> float:
 def vocoding(config: dict[str, Any], weights: Weights, frames: int) -> float:
     """Operations of a vocoder for so many mel frames."""
     total = 0.0
-    both = {"vocoder.": "vocoder", "bwe_generator.": "bwe"}
-    for prefix, name in both.items() if "bwe" in config else [("", "")]:
-        c, length = config[name] if name else config, frames
-        places, kernels = {f"^{prefix}conv_pre": frames}, len(
-            c["resblock_kernel_sizes"]
-        )
-        for i, rate in enumerate(c["upsample_rates"]):
-            places[rf"^{prefix}ups\.{i}\."] = length
-            length *= rate
+    for prefix, c, lengths in generators(config, frames):
+        ends = {f"^{prefix}conv_pre": lengths[0], f"^{prefix}conv_post": lengths[-1]}
+        places, kernels = {}, len(c["resblock_kernel_sizes"])
+        for i, (before, after) in enumerate(zip(lengths, lengths[1:])):
+            places[rf"^{prefix}ups\.{i}\."] = before
             for n in range(kernels * i, kernels * (i + 1)):
-                places[rf"^{prefix}resblocks\.{n}\."] = length
-        total += counted(weights, places | {f"^{prefix}conv_post": length})
-        frames = length // config.get("bwe", {}).get("hop_length", 1)
+                places[rf"^{prefix}resblocks\.{n}\."] = after
+        total += counted(weights, places | ends)
     return total
 
 
@@ -198,30 +194,22 @@ class Counter:
         self.dit = DiTConfig.from_dict(self.config["transformer"])
         self.vae = VideoVAEConfig.from_dict(self.config["vae"])
 
-    def __call__(
-        self,
-        stages: Sequence[Stage],
-        prompts: Sequence[str],
-        decoder: str,
-        decodes_audio: bool,
-        encoder: list[File],
-    ) -> dict[str, float]:
+    def __call__(self, job: Any, encoder: list[File]) -> dict[str, float]:
         """By phase, in the order of a run, whose stages have their own names. The text
         encoder is in its own files or the model's."""
-        found = {"text": self.text(prompts, encoder)}
-        inputs = ((c, s.size) for s in stages for c in s.all_conditions if c.encoder)
-        found["inputs"] = sum(self.encoding(c, size) for c, size in inputs)
-        for stage in stages:
+        found = {"text": self.text(job.texts, encoder)}
+        found["inputs"] = sum(self.encoding(*item) for item in job.encoded)
+        for stage in job.stages:
             work = denoising(self.dit, stage)
             if name := stage.upsampler:
                 after = stage.part.tokens(stage.size)
                 work += upsampling(self.config[name], self.shapes(name), after)
             found[stage.name] = found.get(stage.name, 0) + work
-        windows = {s.window: s.size for s in stages}.values()
-        if "audio" in stages[0].streams and decodes_audio:
+        windows = {s.window: s.size for s in job.stages}.values()
+        if job.decodes_audio:
             found["audio"] = sum(self.sound(size.audio_tokens) for size in windows)
-        if "video" in stages[0].streams:
-            found["video"] = sum(self.video(size, decoder) for size in windows)
+        if "video" in job.streams:
+            found["video"] = sum(self.video(size, job.decoder) for size in windows)
         return {phase: work for phase, work in found.items() if work}
 
     def text(self, prompts: Sequence[str], encoder: list[File]) -> float:

@@ -91,9 +91,7 @@ def test_all_phases_are_counted(checkpoint, computed, name, kind, options):
     )
     size = SIZE | ({"height": 128, "width": 128} if upsamplers else {})
     job = pipe.plan(Request("a dog and a cat", **size, **options))
-    counted = Counter(pipe.checkpoint)(
-        job.stages, job.texts, job.decoder, True, pipe.encoder_files
-    )
+    counted = Counter(pipe.checkpoint)(job, pipe.encoder_files)
     found = computed(pipe.stream(job))
     assert counted.keys() == found.keys()
     for phase, n in counted.items():  # of 2.0, the text's projection is not counted
