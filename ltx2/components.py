@@ -17,6 +17,7 @@ from .base import Trace
 from .cache import ContextCache
 from .dit import Block, DiT, DiTConfig, StreamedBlocks, build_blocks
 from .guidance import Contexts
+from .inputs import InputFiles
 from .lora import Lora, attach
 from .parallel import Machines
 from .record import Load
@@ -44,6 +45,8 @@ class Components:
         self.low_memory, self.cache_contexts = low_memory, cache_contexts
         self.machines = machines or Machines()
         self.text_encoder = checkpoint.encoder(text_encoder)
+        self.inputs = InputFiles()
+        self._checked: set[str] = set()  # components that fit their configuration
         self._loaded: dict[str, nn.Module] = {}
         self._exact: set[str] = set()  # of what is loaded, in float32
         self._loras: tuple[LoraFile, ...] = ()  # of the loaded transformer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Callable, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional
 
 import mlx.core as mx
 import numpy as np
@@ -156,24 +156,22 @@ class GuidedDenoiser:
         transformer: DiT,
         states: dict[str, LatentState],
         texts: list,
-        guidance: Mapping[str, Guidance],
-        trace: Optional[Trace] = None,
-        interval: tuple[float, float] = (0.0, 1.0),
-        cache: float = 0.0,
-        agree: Callable[[float], float] = float,
-        prompts: Prompts = Prompts(),
+        stage: Any,
+        agree: Callable[[float], float],
+        trace: Optional[Trace],
     ):
-        """`texts` are `DiT.project_text`'s of prompt and negative prompt. `interval` is the
-        range of sigmas that are guided, `cache` the relative change of the tokens below
-        which x0 is reused; `agree` makes several machines decide that alike."""
+        """`texts` are `DiT.project_text`'s of prompt and negative prompt. A stage's
+        `step_cache` is the relative change of the tokens below which x0 is reused; `agree`
+        makes several machines decide that alike."""
         self.transformer, self.states, self.trace = transformer, states, trace
-        self.guidance = {k: guidance.get(k, NO_GUIDANCE) for k in states}
-        self.passes = guidance_passes(guidance)
+        self.guidance = {k: stage.guidance.get(k, NO_GUIDANCE) for k in states}
+        self.passes = guidance_passes(stage.guidance)
         self.texts = texts
-        self.steering = {k: prompts.steering(k, s) for k, s in states.items()}
+        self.steering = {k: stage.prompts.steering(k, s) for k, s in states.items()}
         ropes = {"video": transformer.video_rope, "audio": transformer.audio_rope}
         self.ropes = {k: ropes[k](s.bounds) for k, s in states.items()}
-        self.interval, self.cache, self.agree = interval, cache, agree
+        self.interval, self.cache = stage.guidance_interval, stage.step_cache
+        self.agree = agree
         self.cached_x0: Streams = {}  # guided, for the steps that are skipped
         self.cached_input: Streams = {}  # the tokens it was computed from
 

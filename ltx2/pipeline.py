@@ -15,7 +15,6 @@ from .base import Trace, UserError, checked
 from .chips import this_chip
 from .components import Components
 from .guidance import Contexts, guidance_passes
-from .inputs import InputFiles
 from .linear import layer_formats
 from .options import check_choice
 from .parallel import Group, Machines, Ranks
@@ -34,11 +33,6 @@ __all__ += ["Pipeline", "load"]
 
 class Pipeline(Components):
     """A model that makes videos: plan a request, then `generate` or `stream`."""
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self.inputs = InputFiles()
-        self._checked: set[str] = set()  # components that fit their configuration
 
     def plan(self, request: Request) -> Job:
         """What a request means with this model and its input files, and the memory it
@@ -173,7 +167,7 @@ class Pipeline(Components):
         if resume and resume.stage == len(jobs[0].stages):
             contexts = {}  # it is only decoded
         plan = self._prepare(jobs, contexts, resume)
-        run = Run(self, self.inputs, noises, trace, frozen_from_noise, plan.streamed)
+        run = Run(self, noises, trace, frozen_from_noise, plan.streamed)
         with memory.limits(plan):
             yield from self._events(run, jobs, contexts, resume)
 

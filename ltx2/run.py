@@ -21,7 +21,7 @@ from .diffusion_decoder import Keyframes
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .guidance import Contexts, GuidedDenoiser
-from .inputs import Encoders, InputFiles, frames_of, stereo
+from .inputs import Encoders, frames_of, stereo
 from .latents import (
     Conditioning,
     LatentState,
@@ -174,7 +174,6 @@ class Run:
     """The steps of a run that `Pipeline.stream` puts in order."""
 
     model: Components
-    inputs: InputFiles
     noises: Sequence[Optional[Noise]]  # by the number of the job
     trace: Optional[Trace]
     frozen_from_noise: bool
@@ -199,7 +198,7 @@ class Run:
     ) -> dict[str, Contexts]:
         """Contexts by prompt, each encoded once unless there are some, and by file."""
         files = {job.request.contexts_file for job in jobs} - {None}
-        found = {path: self.inputs.contexts(path) for path in files}
+        found = {path: self.model.inputs.contexts(path) for path in files}
         prompts = list(dict.fromkeys(p for job in jobs for p in job.texts))
         if contexts is None and prompts:
             with self.meter.phase("text"):
@@ -234,7 +233,7 @@ class Run:
             "(--num-frames or --auto-duration set it)"
         )
         shorter = replace(r, num_frames=frames, auto_duration=None)
-        return plan(shorter, model.checkpoint, self.inputs)
+        return plan(shorter, model.checkpoint, self.model.inputs)
 
     def load_conditions(
         self, job: Job, resume: Optional[Snapshot]
@@ -242,7 +241,7 @@ class Run:
         """By stage, the conditionings from input files; none for finished stages."""
         component = self.model.component
         sees = "acescct" if job.codes == "acescct" else "srgb"
-        encoders = Encoders(self.inputs, component, self.frozen_from_noise, sees)
+        encoders = Encoders(self.model.inputs, component, self.frozen_from_noise, sees)
         with self.meter.phase("inputs"):
             return [
                 {
@@ -340,17 +339,9 @@ class Run:
         machines, model = self.model.machines, self.model
         transformer = model.transformer_with(stage.loras, self.streamed)
         texts = transformer.project_text(contexts)
-        make = lambda states: GuidedDenoiser(
-            machines.transformer(transformer),
-            states,
-            texts,
-            stage.guidance,
-            trace,
-            stage.guidance_interval,
-            stage.step_cache,
-            machines.agree,
-            stage.prompts,
-        )
+        transformer = machines.transformer(transformer)
+        facts = texts, stage, machines.agree, trace
+        make = lambda states: GuidedDenoiser(transformer, states, *facts)
         if stage.spans:
             return TiledDenoiser(make, states, stage.size, stage.spans)
         return make(states)
@@ -402,18 +393,17 @@ class Run:
         streams = [s for s in job.streams if first + s in latents]
         result = Result(request=job.request, fps=size.fps, job=n)
         result.phases = self.meter.phases
+        own = lambda stream, skip: mx.concatenate(
+            [latents[w.prefix + stream][0, skip(w) :] for w in job.windows]
+        )
         if "audio" in streams:
-            skip = {w: carried_tokens(w, size.fps) for w in job.windows}
-            parts = [latents[w.prefix + "audio"][0, skip[w] :] for w in job.windows]
-            result.audio_latents = mx.concatenate(parts)
+            result.audio_latents = own("audio", lambda w: carried_tokens(w, size.fps))
             yield Phase(phase="audio", job=n, step=0, steps=0)
             with self.meter.phase("audio"):
                 self.decode_audio(job, latents, result)
         if "video" in streams:
-            skip = {w: latent_frames(w.carried_in) for w in job.windows if w.carried_in}
-            parts = [(latents[w.prefix + "video"][0], w) for w in job.windows]
-            parts = [x[skip.get(w, 0) :] for x, w in parts]
-            result.video_latents = mx.concatenate(parts)[: size.latent[0]]
+            cells = own("video", lambda w: latent_frames(w.carried_in))
+            result.video_latents = cells[: size.latent[0]]
             yield Phase(phase="video", job=n, step=0, steps=size.num_frames)
             guard = FrameGuard()
             decode = lambda window: self.decode_video(n, job, latents, window)
@@ -465,7 +455,7 @@ class Run:
         """The waveform of a clip that is extended; silence where it has no sound."""
         path, seconds = job.request.video, window.num_frames / job.size.fps
         waveform = np.zeros((round(seconds * rate), 2), np.float32)
-        if self.inputs.probe(path).has_audio:
+        if self.model.inputs.probe(path).has_audio:
             sound = stereo(path, 0.0, seconds, rate)[: len(waveform)]
             waveform[: len(sound)] = sound
         return waveform
