@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, Iterator, Mapping
+from typing import Any, Mapping
 
 from . import media
 from .base import UserError
@@ -91,9 +91,8 @@ class Resolver:
         """UserError for whatever does not go together, or needs a missing file."""
         r, unmet = self.r, self.unmet()
         check(r, self.mode, unmet)
-        for fault, message in self.faults(unmet):
-            if fault:
-                raise UserError(message)
+        if faults := [text for text, true in self.faults(unmet).items() if true]:
+            raise UserError(faults[0])
         negative = not self.distilled or r.nag_scale != 1
         text = ("text",) * (not r.contexts_file or negative)
         kinds = "all", *text, *self.streams
@@ -134,110 +133,88 @@ class Resolver:
             if r.generated_keyframes:
                 raise UserError("generated_keyframes needs hdr_keyframes turned off")
 
-    def faults(self, unmet: Mapping[str, str]) -> Iterator[tuple[Any, str]]:
-        """What no single field can declare: whether it is so, and the message."""
+    def faults(self, unmet: Mapping[str, str]) -> dict[str, Any]:
+        """What no single field can declare: messages, and whether each is so."""
         r, count = self.r, len(DISTILLED_SIGMAS) - 1
         odd = lambda side: side % SPACE_SCALE or side < 2 * SPACE_SCALE
         settings = [g for g in (r.video_guidance, r.audio_guidance) if g]
         active = any(g.active for g in settings if isinstance(g, Guidance))
         partial = [g for g in settings if isinstance(g, Mapping)]
-        yield (
-            self.distilled and (active or partial),
-            "guidance needs a dev model (this one is distilled): remove its settings",
-        )
-        yield (
-            len(self.streams) == 1 and any("modality_scale" in g for g in partial),
-            "modality_scale needs both video and audio",
-        )
-        yield (
-            r.retake and r.no_audio and "video" not in r.retake_streams,
-            "retake has nothing to regenerate: audio is off and video is kept",
-        )
-        yield (
-            not r.retake_streams or set(r.retake_streams) - set(BOTH),
+        alone, (low, high) = len(self.streams) == 1, r.guidance_interval
+        kept = r.retake and r.no_audio and "video" not in r.retake_streams
+        unknown = not r.retake_streams or set(r.retake_streams) - set(BOTH)
+        says = all(p.strip() for p in r.prompts) or self.recipe.no_prompt
+        wrong = r.tile_size and (len(r.tile_size) != 2 or any(map(odd, r.tile_size)))
+        makes_keyframes = r.generated_keyframes or self.mode == "dfr"
+        return {
+            "guidance needs a dev model (this one is distilled): remove its settings": (
+                self.distilled and (active or partial)
+            ),
+            "modality_scale needs both video and audio": (
+                alone and any("modality_scale" in g for g in partial)
+            ),
+            "retake has nothing to regenerate: audio is off and video is kept": kept,
             f"unknown retake_streams {','.join(r.retake_streams)!r}: choose from video, "
-            "audio",
-        )
-        yield (
-            r.has_reference and not r.loras,
+            "audio": unknown,
             "a reference video needs an IC-LoRA: add --lora (or --retake or --extend, to "
-            "change the video)",
-        )
-        yield (
-            not (all(p.strip() for p in r.prompts) or self.recipe.no_prompt),
-            "the prompt is empty: say what to show",
-        )
-        yield (
-            r.contexts_file and r.prompt,
-            "contexts_file is used instead of the prompt: remove one of them",
-        )
-        yield (
-            r.tile_size and not self.tiled,
+            "change the video)": r.has_reference
+            and not r.loras,
+            "the prompt is empty: say what to show": not says,
+            "contexts_file is used instead of the prompt: remove one of them": (
+                r.contexts_file and r.prompt
+            ),
             "tile_size in two stages needs reference_in_stage_2, and goes without "
-            "step_cache and skip_step",
-        )
-        yield (
-            r.tile_size and (len(r.tile_size) != 2 or any(map(odd, r.tile_size))),
-            "tile_size is height,width: two multiples of 32 from 64 on, as 1024,1536",
-        )
-        yield (
-            r.decode_with_keyframes
-            and not r.generated_keyframes
-            and self.mode != "dfr",
-            "decode_with_keyframes needs generated_keyframes",
-        )
-        low, high = r.guidance_interval
-        yield low > high, "guidance_interval must be from a lower to a higher sigma"
-        yield (
-            self.distilled and r.steps not in (None, count),
+            "step_cache and skip_step": r.tile_size
+            and not self.tiled,
+            "tile_size is height,width: two multiples of 32 from 64 on, as 1024,1536": (
+                wrong
+            ),
+            "decode_with_keyframes needs generated_keyframes": (
+                r.decode_with_keyframes and not makes_keyframes
+            ),
+            "guidance_interval must be from a lower to a higher sigma": low > high,
             f"steps is {r.steps}, but a distilled model has {count} steps of its own: "
-            "remove it, or pass sigmas",
-        )
-        yield from self.stage_faults(unmet)
+            "remove it, or pass sigmas": self.distilled
+            and r.steps not in (None, count),
+            **self.stage_faults(unmet),
+        }
 
-    def stage_faults(self, unmet: Mapping[str, str]) -> Iterator[tuple[Any, str]]:
+    def stage_faults(self, unmet: Mapping[str, str]) -> dict[str, Any]:
         """As `faults`, of the stages and the files they need."""
         r, mode, stages = self.r, self.mode, f"--stages {self.mode}"
-        yield (
-            mode == "dfr" and "2.5" in unmet,
-            f"{stages} needs {unmet.get('2.5')}",
-        )
-        yield (
-            mode != "one" and not self.upsampler,
+        refines, doubles = mode != "one" and not self.distilled, r.temporal_upsample
+        rounds = doubles or r.temporal_rounds
+        loras = {"distilled_lora": r.distilled_lora, "detailing_lora": r.detailing_lora}
+        return {
+            f"{stages} needs {unmet.get('2.5')}": mode == "dfr" and "2.5" in unmet,
             f"{stages} needs a latent upsampler, which this model does not have: add its "
-            "file with --upsampler",
-        )
-        yield mode == "hq" and self.distilled, f"{stages} needs {unmet.get('dev')}"
-        yield (
-            mode == "dfr" and self.scale != 2,
-            f"{stages} needs an x2 upsampler (this one is x{float(self.scale):g})",
-        )
-        yield mode == "dfr" and r.num_frames == 1, f"{stages} needs at least 9 frames"
-        refines = mode != "one" and not self.distilled
-        yield (
-            refines and not r.distilled_lora,
-            f"{stages} of a dev model needs its distilled LoRA: add --distilled-lora",
-        )
-        yield (
-            r.distilled_lora and not refines,
-            "distilled_lora needs a dev model and --stages two, hq or dfr",
-        )
-        for name in ("distilled_lora", "detailing_lora"):
-            lora = getattr(r, name)
-            yield (
-                lora and (lora.stage or not lora.strength),
-                f"{name} takes no stage, and its strength must not be 0",
-            )
-        yield (
-            (r.temporal_upsample or r.temporal_rounds)
-            and "temporal_upsampler" not in self.checkpoint.components,
+            "file with --upsampler": mode != "one"
+            and not self.upsampler,
+            f"{stages} needs {unmet.get('dev')}": mode == "hq" and self.distilled,
+            f"{stages} needs an x2 upsampler (this one is x{float(self.scale):g})": (
+                mode == "dfr" and self.scale != 2
+            ),
+            f"{stages} needs at least 9 frames": mode == "dfr" and r.num_frames == 1,
+            f"{stages} of a dev model needs its distilled LoRA: add --distilled-lora": (
+                refines and not r.distilled_lora
+            ),
+            "distilled_lora needs a dev model and --stages two, hq or dfr": (
+                r.distilled_lora and not refines
+            ),
+            **{
+                f"{name} takes no stage, and its strength must not be 0": (
+                    lora and (lora.stage or not lora.strength)
+                )
+                for name, lora in loras.items()
+            },
             "doubling the frame rate needs a temporal latent upsampler, which this model "
-            "does not have: add its file with --upsampler",
-        )
-        yield (
-            r.temporal_upsample and not self.distilled and mode == "one",
-            "temporal_upsample of a dev model needs --stages two and --distilled-lora",
-        )
+            "does not have: add its file with --upsampler": (
+                rounds and "temporal_upsampler" not in self.checkpoint.components
+            ),
+            "temporal_upsample of a dev model needs --stages two and --distilled-lora": (
+                doubles and not self.distilled and mode == "one"
+            ),
+        }
 
     # Size, length and rate
 
