@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Iterator, Mapping, Optional
+from typing import ClassVar, Iterator, Mapping, Optional
 
 import mlx.core as mx
 
@@ -28,15 +28,15 @@ class Condition:
 
     encoder: ClassVar[str] = ""  # the component that `load` needs
     frames_at_once: ClassVar[int] = 1  # that it encodes
-    carried: ClassVar[bool] = False  # made from the previous stage's latents
+    carried: ClassVar[bool] = False  # else made by `load` of input files
+    slots: ClassVar[tuple[int, ...]] = ()  # places of keyframes that it generates
 
     def tokens(self, size: Size) -> int:
         """How many tokens it appends."""
         return 0
 
-    def load(self, size: Size, source: Any) -> Conditioning:
-        """The conditioning at a size; `source` are the Encoders or, of a carried
-        condition, the previous stage's latents."""
+    def load(self, size: Size, source: Encoders) -> Conditioning:
+        """The conditioning at a size, from input files."""
         raise NotImplementedError
 
 
@@ -218,48 +218,57 @@ class ClipKeyframes(Condition):
 # Conditions on the previous stage's latents
 
 
+class Carried(Condition):
+    """A condition that is made from the latents of the stages before."""
+
+    carried = True
+
+    def apply(self, state: LatentState, size: Size, before: Streams) -> LatentState:
+        """The state with the condition, at a size."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class NewKeyframes(Condition):
+class NewKeyframes(Carried):
     """Generate single frames at these places, from those of the stage before."""
 
     frames: tuple[int, ...]
-    carried = True
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return self.frames
 
     def tokens(self, size: Size) -> int:
         return len(self.frames) * size.frame_tokens
 
-    def load(self, size: Size, source: Streams) -> Conditioning:
-        initial = source.get("keyframes")
-        return lambda state: state.generate_stills(self.frames, size, initial)
+    def apply(self, state: LatentState, size: Size, before: Streams) -> LatentState:
+        return state.generate_stills(self.frames, size, before.get("keyframes"))
 
 
 @dataclass(frozen=True)
-class Carried(Condition):
+class CarriedLatents(Carried):
     """Hold what the window before carries on: its last latents, in this stage."""
 
     stream: str
     stage: str
-    carried = True
 
-    def load(self, size: Size, source: Streams) -> Conditioning:
-        made = source[carry_key(self.stage, self.stream)]
-        return lambda state: state.hold(made)
+    def apply(self, state: LatentState, size: Size, before: Streams) -> LatentState:
+        return state.hold(before[carry_key(self.stage, self.stream)])
 
 
 @dataclass(frozen=True)
-class CarriedKeyframes(Condition):
+class CarriedKeyframes(Carried):
     """Guide with keyframes that the window before generated in its last frames."""
 
     frames: tuple[int, ...]
     stage: str
-    carried = True
 
     def tokens(self, size: Size) -> int:
         return len(self.frames) * size.frame_tokens
 
-    def load(self, size: Size, source: Streams) -> Conditioning:
-        stills = source[carry_key(self.stage, "keyframes")]
-        return lambda state: state.guide_stills(stills, self.frames, size.rate)
+    def apply(self, state: LatentState, size: Size, before: Streams) -> LatentState:
+        stills = before[carry_key(self.stage, "keyframes")]
+        return state.guide_stills(stills, self.frames, size.rate)
 
 
 def carry_key(stage: str, stream: str) -> str:
@@ -268,72 +277,63 @@ def carry_key(stage: str, stream: str) -> str:
 
 
 @dataclass(frozen=True)
-class KeepAudio(Condition):
+class KeepAudio(Carried):
     """Keep the previous stage's audio, and let an IC-LoRA hear it (`heard`)."""
 
     heard: bool = False
-    carried = True
 
     def tokens(self, size: Size) -> int:
         return size.audio_tokens * self.heard
 
-    def load(self, size: Size, source: Streams) -> Conditioning:
-        if self.heard:
-            return lambda state: state.freeze().let_hear(source["audio"])
-        return LatentState.freeze
+    def apply(self, state: LatentState, size: Size, before: Streams) -> LatentState:
+        state = state.freeze()
+        return state.let_hear(before["audio"]) if self.heard else state
 
 
 @dataclass(frozen=True)
-class PreviousAsReference(Condition):
+class PreviousAsReference(Carried):
     """Show the previous stage's smaller video to an IC-LoRA."""
 
     downscale: int
     part: Whole = WHOLE  # of that video
-    carried = True
 
     def tokens(self, size: Size) -> int:
         return size.tokens // self.downscale**2
 
-    def load(self, size: Size, source: Streams) -> Conditioning:
-        smaller = self.part.under(source["smaller"])
-        return lambda state: state.show(smaller, size.rate, 1.0, self.downscale)
+    def apply(self, state: LatentState, size: Size, before: Streams) -> LatentState:
+        smaller = self.part.under(before["smaller"])
+        return state.show(smaller, size.rate, 1.0, self.downscale)
 
 
 @dataclass(frozen=True)
-class SliceKeyframes(Condition):
+class SliceKeyframes(Carried):
     """Guide a slice with the canvas's keyframes, generate one in each segment, and hold
     what the slice before has made."""
 
     part: Slice
-    carried = True
 
     def tokens(self, size: Size) -> int:
         count = len(self.part.slots) + len(self.part.anchor_places)
         return count * size.frame_tokens
 
-    def load(self, size: Size, source: Streams) -> Conditioning:
+    def apply(self, state: LatentState, size: Size, before: Streams) -> LatentState:
         part, (frames, numbers) = self.part, zip(*self.part.anchor_places)
-        stills = source["keyframes"][:, mx.array(numbers)]
-
-        def conditioned(state: LatentState) -> LatentState:
-            state = state.guide_stills(stills, frames, size.rate, part.strength)
-            if part.slots:
-                state = state.generate_stills(part.slots, size, part.seeds(source))
-            return state.hold(part.held_latents(source)) if part.start else state
-
-        return conditioned
+        stills = before["keyframes"][:, mx.array(numbers)]
+        state = state.guide_stills(stills, frames, size.rate, part.strength)
+        if part.slots:
+            state = state.generate_stills(part.slots, size, part.seeds(before))
+        return state.hold(part.held_latents(before)) if part.start else state
 
 
 @dataclass(frozen=True)
-class SliceSound(Condition):
+class SliceSound(Carried):
     """Keep the first stage's audio of a slice's frames."""
 
     part: Slice
-    carried = True
 
-    def load(self, size: Size, source: Streams) -> Conditioning:
-        sound = self.part.sound(source["final_audio"], size.audio_tokens)
-        return lambda state: state.start_from(sound).freeze()
+    def apply(self, state: LatentState, size: Size, before: Streams) -> LatentState:
+        sound = self.part.sound(before["final_audio"], size.audio_tokens)
+        return state.start_from(sound).freeze()
 
 
 @dataclass(frozen=True)
@@ -413,8 +413,7 @@ class Stage:
     @property
     def slots(self) -> tuple[int, ...]:
         """The places of the keyframes that it generates."""
-        slots = (c for c in self.all_conditions if isinstance(c, NewKeyframes))
-        return next((c.frames for c in slots), ())
+        return sum((c.slots for c in self.all_conditions), ())
 
     @property
     def skips_steps(self) -> bool:
@@ -433,14 +432,13 @@ class Stage:
         loaded: Mapping[Condition, Conditioning],
     ) -> dict[str, LatentState]:
         """The streams at the start: from zeros or the latents `before`, conditioned."""
-        states, before = {}, dict(before)
+        states, size = {}, self.size
         for stream, items in self.conditions.items():
-            state = LatentState.initial(self.size.bounds(stream), channels[stream])
+            state = LatentState.initial(size.bounds(stream), channels[stream])
             if stream in before:
                 start = self.part.cut(before) if stream == "video" else before[stream]
                 state = state.start_from(start)
             for c in items:
-                load = c.load(self.size, before) if c.carried else loaded[c]
-                state = load(state)
+                state = c.apply(state, size, before) if c.carried else loaded[c](state)
             states[stream] = state
         return states

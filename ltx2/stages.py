@@ -439,7 +439,7 @@ class Planner(Resolver):
         for condition in held:
             both[condition.stream].append(condition)
         if carried_in and not held:
-            audio.append(conditions.Carried("audio", f"stage{n}"))
+            audio.append(conditions.CarriedLatents("audio", f"stage{n}"))
         frames = min(self.clip_frames - window.start, size.num_frames)
         shown = r.has_reference and (n == 1 or r.reference_in_stage_2)
         if shown and frames > carried_in:  # else the reference ends before the window
@@ -457,7 +457,7 @@ class Planner(Resolver):
         if incoming and generates:
             video.append(conditions.CarriedKeyframes(incoming, f"stage{n}"))
         if carried_in and not held:
-            video.append(conditions.Carried("video", f"stage{n}"))
+            video.append(conditions.CarriedLatents("video", f"stage{n}"))
         if n == 2:
             video += self.smaller()
         return {stream: tuple(both[stream]) for stream in self.streams}
