@@ -1,7 +1,5 @@
 """Convert official LTX-2 weights to a model folder for MLX."""
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
     import os
     import signal

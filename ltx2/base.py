@@ -1,7 +1,5 @@
 """What every file may use: errors, notes, checked data from outside, tables, scripts."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

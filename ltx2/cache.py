@@ -1,7 +1,5 @@
 """Contexts on the disk: kept by prompt, model and text encoder, or in a file."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """What pays on which chip, and how that is known."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cache

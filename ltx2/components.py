@@ -1,7 +1,5 @@
 """The model's components: loaded when they are needed, freed afterwards."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path

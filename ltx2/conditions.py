@@ -4,8 +4,6 @@ A condition holds paths and numbers, so that a stage can be planned, compared an
 `load` turns it into a conditioning of the latent state when its source is there.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Iterator, Mapping, Optional

@@ -1,7 +1,5 @@
 """3-D convolutions whose workspace is bounded: MLX's own grows with the clip."""
 
-from __future__ import annotations
-
 from math import ceil
 
 import mlx.core as mx

@@ -1,8 +1,6 @@
 """Convert a checkpoint to a model folder: quantize, stream to disk, write model card and
 license."""
 
-from __future__ import annotations
-
 import glob
 import json
 import os

@@ -1,7 +1,5 @@
 """What goes together in a request, and what each model adds to it."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import replace

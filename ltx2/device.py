@@ -1,8 +1,6 @@
 """Is this machine in order? Kernels against numpy, rates, memory and disk.
 This is `python -m ltx2.checks device`."""
 
-from __future__ import annotations
-
 import fcntl
 import math
 import os

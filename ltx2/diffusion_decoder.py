@@ -9,8 +9,6 @@ Keyframes that were generated with a video guide it: they pass the same layers a
 frames, "planes", and attend to the nearest frames, which attend to them.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """The joint audio-video transformer of LTX-2: 2.0, 2.3 and 2.5 by its configuration."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass, field
 from typing import Callable, Container, Iterator, Optional, Sequence

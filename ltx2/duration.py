@@ -1,7 +1,5 @@
 """Predicts the video's duration from its prompt's contexts (2.5)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

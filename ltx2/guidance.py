@@ -1,7 +1,5 @@
 """Guidance: its settings, the model passes it needs, and the guided denoiser."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Callable, Mapping, Optional
 

@@ -1,7 +1,5 @@
 """Input files of a run: each is read once, and encoded by the model's autoencoders."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """The layers that the transformer, the text connectors and the decoders share."""
 
-from __future__ import annotations
-
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass

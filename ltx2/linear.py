@@ -1,7 +1,5 @@
 """Linear layers that are quantized, or split over the ranks of a group."""
 
-from __future__ import annotations
-
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Literal, Optional, Union

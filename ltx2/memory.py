@@ -6,8 +6,6 @@ MLX's CPU backend, which materializes attention scores and unfolds convolutions.
 does neither; the second number is an estimate.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """Fast previews of unfinished latents by a linear map to RGB."""
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 

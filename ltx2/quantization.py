@@ -1,7 +1,5 @@
 """How linear layers are quantized: bits by layer, and rounding by least squares."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping

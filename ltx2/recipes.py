@@ -1,7 +1,5 @@
 """The official adapters by file name, and what their cards ask for."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run in its parts: events, text, conditions, denoising and decoding."""
 
-from __future__ import annotations
-
 import time
 import zlib
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ sampler's own results, `noise(name, shape)` is the only source of randomness, `f
 the step to resume at.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Callable, Iterator, Sequence

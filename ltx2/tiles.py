@@ -1,7 +1,5 @@
 """Tiles of a large video: each model call sees a part of the picture and all the sound."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import product
 from typing import Callable, Iterable, NamedTuple

@@ -1,8 +1,6 @@
 """How long a run takes: its counted operations, by the rate at which this machine multiplies
 matrices, measured on the spot, and the share of that rate that is reached."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

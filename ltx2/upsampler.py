@@ -1,7 +1,5 @@
 """The latent upsamplers: 2 times the frames, or 2 or 1.5 times the height and width."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import mlx.core as mx

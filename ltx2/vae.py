@@ -5,8 +5,6 @@ one. Its state between two chunks is in local variables of the call, and the cli
 where the iterator ends. The frames do not depend on how a clip is cut into chunks.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ dfr (detail-fidelity rendering) pads a video to a canvas of segments that end in
 keyframes. Each round refines it at twice the frame rate in slices of whole segments.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Optional

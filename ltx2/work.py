@@ -1,7 +1,5 @@
 """Count what the phases of a run compute, from configurations and headers."""
 
-from __future__ import annotations
-
 import math
 import re
 from functools import cache
