@@ -104,8 +104,8 @@ def step(model, size, names=("cond",)):
     shape = (latents.latent_frames(frames), height // 32, width // 32)
     c, sound = model.config, latents.audio_tokens(frames, 24)
     ropes = (
-        model.video_rope(latents.video_bounds(*shape, 24)),
-        model.audio_rope(latents.audio_bounds(sound)),
+        model.rope("video", latents.video_bounds(*shape, 24)),
+        model.rope("audio", latents.audio_bounds(sound)),
     )
     channels = c.in_channels, c.audio_in_channels
     level = mx.array([0.5])

@@ -127,7 +127,7 @@ class Tokens:
     latent: mx.array  # (B, T, C)
     timesteps: mx.array  # (U,)
     sigma: mx.array  # (1,)
-    rope: Rope  # from DiT.video_rope, DiT.audio_rope
+    rope: Rope  # from DiT.rope
     cross_rope: Rope
     level_index: Optional[mx.array] = None  # (T,)
     mask: Optional[mx.array] = None  # self-attention weights (T, T) in [0, 1]
@@ -358,29 +358,21 @@ class DiT(Component):
         """The dtype of the activations: that of the tables, which are never quantized."""
         return self.scale_shift_table.dtype
 
-    def video_rope(self, bounds: np.ndarray) -> tuple[Rope, Rope]:
-        """Self- and cross-modal tables of token bounds (3, T, 2): seconds, pixels."""
-        c = self.config
-        heads, max_pos = c.num_attention_heads, c.positional_embedding_max_pos
-        return self._ropes(bounds, c.video_dim, heads, max_pos)
-
-    def audio_rope(self, bounds: np.ndarray) -> tuple[Rope, Rope]:
-        """Self- and cross-modal tables of token bounds (1, T, 2) in seconds."""
-        c, heads = self.config, self.config.audio_num_attention_heads
-        max_pos = c.audio_positional_embedding_max_pos
-        return self._ropes(bounds, c.audio_dim, heads, max_pos)
-
-    def _ropes(self, bounds, dim, heads, max_pos) -> tuple[Rope, Rope]:
+    def rope(self, stream: str, bounds: np.ndarray) -> tuple[Rope, Rope]:
+        """Tables for self-attention and for attention between the streams, from [start,
+        end) of each token (axes, T, 2): seconds and, of video, rows and columns."""
         c, theta = self.config, self.config.positional_embedding_theta
+        times = c.positional_embedding_max_pos, c.audio_positional_embedding_max_pos
+        dim, heads, max_pos = {
+            "video": (c.video_dim, c.num_attention_heads, times[0]),
+            "audio": (c.audio_dim, c.audio_num_attention_heads, times[1]),
+        }[stream]
         middle = bounds.astype(np.float32).sum(-1) / np.float32(2)
         self_rope = rope_cos_sin(middle, dim, heads, max_pos, theta)
         # Between the streams only time counts, in heads of the audio stream's width.
-        max_pos = (
-            c.positional_embedding_max_pos[:1],
-            c.audio_positional_embedding_max_pos,
-        )
+        longest = max(times[0][:1], times[1])
         width, heads = c.audio_cross_attention_dim, c.audio_num_attention_heads
-        cross_rope = rope_cos_sin(middle[:1], width, heads, max(max_pos), theta)
+        cross_rope = rope_cos_sin(middle[:1], width, heads, longest, theta)
 
         def local(table: mx.array) -> mx.array:
             """This rank's heads, in the dtype of the activations."""

@@ -102,7 +102,7 @@ def noised_tokens(model: DiT, name: str, state: LatentState, noise, sigmas) -> T
         guides = len(state.denoise_mask) - state.num_target_tokens
         x = state.noised(mx.pad(noise[name], ((0, 0), (0, guides), (0, 0))), sigma)
     levels, index = state.levels
-    ropes = getattr(model, f"{name}_rope")(state.bounds)
+    ropes = model.rope(name, state.bounds)
     return Tokens(
         x,
         mx.array(levels * np.float32(sigma)),

@@ -28,14 +28,10 @@ class Guidance(Checked):
     """
 
     cfg_scale: float = ask(
-        "classifier-free guidance, 1 is off (default: 3, audio 7)",
-        1.0,
-        between=SCALES,
+        "classifier-free guidance, 1 is off (default: 3, audio 7)", 1.0, between=SCALES
     )
     stg_scale: float = ask(
-        "spatio-temporal guidance, 0 is off (default: 1, hq 0)",
-        0.0,
-        between=SCALES,
+        "spatio-temporal guidance, 0 is off (default: 1, hq 0)", 0.0, between=SCALES
     )
     stg_blocks: Optional[tuple[int, ...]] = ask(
         "blocks whose self-attention STG skips (default: 29, 28 from LTX-2.3 on)",
@@ -166,8 +162,7 @@ class GuidedDenoiser:
         self.passes = guidance_passes(stage.guidance)
         self.texts = texts
         self.steering = {k: stage.prompts.steering(k, s) for k, s in states.items()}
-        ropes = {"video": transformer.video_rope, "audio": transformer.audio_rope}
-        self.ropes = {k: ropes[k](s.bounds) for k, s in states.items()}
+        self.ropes = {k: transformer.rope(k, s.bounds) for k, s in states.items()}
         self.interval, self.cache = stage.guidance_interval, stage.step_cache
         self.agree = agree
         self.cached_x0: Streams = {}  # guided, for the steps that are skipped

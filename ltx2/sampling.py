@@ -15,13 +15,7 @@ import numpy as np
 
 from .latents import Streams
 
-Denoise = Callable[[Streams, float, int], Streams]
-Blend = Callable[[str, mx.array], mx.array]
 Noise = Callable[[str, tuple[int, ...]], mx.array]
-Sampler = Callable[
-    [Denoise, Streams, Sequence[float], Blend, Noise, int],
-    Iterator[tuple[Streams, Streams]],
-]
 
 # Schedules. The constants are the reference's, as the distilled models were trained.
 
@@ -146,7 +140,7 @@ class Res2sStep:
 
     def end(self, x0_mid: mx.array, eta: float, noise: mx.array) -> mx.array:
         """The state after the step, with new noise."""
-        b2 = 2 * _phi2(self.h)
+        b2 = 2 * (math.exp(-self.h) - 1 + self.h) / self.h**2
         b1 = _phi1(self.h) - b2
         second = np.array(x0_mid, np.float64) - self.start
         end = self.start + self.h * (b1 * self.slope + b2 * second)
@@ -168,10 +162,6 @@ def _phi1(h: float) -> float:
     return (math.exp(-h) - 1) / -h
 
 
-def _phi2(h: float) -> float:
-    return (math.exp(-h) - 1 + h) / h**2
-
-
 def _standardized(noise: mx.array) -> np.ndarray:
     """Noise of zero mean and unit (unbiased) deviation, over all and by the last axes."""
     n = np.array(noise, np.float64)
@@ -180,7 +170,7 @@ def _standardized(noise: mx.array) -> np.ndarray:
     return (n - n.mean(axes, keepdims=True)) / n.std(axes, ddof=1, keepdims=True)
 
 
-SAMPLERS: dict[str, Sampler] = {
+SAMPLERS: dict[str, Callable[..., Iterator[tuple[Streams, Streams]]]] = {
     "euler": euler,
     "euler_ancestral": euler_ancestral,
     "euler_half_ancestral": partial(euler_ancestral, eta=0.5),

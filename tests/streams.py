@@ -38,7 +38,7 @@ def tokens(
         mx.array(get("latent")[None]),
         mx.array(levels),
         mx.array(g[f"in.{stream}.sigma"][sample : sample + 1]),
-        *getattr(model, f"{stream}_rope")(get("positions")),
+        *model.rope(stream, get("positions")),
         level_index=mx.array(level_index.flatten()),
         mask=None if mask is None else mx.array(mask[sample]),
     )
