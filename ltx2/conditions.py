@@ -13,7 +13,7 @@ import mlx.core as mx
 from . import latents
 from .guidance import Guidance, Prompts
 from .inputs import Encoders
-from .latents import Conditioning, LatentState, Size, Streams
+from .latents import Conditioning, LatentState, Size, States, Streams
 from .request import LoraFile
 from .tiles import Span, equal_spans, spans
 from .windows import ANCHOR_STRENGTH, WHOLE, Slice, Whole, Window, carried_tokens
@@ -36,6 +36,9 @@ class Condition:
     def load(self, size: Size, source: Encoders) -> Conditioning:
         """The conditioning at a size, from input files."""
         raise NotImplementedError
+
+
+Loaded = dict[Condition, Conditioning]
 
 
 # Conditions on input files
@@ -424,11 +427,8 @@ class Stage:
         return ("video", "keyframes") if self.slots else ("video",)
 
     def states(
-        self,
-        channels: Mapping[str, int],
-        before: Streams,
-        loaded: Mapping[Condition, Conditioning],
-    ) -> dict[str, LatentState]:
+        self, channels: Mapping[str, int], before: Streams, loaded: Loaded
+    ) -> States:
         """The streams at the start: from zeros or the latents `before`, conditioned."""
         states, size = {}, self.size
         for stream, items in self.conditions.items():

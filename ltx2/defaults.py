@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Mapping
 
 from . import media
@@ -378,6 +379,7 @@ class Resolver:
 
     # Defaults by model
 
+    @cached_property
     def guidance(self) -> dict[str, Guidance]:
         """The model's guidance, changed by the request's, by stream."""
         r = self.r
@@ -404,10 +406,10 @@ class Resolver:
             guidance = {k: replace(guidance[k], **alone) for k in self.streams}
         return guidance
 
-    def negative_prompt(self, guidance: Mapping[str, Guidance]) -> tuple[str, ...]:
+    def negative_prompt(self) -> tuple[str, ...]:
         """The prompt of the unconditional pass or of NAG, if there is either."""
         prompt, nag = self.r.negative_prompt, self.r.nag_scale != 1
-        if nag or any(g.cfg_scale != 1 for g in guidance.values()):
+        if nag or any(g.cfg_scale != 1 for g in self.guidance.values()):
             return (NEGATIVE_PROMPT if prompt is None else prompt,)
         if prompt is not None:
             raise UserError(

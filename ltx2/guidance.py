@@ -8,7 +8,7 @@ import numpy as np
 
 from .base import Checked, Trace, within
 from .dit import ALL_BLOCKS, NO_BLOCKS, DiT, Pass, Tokens
-from .latents import LatentState, Streams
+from .latents import LatentState, States, Streams
 from .layers import Nag, Steering
 from .options import ask, integers
 
@@ -148,7 +148,7 @@ class GuidedDenoiser:
     def __init__(
         self,
         transformer: DiT,
-        states: dict[str, LatentState],
+        states: States,
         texts: list,
         stage: Any,
         agree: Callable[[float], float],

@@ -330,6 +330,7 @@ class LatentState:
 
 
 Conditioning = Callable[[LatentState], LatentState]
+States = dict[str, LatentState]  # by stream
 
 
 def evenly_spaced(count: int, num_frames: int) -> tuple[int, ...]:

@@ -14,19 +14,13 @@ from . import color, formats, media
 from .audio_vae import AudioVAEConfig
 from .base import Trace, note, traced, within
 from .components import Components
-from .conditions import Condition, Stage
+from .conditions import Loaded, Stage
 from .diffusion_decoder import Keyframes
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .guidance import Contexts, GuidedDenoiser
 from .inputs import Encoders, frames_of, stereo
-from .latents import (
-    Conditioning,
-    LatentState,
-    Streams,
-    audio_from_tokens,
-    latent_frames,
-)
+from .latents import States, Streams, audio_from_tokens, latent_frames
 from .recipes import makes_matte
 from .record import changed, name_only, provenance
 from .request import Request
@@ -233,9 +227,7 @@ class Run:
         shorter = replace(r, num_frames=frames, auto_duration=None)
         return plan(shorter, model.checkpoint, self.model.inputs)
 
-    def load_conditions(
-        self, job: Job, resume: Optional[Snapshot]
-    ) -> list[dict[Condition, Conditioning]]:
+    def load_conditions(self, job: Job, resume: Optional[Snapshot]) -> list[Loaded]:
         """By stage, the conditionings from input files; none for finished stages."""
         component = self.model.component
         sees = "acescct" if job.codes == "acescct" else "srgb"
@@ -268,7 +260,7 @@ class Run:
         job: int,
         stage: Stage,
         at: Snapshot,
-        conditions: dict[Condition, Conditioning],
+        loaded: Loaded,
         contexts: list[Contexts],
         noise: Noise,
     ) -> Generator[Step, None, Snapshot]:
@@ -276,7 +268,7 @@ class Run:
         with self.meter.phase(stage.phase):
             trace = within(self.trace, stage.name)
             before = self.upsampled(stage, {} if stage.first else at.latents, noise)
-            states = self.states(stage, at, before, conditions)
+            states = self.states(stage, at, before, loaded)
             draw = lambda k, shape: noise(f"{stage.name}.{k}", shape)
             blend = lambda k, x: states[k].blend(x)
             denoiser = self.denoiser(stage, states, contexts, trace)
@@ -312,26 +304,18 @@ class Run:
             return replace(at, **after, latents=latents, kept=kept)
 
     def states(
-        self,
-        stage: Stage,
-        at: Snapshot,
-        before: Streams,
-        conditions: dict[Condition, Conditioning],
-    ) -> dict[str, LatentState]:
+        self, stage: Stage, at: Snapshot, before: Streams, loaded: Loaded
+    ) -> States:
         """The streams at the stage's start, from the latents before it."""
         source = before | {k: x for k, x in at.kept.items() if "carry." in k}
         source.setdefault("smaller", at.latents.get("video"))
         source["final_audio"] = at.kept.get("audio")
         config = self.model.dit_config
         channels = {"video": config.in_channels, "audio": config.audio_in_channels}
-        return stage.states(channels, source, conditions)
+        return stage.states(channels, source, loaded)
 
     def denoiser(
-        self,
-        stage: Stage,
-        states: dict[str, LatentState],
-        contexts: list[Contexts],
-        trace: Optional[Trace],
+        self, stage: Stage, states: States, contexts: list, trace: Optional[Trace]
     ) -> GuidedDenoiser | TiledDenoiser:
         """The stage's transformer with its LoRAs and guidance, whole or in tiles."""
         machines, model = self.model.machines, self.model
@@ -364,7 +348,7 @@ class Run:
             larger["keyframes"] = self.model.enlarged(stage.part.decoder, *stills, draw)
         return latents | larger
 
-    def latents(self, stage: Stage, states, tokens: Streams) -> Streams:
+    def latents(self, stage: Stage, states: States, tokens: Streams) -> Streams:
         """Tokens as latents, without those that only guide; "keyframes" are generated
         single frames (1, K, H, W, C). A frozen stream is what it was given."""
         tokens = {

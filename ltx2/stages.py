@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Iterator, Mapping, NamedTuple, Optional
+from typing import Iterator, NamedTuple, Optional
 
 from . import conditions, windows
 from .base import UserError
 from .conditions import WHOLE_CLIP, Condition, Stage
 from .defaults import MAX_FRAMES, PARTS, Resolver, reference_factors
-from .guidance import Guidance, Prompts
+from .guidance import Prompts
 from .inputs import InputFiles
-from .latents import (
-    SPACE_SCALE,
-    TIME_SCALE,
-    Size,
-    audio_tokens,
-)
+from .latents import SPACE_SCALE, TIME_SCALE, Size, audio_tokens
 from .layers import Nag
 from .memory import MemoryPlan
 from .options import check_range, check_step, is_set
 from .request import LoraFile, Request
 from .sampling import DISTILLED_SIGMAS, REFINE_SIGMAS
 from .weights import Checkpoint
+from .windows import Slice, Whole, Window
 
 OWN = None  # a distilled model's schedule, or a dev model's by its steps
 
@@ -41,6 +37,7 @@ class Row(NamedTuple):
     keeps_audio: bool = False  # of the stage before
 
 
+Rows, Places = tuple[Row, ...], tuple[int, ...]
 ANCESTRAL = "ancestral"  # euler, before LTX-2.5
 VIDEO, AUDIO = ("video", "keyframes"), ("audio",)
 ALL = VIDEO + AUDIO
@@ -117,12 +114,12 @@ class Job:
         return replace(size, audio_tokens=self.stages[0].size.audio_tokens)
 
     @property
-    def windows(self) -> list[windows.Window]:
+    def windows(self) -> list[Window]:
         """The windows it is made in."""
         return list(dict.fromkeys(stage.window for stage in self.stages))
 
     @property
-    def parts(self) -> list[windows.Window]:
+    def parts(self) -> list[Window]:
         """What the result is joined of: its windows, and a clip that is extended."""
         r = self.request
         if r.extend is None:
@@ -130,7 +127,7 @@ class Job:
         return windows.with_clip(self.windows, r.num_frames, r.blend_frames)
 
     @property
-    def keyframes(self) -> dict[windows.Window, tuple[int, ...]]:
+    def keyframes(self) -> dict[Window, tuple[int, ...]]:
         """The frames of the result that are keyframes after each window's last stage."""
         last = {s.window: s.part.keyframes or s.slots for s in self.stages}
         count = self.size.num_frames
@@ -139,7 +136,7 @@ class Job:
             for w, places in last.items()
         }
 
-    def planes(self, window: windows.Window) -> dict[windows.Window, tuple[int, ...]]:
+    def planes(self, window: Window) -> dict[Window, tuple[int, ...]]:
         """The keyframes that a window is decoded with: the window before's that it has,
         then its own."""
         r, n = self.request, self.windows.index(window)
@@ -188,8 +185,7 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
     p.check()
     p.fit_duration()
     p.fit_size()
-    r, guidance = p.r, p.guidance()
-    stages = tuple(p.stages(guidance))
+    r, stages = p.r, tuple(p.stages())
     frames, sound = stages[0].size.num_frames, stages[0].size.audio_tokens
     if "audio" in p.streams and not sound:
         raise UserError(
@@ -201,7 +197,7 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
             f"{frames} frames are generated, in whole segments between keyframes, and "
             f"cut to {r.num_frames}"
         )
-    prompts, decoder = (*r.prompts, *p.negative_prompt(guidance)), p.decoder()
+    prompts, decoder = (*r.prompts, *p.negative_prompt()), p.decoder()
     if r.decode_with_keyframes and decoder == "vae":
         p.notes.append(
             "decode_with_keyframes is ignored: it needs --video-decoder diffusion"
@@ -212,7 +208,7 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
 class Planner(Resolver):
     """The stages of a request whose defaults are filled in."""
 
-    def stages(self, guidance: Mapping[str, Guidance]) -> Iterator[Stage]:
+    def stages(self) -> Iterator[Stage]:
         """The stages by the rows of the mode."""
         r, mode = self.r, self.mode
         if mode == "two" and (r.has_reference or r.keyframes and not self.distilled):
@@ -225,7 +221,7 @@ class Planner(Resolver):
             rate = windows.conditioned_rate(r.fps)
             full = replace(self.full_size(frames), conditioned_fps=rate)
             half = full.divided(2**r.spatial_rounds)
-            yield from self.window(rows, guidance, half, WHOLE_CLIP, keyframes)
+            yield from self.window(rows, half, WHOLE_CLIP, keyframes)
             n, rounds = len(rows), r.temporal_rounds
             for round_ in range(1, rounds + 1):
                 for part in windows.slices_of_round(round_, keyframes):
@@ -234,12 +230,12 @@ class Planner(Resolver):
                 for grid in windows.GRIDS:
                     yield self.enlarged_stage(n := n + 1, part, full, grid)
             return
-        incoming: tuple[int, ...] = ()
+        handed: Places = ()
         for window in self.windows():
             keyframes = window.keyframes(self.seams() or r.generated_keyframes)
             full = self.full_size(window.num_frames)
-            yield from self.window(rows, guidance, full, window, keyframes, incoming)
-            incoming = window.handed_on(keyframes)
+            yield from self.window(rows, full, window, keyframes, handed)
+            handed = window.handed_on(keyframes)
 
     def prompts(self, first: int, size: Size, pace: float) -> Prompts:
         """How a stage from frame `first` on reads the prompts. Positions of video have
@@ -274,13 +270,13 @@ class Planner(Resolver):
             rate = HDR_FPS
         return Size(width, height, frames, r.fps, sound, rate, shown)
 
-    def windows(self) -> list[windows.Window]:
+    def windows(self) -> list[Window]:
         """The windows that a long video is made in, one if nothing of them is set; of
         an extension those that are new."""
         r, frames = self.r, self.r.num_frames + self.recipe.extra
         names = ("chunk_frames", "carry_frames", "blend_frames")
         if r.extend is None and not any(is_set(r, name) for name in names):
-            return [windows.Window(0, frames)]
+            return [Window(0, frames)]
         chunk = 97 if r.chunk_frames is None else r.chunk_frames
         carry = 25 if r.carry_frames is None else r.carry_frames
         blend = carry if r.blend_frames is None else r.blend_frames
@@ -300,16 +296,10 @@ class Planner(Resolver):
         return found
 
     def window(
-        self,
-        rows: tuple[Row, ...],
-        guidance: Mapping[str, Guidance],
-        full: Size,
-        window: windows.Window,
-        keyframes: tuple[int, ...],
-        incoming: tuple[int, ...] = (),
+        self, rows: Rows, full: Size, window: Window, own: Places, handed: Places = ()
     ) -> Iterator[Stage]:
-        """The stages of one window, by rows; with `keyframes` that it generates and
-        `incoming` ones from the window before."""
+        """The stages of one window, by rows; with its `own` keyframes, which it generates,
+        and those `handed` on from the window before."""
         r = self.r
         small, doubled = full.divided(self.scale), full.doubled()
         sizes = {"small": small, "full": full, "doubled": doubled}
@@ -324,12 +314,12 @@ class Planner(Resolver):
                 sigmas,
                 r.sampler if first and r.sampler else sampler,
                 1.0 if first else sigmas[0],
-                guidance if row.guided else {},
+                self.guidance if row.guided else {},
                 r.guidance_interval if row.guided else (0.0, 1.0),
                 r.step_cache if first else 0.0,
                 self.loras(n, row.distilled_lora),
                 axis.get(row.upsampler),
-                self.conditions(n, size, row, window, keyframes, incoming),
+                self.conditions(n, size, row, window, own, handed),
                 row.final,
                 window=window,
                 first=first,
@@ -337,9 +327,7 @@ class Planner(Resolver):
                 prompts=self.prompts(window.start, size, 1.0),
             )
 
-    def enlarged_stage(
-        self, n: int, part: windows.Slice, full: Size, grid: int
-    ) -> Stage:
+    def enlarged_stage(self, n: int, part: Slice, full: Size, grid: int) -> Stage:
         """A coarse or fine pass of a slice in dfr's epilogue."""
         r, fine = self.r, grid == windows.GRIDS[1]
         opens = int(all(image.index(r.num_frames, r.fps) for image in r.images))
@@ -365,13 +353,13 @@ class Planner(Resolver):
         """The ancestral sampler, which models before LTX-2.5 do without."""
         return "euler_ancestral" if self.checkpoint.version >= (2, 5) else "euler"
 
-    def smaller(self, part: windows.Whole = conditions.WHOLE) -> Iterator[Condition]:
+    def smaller(self, part: Whole = conditions.WHOLE) -> Iterator[Condition]:
         """The previous stage's video as the detailing LoRA's reference."""
         if self.r.detailing_lora:
             factor, _ = reference_factors([self.r.detailing_lora], self.files)
             yield conditions.PreviousAsReference(max(factor, 2), part)
 
-    def slice_stage(self, n: int, part: windows.Slice, full: Size) -> Stage:
+    def slice_stage(self, n: int, part: Slice, full: Size) -> Stage:
         """A slice of one of dfr's rounds, which double the frame rate."""
         fps, streams = full.fps * part.rate, full.audio_tokens > 0
         rate = windows.conditioned_rate(fps)
@@ -414,13 +402,7 @@ class Planner(Resolver):
         return tuple(loras)
 
     def conditions(
-        self,
-        n: int,
-        size: Size,
-        row: Row,
-        window: windows.Window,
-        keyframes: tuple[int, ...],
-        incoming: tuple[int, ...],
+        self, n: int, size: Size, row: Row, window: Window, own: Places, handed: Places
     ) -> dict[str, tuple[Condition, ...]]:
         """The conditions of stage `n` by stream, in the reference's order."""
         r, carried_in = self.r, window.carried_in
@@ -449,20 +431,20 @@ class Planner(Resolver):
                 sides = self.full_size(frames).divided(self.scale)
                 facts += ((r.attention_mask, sides),)
             video.append(conditions.ReferenceClip(*facts))
-        if keyframes and self.seams():
-            video.append(conditions.ClipKeyframes(r.video, keyframes, window.start))
+        if own and self.seams():
+            video.append(conditions.ClipKeyframes(r.video, own, window.start))
         generates = row.keyframes or r.decode_with_keyframes
-        if keyframes and generates:
-            video.append(conditions.NewKeyframes(keyframes))
-        if incoming and generates:
-            video.append(conditions.CarriedKeyframes(incoming, f"stage{n}"))
+        if own and generates:
+            video.append(conditions.NewKeyframes(own))
+        if handed and generates:
+            video.append(conditions.CarriedKeyframes(handed, f"stage{n}"))
         if carried_in and not held:
             video.append(conditions.CarriedLatents("video", f"stage{n}"))
         if n == 2:
             video += self.smaller()
         return {stream: tuple(both[stream]) for stream in self.streams}
 
-    def of_clip(self, window: windows.Window) -> Iterator[conditions.ClipPart]:
+    def of_clip(self, window: Window) -> Iterator[conditions.ClipPart]:
         """What a window has of a clip that is changed, by stream."""
         r, start, frames = self.r, window.start, self.clip_frames - window.start
         if not r.changes_clip or frames < window.carried_in:

@@ -7,7 +7,7 @@ from typing import Callable, Iterable, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .latents import LatentState, Size, Streams, divided_evenly
+from .latents import LatentState, Size, States, Streams, divided_evenly
 
 Denoiser = Callable[[Streams, float, int], Streams]
 OVERLAP = 10  # cells, the reference's
@@ -94,8 +94,8 @@ class TiledDenoiser:
 
     def __init__(
         self,
-        make: Callable[[dict[str, LatentState]], Denoiser],
-        states: dict[str, LatentState],
+        make: Callable[[States], Denoiser],
+        states: States,
         size: Size,
         sides: Iterable[list[Span]],
     ):
