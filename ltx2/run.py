@@ -252,7 +252,7 @@ class Run:
         except NotFinite:
             dtype = self.model.fall_back()
         note(f"the first step of {stage.name} is not finite: repeated in {dtype}")
-        at = replace(at, load=at.load | {"dtype": dtype})
+        at = replace(at, load=replace(at.load, dtype=dtype))
         return (yield from self._denoise(job, stage, at, *inputs))
 
     def _denoise(

@@ -129,7 +129,7 @@ def test_auto_is_resolved_printed_and_recorded(checkpoint, monkeypatch):
             job = pipe.plan(Request("a dog"))
             assert pipe.dtype == getattr(mx, dtype)
             assert f", {dtype}, seed" in generate.describe(pipe, job)
-            assert pipe.initial_snapshot(job).load["dtype"] == dtype
+            assert pipe.initial_snapshot(job).load.dtype == dtype
         assert pipeline.load(model, encoder, dtype="float32").dtype == mx.float32
 
 
@@ -160,7 +160,7 @@ def test_a_first_step_that_is_not_finite_is_repeated_in_bfloat16(overflowing, ca
     *events, last = overflowing("auto")
     assert "the first step of stage1 is not finite: repeated in bfloat16" in caplog.text
     assert [e.step for e in events if e.phase == "stage1"] == [0, 1, 2]
-    assert {e.snapshot.load["dtype"] for e in events if e.snapshot} == {"bfloat16"}
+    assert {e.snapshot.load.dtype for e in events if e.snapshot} == {"bfloat16"}
     expected = overflowing("bfloat16")[-1].snapshot.latents
     for name, x in last.snapshot.latents.items():
         assert mx.array_equal(x, expected[name])
