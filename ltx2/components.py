@@ -23,8 +23,6 @@ from .request import LoraFile
 from .sampling import Noise
 from .text import MAX_TOKENS, Gemma4TextEncoder, TextEncoder
 
-DECODING = {"vae": "vae.decoder"}  # of the video VAE only this half
-
 
 class Components:
     """A model that loads each component when it is needed."""
@@ -151,7 +149,8 @@ class Components:
         self, decoder: str, latents: mx.array, draw: Noise, exact: bool, **how: Any
     ) -> Iterator[mx.array]:
         """Frames that a component decodes (see its `decode_stream`)."""
-        model = self.component(DECODING.get(decoder, decoder), exact)
+        half = ".decoder" * (decoder == "vae")  # is all that is read
+        model = self.component(decoder + half, exact)
         if decoder == "diffusion_decoder":
             noise = lambda name, shape: draw(f"vae.{name}", shape)
         else:

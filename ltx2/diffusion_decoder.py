@@ -99,18 +99,18 @@ def nearest(places: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.argsort(distances, axis=1, kind="stable")[:, :2]
 
 
-def tile(kernel: int) -> int:
+def group_size(kernel: int) -> int:
     """The number of queries along an axis that share the keys in all their windows."""
     return max(4, (kernel + 1) // 2)
 
 
-class Tiles:
-    """An axis cut into tiles of one size, of which the last may overlap the one before:
-    positions of each tile's queries and keys, and which keys a query sees. A window is
+class QueryGroups:
+    """An axis cut into groups of one size, of which the last may overlap the one before:
+    positions of each group's queries and keys, and which keys a query sees. A window is
     centered on its query; at the borders it is `shifted`, or else cut off."""
 
     def __init__(self, length: int, kernel: int, shifted: bool = True):
-        size = min(tile(kernel), length)
+        size = min(group_size(kernel), length)
         span = min(size + kernel - 1, length)
         starts = np.minimum(np.arange(0, length, size), length - size)
         self.queries = starts[:, None] + np.arange(size)
@@ -121,9 +121,9 @@ class Tiles:
             windows = np.clip(windows, 0, max(length - kernel, 0))
         seen = self.keys[:, None] - windows[..., None]
         self.visible = (seen >= 0) & (seen < kernel)
-        # The index of each position of the axis among the queries of all tiles.
-        positions, tiles = np.arange(length), np.arange(length) // size
-        self.order = mx.array(positions + tiles * size - starts[tiles])
+        # The index of each position of the axis among the queries of all groups.
+        positions, groups = np.arange(length), np.arange(length) // size
+        self.order = mx.array(positions + groups * size - starts[groups])
 
 
 def rope_cos_sin(
@@ -178,8 +178,8 @@ class NeighborhoodAttention(nn.Module):
         """Frames (1, R, H, W, C) at `times` to those at the indices `queries` (Q,);
         `visible` (Q, R) says which frames each of them attends to."""
         _, _, height, width, _ = x.shape
-        down = Tiles(height, self.kernel[1], shifted)
-        across = Tiles(width, self.kernel[2], shifted)
+        down = QueryGroups(height, self.kernel[1], shifted)
+        across = QueryGroups(width, self.kernel[2], shifted)
         qkv = mx.unflatten(self.qkv(x[0]), -1, (3, -1, self.head_dim))
         tables = rope_cos_sin(times, height, width, self.head_dim)
         q = apply_rope(self.q_norm(qkv[..., 0, :, :]), *tables)[queries]
@@ -188,17 +188,17 @@ class NeighborhoodAttention(nn.Module):
 
         def cut(x: mx.array, rows: np.ndarray, columns: np.ndarray) -> mx.array:
             x = x[:, rows[0] : rows[-1] + 1][:, :, mx.array(columns)]
-            # (frames, rows, tiles, columns, heads, C)
-            # to (tiles, heads, frames rows columns, C)
+            # (frames, rows, groups, columns, heads, C)
+            # to (groups, heads, frames rows columns, C)
             return x.transpose(2, 4, 0, 1, 3, 5).flatten(2, 4)
 
         out, visible_columns = [], mx.array(across.visible)
         for rows, key_rows, seen in zip(down.queries, down.keys, down.visible):
-            # (tiles, query frames, rows, columns, key frames, rows, columns)
+            # (groups, query frames, rows, columns, key frames, rows, columns)
             mask = visible[None, :, None, None, :, None, None]
             mask = mask & mx.array(seen)[None, None, :, None, None, :, None]
             mask = mask & visible_columns[:, None, None, :, None, None, :]
-            mask = mask.flatten(4).flatten(1, 3)[:, None]  # (tiles, 1, queries, keys)
+            mask = mask.flatten(4).flatten(1, 3)[:, None]  # (groups, 1, queries, keys)
             y = mx.fast.scaled_dot_product_attention(
                 cut(q, rows, across.queries),
                 *(cut(x, key_rows, across.keys) for x in (k, v)),
@@ -206,10 +206,10 @@ class NeighborhoodAttention(nn.Module):
                 mask=mask,
             )
             y = mx.unflatten(y, 2, (len(queries), len(rows), -1))
-            # (tiles, heads, Q, rows, columns, C) to (Q, rows, tiles columns, heads C)
+            # (groups, heads, Q, rows, columns, C) to (Q, rows, groups columns, heads C)
             y = y.transpose(2, 3, 0, 4, 1, 5).flatten(4).flatten(2, 3)
             out.append(y[:, :, across.order])
-            mx.eval(out[-1])  # else the keys of all tiles are held
+            mx.eval(out[-1])  # else the keys of all groups are held
         return self.proj(mx.concatenate(out, axis=1)[:, down.order])[None]
 
 
@@ -290,14 +290,14 @@ class Block(nn.Module):
         """A clip's frames, each from its window and the two planes nearest to it."""
         near, count = nearest(np.arange(clip.length), clip.times), len(clip.times)
         last, done = near.max(axis=1, initial=-1), 0
-        time = Tiles(clip.length, self.attn.kernel[0], shifted=not count)
+        time = QueryGroups(clip.length, self.attn.kernel[0], shifted=not count)
         starts = [*time.keys[1:, 0], clip.length]
         for queries, keys, seen, then in zip(
             time.queries, time.keys, time.visible, starts
         ):
             window = frames.read(0, keys[0], keys[-1] + 1, then)
             new, done = np.flatnonzero(queries >= done), queries[-1] + 1
-            # Of a tile, what needs no further plane is made first: a plane may need it.
+            # Of a group, what needs no further plane is made first: a plane may need it.
             for part in np.split(new, np.flatnonzero(np.diff(last[queries[new]])) + 1):
                 to = near[queries[part]]
                 first, stop = to.min(initial=count), to.max(initial=-1) + 1

@@ -11,17 +11,15 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional
 
 import mlx.core as mx
 
 from .base import UserError, table
 from .chips import this_chip
-from .components import DECODING
 from .conditions import Stage
 from .conv import held
-from .diffusion_decoder import tile
+from .diffusion_decoder import group_size
 from .dit import DiTConfig
 from .guidance import guidance_passes
 from .hub import DTYPES, File
@@ -104,13 +102,9 @@ def planned(
     return replace(plan, streamed=True) if must else plan
 
 
-def joined(
-    plans: Iterable[MemoryPlan],
-    low_memory: Optional[bool],
-    first: Mapping[str, Footprint] = MappingProxyType({}),
-) -> MemoryPlan:
-    """The plan for doing several jobs together, after some `first` phases."""
-    phases = dict(first)
+def joined(plans: Iterable[MemoryPlan], low_memory: Optional[bool]) -> MemoryPlan:
+    """The plan for doing several jobs together."""
+    phases: dict[str, Footprint] = {}
     for plan in plans:
         for phase, need in plan.phases.items():
             other = phases.get(phase, need)
@@ -173,10 +167,10 @@ class Estimator:
             layers = layer_sizes({k: w.nbytes for k, w in tensors.items()})
             self.size[name] = sum(layers.values())
             self.streamable[name] = streamable(layers, self.gpu)
-            if name == "vae":  # of which one half is used at a time
-                for half, other in (("encoder", "decoder."), ("decoder", "encoder.")):
+            if name == "vae":  # decodes without its other half
+                for half, other in (("vae.encoder", "decoder."), ("vae", "encoder.")):
                     used = (w for k, w in tensors.items() if not k.startswith(other))
-                    self.size[f"vae.{half}"] = sum(w.nbytes for w in used)
+                    self.size[half] = sum(w.nbytes for w in used)
             if name == "transformer":
                 self.blocks = self.size[name] - layers[""]
         # Of the connectors' tensors that are cast, one at a time is there twice.
@@ -208,7 +202,7 @@ class Estimator:
                 encode = self.convolutions(stage.size, DOWN)
                 decode = self.decoding(decoder, stage.size.divided(2))
                 weights = need.weights + self.size["vae.encoder"]
-                weights += self.size[DECODING.get(decoder, decoder)]
+                weights += self.size[decoder]
                 buffers = contexts + max(encode, decode)
                 more = Footprint(weights, buffers, need.streamable)
                 need = max(need, more, key=Footprint.total)
@@ -223,7 +217,7 @@ class Estimator:
             blended = max(stage.window.blended_out for stage in stages)
             blended = max(blended, stages[0].window.carried_in)  # of a clip
             buffers = contexts + self.decoding(decoder, size, job.frames_ahead)
-            weights = sound + self.size[DECODING.get(decoder, decoder)]
+            weights = sound + self.size[decoder]
             phases["video"] = Footprint(weights, buffers + (4 + blended) * frame)
         return phases
 
@@ -277,9 +271,8 @@ class Estimator:
     def encoding(self, condition, size: Size) -> tuple[str, float]:
         """The encoder that a condition needs, and bytes of its buffers."""
         if condition.encoder == "vae":
-            return "vae.encoder", self.convolutions(
-                size, DOWN, condition.frames_at_once
-            )
+            frames = condition.frames_at_once
+            return "vae.encoder", self.convolutions(size, DOWN, frames)
         return "audio_vae", self.spectra(size.audio_tokens)
 
     def stage(self, stage: Stage, loras: int, contexts: int, shards: int) -> Footprint:
@@ -315,14 +308,14 @@ class Estimator:
 
     def neighborhoods(self, size: Size, ahead: int) -> float:
         """The diffusion decoder's last blocks: the frames that their windows span, as
-        inputs, contexts and in between, and the attention scores of a row of tiles; and
+        inputs, contexts and in between, and the attention scores of a row of groups; and
         those `ahead`, with their keyframes."""
         c = self.config["diffusion_decoder"]
-        tiles = [tile(kernel) for kernel in c["stage5_kernel"]]
-        spans = [a + b - 1 for a, b in zip(tiles, c["stage5_kernel"])]
+        groups = [group_size(kernel) for kernel in c["stage5_kernel"]]
+        spans = [a + b - 1 for a, b in zip(groups, c["stage5_kernel"])]
         spans[0] += ahead > 0
         channels, places = c["stage_channels"][-1], size.height * size.width // 16
-        row = size.width // 4 * math.prod(tiles[:2])
+        row = size.width // 4 * math.prod(groups[:2])
         scores = 2 * self.scores(channels // c["head_dim"], row, math.prod(spans))
         copies = 2 * c["stage_depths"][-1] + 14
         frames = copies * spans[0] + AHEAD * ahead

@@ -77,7 +77,8 @@ class Pipeline(Components):
         if text and prompts and self.machines.rank == 0:
             self.check_text_encoder()
             need = self._estimator.text(len(prompts), self.encoder_files)
-            found = memory.joined([found], self.low_memory, {"text": need})
+            phases = {"text": need, **found.phases}
+            found = memory.planned(phases, found.limit, self.low_memory)
         if not found.fits:
             smaller = memory.suggest_smaller(jobs[0].request, self._fits)
             found = replace(found, suggestion=smaller)

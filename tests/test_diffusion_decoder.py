@@ -85,13 +85,13 @@ def test_attention_equals_attention_of_each_position_to_its_window():
         assert relative_error(ours, expected[first:last]) < 1e-5
 
 
-def test_tiles_give_the_same_as_no_tiles(source, monkeypatch):
+def test_groups_of_queries_give_the_same_as_one(source, monkeypatch):
     small = source.config["diffusion_decoder"] | {"stage_depths": [1] * 5}
     mx.random.seed(0)
     decoder = DiffusionDecoder(DiffusionDecoderConfig.from_dict(small))
     latents = mx.random.normal((1, 1, 3, 3, 20), key=mx.random.key(0))
     split = decode(decoder, latents)
-    monkeypatch.setattr(diffusion_decoder, "tile", lambda kernel: 10**6)
+    monkeypatch.setattr(diffusion_decoder, "group_size", lambda kernel: 10**6)
     assert mx.abs(decode(decoder, latents) - split).max() < 1e-6
 
 
