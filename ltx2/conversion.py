@@ -1,9 +1,7 @@
 """Convert a checkpoint to a model folder: quantize, stream to disk, write model card and
 license."""
 
-import glob
 import json
-import os
 import re
 import shlex
 import shutil
@@ -13,7 +11,7 @@ from typing import Any, Callable, Optional, Sequence
 
 import mlx.core as mx
 
-from . import __version__
+from . import __version__, media
 from . import quantization as rounding
 from .base import UserError
 from .hub import DTYPES, converted_config, folder_files
@@ -223,23 +221,14 @@ class Conversion:
         name: Optional[str] = None,
         progress: Progress = lambda size: None,
     ) -> None:
-        """Write the model folder, complete or not at all: it is written under another
-        name and renamed at the end. `name` is for the model card; `progress` gets the
+        """Write the model folder, complete or not at all (see `media.workspace`). `name` is for the model card; `progress` gets the
         number of bytes."""
         folder = folder.expanduser().resolve()
         check_target(folder, overwrite)
-        remove_leftovers(folder)
-        name_here = f".{folder.name[:100]}.{os.getpid()}"
-        partial, old = (folder.parent / f"{name_here}.{s}" for s in ("new", "old"))
-        partial.mkdir(parents=True)
-        try:
+        with media.workspace(folder, ".*") as hidden:
+            partial = Path(hidden, "new")
+            partial.mkdir()
             self._write_files(partial, progress, name or folder.name)
-            if folder.exists():
-                folder.rename(old)
-            partial.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _write_files(self, partial: Path, progress: Progress, name: str) -> None:
         for part in self.source.components:
@@ -279,17 +268,6 @@ def check_target(folder: Path, overwrite: bool) -> None:
     for path in sorted(folder.iterdir()):
         if not part.fullmatch(path.name) and path.name not in own:
             raise UserError(f"{folder} also holds {path.name}: move it away first")
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed conversions to the same target left."""
-    for path in folder.parent.glob(f".{glob.escape(folder.name[:100])}.*.new"):
-        try:
-            os.kill(int(path.name.split(".")[-2]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path)
-        except (PermissionError, ValueError, OverflowError):
-            pass  # of another user's process, or no conversion's
 
 
 def write_safetensors(

@@ -140,7 +140,7 @@ def check_output(
         if not media.has_encoder(encoder):
             raise UserError(f"{path}: this ffmpeg has no {encoder}, use another codec")
     for file in names or [path]:
-        with media.workspace(file, folder=names.get(file) == "exr"):
+        with media.workspace(file, media.OF_FRAMES * (names.get(file) == "exr")):
             pass
 
 
@@ -208,7 +208,7 @@ class VideoWriter:
         fps, problem = media.frame_rate(self.fps), f"{self.path}: cannot be written"
         kind = self.format
         source = kind.source.format(fps=fps) + " -i pipe:0"
-        with media.workspace(self.path, folder=not kind.suffix) as folder:
+        with media.workspace(self.path, media.OF_FRAMES * (not kind.suffix)) as folder:
             target = "picture" if kind.suffix else f"new/{FRAME}"
             if not kind.suffix:
                 os.mkdir(f"{folder}/new")

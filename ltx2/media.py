@@ -38,7 +38,7 @@ DAMAGE = re.compile("partial file|ended prematurely|overread|truncated|corrupt")
 
 # What a folder of EXR frames has besides them, and all its names.
 FOLDER_FILES = "sound.wav", "metadata.json"
-OF_FRAMES = re.compile(r"frame_\d{5,}\.exr|sound\.wav|metadata\.json")
+OF_FRAMES = r"frame_\d{5,}\.exr|sound\.wav|metadata\.json"
 
 # Pixels made square; swscale's "bilinear" is the reference's conversion to RGB.
 SQUARE = "scale=w=round(iw*sar):h=ih:flags=bilinear"
@@ -385,25 +385,26 @@ def resample(waveform: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
 
 
 @contextmanager
-def workspace(path: PathLike, folder: bool = False) -> Iterator[str]:
-    """A hidden folder next to `path`; a file, or a folder of frames, "new" in it becomes
-    `path` at the end, in place of an earlier one.
+def workspace(path: PathLike, folder: str = "") -> Iterator[str]:
+    """A hidden folder next to `path`; a file "new" in it, or a folder whose names match
+    the pattern `folder`, becomes `path` at the end, in place of an earlier one.
 
     It is locked, so that the next run can remove what a killed one has left.
     """
     path, problem = Path(path), f"{path}: cannot be written"
     if path.is_dir() and not folder:
         raise UserError(f"{path}: is a folder, give the name of a file")
-    if path.is_dir() and not all(map(OF_FRAMES.fullmatch, os.listdir(path))):
+    if path.is_dir() and not all(re.fullmatch(folder, k) for k in os.listdir(path)):
         raise UserError(f"{path}: has other files in it, give a new folder")
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}-????????.partial"):
+    name = f".{path.name[:100]}-"
+    for leftover in path.parent.glob(f"{glob.escape(name)}????????.partial"):
         with suppress(OSError), open(leftover / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if its run lives
             shutil.rmtree(leftover)
     with system_errors(problem):
         if not path.parent.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(".partial", f".{path.name}-", path.parent)
+        made = tempfile.TemporaryDirectory(".partial", name, path.parent)
     with made as hidden, open(f"{hidden}/lock", "w") as lock:
         with suppress(OSError):  # some network drives have no locks
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 """Conversion to a model folder: exact, streamed, complete or not at all."""
 
+import fcntl
 import json
-import os
 import re
 import runpy
 import shutil
@@ -314,8 +314,10 @@ def test_an_interrupted_conversion_leaves_nothing(small, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Conversion(source).write(tmp_path / "model", progress=interrupt)
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".model.999999999.new").mkdir()  # of a process that was killed
-    (tmp_path / ".model.999999999.new" / "transformer.safetensors").write_text("half")
+    left = tmp_path / ".model-abcdefgh.partial"  # by a process that was killed
+    (left / "new").mkdir(parents=True)
+    (left / "lock").touch()
+    (left / "new" / "transformer.safetensors").write_text("half")
     Conversion(source).write(tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     before = (tmp_path / "model" / "config.json").stat().st_ino
@@ -383,7 +385,7 @@ def test_the_target_may_be_any_path(small, tmp_path, target):
     assert convert("--hf-path", small, "--mlx-path", path, "--overwrite") == 0
     model = weights.open_model(str(Path(path).resolve()))
     model.check("transformer", "connectors")
-    assert not list(tmp_path.rglob(".*.new")) + list(tmp_path.rglob(".*.old"))
+    assert not list(tmp_path.rglob(".*.partial"))
 
 
 def with_encoder(model: Path, encoder: Path) -> Path:
@@ -454,9 +456,11 @@ def test_the_source_is_never_replaced_by_a_conversion_above_it(small, tmp_path, 
 
 def test_conversions_to_one_folder_do_not_share_temporary_files(small, tmp_path):
     source = weights.open_model(str(small))
-    other = tmp_path / f".model.{os.getppid()}.new"  # a conversion that runs
+    other = tmp_path / ".model-abcdefgh.partial"
     other.mkdir()
-    Conversion(source).write(tmp_path / "model")
+    with open(other / "lock", "w") as lock:  # of a conversion that runs
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        Conversion(source).write(tmp_path / "model")
     assert other.exists()
 
 
