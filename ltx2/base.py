@@ -89,9 +89,8 @@ def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> 
         expect(isinstance(value, dict), "an object", value, path)
         kinds = dict.fromkeys(value, args[1] if args else Any)
         kinds = field_kinds(origin, value, path) if new else kinds
-        found = {
-            k: checked(kinds[k], v, join(path, k), limit) for k, v in value.items()
-        }
+        items = value.items()
+        found = {k: checked(kinds[k], v, join(path, k), limit) for k, v in items}
         return origin(**found) if new else found
     if origin is Literal:
         expect(value in args, f"one of {', '.join(map(str, args))}", value, path)

@@ -14,7 +14,7 @@ from . import hub, media, weights
 from .base import Trace
 from .cache import ContextCache
 from .dit import Block, DiT, DiTConfig, StreamedBlocks, build_blocks
-from .guidance import Contexts
+from .guidance import Contexts, TextContexts
 from .inputs import InputFiles
 from .lora import Lora, attach
 from .parallel import Machines
@@ -22,6 +22,8 @@ from .record import Load
 from .request import LoraFile
 from .sampling import Noise
 from .text import MAX_TOKENS, Gemma4TextEncoder, TextEncoder
+
+Scaled = tuple[Lora, float]  # a LoRA and its strength
 
 
 class Components:
@@ -132,9 +134,7 @@ class Components:
         """The transformer's configuration."""
         return DiTConfig.from_dict(self.checkpoint.config["transformer"])
 
-    def blocks(
-        self, loras: Sequence[tuple[Lora, float]], apart: bool = False
-    ) -> Iterator[Block]:
+    def blocks(self, loras: list[Scaled], apart: bool = False) -> Iterator[Block]:
         """The transformer's blocks one by one, with LoRAs (see `attach`), of which
         nothing is read yet."""
         tensors = self.checkpoint.weights("transformer", self.dtype)
@@ -191,9 +191,7 @@ class Components:
         if self.checkpoint.version < weights.GEMMA_4:
             weights.check_text_encoder(self.text_encoder, self.checkpoint)
 
-    def contexts(
-        self, prompts: Sequence[str], trace: Optional[Trace]
-    ) -> dict[str, Contexts]:
+    def contexts(self, prompts: Sequence[str], trace: Trace | None) -> TextContexts:
         """Contexts by prompt, from the cache folder if there is one."""
         encode = lambda prompts: self.encode_prompts(prompts, trace)
         if self.cache_contexts is None or trace is not None:
@@ -207,7 +205,7 @@ class Components:
 
     def encode_prompts(
         self, prompts: Sequence[str], trace: Optional[Trace] = None
-    ) -> dict[str, Contexts]:
+    ) -> TextContexts:
         """Contexts (video, audio), each (1, 1024, D), by prompt; frees what it loads."""
         if self.checkpoint.version >= weights.GEMMA_4:
             gemma = self.checkpoint.load("gemma", self._text_dtype, lazy=True)
@@ -232,6 +230,6 @@ class Components:
         return self.encode_prompts([prompt])[prompt]
 
 
-def _factors(loras: tuple[LoraFile, ...]) -> list[tuple[Lora, float]]:
+def _factors(loras: tuple[LoraFile, ...]) -> list[Scaled]:
     """LoRAs whose factors are not read yet, with their strengths."""
     return [(Lora.read(file.path), file.strength) for file in loras]

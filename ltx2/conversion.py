@@ -39,10 +39,8 @@ def quantize(weights: Weights, how: dict, predicate: Callable[[str], bool]) -> W
     for key, w in weights.items():
         path, _, leaf = key.rpartition(".")
         layer = layer_format(how, path)
-        fits = (
-            leaf == "weight" and w.ndim == 2 and w.shape[1] % layer["group_size"] == 0
-        )
-        if fits and predicate(path):
+        fits = w.ndim == 2 and w.shape[1] % layer["group_size"] == 0
+        if leaf == "weight" and fits and predicate(path):
             keys = (key, f"{path}.scales", f"{path}.biases")
             done.update(zip(keys, mx.quantize(w, **layer)))
         else:
@@ -197,9 +195,8 @@ class Conversion:
         how = layer_formats(self.quantization or stored)
         if not how:
             return "The weights are not quantized."
-        several = lambda key: ", ".join(
-            map(str, sorted({f[key] for f in how.values()}))
-        )
+        all_of = lambda key: sorted({f[key] for f in how.values()})
+        several = lambda key: ", ".join(map(str, all_of(key)))
         gemma = " and the text encoder's" if "gemma" in self.source.parts else ""
         text = (
             f"The transformer's{gemma} blocks are quantized: {several('bits')} bits "
@@ -296,9 +293,7 @@ def write_safetensors(
             mx.clear_cache()
 
 
-def model_card(
-    config: dict[str, Any], generation: str, name: str, quantized: str
-) -> str:
+def model_card(config: dict, generation: str, name: str, quantized: str) -> str:
     """README.md of a model folder, with the metadata that the Hub reads."""
     repo, license_name, link = OFFICIAL[generation]
     origin = config["provenance"]

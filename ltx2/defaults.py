@@ -165,9 +165,8 @@ class Resolver:
             "tile_size in two stages needs reference_in_stage_2, and goes without "
             "step_cache and skip_step": r.tile_size
             and not self.tiled,
-            "tile_size is height,width: two multiples of 32 from 64 on, as 1024,1536": (
-                wrong
-            ),
+            "tile_size is height,width: two multiples of 32 from 64 on, as "
+            "1024,1536": wrong,
             "decode_with_keyframes needs generated_keyframes": (
                 r.decode_with_keyframes and not makes_keyframes
             ),
@@ -226,9 +225,8 @@ class Resolver:
             self.r = replace(self.r, num_frames=latents * TIME_SCALE + 1)
         r, head = self.r, "duration_head"
         fixed = r.video or r.audio or r.contexts_file or r.num_frames is not None
-        if r.auto_duration is None and (
-            fixed or head not in self.checkpoint.components
-        ):
+        fixed = fixed or head not in self.checkpoint.components
+        if r.auto_duration is None and fixed:
             return
         self.checkpoint.require(head)
         fps = SIZE["fps"] if r.fps is None else r.fps
@@ -339,14 +337,12 @@ class Resolver:
                     f"retake is {start:g}-{end:g}, but the clip is from 0 to "
                     f"{total / fps:.2f} s: use a start before an end inside it"
                 )
-        frames = min(frames, total)
+        frames, other_rate = min(frames, total), media.frame_rate(fps) != clip.fps
         changes = {
             f"{clip.width}x{clip.height} resized and cropped to {width}x{height}": (
                 (height, width) != (clip.height * larger, clip.width * larger)
             ),
-            f"{float(clip.fps):g} fps changed to {fps:g}": (
-                media.frame_rate(fps) != clip.fps
-            ),
+            f"{float(clip.fps):g} fps changed to {fps:g}": other_rate,
             f"{frames} of {there} frames are read (8k+1)": frames != there,
             "it has no sound, so the adapter hears none": (
                 self.recipe.hears and not clip.has_audio

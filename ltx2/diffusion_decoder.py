@@ -292,9 +292,8 @@ class Block(nn.Module):
         last, done = near.max(axis=1, initial=-1), 0
         time = QueryGroups(clip.length, self.attn.kernel[0], shifted=not count)
         starts = [*time.keys[1:, 0], clip.length]
-        for queries, keys, seen, then in zip(
-            time.queries, time.keys, time.visible, starts
-        ):
+        groups = zip(time.queries, time.keys, time.visible, starts)
+        for queries, keys, seen, then in groups:
             window = frames.read(0, keys[0], keys[-1] + 1, then)
             new, done = np.flatnonzero(queries >= done), queries[-1] + 1
             # Of a group, what needs no further plane is made first: a plane may need it.
@@ -330,14 +329,12 @@ class DiffusionBlock(Block):
         self.context_proj = nn.Linear(dim, dim)
         self.scale_shift_table = mx.zeros((7, dim))
 
-    def __call__(
-        self, clip: Clip, contexts: Clip, time: mx.array, planes: bool
-    ) -> Clip:
+    def __call__(self, clip: Clip, context: Clip, time: mx.array, planes: bool) -> Clip:
         add = lambda x, c: x + self.context_proj(c)
         clip = replace(
             clip,
-            frames=map(add, clip.frames, contexts.frames),
-            planes=map(add, clip.planes, contexts.planes),
+            frames=map(add, clip.frames, context.frames),
+            planes=map(add, clip.planes, context.planes),
         )
         rows = (self.scale_shift_table + time).astype(self.scale_shift_table.dtype)
         # The other rows are gates, which released weights have folded in.

@@ -394,9 +394,7 @@ class DiT(Component):
 
         return [tuple(map(project, PREFIXES, pair)) for pair in contexts]
 
-    def embed(
-        self, video: Optional[Tokens], audio: Optional[Tokens]
-    ) -> tuple[Both, Streams]:
+    def embed(self, video: Tokens | None, audio: Tokens | None) -> tuple[Both, Streams]:
         """The first states (B, T, D) of both streams, and what the blocks read of them."""
         pairs = map(self._embed, PREFIXES, (video, audio), (audio, video))
         return tuple(zip(*pairs))
@@ -458,9 +456,8 @@ class DiT(Component):
         one's state at the first block where they differ.
         """
         states, streams = self.embed(video, audio)
-        starts = [
-            common_start(passes, n, self.config.num_layers) for n in range(len(passes))
-        ]
+        blocks = self.config.num_layers
+        starts = [common_start(passes, n, blocks) for n in range(len(passes))]
         states = [states] * len(passes)
         for i, block in enumerate(self.transformer_blocks):
             read = [block.text_keys_values(streams, text) for text in texts]

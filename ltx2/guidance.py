@@ -13,6 +13,7 @@ from .layers import Nag, Steering
 from .options import ask, integers
 
 Contexts = tuple[mx.array, mx.array]  # of video and audio, each (1, 1024, D)
+TextContexts = dict[str, Contexts]  # by prompt
 POSITIVE, NEGATIVE = 0, 1  # indices of a stage's contexts
 SCALES = (-100, 100)
 

@@ -81,9 +81,8 @@ class Encoders:
         rate, as a stream; of every `slow`-th frame after the first."""
         frames = frames_of(path, start, num_frames, size.fps)
         chunks = map(self.encoder_input, fitted(frames, size, slow))
-        return mx.concatenate(
-            [*self.component("vae.encoder").encode_stream(chunks)], axis=1
-        )
+        encoder = self.component("vae.encoder")
+        return mx.concatenate([*encoder.encode_stream(chunks)], axis=1)
 
     def weights(
         self, path: str, start: int, num_frames: int, size: Size, grid: Size, slow: int

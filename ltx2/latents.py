@@ -247,16 +247,14 @@ class LatentState:
             grown[old:, old:] = 1
             grown[: self.num_target_tokens, old:] = weights
             grown[old:, : self.num_target_tokens] = weights[:, None]
+        initial = mx.zeros(tokens.shape) if initial is None else initial
         both = lambda a, b: mx.concatenate([a, b.astype(mx.float32)], axis=1)
+        mask = np.full(n, 1 - strength, np.float32)
         return replace(
             self,
-            latent=both(
-                self.latent, mx.zeros(tokens.shape) if initial is None else initial
-            ),
+            latent=both(self.latent, initial),
             clean_latent=both(self.clean_latent, tokens),
-            denoise_mask=np.append(
-                self.denoise_mask, np.full(n, 1 - strength, np.float32)
-            ),
+            denoise_mask=np.append(self.denoise_mask, mask),
             bounds=np.concatenate([self.bounds, bounds], axis=1),
             keyframes=np.append(self.keyframes, np.full(n, keyframes, np.float32)),
             attention=grown,

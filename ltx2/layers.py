@@ -145,7 +145,7 @@ class Nag:
     alpha: float = 0.25
 
     def __call__(
-        self, z: mx.array, negative: mx.array, group: Optional[Group]
+        self, z: mx.array, negative: mx.array, group: Group | None
     ) -> mx.array:
         """From the results of both attentions (B, heads, T, d), before gates and output
         projection; `group` are the ranks that share the heads."""

@@ -21,12 +21,11 @@ class Preview:
         noise = mx.zeros(latents.shape) if vae.config.timestep_conditioning else None
         frames = vae.decode(latents, noise=noise)
         colors = frames[0, 0].reshape(size, 32, size, 32, 3).mean((1, 3))
-        x = np.array(latents).reshape(-1, channels)
+        colors, x = np.array(colors).reshape(-1, 3), np.array(latents)[0, 0]
+        x = x.reshape(-1, channels)
         x = np.pad(x, ((0, 0), (0, 1)), constant_values=1)
         ridge = 1e-3 * len(x) * np.eye(channels + 1)
-        self.matrix = np.linalg.solve(
-            x.T @ x + ridge, x.T @ np.array(colors).reshape(-1, 3)
-        )
+        self.matrix = np.linalg.solve(x.T @ x + ridge, x.T @ colors)
 
     def __call__(self, latents: mx.array, scale: int = 8) -> np.ndarray:
         """Normalized latents (1, F, h, w, C) as a strip (F, scale h, scale w, 3) uint8."""

@@ -83,9 +83,7 @@ def choose(
     return quantization(mode or "affine", int(mixed[1]) if mixed else bits, group_size)
 
 
-def recipe(
-    name: Optional[str], how: dict[str, Any], weights: Weights
-) -> dict[str, Any]:
+def recipe(name: str | None, how: dict[str, Any], weights: Weights) -> dict[str, Any]:
     """`how` with the bits of single layers, as mlx-lm writes them: "mixed_4_6" and the
     like, a JSON file (a folder's config.json too), or None: by `KINDS` and `QUARTERS`.
     `weights` are those of the transformer and of Gemma; only their shapes are read."""
@@ -111,10 +109,8 @@ def mlx_lm_picks(path: str, paths: Mapping[str, Any]) -> bool:
     """Whether a layer has the higher bits of mlx-lm's mixed recipes: values and the last
     of a feed-forward, in the first and last eighth of the blocks, and in every third.
     """
-    n, kind = place(path)
-    blocks = 1 + max(
-        place(p)[0] for p in paths if p.split(".")[0] == path.split(".")[0]
-    )
+    (n, kind), root = place(path), path.split(".")[0]
+    blocks = 1 + max(place(p)[0] for p in paths if p.split(".")[0] == root)
     outer = n < blocks // 8 or n >= 7 * blocks // 8 or (n - blocks // 8) % 3 == 2
     return outer and kind.endswith(("to_v", "net.2", "v_proj", "down_proj"))
 

@@ -18,7 +18,7 @@ from .conditions import Loaded, Stage
 from .diffusion_decoder import Keyframes
 from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
-from .guidance import Contexts, GuidedDenoiser
+from .guidance import Contexts, GuidedDenoiser, TextContexts
 from .inputs import Encoders, frames_of, stereo
 from .latents import States, Streams, audio_from_tokens, latent_frames
 from .recipes import makes_matte
@@ -186,8 +186,8 @@ class Run:
         return noise
 
     def encode_text(
-        self, jobs: list[Job], contexts: Optional[dict[str, Contexts]]
-    ) -> dict[str, Contexts]:
+        self, jobs: list[Job], contexts: TextContexts | None
+    ) -> TextContexts:
         """Contexts by prompt, each encoded once unless there are some, and by file."""
         files = {job.request.contexts_file for job in jobs} - {None}
         found = {path: self.model.inputs.contexts(path) for path in files}
@@ -198,9 +198,7 @@ class Run:
                 contexts = self.model.machines.on_rank_0(encode)
         return (contexts or {}) | found
 
-    def texts(
-        self, job: Job, stage: Stage, contexts: dict[str, Contexts]
-    ) -> list[Contexts]:
+    def texts(self, job: Job, stage: Stage, contexts: TextContexts) -> list[Contexts]:
         """A stage's contexts: those of the prompt, or of its segments one after the
         other, and those of the negative prompt."""
         prompts = stage.prompts.segments or job.request.prompts
@@ -211,7 +209,7 @@ class Run:
         negative = job.negative_prompt
         return texts if negative is None else [*texts, contexts[negative]]
 
-    def predict_duration(self, job: Job, contexts: dict[str, Contexts]) -> Job:
+    def predict_duration(self, job: Job, contexts: TextContexts) -> Job:
         """The job with the duration that its prompt needs, if the model predicts it."""
         r, model = job.request, self.model
         if r.auto_duration is None or not contexts:
@@ -275,10 +273,8 @@ class Run:
             if at.step:
                 x, denoiser.cached_x0 = at.tokens, at.guided
             else:
-                start = lambda k, s: s.noised(
-                    draw(k, s.latent.shape), stage.noise_scale
-                )
-                x = {k: start(k, state) for k, state in states.items()}
+                scale, items = stage.noise_scale, states.items()
+                x = {k: s.noised(draw(k, s.latent.shape), scale) for k, s in items}
             sample = SAMPLERS[stage.sampler]
             steps = sample(denoiser, x, stage.sigmas, blend, draw, at.step)
             for i, (x, x0) in enumerate(steps, at.step + 1):
@@ -351,9 +347,8 @@ class Run:
     def latents(self, stage: Stage, states: States, tokens: Streams) -> Streams:
         """Tokens as latents, without those that only guide; "keyframes" are generated
         single frames (1, K, H, W, C). A frozen stream is what it was given."""
-        tokens = {
-            k: states[k].latent if states[k].frozen else x for k, x in tokens.items()
-        }
+        given = {k: state.latent for k, state in states.items() if state.frozen}
+        tokens = tokens | given
         latents = {k: x[:, : states[k].num_target_tokens] for k, x in tokens.items()}
         if "video" in latents:
             size, state = stage.size, states["video"]
@@ -461,9 +456,8 @@ class Run:
         if places := job.planes(window):
             stills = [latents[w.prefix + "keyframes"] for w in places]
             stills = [x[:, -len(p) :] for x, p in zip(stills, places.values())]
-            frames = sum(places.values(), ())
-            how["keyframes"] = Keyframes(
-                mx.concatenate(stills, axis=1), frames, window.start
-            )
+            stills = mx.concatenate(stills, axis=1)
+            facts = sum(places.values(), ()), window.start
+            how["keyframes"] = Keyframes(stills, *facts)
         exact = job.codes != "srgb"
         return self.model.decoded(job.decoder, video, draw, exact, **how)

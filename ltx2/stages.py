@@ -151,10 +151,8 @@ class Job:
     def frames_ahead(self) -> int:
         """How far a window's decoder computes frames ahead, of the first one: up to its
         second keyframe."""
-        frames = [sum(self.planes(w).values(), ()) for w in self.windows]
-        return max(
-            (f[:2][-1] - w.start for f, w in zip(frames, self.windows) if f), default=0
-        )
+        frames = ((w, sum(self.planes(w).values(), ())) for w in self.windows)
+        return max((f[:2][-1] - w.start for w, f in frames if f), default=0)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -331,9 +329,8 @@ class Planner(Resolver):
         """A coarse or fine pass of a slice in dfr's epilogue."""
         r, fine = self.r, grid == windows.GRIDS[1]
         opens = int(all(image.index(r.num_frames, r.fps) for image in r.images))
-        part = windows.EnlargedSlice(
-            **vars(part), grid=grid, opens=opens, decoder=self.decoder()
-        )
+        how = {"grid": grid, "opens": opens, "decoder": self.decoder()}
+        part = windows.EnlargedSlice(**vars(part), **how)
         stage = self.slice_stage(n, part, full)
         owned = range(part.seam // part.rate + (part.start > 0), r.num_frames)
         images = self.images(stage.size, part.rate, part.first, owned)

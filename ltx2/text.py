@@ -70,11 +70,6 @@ class TextEncoder:
                     "its config.json lacks rope_scaling"
                 )
 
-    @property
-    def width(self) -> int:
-        """The width of all states of a token together."""
-        return self.model.args.hidden_size * (len(self.model.layers) + 1)
-
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids with BOS in front and no EOS, at most 1024."""
         ids = self.encode(prompt.strip())
@@ -409,12 +404,10 @@ class Connector(nn.Module):
         super().__init__()
         self.heads, self.dim = heads, heads * head_dim
         self.max_pos = c.connector_positional_embedding_max_pos
-        self.learnable_registers = mx.zeros(
-            (c.connector_num_learnable_registers, self.dim)
-        )
-        self.transformer_1d_blocks = [
-            ConnectorBlock(c, heads, head_dim) for _ in range(layers)
-        ]
+        shape = c.connector_num_learnable_registers, self.dim
+        self.learnable_registers = mx.zeros(shape)
+        blocks = (ConnectorBlock(c, heads, head_dim) for _ in range(layers))
+        self.transformer_1d_blocks = [*blocks]
 
     def __call__(self, x: mx.array, length: int) -> mx.array:
         """(1, tokens, D) to (1, length, D); registers are chosen by absolute position."""

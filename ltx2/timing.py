@@ -33,10 +33,8 @@ class TimePlan:
 
     def seconds(self, phase: str) -> tuple[float, float]:
         """At least and at most."""
-        kind = KINDS.get(phase, 0)
-        return tuple(
-            self.work[phase] / self.rate / s[kind] for s in (self.high, self.low)
-        )
+        kind, best = KINDS.get(phase, 0), self.work[phase] / self.rate
+        return best / self.high[kind], best / self.low[kind]
 
     def __str__(self) -> str:
         rows = [(k, n / 1e12, *self.seconds(k)) for k, n in self.work.items()]

@@ -45,9 +45,8 @@ class VideoVAEConfig(Config):
     """The `vae` section of a checkpoint's configuration: 2.0, 2.3, convolutional 2.5."""
 
     encoder_blocks: list[tuple[str, dict]]
-    decoder_blocks: list[tuple[str, dict]] = field(
-        default_factory=list
-    )  # empty: only the encoder
+    # Empty if there is only the encoder
+    decoder_blocks: list[tuple[str, dict]] = field(default_factory=list)
     latent_channels: int = 128
     patch_size: int = 4
     encoder_base_channels: int = 128
@@ -358,9 +357,8 @@ class Decoder(nn.Module):
     ) -> Chunks:
         time = shift_scale = None
         if timestep is not None:
-            time = timestep_embedding(
-                mx.array([timestep]) * self.timestep_scale_multiplier
-            )
+            scaled = mx.array([timestep]) * self.timestep_scale_multiplier
+            time = timestep_embedding(scaled)
             shift_scale = self.last_time_embedder.timestep_embedder(time).reshape(2, -1)
             shift_scale = shift_scale + self.last_scale_shift_table
         layers = {"conv_in": self.conv_in}

@@ -191,9 +191,7 @@ class Generator(Vocoder):
         return mx.tanh(x) if self.config.use_tanh_at_final else mx.clip(x, -1, 1)
 
 
-def generators(
-    section: Section, frames: int
-) -> Iterator[tuple[str, Section, list[int]]]:
+def generators(section: Section, frames: int) -> Iterator[tuple[str, Section, list]]:
     """Of each generator in a `vocoder` section, for so many mel frames: the prefix of its
     tensors, its configuration, its length before and after each upsampling."""
     hop = section.get("bwe", {}).get("hop_length", 1)

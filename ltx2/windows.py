@@ -282,9 +282,8 @@ class Slice(Whole):
 
     def seeds(self, before: Streams) -> mx.array:
         """Initial latents of its keyframes: the nearest of its start."""
-        return self.cut(before)[
-            :, mx.array([round(p / TIME_SCALE) for p in self.slots])
-        ]
+        nearest = [round(place / TIME_SCALE) for place in self.slots]
+        return self.cut(before)[:, mx.array(nearest)]
 
     @property
     def anchor_places(self) -> list[tuple[int, int]]:

@@ -46,9 +46,8 @@ def video_convs(
     else:
         blocks, dim = c.encoder_blocks, c.encoder_base_channels
         total, at_once, end = frames, min(frames, 8), c.latent_channels + 1
-        start, rows, columns = patch, *(
-            s // c.patch_size for s in (size.height, size.width)
-        )
+        rows, columns = size.height // c.patch_size, size.width // c.patch_size
+        start = patch
 
     def conv(dim_in: int, dim: int, residual: int = 0) -> Conv:
         return Conv((min(at_once, total), rows, columns), dim_in, dim, residual, total)
@@ -88,15 +87,13 @@ def counted(weights: Weights, places: Mapping[str, float]) -> float:
     return total
 
 
-def forward(
-    c: DiTConfig, video: float, audio: float, keys: int, crossed: bool
-) -> float:
+def forward(c: DiTConfig, video: float, audio: float, keys: int, cross: bool) -> float:
     """Operations of a block for so many tokens of each stream and keys of the text."""
     total = 0.0
     for tokens, dim in ((video, c.video_dim), (audio, c.audio_dim)):
         # q, k, v, out; q, out of the text's attention; the feed-forward's two
         total += tokens * dim * (2 * 14 * dim + 4 * (tokens + keys))
-    if crossed:  # q and out of one direction, k and v of the other
+    if cross:  # q and out of one direction, k and v of the other
         widths = video * c.video_dim + audio * c.audio_dim
         total += c.audio_dim * (8 * widths + 8 * video * audio)
     return total
@@ -172,10 +169,8 @@ def diffusing(c: dict[str, Any], weights: Weights, size: Size) -> float:
     for i, (dim, depth, kernel) in enumerate(stages):
         area = frames * rows * columns
         last = i == len(strides)
-        name = (
-            r"^(diff_blocks|conv_in_x_t|conv_out)" if last else rf"^det_stages\.{i}\."
-        )
-        places |= {name: area, rf"^upsamples\.{i}\.": area}
+        own = r"diff_blocks|conv_in_x_t|conv_out" if last else rf"det_stages\.{i}\."
+        places |= {f"^({own})": area, rf"^upsamples\.{i}\.": area}
         total += 4 * depth * area * dim * math.prod(kernel)
         if not last:
             time, *space = strides[i]
@@ -224,9 +219,8 @@ class Counter:
         places, shapes = len(prompts) * MAX_TOKENS, self.shapes("connectors")
         connecting = counted(shapes, {"projection": tokens, "": places})
         dims = (w.shape[0] for k, w in shapes.items() if k.endswith("to_q.weight"))
-        return (
-            2 * tokens * sum(sizes) + connecting + 4 * places * MAX_TOKENS * sum(dims)
-        )
+        attending = 4 * places * MAX_TOKENS * sum(dims)
+        return 2 * tokens * sum(sizes) + connecting + attending
 
     def encoding(self, condition: Condition, size: Size) -> float:
         if condition.encoder == "audio_vae":
