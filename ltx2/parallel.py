@@ -26,57 +26,23 @@ EARLIER_NAMES = {"many": "data", "shards": "tensor"}
 
 
 class Machines:
-    """The machines of a run. This class is a single one; `Ranks` are several."""
+    """The machines of a run, connected by an MLX group; without one, this machine."""
 
-    rank, count = 0, 1
-    mode = ""
+    def __init__(self, group: Optional[Group] = None, mode: Optional[str] = None):
+        self.group, self.mode = group, ""  # of MODES, when work is split
+        self.rank, self.count = (group.rank(), group.size()) if group else (0, 1)
+        self.requested = EARLIER_NAMES.get(mode, mode)
 
     def __str__(self) -> str:
         return MODES.get(self.mode, "one machine")
-
-    def split(self, jobs: int, passes: int, fits: bool, *model: Any) -> None:
-        """Choose how to split the work."""
-
-    def deal(self, jobs: Sequence[T]) -> list[tuple[int, T]]:
-        """The jobs, with their numbers, that this machine denoises."""
-        return list(enumerate(jobs))
-
-    def gather(self, done: dict[int, T], jobs: int) -> dict[int, T]:
-        """What all machines have done, by the number of the job."""
-        return done
-
-    def on_rank_0(self, compute: Callable[[], T]) -> T:
-        """Compute on rank 0 and broadcast."""
-        return compute()
-
-    def agree(self, value: float) -> float:
-        """Rank 0's value, where ranks compute the same step."""
-        return value
-
-    def wait(self) -> None:
-        """For the other machines of the same step: no GPU waits while one of them still
-        reads its weights."""
-
-    def transformer(self, model: DiT) -> Union[DiT, PassParallel]:
-        """The transformer as the denoiser calls it."""
-        return model
-
-    def shard(self, model: Union[DiT, Block]) -> None:
-        """Keep this machine's part of the transformer or of a block."""
-
-
-class Ranks(Machines):
-    """Several machines, connected by an MLX group."""
-
-    def __init__(self, group: Group, mode: Optional[str] = None):
-        self.group, self.rank, self.count = group, group.rank(), group.size()
-        self.requested = EARLIER_NAMES.get(mode, mode)
 
     def split(
         self, jobs: int, passes: int, fits: bool, c: DiTConfig, group_size: int
     ) -> None:
         """Choose the requested mode, or the one that exchanges least if the transformer
         `fits` into each machine. UserError for a mode that splits nothing."""
+        if self.group is None:
+            return
         n = self.count
         mode = self.requested or "tensor"
         if all_min(mx.array(fits), self.group) and self.requested is None:
@@ -97,29 +63,41 @@ class Ranks(Machines):
         self.mode = mode
 
     def deal(self, jobs: Sequence[T]) -> list[tuple[int, T]]:
+        """The jobs, with their numbers, that this machine denoises."""
         jobs = list(enumerate(jobs))
         return jobs[self.rank :: self.count] if self.mode == "data" else jobs
 
     def gather(self, done: dict[int, T], jobs: int) -> dict[int, T]:
+        """What all machines have done, by the number of the job."""
         if self.mode != "data":
             return done
         roots = ((n, n % self.count) for n in range(jobs))
         return {n: broadcast(self.group, done.get(n), root) for n, root in roots}
 
     def on_rank_0(self, compute: Callable[[], T]) -> T:
+        """Compute on rank 0 and broadcast."""
         return broadcast(self.group, compute() if self.rank == 0 else None)
 
+    @property
+    def share_steps(self) -> bool:
+        return self.mode in ("passes", "tensor")
+
     def agree(self, value: float) -> float:
-        return value if self.mode == "data" else broadcast(self.group, value)
+        """Rank 0's value, where ranks compute the same step."""
+        return broadcast(self.group, value) if self.share_steps else value
 
     def wait(self) -> None:
-        if self.mode != "data":
+        """For the other machines of the same step: no GPU waits while one of them still
+        reads its weights."""
+        if self.share_steps:
             mx.eval(mx.distributed.all_sum(mx.zeros(1), group=self.group))
 
     def transformer(self, model: DiT) -> Union[DiT, PassParallel]:
+        """The transformer as the denoiser calls it."""
         return PassParallel(model, self.group) if self.mode == "passes" else model
 
     def shard(self, model: Union[DiT, Block]) -> None:
+        """Keep this machine's part of the transformer or of a block."""
         if self.mode == "tensor":
             model.shard(self.group)
 
@@ -128,9 +106,11 @@ def all_min(x: mx.array, group: Group) -> bool:
     return bool(mx.distributed.all_min(x, group=group).item())
 
 
-def broadcast(group: Group, value: Any, root: int = 0) -> Any:
+def broadcast(group: Optional[Group], value: Any, root: int = 0) -> Any:
     """The root's value on every rank; other ranks' values are ignored. Pickled: the
     ranks run the same program for the same user."""
+    if group is None:
+        return value
     is_root = group.rank() == root
     data = np.frombuffer(pickle.dumps(value), np.uint8)
     size = mx.distributed.all_sum(mx.array(len(data) * is_root), group=group).item()

@@ -17,7 +17,7 @@ from .components import Components
 from .guidance import Contexts, guidance_passes
 from .linear import layer_formats
 from .options import check_choice
-from .parallel import Group, Machines, Ranks
+from .parallel import Group, Machines
 from .preview import Preview
 from .record import Load
 from .request import Request
@@ -272,7 +272,7 @@ def load(
     origin = replace(o, kind=checkpoint.kind)
     if cache_contexts is not None:
         hub.make_folder(cache_contexts)
-    machines = Machines() if group is None else Ranks(group, parallel or share)
+    machines = Machines(group, parallel or share)
     options = low_memory, cache_contexts, machines
     pipe = Pipeline(checkpoint, o.text_encoder, getattr(mx, name), origin, *options)
     pipe.fallback = mx.bfloat16 if is_auto and name == "float16" else None

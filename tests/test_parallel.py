@@ -324,7 +324,7 @@ def choose(monkeypatch):
     )
 
     def call(ranks, mode, *work, group_size=1):
-        machines = parallel.Ranks(Ranks(ranks), mode)
+        machines = parallel.Machines(Ranks(ranks), mode)
         machines.split(*work, config, group_size)
         return machines.mode
 
@@ -404,7 +404,7 @@ class Velocities:
 def test_machines_of_the_same_step_wait_until_all_have_read(monkeypatch, mode, waits):
     sums = []
     monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group: sums.append(x) or x)
-    machines = parallel.Ranks(mx.distributed.init())
+    machines = parallel.Machines(mx.distributed.init())
     machines.mode = mode
     machines.wait()
     assert len(sums) == waits
