@@ -35,8 +35,7 @@ def check_contexts(
     config: dict[str, Any],
     streams: Sequence[str],
 ) -> None:
-    """UserError unless a file's contexts are for a transformer of this configuration,
-    and for all streams."""
+    """UserError unless a file's contexts fit the transformer and are of all streams."""
     for stream, x in zip(("video", "audio"), contexts):
         width = "caption_channels"  # that is projected to the transformer's
         if config.get("caption_proj_before_connector"):

@@ -135,8 +135,7 @@ class Components:
         return DiTConfig.from_dict(self.checkpoint.config["transformer"])
 
     def blocks(self, loras: list[Scaled], apart: bool = False) -> Iterator[Block]:
-        """The transformer's blocks one by one, with LoRAs (see `attach`), of which
-        nothing is read yet."""
+        """The transformer's blocks with LoRAs (see `attach`); nothing is read yet."""
         tensors = self.checkpoint.weights("transformer", self.dtype)
         blocks = build_blocks(self.dit_config, tensors, self.checkpoint.quantization)
         for i, block in enumerate(blocks):

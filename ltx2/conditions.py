@@ -198,8 +198,7 @@ class ReferenceClip(Condition):
 
 @dataclass(frozen=True)
 class ClipKeyframes(Condition):
-    """Guide with single frames of a clip, by the frames of a window that has `first` of
-    the clip before it."""
+    """Guide with single frames of a clip, of which `first` are before the window."""
 
     path: str
     frames: tuple[int, ...]

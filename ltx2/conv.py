@@ -33,8 +33,7 @@ def workspace(
 
 def held(size: tuple[int, int, int], dim_in: int, dim: int, ahead: int) -> int:
     """Bytes that `conv3d` of one clip with 3 taps takes at its peak: workspace, padded
-    input and two outputs, of `ahead` convolutions together; parts are computed one by
-    one."""
+    input and two outputs, of `ahead` convolutions together, of one if in parts."""
     frames, height, width = size
     work, channels = workspace(size, dim_in, dim), 3 * (frames + 2) * dim_in
     ahead = 1 if max(work) > WORKSPACE else ahead

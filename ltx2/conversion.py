@@ -1,5 +1,4 @@
-"""Convert a checkpoint to a model folder: quantize, stream to disk, write model card and
-license."""
+"""Convert a checkpoint to a model folder: quantize, stream to disk, add card and license."""
 
 import json
 import re
@@ -218,8 +217,8 @@ class Conversion:
         name: Optional[str] = None,
         progress: Progress = lambda size: None,
     ) -> None:
-        """Write the model folder, complete or not at all (see `media.workspace`). `name` is for the model card; `progress` gets the
-        number of bytes."""
+        """Write the model folder, complete or not at all (see `media.workspace`). `name`
+        is for the model card; `progress` gets the number of bytes."""
         folder = folder.expanduser().resolve()
         check_target(folder, overwrite)
         with media.workspace(folder, ".*") as hidden:
@@ -273,8 +272,7 @@ def write_safetensors(
     progress: Progress,
     made: Callable[[str, mx.array], mx.array],
 ) -> None:
-    """Write tensors as they are `made` and empty the dictionary: only one at a time is
-    in memory."""
+    """Write tensors as they are `made`, one in memory, and empty the dictionary."""
     names = {dtype: name for name, dtype in DTYPES.items() if name != "F8_E4M3"}
     header, end = {"__metadata__": {"format": "mlx"}}, 0
     for key, w in weights.items():

@@ -453,8 +453,7 @@ def frames_at(clip: media.Media, fps: float) -> int:
 
 
 def default_guidance(checkpoint: Checkpoint, mode: str = "one") -> dict[str, Guidance]:
-    """The dev models' guidance by stream, the reference's constants; the STG block was
-    chosen for 48 blocks."""
+    """The dev models' guidance by stream, as the reference's for 48 blocks."""
     if mode == "hq":
         video = Guidance(3.0, 0.0, (), 3.0, 0.45)
         return {"video": video, "audio": replace(video, cfg_scale=7, rescale_scale=1)}

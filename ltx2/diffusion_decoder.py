@@ -93,8 +93,7 @@ class Keyframes(NamedTuple):
 
 
 def nearest(places: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Indices (n, 2) of the two nearest others of each place, of equally near ones the
-    first."""
+    """Indices (n, 2) of the two nearest others of each place; if equal, the first."""
     distances = np.abs(np.subtract.outer(places, others))
     return np.argsort(distances, axis=1, kind="stable")[:, :2]
 

@@ -138,8 +138,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Pass:
-    """One guidance pass: the text of each stream, by index, and the blocks in which
-    attention is skipped."""
+    """One guidance pass: each stream's text, by index, and blocks that skip attention."""
 
     video_text: int = 0
     audio_text: int = 0

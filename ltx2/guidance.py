@@ -118,8 +118,7 @@ def _stg_blocks(g: Guidance):
 @dataclass(frozen=True)
 class Prompts:
     """How a stage reads its prompts: normalized attention guidance, and segments by
-    time, each a prompt and, by stream, from when to when in seconds of its positions.
-    """
+    time: each a prompt and, by stream, its start and end in seconds of positions."""
 
     nag: Optional[Nag] = None
     segments: tuple[str, ...] = ()
@@ -143,8 +142,7 @@ class Prompts:
 
 
 class GuidedDenoiser:
-    """Computes x0 of the streams at a sigma: the passes, combined by guidance, and held
-    to the clean tokens."""
+    """Computes x0 of the streams: passes combined by guidance, held to clean tokens."""
 
     def __init__(
         self,

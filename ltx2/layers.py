@@ -70,8 +70,7 @@ class Component(nn.Module):
 
 
 def channels_last(w: mx.array) -> mx.array:
-    """A convolution's weight (O, I, ...) as (O, ..., I), in memory too: each convolution
-    would copy a view."""
+    """A convolution's weight (O, I, ...) as (O, ..., I); of a view each would copy it."""
     return mx.contiguous(w.moveaxis(1, -1))
 
 

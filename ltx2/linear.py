@@ -61,8 +61,7 @@ def apply_in_parts(layer: nn.Module, x: mx.array) -> mx.array:
 
 
 def layer_format(quantization: dict[str, Any], path: str) -> dict[str, Any]:
-    """The arguments of `mx.quantize` for a layer: the common ones, or those of its path,
-    as mlx-lm writes them."""
+    """A layer's arguments of `mx.quantize`: the common ones, or its path's, as in mlx-lm."""
     common = {k: v for k, v in quantization.items() if not isinstance(v, dict)}
     return common | quantization.get(path, {})
 

@@ -87,8 +87,7 @@ class Machines:
         return broadcast(self.group, value) if self.share_steps else value
 
     def wait(self) -> None:
-        """For the other machines of the same step: no GPU waits while one of them still
-        reads its weights."""
+        """For machines of the same step: no GPU waits while one still reads weights."""
         if self.share_steps:
             mx.eval(mx.distributed.all_sum(mx.zeros(1), group=self.group))
 

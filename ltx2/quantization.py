@@ -45,9 +45,8 @@ def quantization(
 
 
 def quant_predicate(path: str) -> bool:
-    """Attention and feed-forward of the blocks of the transformer and of Gemma, which
-    hold nearly all weights; tables, norms, gates and projections are small and sensitive.
-    """
+    """Attention and feed-forward of the transformer's and Gemma's blocks, which hold
+    nearly all weights; tables, norms, gates, projections are small and sensitive."""
     layer = r"transformer_blocks\.\d+\.\w+\.(to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"
     gemma = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
     return re.fullmatch(f"{layer}|{gemma}", path) is not None
@@ -106,9 +105,8 @@ def default_shares(kind: str, quarter: int) -> float:
 
 
 def mlx_lm_picks(path: str, paths: Mapping[str, Any]) -> bool:
-    """Whether a layer has the higher bits of mlx-lm's mixed recipes: values and the last
-    of a feed-forward, in the first and last eighth of the blocks, and in every third.
-    """
+    """Whether mlx-lm's mixed recipes give a layer more bits: values and a feed-forward's
+    last, in the first and last eighth of the blocks, and in every third."""
     (n, kind), root = place(path), path.split(".")[0]
     blocks = 1 + max(place(p)[0] for p in paths if p.split(".")[0] == root)
     outer = n < blocks // 8 or n >= 7 * blocks // 8 or (n - blocks // 8) % 3 == 2
@@ -196,9 +194,8 @@ CHANGES = [(1.012, -0.25), (0.974, -0.01), (1.035, 0.24), (0.997, 0.48)]
 def quantize(
     w: mx.array, group_size: int, bits: int, mode: str = "affine"
 ) -> tuple[mx.array, ...]:
-    """As `mx.quantize`, evaluated and nearer to `w`: the scales and biases of each group
-    minimize the squared error. 8 bits and the other modes are those of `mx.quantize`.
-    """
+    """As `mx.quantize`, evaluated and nearer to `w`: each group's scale and bias minimize
+    the squared error. 8 bits and other modes are those of `mx.quantize`."""
     if mode != "affine" or bits == 8:
         return tuple(mx.quantize(w, group_size, bits, mode))
     parts = []

@@ -21,8 +21,7 @@ HISTORY = "gradient_estimation"  # a sampler that keeps state between steps
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a run, and what is needed to resume it exactly there. Arrays have a
-    batch axis."""
+    """A run's state, and all that resuming it needs. Arrays have a batch axis."""
 
     request: Request
     stages: list[dict[str, Any]]  # as planned, see `as_json`

@@ -137,8 +137,7 @@ class Job:
         }
 
     def planes(self, window: Window) -> dict[Window, tuple[int, ...]]:
-        """The keyframes that a window is decoded with: the window before's that it has,
-        then its own."""
+        """The keyframes that a window is decoded with: those carried into it, its own."""
         r, n = self.request, self.windows.index(window)
         asked = r.decode_with_keyframes or r.stages == "dfr"
         if not asked or self.decoder != "diffusion_decoder":
@@ -149,8 +148,7 @@ class Job:
 
     @property
     def frames_ahead(self) -> int:
-        """How far a window's decoder computes frames ahead, of the first one: up to its
-        second keyframe."""
+        """How far a window's decoder computes ahead: up to its second keyframe."""
         frames = ((w, sum(self.planes(w).values(), ())) for w in self.windows)
         return max((f[:2][-1] - w.start for w, f in frames if f), default=0)
 
@@ -176,8 +174,7 @@ class Job:
 def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
     """Check a request against a model, fill in its defaults and lay out its stages.
 
-    Raises UserError for whatever cannot be done; reads headers and input files, but no
-    weights.
+    Raises UserError for what cannot be done; reads headers and input files, no weights.
     """
     p = Planner(request, checkpoint, files)
     p.check()

@@ -49,8 +49,7 @@ def spans(side: int, size: int) -> list[Span]:
 
 def equal_spans(side: int, count: int) -> list[Span]:
     """Divide a side of cells into `count` spans that overlap by OVERLAP, or by what a
-    short side allows, as the reference's dfr does; one of fewer cells is not divided.
-    """
+    short side allows, as in the reference's dfr; of fewer cells it is not divided."""
     if side < count:
         return [Span(0, side, 0, 0)]
     shared = min(OVERLAP, side - count)

@@ -72,8 +72,7 @@ def time_plan(pipe: Any, jobs: Sequence[Any]) -> TimePlan:
 
 
 class Remaining:
-    """The seconds that are left of a run, by its steps so far; of later phases by their
-    operations."""
+    """The seconds that are left: by the steps so far, of later phases by operations."""
 
     def __init__(self, works: list[dict[str, float]]):
         order = {"text": 0, "inputs": 0, "audio": 2, "video": 2}  # stages are between

@@ -73,8 +73,7 @@ def blur_down(frames: mx.array, kernel: mx.array, stride: int) -> mx.array:
 
 class LatentUpsampler(Component):
     """Latents, not normalized, (B, F, H, W, C) to (B, F, sH, sW, C), s the spatial scale,
-    or to (B, 2F - 1, H, W, C). A clip cannot be cut: group norms run over all frames.
-    """
+    or to (B, 2F - 1, H, W, C). Clips cannot be cut: group norms are over all frames."""
 
     config_class = UpsamplerConfig
 

@@ -79,8 +79,7 @@ computing: deque[mx.array] = deque()
 
 def materialize(x: mx.array) -> mx.array:
     """A copy that is being evaluated: a slice keeps its parent's buffer, a lazy array its
-    graph. A GPU computes one while the next is prepared, not more: each convolution
-    needs workspace."""
+    graph. A GPU computes one while the next is prepared: each needs workspace."""
     x = mx.contiguous(x)
     mx.async_eval(x)
     computing.append(x)

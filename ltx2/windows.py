@@ -32,9 +32,8 @@ MAX_FPS = 60.0  # of positions in dfr, the reference's
 
 @dataclass(frozen=True)
 class Window:
-    """Frames [start, start + num_frames) of a video; the first `carried_in` of them are
-    the window's before, the last `carried_out` are carried on, `blended_out` blended.
-    """
+    """Frames [start, start + num_frames) of a video; the first `carried_in` are of the
+    window before, the last `carried_out` go to the next, `blended_out` are blended."""
 
     start: int
     num_frames: int
@@ -91,8 +90,7 @@ def extended(
     clip: int, total: int, before: bool, chunk: int, carry: int, blend: int
 ) -> list[Window]:
     """The windows of what makes a clip `total` frames long, after its end or `before`
-    it. They have all of the clip if it fits in one, or else the frames that are carried
-    from it."""
+    it. If all does not fit in one, they have only the clip's carried frames."""
     rest = max(clip - carry, 0)
     if total <= chunk or before and not rest:
         return [Window(0, total)]
