@@ -176,10 +176,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.ch] + [config.ch * m for m in config.ch_mult]
         self.conv_in = CausalConv2d(2, widths[0])
-        self.down = [
-            Level(n_in, n_out, config.num_res_blocks)
-            for n_in, n_out in zip(widths, widths[1:])
-        ]
+        pairs, blocks = zip(widths, widths[1:]), config.num_res_blocks
+        self.down = [Level(*pair, blocks) for pair in pairs]
         for level, n_out in zip(self.down[:-1], widths[1:]):
             level.downsample = CausalConv2d(n_out, n_out, stride=2)
         self.mid = middle(widths[-1])
@@ -200,10 +198,8 @@ class Decoder(nn.Module):
         widths = [config.ch * m for m in config.ch_mult]
         self.conv_in = CausalConv2d(config.z_channels, widths[-1])
         self.mid = middle(widths[-1])
-        self.up = [
-            Level(n_in, n_out, config.num_res_blocks + 1)
-            for n_in, n_out in zip(widths[1:] + widths[-1:], widths)
-        ]
+        pairs, blocks = zip(widths[1:] + widths[-1:], widths), config.num_res_blocks + 1
+        self.up = [Level(*pair, blocks) for pair in pairs]
         for level, n_out in zip(self.up[1:], widths[1:]):
             level.upsample = Upsample(n_out)
         self.conv_out = CausalConv2d(widths[0], 2)

@@ -67,10 +67,8 @@ class Resolver:
         """Whether stages can be tiled: each with the reference, none with a cache."""
         r = self.r
         settings = [g for g in (r.video_guidance, r.audio_guidance) if g]
-        skips = any(
-            g.get("skip_step") if isinstance(g, Mapping) else g.skip_step
-            for g in settings
-        )
+        skip = lambda g: g.get("skip_step") if isinstance(g, Mapping) else g.skip_step
+        skips = any(map(skip, settings))
         shown = self.mode == "one" or r.reference_in_stage_2
         return shown and not r.step_cache and not skips
 
@@ -338,15 +336,13 @@ class Resolver:
                     f"{total / fps:.2f} s: use a start before an end inside it"
                 )
         frames, other_rate = min(frames, total), media.frame_rate(fps) != clip.fps
+        new = (height, width) != (clip.height * larger, clip.width * larger)
+        deaf = self.recipe.hears and not clip.has_audio
         changes = {
-            f"{clip.width}x{clip.height} resized and cropped to {width}x{height}": (
-                (height, width) != (clip.height * larger, clip.width * larger)
-            ),
+            f"{clip.width}x{clip.height} resized and cropped to {width}x{height}": new,
             f"{float(clip.fps):g} fps changed to {fps:g}": other_rate,
             f"{frames} of {there} frames are read (8k+1)": frames != there,
-            "it has no sound, so the adapter hears none": (
-                self.recipe.hears and not clip.has_audio
-            ),
+            "it has no sound, so the adapter hears none": deaf,
         }
         self.notes += [f"{r.video}: {text}" for text, true in changes.items() if true]
         self.clip_streams = BOTH[: 1 + clip.has_audio]

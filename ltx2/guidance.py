@@ -170,10 +170,8 @@ class GuidedDenoiser:
     def __call__(self, x: Streams, sigma: float, step: int) -> Streams:
         """x0 (1, T, C) by stream from tokens `x` (1, T, C) at `sigma`."""
         reuse = self.cache and self.cached_input and self._change(x) < self.cache
-        skipped = {
-            k: k in self.cached_x0 and bool(reuse or g.skips(step))
-            for k, g in self.guidance.items()
-        }
+        skips = lambda k, g: k in self.cached_x0 and bool(reuse or g.skips(step))
+        skipped = {k: skips(k, g) for k, g in self.guidance.items()}
         if not all(skipped.values()):
             self.cached_input = x
             self.cached_x0 = self.cached_x0 | self._predict(x, sigma, step, skipped)
@@ -185,34 +183,25 @@ class GuidedDenoiser:
         low, high = self.interval
         guided = low <= sigma <= high
         passes = self.passes if guided else {"cond": self.passes["cond"]}
-        velocities = self.transformer(
-            *(
-                self._tokens(k, x[k], sigma, not skipped[k]) if k in x else None
-                for k in ("video", "audio")
-            ),
-            self.texts,
-            list(passes.values()),
-            within(self.trace, f"step{step}"),
+        inputs = {k: self._tokens(k, v, sigma, not skipped[k]) for k, v in x.items()}
+        both, trace = map(inputs.get, ("video", "audio")), within(
+            self.trace, f"step{step}"
         )
+        velocities = self.transformer(*both, self.texts, [*passes.values()], trace)
         predicted = {}
         for i, name in enumerate(("video", "audio")):
             if name in x and not skipped[name]:
                 timesteps = self.states[name].denoise_mask_tokens * sigma
-                x0 = {
-                    kind: x[name] - v[i].astype(mx.float32) * timesteps
-                    for kind, v in zip(passes, velocities)
-                }
+                moved = (v[i].astype(mx.float32) * timesteps for v in velocities)
+                x0 = {kind: x[name] - move for kind, move in zip(passes, moved)}
                 combine = self.guidance[name] if guided else NO_GUIDANCE
                 predicted[name] = combine(**x0)
         return predicted
 
     def _change(self, x: Streams) -> float:
         """The largest relative change of a stream since the model last ran."""
-        changes = (
-            mx.linalg.norm(x[k] - old) / mx.linalg.norm(old)
-            for k, old in self.cached_input.items()
-        )
-        return self.agree(max(change.item() for change in changes))
+        old, norm = self.cached_input, mx.linalg.norm
+        return self.agree(max((norm(x[k] - old[k]) / norm(old[k])).item() for k in old))
 
     def _tokens(self, name: str, x: mx.array, sigma: float, enabled: bool) -> Tokens:
         state = self.states[name]

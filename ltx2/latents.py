@@ -100,10 +100,8 @@ def video_bounds(
     if causal:
         edges = np.maximum(edges - (TIME_SCALE - 1), 0)
     sides = (edges / np.float32(fps), np.arange(height + 1), np.arange(width + 1))
-    grids = [
-        np.stack(np.meshgrid(*(s[k : len(s) - 1 + k] for s in sides), indexing="ij"))
-        for k in (0, 1)
-    ]
+    starts, ends = (s[:-1] for s in sides), (s[1:] for s in sides)
+    grids = [np.meshgrid(*edges, indexing="ij") for edges in (starts, ends)]
     bounds = np.stack(grids, axis=-1).reshape(3, -1, 2).astype(np.float32)
     bounds[1:] *= SPACE_SCALE
     return bounds
@@ -163,9 +161,8 @@ class LatentState:
         if initial is None:
             initial = mx.zeros((1, tokens, channels))
         initial = initial.astype(mx.float32)
-        first_frame = bounds[0, :, 0] == 0
         ones = np.ones(tokens, np.float32)
-        keyframes = first_frame.astype(np.float32)
+        keyframes = (bounds[0, :, 0] == 0).astype(np.float32)  # the first frame
         return cls(initial, initial, ones, bounds, tokens, keyframes)
 
     @property

@@ -139,9 +139,8 @@ class PassParallel:
         local = slice(self.group.rank(), None, self.group.size())
         own = passes[local] and self.model(video, audio, texts, passes[local], trace)
         c, gathered = self.model.config, []
-        for i, (tokens, width) in enumerate(
-            ((video, c.out_channels), (audio, c.audio_out_channels))
-        ):
+        both = (video, c.out_channels), (audio, c.audio_out_channels)
+        for i, (tokens, width) in enumerate(both):
             if tokens is None:
                 gathered.append([None] * len(passes))
                 continue

@@ -209,10 +209,8 @@ class Pipeline(Components):
     def _jobs(self, requests: Sequence, resume: Optional[Snapshot]) -> list[Job]:
         """The plans of requests, or of the one that is resumed."""
         requests = requests or [resume.request if resume else None]
-        jobs = [
-            r if isinstance(r, Job) else self.plan(checked(Request, r, "request"))
-            for r in requests
-        ]
+        plan = lambda r: self.plan(checked(Request, r, "request"))
+        jobs = [r if isinstance(r, Job) else plan(r) for r in requests]
         if resume is not None:
             if len(jobs) > 1:
                 raise UserError("resume continues one video")

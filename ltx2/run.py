@@ -331,10 +331,8 @@ class Run:
         # Normalized latents in and out; only the statistics are read of the VAE.
         vae = self.model.checkpoint.load("vae", mx.float32, lazy=True)
         upsample = self.model.component(stage.upsampler)
-        larger = {
-            k: vae.normalize(upsample(vae.denormalize(latents[k])))
-            for k in stage.upsampled
-        }
+        enlarged = lambda x: vae.normalize(upsample(vae.denormalize(x)))
+        larger = {k: enlarged(latents[k]) for k in stage.upsampled}
         mx.eval(larger)
         self.model.free(stage.upsampler)
         if stage.part.decoder:

@@ -38,10 +38,8 @@ class Snapshot:
 
     def check_request(self, request: Request) -> None:
         """UserError if a planned request is another one, but for a predicted length."""
-        mine, other = (
-            json.loads(json.dumps(dataclasses.asdict(r)))
-            for r in (self.request, request)
-        )
+        plain = lambda r: json.loads(json.dumps(dataclasses.asdict(r)))
+        mine, other = plain(self.request), plain(request)
         length = {"num_frames", "auto_duration"}
         changed = [k for k in mine if k not in length and mine[k] != other[k]]
         if changed:

@@ -131,10 +131,8 @@ class Job:
         """The frames of the result that are keyframes after each window's last stage."""
         last = {s.window: s.part.keyframes or s.slots for s in self.stages}
         count = self.size.num_frames
-        return {
-            w: tuple(w.start + n for n in places if w.start + n < count)
-            for w, places in last.items()
-        }
+        inside = lambda frames: tuple(n for n in frames if n < count)
+        return {w: inside(w.start + n for n in places) for w, places in last.items()}
 
     def planes(self, window: Window) -> dict[Window, tuple[int, ...]]:
         """The keyframes that a window is decoded with: those carried into it, its own."""

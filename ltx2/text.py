@@ -328,10 +328,8 @@ class TextConnectors(Component):
         traced(trace, "text.audio_features", audio)
         video = self.video_embeddings_connector(video, length)
         audio = self.audio_embeddings_connector(audio, length)
-        return (
-            traced(trace, "text.video_context", video),
-            traced(trace, "text.audio_context", audio),
-        )
+        traced(trace, "text.video_context", video)
+        return video, traced(trace, "text.audio_context", audio)
 
     @classmethod
     def infer_sizes(cls, section: Section, shapes: Shapes) -> Section:
