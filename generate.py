@@ -127,9 +127,8 @@ def main() -> None:
         if not Path("mlx_model").exists():
             print(NOTICE)
             load["model"] = str(DEMO)
-    options = {
-        k: getattr(args, k) for k in ("low_memory", "cache_contexts", "parallel")
-    }
+    names = "low_memory", "cache_contexts", "parallel"
+    options = {name: getattr(args, name) for name in names}
     pipe = pipeline.load(**load, **options, group=group)
     jobs = [pipe.plan(r) for r in requests]
     if args.recorded and pipe.files() != made.files:

@@ -14,11 +14,8 @@ import mlx.core as mx
 from . import hub
 from .gradients import Parameters
 
-ADAPTERS, STATE, CONFIG = (
-    "adapters.safetensors",
-    "state.safetensors",
-    "adapter_config.json",
-)
+ADAPTERS, STATE = "adapters.safetensors", "state.safetensors"
+CONFIG = "adapter_config.json"
 Row = Sequence  # step, loss, held-out loss or None
 COLORS = {"loss": (160, 190, 220), "mean": (20, 80, 160), "held out": (210, 80, 40)}
 
@@ -60,9 +57,8 @@ def draw_chart(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]]) -> 
 
     def place(n: float, x: float) -> tuple[float, float]:
         up = (min(x, high) - low) / (high - low or 1)
-        return edge + n / steps * (width - 2 * edge), height - edge - up * (
-            height - 2 * edge
-        )
+        right, down = n / steps * (width - 2 * edge), (1 - up) * (height - 2 * edge)
+        return edge + right, edge + down
 
     for part in range(5):
         x = low + (high - low) * part / 4

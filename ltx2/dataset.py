@@ -38,10 +38,8 @@ COLUMNS = {  # of lists, as the Hub, the reference's trainer and mlx-examples na
     "caption": ("caption", "prompt", "text"),
     "reference": ("reference_video", "ref_media_path", "reference"),
 }
-MAX_FPS, STILL_FPS = (
-    120.0,
-    1.0,
-)  # a picture lasts a second, as in the reference's training
+MAX_FPS = 120.0
+STILL_FPS = 1.0  # a picture lasts a second, as in the reference's training
 SIDES = ((576, 576), (768, 448), (448, 768))
 LENGTHS = (49, 25, 9, 1)
 PROMPTS_AT_ONCE = 16  # whose hidden states are held together

@@ -98,9 +98,8 @@ def choose(path: PathLike, codec: Optional[str] = None, space: str = "srgb") -> 
     """The codec of a file, by its ending unless it is named: .mp4, .mov, .mkv, or a
     folder. Frames that are not sRGB go into a .mp4 as HLG."""
     suffix, hdr = Path(path).suffix.lower(), space != "srgb"
-    usual = {
-        f.suffix: k for k, f in FORMATS.items() if k != ("h264" if hdr else "hevc")
-    }
+    other = "h264" if hdr else "hevc"
+    usual = {f.suffix: k for k, f in FORMATS.items() if k != other}
     if codec is None and (suffix not in usual or not str(path)):
         raise UserError(
             f"{path or 'output'}: the name must end in .mp4, .mov or .mkv, or have no "
@@ -171,12 +170,10 @@ class VideoWriter:
         self.format, self.num_frames, self._size = FORMATS[codec], 0, None
         self._blocks = ExitStack()
         self._blocks.enter_context(self._written())
-        self._beside = [
-            self._blocks.enter_context(
-                VideoWriter(p, self.fps, None, None, "exr", self.color_space)
-            )
-            for p in frames_beside(self.path, codec, self.color_space)
-        ]
+        paths = frames_beside(self.path, codec, self.color_space)
+        facts = self.fps, None, None, "exr", self.color_space
+        writers = (VideoWriter(path, *facts) for path in paths)
+        self._beside = [*map(self._blocks.enter_context, writers)]
         return self
 
     def __exit__(self, *failure) -> None:

@@ -56,9 +56,8 @@ def sample_sigmas(
     """Sigmas (N,) for a stream of so many tokens, from draws (N,) each: the reference's
     shifted logit-normal, stretched to [0, 1], and uniform with probability 0.1."""
     shift = 0.95 + (tokens - 1024) * 1.10 / 3072
-    low, high, x = (
-        1 / (1 + np.exp(-(shift + z))) for z in (-2.5758, 3.0902, np.asarray(normal))
-    )
+    logistic = lambda z: 1 / (1 + np.exp(-(shift + z)))
+    low, high, x = map(logistic, (-2.5758, 3.0902, np.asarray(normal)))
     x = (x - low) / (high - low)
     x = np.where(x < 0.001, 0.002 - x, x).clip(0, 1)
     return np.where(np.asarray(coin) > 0.1, x, 0.001 + 0.999 * np.asarray(uniform))
@@ -202,9 +201,7 @@ class Trainee:
 
     def blocks(self, backwards: bool = False) -> Iterator[tuple[int, Block]]:
         """The blocks with their numbers, each in memory only while it is used."""
-        blocks = list(
-            self.model.transformer_blocks if self.read is None else self.read()
-        )
+        blocks = [*(self.read() if self.read else self.model.transformer_blocks)]
         order = range(len(blocks))[:: -1 if backwards else 1]
         taken = (blocks.pop(-1 if backwards else 0) for _ in order)
         for i, block in zip(order, prefetch(taken)):

@@ -199,10 +199,8 @@ class Adapter:
     @classmethod
     def read(cls, path: Path, metadata: dict[str, str]) -> Adapter:
         """From peft's file, or the metadata of diffusers, kohya and others."""
-        text, file = (
-            metadata.get("lora_adapter_metadata", "{}"),
-            path.parent / PEFT_CONFIG,
-        )
+        text = metadata.get("lora_adapter_metadata", "{}")
+        file = path.parent / PEFT_CONFIG
         if path.name == PEFT_FILE and file.is_file():
             text = file.read_text()
         config = parse_json(text, f"LoRA {path}: ")

@@ -225,9 +225,8 @@ class Kinds:
         recipe = self.how | allocate(self.shapes, self.how, self.shares)
         square = 0.0
         for where, paths in groups(self.found).items():
-            square += (
-                self.shares(*where) * ERROR[layer_format(recipe, paths[0])["bits"]]
-            )
+            bits = layer_format(recipe, paths[0])["bits"]
+            square += self.shares(*where) * ERROR[bits]
         return recipe, math.sqrt(square / ERROR[self.how["bits"]] / PLAIN)
 
     @property

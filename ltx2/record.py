@@ -110,11 +110,12 @@ def provenance(model: Any, job: Any, seconds: Mapping[str, float]) -> dict[str, 
 
 def changed(metadata: Mapping[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
     """The metadata of a result with other paths."""
-    kinds = {"request": Request, "load": Load}
-    parts = {
-        k: asdict(located(kind(**metadata[k]), place)) for k, kind in kinds.items()
+    moved = lambda kind, k: asdict(located(kind(**metadata[k]), place))
+    return {
+        **metadata,
+        "request": moved(Request, "request"),
+        "load": moved(Load, "load"),
     }
-    return {**metadata, **parts}
 
 
 def name_only(path: str) -> str:

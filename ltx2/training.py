@@ -153,10 +153,9 @@ def draw_example(
                 scale = 1.0, options.reference_downscale
                 state = state.show(sample.reference, size.fps, *scale)
         states[name] = state
-    contexts = (
-        c if k in states else None for k, c in zip(("video", "audio"), sample.contexts)
-    )
-    return make_example(model, states, noise, sigmas, tuple(contexts))
+    pairs = zip(("video", "audio"), sample.contexts)
+    contexts = tuple(c if k in states else None for k, c in pairs)
+    return make_example(model, states, noise, sigmas, contexts)
 
 
 class Trainer:
@@ -211,12 +210,10 @@ class Trainer:
             phases = footprints(estimator, sizes, 4 * numbers, by_block, bits)
             for needs in samples:
                 sample = [n for k, n in needs.items() if k in ("audio", "video")]
-                more = max(n.weights for n in sample), max(
-                    n.buffers for n in needs.values()
-                )
-                train = phases["train"]
-                total = train.weights - 3 * 4 * numbers + more[0]  # without gradients
-                phases["sample"] = memory.Footprint(total, more[1], train.streamable)
+                more, train = max(n.weights for n in sample), phases["train"]
+                total = train.weights - 3 * 4 * numbers + more  # without gradients
+                buffers = max(n.buffers for n in needs.values())
+                phases["sample"] = memory.Footprint(total, buffers, train.streamable)
             return memory.planned(text | phases, memory.available(), low)
 
         self.by_block = self.options.grad_checkpoint
@@ -291,9 +288,8 @@ class Trainer:
             for key in found:
                 self.opt.state[key] = {k: arrays[f"{k}.{key}"] for k in "mv"}
             self.opt.state["step"] = arrays["step"]
-            self.step, self.history = (
-                json.loads(metadata[k]) for k in ("step", "history")
-            )
+            found_at = (json.loads(metadata[k]) for k in ("step", "history"))
+            self.step, self.history = found_at
         return found
 
     # Training
@@ -406,9 +402,8 @@ class Trainer:
             audio_only=o.streams == "audio",
             no_audio=o.streams == "video",
         )
-        return [
-            replace(first, prompt=p, seed=o.seed + n) for n, p in enumerate(prompts)
-        ]
+        seeds = range(o.seed, o.seed + len(prompts))
+        return [replace(first, prompt=p, seed=n) for p, n in zip(prompts, seeds)]
 
     def sample(self) -> None:
         """Sample clips, to the right of those of the untrained model."""
