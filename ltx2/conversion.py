@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from . import __version__, media
 from . import quantization as rounding
 from .base import UserError
 from .hub import DTYPES, converted_config, folder_files
 from .linear import layer_format, layer_formats
-from .lora import Lora, fuse
+from .lora import Lora, attach
 from .quantization import quant_predicate, quantization  # noqa: F401, names of the API
 from .weights import COMPONENTS, FLOAT32, GEMMA_4, Checkpoint, Weights, shard_names
 
@@ -104,9 +105,10 @@ class Conversion:
         if self.loras and name == "transformer":
             # Read again each time: factors are held no longer than their layer.
             loras = [(Lora.read(path), strength) for path, strength in self.loras]
-            for lora, _ in loras:
-                lora.check(module)
-            weights = fuse(weights, loras)
+            module.load_weights(list(weights.items()))
+            attach(module, loras)
+            fused = dict(tree_flatten(module.parameters()))
+            weights = {key: fused[key] for key in weights}
         if self.dequantize:
             weights = dequantize(weights, self.source.quantization, dtype)
         # 0 times NaN or infinity is NaN; mx.isfinite would need more memory.

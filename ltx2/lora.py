@@ -149,12 +149,6 @@ class Lora:
             f"{alpha}, strength {strength:g}"
         )
 
-    def check_values(self) -> None:
-        """Raise UserError if a factor is not finite. Reads all of them."""
-        for module, factors in self.factors.items():
-            if not all(mx.isfinite(x).all().item() for x in factors):
-                raise UserError(f"LoRA {self.name}: a factor of {module} is not finite")
-
 
 def adapter_file(path: Path) -> Path:
     """The file of a LoRA: the path itself, or the one of the folder of train.py or peft."""
@@ -296,7 +290,10 @@ def attach(
     """
     layers, changes = linear_layers(model, prefix), {}
     for lora, strength in loras:
-        check_strength(lora, strength)
+        if not math.isfinite(strength) or strength == 0:
+            raise UserError(
+                f"LoRA {lora.name}: strength {strength} has no use: drop it"
+            )
         if not prefix:
             lora.check(model)
         for module, path in lora.find(layers).items():
@@ -319,20 +316,3 @@ def attach(
         replaced[path] = LoRALinear(layer, a, b, s)
     changed = [(k.removeprefix(prefix), layer) for k, layer in replaced.items()]
     model.update_modules(tree_unflatten(changed))
-
-
-def fuse(
-    weights: dict[str, mx.array], loras: Sequence[tuple[Lora, float]]
-) -> dict[str, mx.array]:
-    """The weights plus LoRAs, lazily. Call `Lora.check` first."""
-    changes: dict[str, list] = {}
-    for lora, strength in loras:
-        check_strength(lora, strength)
-        for path, factors in lora.factors.items():
-            changes.setdefault(f"{path}.weight", []).append((*factors, strength))
-    return weights | {k: merge(weights[k], factors) for k, factors in changes.items()}
-
-
-def check_strength(lora: Lora, strength: float) -> None:
-    if not math.isfinite(strength) or strength == 0:
-        raise UserError(f"LoRA {lora.name}: strength {strength} has no use: drop it")

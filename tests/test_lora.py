@@ -433,15 +433,6 @@ def test_a_folder_with_several_files_is_refused(tmp_path):
 def test_a_strength_without_effect_is_refused(plain, loras, strength):
     with pytest.raises(UserError, match="strength"):
         lora.attach(plain, [(loras[0], strength)])
-    with pytest.raises(UserError, match="strength"):
-        lora.fuse({}, [(loras[0], strength)])
-
-
-def test_values_that_are_not_finite_are_found(loras):
-    loras[0].check_values()
-    path, (a, b) = next(iter(loras[0].factors.items()))
-    with pytest.raises(UserError, match=f"a factor of {path} is not finite"):
-        replace(loras[0], factors={path: (a, b * float("nan"))}).check_values()
 
 
 def test_a_module_with_two_names_is_refused(plain, loras):
