@@ -20,6 +20,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from .dit import Block, Both, DiT, Streams, Tokens
+from .guidance import stream_tokens
 from .latents import LatentState
 from .layers import prefetch
 from .lora import Lora, linear_shape
@@ -100,16 +101,8 @@ def noised_tokens(model: DiT, name: str, state: LatentState, noise, sigmas) -> T
     if x is None:  # tokens that guide need no noise
         guides = len(state.denoise_mask) - state.num_target_tokens
         x = state.noised(mx.pad(noise[name], ((0, 0), (0, guides), (0, 0))), sigma)
-    levels, index = state.levels
-    ropes = model.rope(name, state.bounds)
-    return Tokens(
-        x,
-        mx.array(levels * np.float32(sigma)),
-        mx.array([sigma], mx.float32),
-        *ropes,
-        index,
-        keyframes=mx.zeros(len(state.denoise_mask)),
-    )
+    keyframes = mx.zeros(len(state.denoise_mask))
+    return stream_tokens(state, x, sigma, model.rope(name, state.bounds), keyframes)
 
 
 def begin(model: DiT, example: Example) -> tuple[Parameters, Streams]:

@@ -9,7 +9,7 @@ import numpy as np
 from .base import Checked, Trace, within
 from .dit import ALL_BLOCKS, NO_BLOCKS, DiT, Pass, Tokens
 from .latents import LatentState, States, Streams
-from .layers import Nag, Steering
+from .layers import Nag, Rope, Steering
 from .options import ask, integers
 
 Contexts = tuple[mx.array, mx.array]  # of video and audio, each (1, 1024, D)
@@ -141,6 +141,17 @@ class Prompts:
         return Steering(mx.array(visible)[None, None], self.nag)
 
 
+def stream_tokens(
+    state: LatentState, x: mx.array, sigma: float, ropes: tuple[Rope, Rope], *more: Any
+) -> Tokens:
+    """The transformer's input of a stream's tokens `x` at a sigma; `more` are the other
+    fields of Tokens."""
+    levels, index = state.levels
+    sigmas = levels * np.float32(sigma), [0.0 if state.frozen else sigma]
+    mask = None if state.attention is None else mx.array(state.attention)
+    return Tokens(x, *map(mx.array, sigmas), *ropes, index, mask, *more)
+
+
 class GuidedDenoiser:
     """Computes x0 of the streams: passes combined by guidance, held to clean tokens."""
 
@@ -184,9 +195,8 @@ class GuidedDenoiser:
         guided = low <= sigma <= high
         passes = self.passes if guided else {"cond": self.passes["cond"]}
         inputs = {k: self._tokens(k, v, sigma, not skipped[k]) for k, v in x.items()}
-        both, trace = map(inputs.get, ("video", "audio")), within(
-            self.trace, f"step{step}"
-        )
+        both = map(inputs.get, ("video", "audio"))
+        trace = within(self.trace, f"step{step}")
         velocities = self.transformer(*both, self.texts, [*passes.values()], trace)
         predicted = {}
         for i, name in enumerate(("video", "audio")):
@@ -204,16 +214,6 @@ class GuidedDenoiser:
         return self.agree(max((norm(x[k] - old[k]) / norm(old[k])).item() for k in old))
 
     def _tokens(self, name: str, x: mx.array, sigma: float, enabled: bool) -> Tokens:
-        state = self.states[name]
-        mask_levels, level_index = state.levels
-        return Tokens(
-            x,
-            mx.array(mask_levels * np.float32(sigma)),
-            mx.array([0.0 if state.frozen else sigma]),
-            *self.ropes[name],
-            level_index,
-            None if state.attention is None else mx.array(state.attention),
-            mx.array(state.keyframes),
-            self.steering[name],
-            enabled,
-        )
+        state, steering = self.states[name], self.steering[name]
+        facts = mx.array(state.keyframes), steering, enabled
+        return stream_tokens(state, x, sigma, self.ropes[name], *facts)
