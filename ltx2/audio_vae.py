@@ -1,7 +1,5 @@
 """The audio VAE: waveform to log-mel to latents, and latents back to log-mel."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Iterator
 
@@ -57,7 +55,7 @@ class AudioVAEConfig(Config):
     )
 
     @classmethod
-    def from_dict(cls, section: dict[str, Any]) -> AudioVAEConfig:
+    def from_dict(cls, section: dict[str, Any]) -> Config:
         """Read the section, whose keys are nested at several depths."""
         flat: dict[str, Any] = {}
         for key, value in leaves(section):

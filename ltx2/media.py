@@ -1,7 +1,5 @@
 """Read and write images, video and sound: all uses of Pillow and ffmpeg."""
 
-from __future__ import annotations
-
 import fcntl
 import glob
 import io

@@ -4,8 +4,6 @@ All ranks run the same program on the same request. Rank 0 encodes the prompts, 
 and writes; the denoising steps are split in one of MODES.
 """
 
-from __future__ import annotations
-
 import pickle
 from typing import Any, Callable, Optional, Sequence, TypeVar, Union
 
@@ -23,6 +21,60 @@ MODES = {
     "tensor": "each machine holds a part of every transformer block",
 }
 EARLIER_NAMES = {"many": "data", "shards": "tensor"}
+
+
+def all_min(x: mx.array, group: Group) -> bool:
+    return bool(mx.distributed.all_min(x, group=group).item())
+
+
+def broadcast(group: Optional[Group], value: Any, root: int = 0) -> Any:
+    """The root's value on every rank; other ranks' values are ignored. Pickled: the
+    ranks run the same program for the same user."""
+    if group is None:
+        return value
+    is_root = group.rank() == root
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    size = mx.distributed.all_sum(mx.array(len(data) * is_root), group=group).item()
+    data = mx.array(data if is_root else np.zeros(size, np.uint8))
+    return pickle.loads(np.array(mx.distributed.all_sum(data, group=group)))
+
+
+class PassParallel:
+    """A transformer that computes every Nth pass and gathers the rest. On two machines,
+    a perturbed pass is computed where the pass is with which it shares blocks."""
+
+    def __init__(self, transformer: DiT, group: Group):
+        self.model, self.group = transformer, group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(
+        self,
+        video: Optional[Tokens],
+        audio: Optional[Tokens],
+        texts: list,
+        passes: list[Pass],
+        trace: Optional[Trace] = None,
+    ) -> list[tuple[Optional[mx.array], Optional[mx.array]]]:
+        """Velocities (video, audio) of each pass, float32."""
+        local = slice(self.group.rank(), None, self.group.size())
+        own = passes[local] and self.model(video, audio, texts, passes[local], trace)
+        c, gathered = self.model.config, []
+        both = (video, c.out_channels), (audio, c.audio_out_channels)
+        for i, (tokens, width) in enumerate(both):
+            if tokens is None:
+                gathered.append([None] * len(passes))
+                continue
+            velocities = mx.zeros((len(passes), *tokens.latent.shape[:2], width))
+            if own:
+                velocities[local] = mx.stack([v[i].astype(mx.float32) for v in own])
+            # Evaluated before and after: a GPU must not wait for another machine.
+            mx.eval(velocities)
+            velocities = mx.distributed.all_sum(velocities, group=self.group)
+            mx.eval(velocities)
+            gathered.append(list(velocities))
+        return list(zip(*gathered))
 
 
 class Machines:
@@ -99,57 +151,3 @@ class Machines:
         """Keep this machine's part of the transformer or of a block."""
         if self.mode == "tensor":
             model.shard(self.group)
-
-
-def all_min(x: mx.array, group: Group) -> bool:
-    return bool(mx.distributed.all_min(x, group=group).item())
-
-
-def broadcast(group: Optional[Group], value: Any, root: int = 0) -> Any:
-    """The root's value on every rank; other ranks' values are ignored. Pickled: the
-    ranks run the same program for the same user."""
-    if group is None:
-        return value
-    is_root = group.rank() == root
-    data = np.frombuffer(pickle.dumps(value), np.uint8)
-    size = mx.distributed.all_sum(mx.array(len(data) * is_root), group=group).item()
-    data = mx.array(data if is_root else np.zeros(size, np.uint8))
-    return pickle.loads(np.array(mx.distributed.all_sum(data, group=group)))
-
-
-class PassParallel:
-    """A transformer that computes every Nth pass and gathers the rest. On two machines,
-    a perturbed pass is computed where the pass is with which it shares blocks."""
-
-    def __init__(self, transformer: DiT, group: Group):
-        self.model, self.group = transformer, group
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def __call__(
-        self,
-        video: Optional[Tokens],
-        audio: Optional[Tokens],
-        texts: list,
-        passes: list[Pass],
-        trace: Optional[Trace] = None,
-    ) -> list[tuple[Optional[mx.array], Optional[mx.array]]]:
-        """Velocities (video, audio) of each pass, float32."""
-        local = slice(self.group.rank(), None, self.group.size())
-        own = passes[local] and self.model(video, audio, texts, passes[local], trace)
-        c, gathered = self.model.config, []
-        both = (video, c.out_channels), (audio, c.audio_out_channels)
-        for i, (tokens, width) in enumerate(both):
-            if tokens is None:
-                gathered.append([None] * len(passes))
-                continue
-            velocities = mx.zeros((len(passes), *tokens.latent.shape[:2], width))
-            if own:
-                velocities[local] = mx.stack([v[i].astype(mx.float32) for v in own])
-            # Evaluated before and after: a GPU must not wait for another machine.
-            mx.eval(velocities)
-            velocities = mx.distributed.all_sum(velocities, group=self.group)
-            mx.eval(velocities)
-            gathered.append(list(velocities))
-        return list(zip(*gathered))

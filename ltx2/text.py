@@ -3,8 +3,6 @@
 Gemma runs on mlx-lm, which only this file imports.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +157,7 @@ class Gemma4Config(Config):
     PARTIAL = True
 
     @classmethod
-    def from_dict(cls, section: dict[str, Any]) -> Gemma4Config:
+    def from_dict(cls, section: dict[str, Any]) -> Config:
         text = section["text_config"]
         window = text.get("sliding_window", MAX_TOKENS)
         if window < MAX_TOKENS:  # prompts are encoded without a window

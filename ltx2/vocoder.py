@@ -4,8 +4,6 @@ Both compute in float32 whatever the weights' dtype: in bfloat16 the errors of a
 hundred convolutions in a row add up to 40 to 90 % of the spectra (the reference).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from itertools import accumulate
@@ -136,7 +134,7 @@ class Vocoder(Component):
     UNUSED = ("mel_stft.stft_fn.inverse_basis",)
 
     @classmethod
-    def build(cls, section: Section) -> Vocoder:
+    def build(cls, section: Section) -> nn.Module:
         if "bwe" not in section:
             return Generator(GeneratorConfig.from_dict(section))
         base = GeneratorConfig.from_dict(section.get("vocoder", {}))
