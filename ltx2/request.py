@@ -166,7 +166,7 @@ class Request(Checked):
     # Sampling. A mapping of guidance settings changes the model's defaults.
     stages: Optional[str] = ask(
         "one: full size; two: half size, then refined; hq: two, with more work per step; "
-        "dfr: keyframes, then tiles (default: two for distilled models with an "
+        "dfr: keyframes, then slices (default: two for distilled models with an "
         "upsampler, else one)",
         choices=STAGES,
     )
