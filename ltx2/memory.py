@@ -27,7 +27,6 @@ from .latents import MEL_FRAMES_PER_TOKEN, Size
 from .request import Request
 from .text import MAX_TOKENS, TextConfig
 from .upsampler import UpsamplerConfig
-from .vae import DOWN, UP, VideoVAEConfig
 from .vocoder import generators
 from .weights import FLOAT32, Checkpoint
 from .work import video_convs
@@ -168,6 +167,7 @@ class Estimator:
             self.size[name] = sum(layers.values())
             self.streamable[name] = streamable(layers, self.gpu)
             if name == "vae":  # decodes without its other half
+                self.vae = checkpoint.build(name, tensors)
                 for half, other in (("vae.encoder", "decoder."), ("vae", "encoder.")):
                     used = (w for k, w in tensors.items() if not k.startswith(other))
                     self.size[half] = sum(w.nbytes for w in used)
@@ -180,7 +180,6 @@ class Estimator:
         self.cast = max(sizes)
         self.bits = (checkpoint.quantization or {}).get("bits", 0)
         self.dit = DiTConfig.from_dict(self.config["transformer"])
-        self.vae = VideoVAEConfig.from_dict(self.config["vae"])
         c = TextConfig.from_dict(self.config["transformer"])
         self.connectors = c.video, c.audio
 
@@ -199,7 +198,7 @@ class Estimator:
             factors = sum(loras(file.path) for file in stage.loras)
             need, phase = self.stage(stage, factors, contexts, shards), stage.phase
             if stage.upsampler and stage.part.decoder:  # and makes keyframes
-                encode = self.convolutions(stage.size, DOWN)
+                encode = self.convolutions(stage.size, "encoder")
                 decode = self.decoding(decoder, stage.size.divided(2))
                 weights = need.weights + self.size["vae.encoder"]
                 weights += self.size[decoder]
@@ -224,7 +223,7 @@ class Estimator:
     def decoding(self, decoder: str, size: Size, ahead: int = 0) -> float:
         """Bytes of a video decoder's buffers."""
         if decoder == "vae":
-            return self.convolutions(size, UP)
+            return self.convolutions(size, "decoder")
         return self.neighborhoods(size, ahead)
 
     def per_token(self, video: int, audio: int) -> int:
@@ -272,7 +271,7 @@ class Estimator:
         """The encoder that a condition needs, and bytes of its buffers."""
         if condition.encoder == "vae":
             frames = condition.frames_at_once
-            return "vae.encoder", self.convolutions(size, DOWN, frames)
+            return "vae.encoder", self.convolutions(size, "encoder", frames)
         return "audio_vae", self.spectra(size.audio_tokens)
 
     def stage(self, stage: Stage, loras: int, contexts: int, shards: int) -> Footprint:
@@ -321,10 +320,10 @@ class Estimator:
         frames = copies * spans[0] + AHEAD * ahead
         return frames * places * channels * self.item + scores
 
-    def convolutions(self, size: Size, strides: dict, frames: int = 1) -> float:
-        """The video VAE's decoder (`UP`) or encoder (`DOWN`): the frames that each
+    def convolutions(self, size: Size, half: str, frames: int = 1) -> float:
+        """The video VAE's "decoder" or "encoder": the frames that each
         convolution keeps, and the widest one at work."""
-        convs, up = list(video_convs(self.vae, size, strides, frames)), strides is UP
+        convs, up = [*video_convs(self.vae, size, half, frames)], half == "decoder"
         ahead = 1 + self.gpu  # a GPU computes one while the next one is prepared
         kept = at_work = 0
         for c in convs:

@@ -49,7 +49,6 @@ from .options import ask, check, comma_separated
 from .pipeline import Pipeline, Result
 from .request import Request
 from .text import MAX_TOKENS
-from .vae import DOWN
 from .weights import save_arrays
 
 # The reference's, unless a model's config.json has others.
@@ -486,7 +485,9 @@ def footprints(
     tokens, sound = largest.tokens, largest.audio_tokens
     if tokens:
         weights = e.size["vae.encoder"] + e.size["audio_vae"]
-        phases["encode"] = memory.Footprint(weights, e.convolutions(largest, DOWN, 8))
+        phases["encode"] = memory.Footprint(
+            weights, e.convolutions(largest, "encoder", 8)
+        )
     heads = max(c.num_attention_heads, c.audio_num_attention_heads)
     pairs = tokens * (tokens + MAX_TOKENS + 2 * sound) + sound * (sound + MAX_TOKENS)
     state, text = e.per_token(tokens, sound), e.per_token(MAX_TOKENS, MAX_TOKENS)

@@ -12,7 +12,7 @@ from .guidance import NO_GUIDANCE, guidance_passes
 from .hub import File
 from .latents import MEL_FRAMES_PER_TOKEN, Size
 from .text import MAX_TOKENS
-from .vae import DOWN, LATENTS_PER_CHUNK, UP, VideoVAEConfig, frames_at_once
+from .vae import LATENTS_PER_CHUNK, Conv3d, ResBlocks, VideoVAE, frames_at_once
 from .vocoder import generators
 from .weights import Checkpoint, Weights
 
@@ -32,45 +32,36 @@ class Conv(NamedTuple):
         return 54 * self.dim_in * self.dim * math.prod(self.size[1:]) * self.total
 
 
-def video_convs(
-    c: VideoVAEConfig, size: Size, strides: dict, frames: int
-) -> Iterator[Conv]:
-    """The convolutions of the video VAE's decoder (`UP`), or of its encoder (`DOWN`) for
-    a clip, or an image, of so many frames."""
-    up, patch = strides is UP, 3 * c.patch_size**2
-    if up:
-        blocks, dim = c.decoder_blocks[::-1], c.decoder_base_channels
-        dim *= math.prod(o.get("multiplier", 1) for _, o in blocks)
-        total, rows, columns = size.latent
-        at_once, start, end = LATENTS_PER_CHUNK, c.latent_channels, patch
-    else:
-        blocks, dim = c.encoder_blocks, c.encoder_base_channels
-        total, at_once, end = frames, min(frames, 8), c.latent_channels + 1
-        rows, columns = size.height // c.patch_size, size.width // c.patch_size
-        start = patch
+def video_convs(vae: VideoVAE, size: Size, half: str, frames: int) -> Iterator[Conv]:
+    """The convolutions of the video VAE's "decoder", or of its "encoder" for a clip, or an
+    image, of so many frames."""
+    up, model, patch = half == "decoder", vae[half], vae.config.patch_size
+    (total, rows, columns), at_once = size.latent, LATENTS_PER_CHUNK
+    if not up:
+        total, at_once = frames, min(frames, 8)
+        rows, columns = size.height // patch, size.width // patch
 
-    def conv(dim_in: int, dim: int, residual: int = 0) -> Conv:
-        return Conv((min(at_once, total), rows, columns), dim_in, dim, residual, total)
+    def conv(layer: Conv3d, residual: bool = False) -> Conv:
+        dim, *_, dim_in = layer.conv.weight.shape
+        where = min(at_once, total), rows, columns
+        return Conv(where, dim_in, dim, dim_in * residual, total)
 
-    yield conv(start, dim)
-    for name, options in blocks:
-        if name == "res_x":
-            for _ in range(options["num_layers"]):
-                yield from (conv(dim, dim), conv(dim, dim, dim))
+    yield conv(model.conv_in)
+    for block in model["up_blocks" if up else "down_blocks"]:
+        if isinstance(block, ResBlocks):
+            for inner in block.res_blocks:
+                yield from (conv(inner.conv1), conv(inner.conv2, True))
             continue
-        time, *space = strides[name]
-        factor, volume = options.get("multiplier", 1), time * math.prod(space)
-        inner = dim // factor * volume if up else dim * factor // volume
-        yield conv(dim, inner, dim)
+        yield conv(block.conv, True)
+        time, *space = block.stride
         if up:
-            dim, total = dim // factor, total * time - time + 1
+            total = total * time - time + 1
             rows, columns = rows * space[0], columns * space[1]
             at_once = frames_at_once(rows * columns)
         else:
-            dim, total = dim * factor, math.ceil(total / time)
+            total, at_once = math.ceil(total / time), math.ceil(at_once / time)
             rows, columns = rows // space[0], columns // space[1]
-            at_once = math.ceil(at_once / time)
-    yield conv(dim, end)
+    yield conv(model.conv_out)
 
 
 # Floating-point operations: 2 for each weight at each place where it is used
@@ -185,7 +176,8 @@ class Counter:
     def __init__(self, checkpoint: Checkpoint):
         self.config, self.shapes = checkpoint.config, cache(checkpoint.shapes)
         self.dit = DiTConfig.from_dict(self.config["transformer"])
-        self.vae = VideoVAEConfig.from_dict(self.config["vae"])
+        if "vae" in checkpoint.parts:
+            self.vae = checkpoint.build("vae", self.shapes("vae"))
 
     def __call__(self, job: Any, encoder: list[File]) -> dict[str, float]:
         """By phase, in the order of a run, whose stages have their own names. The text
@@ -226,7 +218,7 @@ class Counter:
         if condition.encoder == "audio_vae":
             return mel_convs(self.shapes("audio_vae"), size.audio_tokens, "encoder")
         frames = getattr(condition, "num_frames", 1)
-        return sum(c.flops for c in video_convs(self.vae, size, DOWN, frames))
+        return sum(c.flops for c in video_convs(self.vae, size, "encoder", frames))
 
     def sound(self, tokens: int) -> float:
         mel = mel_convs(self.shapes("audio_vae"), tokens, "decoder")
@@ -235,5 +227,5 @@ class Counter:
 
     def video(self, size: Size, decoder: str) -> float:
         if decoder == "vae":
-            return sum(c.flops for c in video_convs(self.vae, size, UP, 1))
+            return sum(c.flops for c in video_convs(self.vae, size, "decoder", 1))
         return diffusing(self.config[decoder], self.shapes(decoder), size)

@@ -18,7 +18,6 @@ from ltx2.base import UserError
 from ltx2.latents import Size
 from ltx2.request import Image, LoraFile, Request, Segment
 from ltx2.text import MAX_TOKENS
-from ltx2.vae import DOWN, UP
 from ltx2.windows import WHOLE
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -237,8 +236,8 @@ def test_what_convolutions_hold_on_metal(released, monkeypatch, size, expected):
     estimator = memory.Estimator(released, mx.bfloat16)
     stage = Namespace(size=Size(*size, 24.0), upsampler="spatial_upsampler", part=WHOLE)
     convolve = estimator.convolutions
-    found = [convolve(stage.size, DOWN, frames) for frames in (8, 1)]
-    found += [convolve(stage.size, UP), estimator.upsampling(stage)]
+    found = [convolve(stage.size, "encoder", frames) for frames in (8, 1)]
+    found += [convolve(stage.size, "decoder"), estimator.upsampling(stage)]
     assert [n / 1e9 for n in found] == pytest.approx(expected, abs=0.01)
 
 
