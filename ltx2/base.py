@@ -22,7 +22,7 @@ from typing import Any, Callable, ClassVar, Iterable, Iterator, Literal, Optiona
 
 import mlx.core as mx
 
-Trace = Callable[[str, mx.array], None]
+Trace = Optional[Callable[[str, mx.array], None]]  # None: no traces
 # All that library code has to say goes here: `note` for choices a user should know of,
 # `LOG.info` for progress. `run` prints both; other programs configure logging as usual.
 LOG = logging.getLogger("ltx2")
@@ -188,14 +188,14 @@ class Config:
 # Diagnostics and scripts
 
 
-def traced(trace: Optional[Trace], name: str, x: mx.array) -> mx.array:
+def traced(trace: Trace, name: str, x: mx.array) -> mx.array:
     """Hand `x` to the trace callback, if there is one, and return it."""
     if trace is not None:
         trace(name, x)
     return x
 
 
-def within(trace: Optional[Trace], scope: str) -> Optional[Trace]:
+def within(trace: Trace, scope: str) -> Trace:
     """The trace callback for what happens inside of `scope`, if there is one."""
     return trace and (lambda name, x: trace(f"{scope}.{name}", x))
 

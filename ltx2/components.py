@@ -190,7 +190,7 @@ class Components:
         if self.checkpoint.version < weights.GEMMA_4:
             weights.check_text_encoder(self.text_encoder, self.checkpoint)
 
-    def contexts(self, prompts: Sequence[str], trace: Trace | None) -> TextContexts:
+    def contexts(self, prompts: Sequence[str], trace: Trace) -> TextContexts:
         """Contexts by prompt, from the cache folder if there is one."""
         encode = lambda prompts: self.encode_prompts(prompts, trace)
         if self.cache_contexts is None or trace is not None:
@@ -203,7 +203,7 @@ class Components:
         return ContextCache(folder, [self.files(), encoder, str(self.dtype)])
 
     def encode_prompts(
-        self, prompts: Sequence[str], trace: Optional[Trace] = None
+        self, prompts: Sequence[str], trace: Trace = None
     ) -> TextContexts:
         """Contexts (video, audio), each (1, 1024, D), by prompt; frees what it loads."""
         if self.checkpoint.version >= weights.GEMMA_4:

@@ -399,7 +399,7 @@ class DiffusionDecoder(Component):
         latents: mx.array,
         noise: Callable[[str, tuple[int, ...]], mx.array],
         bias: float = 0.0,
-        trace: Optional[Trace] = None,
+        trace: Trace = None,
         keyframes: Optional[Keyframes] = None,
     ) -> Frames:
         """Frames (1, 1, 32h, 32w, 3), float32 in [0, 1], guided by keyframes.

@@ -445,7 +445,7 @@ class DiT(Component):
         audio: Optional[Tokens],
         texts: Sequence[Both],
         passes: list[Pass],
-        trace: Optional[Trace] = None,
+        trace: Trace = None,
     ) -> list[Both]:
         """Velocities (video (B, T, C), audio (B, T, C)) of each pass.
 

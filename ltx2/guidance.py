@@ -162,7 +162,7 @@ class GuidedDenoiser:
         texts: list,
         stage: Any,
         agree: Callable[[float], float],
-        trace: Optional[Trace],
+        trace: Trace,
     ):
         """`texts` are `DiT.project_text`'s of prompt and negative prompt. A stage's
         `step_cache` is the relative change of the tokens below which x0 is reused; `agree`

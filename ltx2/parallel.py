@@ -55,7 +55,7 @@ class PassParallel:
         audio: Optional[Tokens],
         texts: list,
         passes: list[Pass],
-        trace: Optional[Trace] = None,
+        trace: Trace = None,
     ) -> list[tuple[Optional[mx.array], Optional[mx.array]]]:
         """Velocities (video, audio) of each pass, float32."""
         local = slice(self.group.rank(), None, self.group.size())

@@ -139,7 +139,7 @@ class Pipeline(Components):
         self,
         *requests: Union[str, Request, Job],
         noise: Union[Noise, Sequence[Noise], None] = None,
-        trace: Optional[Trace] = None,
+        trace: Trace = None,
         contexts: Optional[dict[str, Contexts]] = None,
         resume: Optional[Snapshot] = None,
         frozen_from_noise: bool = False,

@@ -167,7 +167,7 @@ class Run:
 
     model: Components
     noises: Sequence[Optional[Noise]]  # by the number of the job
-    trace: Optional[Trace]
+    trace: Trace
     frozen_from_noise: bool
     streamed: bool
     meter: Meter = field(default_factory=Meter)
@@ -311,7 +311,7 @@ class Run:
         return stage.states(channels, source, loaded)
 
     def denoiser(
-        self, stage: Stage, states: States, contexts: list, trace: Optional[Trace]
+        self, stage: Stage, states: States, contexts: list, trace: Trace
     ) -> GuidedDenoiser | TiledDenoiser:
         """The stage's transformer with its LoRAs and guidance, whole or in tiles."""
         machines, model = self.model.machines, self.model

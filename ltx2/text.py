@@ -79,7 +79,7 @@ class TextEncoder:
         return ids[:MAX_TOKENS]
 
     def __call__(
-        self, prompts: Iterable[str], trace: Optional[Trace] = None
+        self, prompts: Iterable[str], trace: Trace = None
     ) -> list[list[mx.array]]:
         """All hidden states (1, tokens, D) of each prompt, without padding: embeddings
         and layer outputs, the last one normed."""
@@ -315,10 +315,7 @@ class TextConnectors(Component):
         self.audio_embeddings_connector = Connector(c, *c.audio, layers[1] or layers[0])
 
     def __call__(
-        self,
-        states: list[mx.array],
-        length: int = MAX_TOKENS,
-        trace: Optional[Trace] = None,
+        self, states: list[mx.array], length: int = MAX_TOKENS, trace: Trace = None
     ) -> tuple[mx.array, mx.array]:
         """Contexts (1, length, D) of video and audio from states (1, tokens, D)."""
         video, audio = self.text_embedding_projection(states)

@@ -299,7 +299,7 @@ def build(blocks: list, dim: int, strides: dict, resample: type, conv: Conv, **r
     return layers, dim
 
 
-def run(layers: dict[str, Layer], chunks: Chunks, trace: Optional[Trace]) -> Chunks:
+def run(layers: dict[str, Layer], chunks: Chunks, trace: Trace) -> Chunks:
     """Run a stream through the layers in order, and trace each by its name."""
     for name, layer in layers.items():
         chunks = map(partial(traced, trace, name), layer(chunks))
@@ -319,9 +319,7 @@ class Encoder(nn.Module):
         # The last channel is the log-variance of all others.
         self.conv_out = conv(dim, config.latent_channels + 1)
 
-    def __call__(
-        self, chunks: Chunks, trace: Optional[Trace], single: bool = False
-    ) -> Chunks:
+    def __call__(self, chunks: Chunks, trace: Trace, single: bool = False) -> Chunks:
         layers = {"conv_in": self.conv_in}
         layers |= {f"down{i}": block for i, block in enumerate(self.down_blocks)}
         layers = {k: partial(layer, single=single) for k, layer in layers.items()}
@@ -352,7 +350,7 @@ class Decoder(nn.Module):
             self.last_scale_shift_table = mx.zeros((2, dim))
 
     def __call__(
-        self, chunks: Chunks, timestep: Optional[float], trace: Optional[Trace]
+        self, chunks: Chunks, timestep: Optional[float], trace: Trace
     ) -> Chunks:
         time = shift_scale = None
         if timestep is not None:
@@ -388,7 +386,7 @@ class VideoVAE(Component):
         self.normalize = self.per_channel_statistics.normalize
         self.denormalize = self.per_channel_statistics.denormalize
 
-    def encode(self, frames: mx.array, trace: Optional[Trace] = None) -> mx.array:
+    def encode(self, frames: mx.array, trace: Trace = None) -> mx.array:
         """Frames (B, F, H, W, 3) in [-1, 1] to normalized latents.
 
         Frames beyond 8k + 1 are left out with a warning. Raises UserError if a side is
@@ -398,7 +396,7 @@ class VideoVAE(Component):
         return mx.concatenate([*stream], axis=1)
 
     def encode_stream(
-        self, chunks: Chunks, trace: Optional[Trace] = None, single: bool = False
+        self, chunks: Chunks, trace: Trace = None, single: bool = False
     ) -> Chunks:
         """`encode` for a clip in chunks of any length: yields one latent frame
         (B, 1, h, w, C) at a time. A `single` one is all there is, which takes less
@@ -418,7 +416,7 @@ class VideoVAE(Component):
         noise_scale: float = 0.025,
         noise: Optional[mx.array] = None,
         bias: float = 0.0,
-        trace: Optional[Trace] = None,
+        trace: Trace = None,
     ) -> Chunks:
         """Normalized latents (B, F, h, w, C) to frames (B, 1, 32h, 32w, 3), float32 in
         [0, 1], in memory that does not grow with F.
