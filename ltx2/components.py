@@ -202,9 +202,7 @@ class Components:
         encoder = {f.name: f.fingerprint for f in self.encoder_files}
         return ContextCache(folder, [self.files(), encoder, str(self.dtype)])
 
-    def encode_prompts(
-        self, prompts: Sequence[str], trace: Trace = None
-    ) -> TextContexts:
+    def encode_prompts(self, prompts: list[str], trace: Trace = None) -> TextContexts:
         """Contexts (video, audio), each (1, 1024, D), by prompt; frees what it loads."""
         if self.checkpoint.version >= weights.GEMMA_4:
             gemma = self.checkpoint.load("gemma", self._text_dtype, lazy=True)

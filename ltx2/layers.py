@@ -143,12 +143,10 @@ class Nag:
     tau: float = 2.5
     alpha: float = 0.25
 
-    def __call__(
-        self, z: mx.array, negative: mx.array, group: Group | None
-    ) -> mx.array:
-        """From the results of both attentions (B, heads, T, d), before gates and output
-        projection; `group` are the ranks that share the heads."""
-        g, norms = _extrapolated(z, negative, self.scale)
+    def __call__(self, z: mx.array, other: mx.array, group: Group | None) -> mx.array:
+        """From the results of attention to both prompts (B, heads, T, d), before gates and
+        output projection; `group` are the ranks that share the heads."""
+        g, norms = _extrapolated(z, other, self.scale)
         return _normalized(z, g, all_sum(norms, group), self.tau, self.alpha)
 
 

@@ -6,7 +6,7 @@ Gemma runs on mlx-lm, which only this file imports.
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -78,9 +78,7 @@ class TextEncoder:
             note(f"the prompt has {len(ids)} tokens; the last {extra} are ignored")
         return ids[:MAX_TOKENS]
 
-    def __call__(
-        self, prompts: Iterable[str], trace: Trace = None
-    ) -> list[list[mx.array]]:
+    def __call__(self, prompts: list[str], trace: Trace = None) -> list[list[mx.array]]:
         """All hidden states (1, tokens, D) of each prompt, without padding: embeddings
         and layer outputs, the last one normed."""
         gemma = self.model

@@ -349,9 +349,7 @@ class Decoder(nn.Module):
             self.last_time_embedder = TimestepEmbedding(2 * dim)
             self.last_scale_shift_table = mx.zeros((2, dim))
 
-    def __call__(
-        self, chunks: Chunks, timestep: Optional[float], trace: Trace
-    ) -> Chunks:
+    def __call__(self, chunks: Chunks, timestep: float | None, trace: Trace) -> Chunks:
         time = shift_scale = None
         if timestep is not None:
             scaled = mx.array([timestep]) * self.timestep_scale_multiplier
