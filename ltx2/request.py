@@ -15,10 +15,7 @@ from .sampling import SAMPLERS
 STAGES = ("one", "two", "hq", "dfr")
 NOT_DFR = "one two hq"  # dfr has a schedule, keyframes and rates of its own
 # Rules that several options share.
-WINDOWED = {
-    "modes": "one two",
-    "excludes": "retake audio_only temporal_upsample",
-}
+WINDOWED = {"modes": "one two", "excludes": "retake audio_only temporal_upsample"}
 OF_REFERENCE = {"needs": "video", "excludes": "retake extend"}
 
 

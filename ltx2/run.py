@@ -97,10 +97,7 @@ class Result(Event):
         return changed(self.metadata, name_only)
 
     def save(
-        self,
-        path: Union[str, Path],
-        codec: Optional[str] = None,
-        metadata: bool = True,
+        self, path: Union[str, Path], codec: Optional[str] = None, metadata: bool = True
     ) -> None:
         """Write a video with the sound exactly as long as it, or a wav; with `metadata`
         it says how it was made."""

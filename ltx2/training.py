@@ -83,8 +83,7 @@ class Options:
     )
     first_frame_prob: float = ask("hold the first frame", 0.1, between=(0, 1))
     resolution: tuple[str, ...] = ask(
-        "WxHxF, a bucket for clips; repeatable (default: the model's)",
-        **REPEATED,
+        "WxHxF, a bucket for clips; repeatable (default: the model's)", **REPEATED
     )
     reference_data: Optional[str] = ask("folder of reference clips, for an IC-LoRA")
     reference_downscale: int = ask("how much smaller", 1, between=(1, 9))

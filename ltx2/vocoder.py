@@ -36,11 +36,7 @@ class GeneratorConfig(Config):
     use_bias_at_final: bool = True
     apply_final_activation: bool = True
 
-    FIXED = {
-        "resblock": ("1", "AMP1"),
-        "activation": ("snakebeta",),
-        "stereo": (True,),
-    }
+    FIXED = {"resblock": ("1", "AMP1"), "activation": ("snakebeta",), "stereo": (True,)}
 
 
 @dataclass(kw_only=True)
