@@ -16,33 +16,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from . import __version__, latents, media, memory
+from . import __version__, dataset, gradients, latents, media, memory
 from .adapters import ADAPTERS, CONFIG, STATE, official, save_losses
 from .base import UserError, checked, note
 from .chips import this_chip
-from .dataset import (
-    PROMPTS_AT_ONCE,
-    Clip,
-    Dataset,
-    Sample,
-    default_buckets,
-    parse_bucket,
-)
 from .dit import Block, DiT, StreamedBlocks
-from .gradients import (
-    SCHEDULES,
-    TARGETS,
-    Example,
-    Parameters,
-    Trainee,
-    factor_parameters,
-    make_example,
-    new_factors,
-    optimizer,
-    sample_sigmas,
-    step,
-    target_layers,
-)
+from .gradients import SCHEDULES, TARGETS, Parameters
 from .latents import LatentState, Size
 from .lora import Lora, attach, linear_shape
 from .options import ask, check, comma_separated
@@ -129,8 +108,8 @@ class Report:
 
 
 def draw_example(
-    model, sample: Sample, options: Options, rng, at: Optional[float] = None
-) -> Example:
+    model, sample: dataset.Sample, options: Options, rng, at: Optional[float] = None
+) -> gradients.Example:
     """A sample with the noise and sigmas of one step; `at` is the quantile of a fixed
     sigma."""
     states, noise, sigmas = {}, {}, {}
@@ -141,7 +120,7 @@ def draw_example(
         draws = rng.standard_normal(1), rng.uniform(size=1), rng.uniform(size=1)
         if at is not None:
             draws = np.array([NormalDist().inv_cdf(at)]), draws[1], np.ones(1)
-        sigmas[name] = sample_sigmas(tokens.shape[1], *draws).item()
+        sigmas[name] = gradients.sample_sigmas(tokens.shape[1], *draws).item()
         noise[name] = mx.array(rng.standard_normal(tokens.shape, np.float32))
         if name == "video":
             # A picture would have nothing left to generate.
@@ -153,7 +132,7 @@ def draw_example(
         states[name] = state
     pairs = zip(("video", "audio"), sample.contexts)
     contexts = tuple(c if k in states else None for k, c in pairs)
-    return make_example(model, states, noise, sigmas, contexts)
+    return gradients.make_example(model, states, noise, sigmas, contexts)
 
 
 class Trainer:
@@ -171,7 +150,7 @@ class Trainer:
         self.options = options.resolved(pipe.checkpoint.defaults)
         self.low_memory, self.group = low_memory, mx.distributed.init()
         scale = self.options.reference_downscale
-        self.data = Dataset(cache or self.folder / "cache", pipe, scale)
+        self.data = dataset.Dataset(cache or self.folder / "cache", pipe, scale)
         self.step, self.stopping = 0, False
         self.history: list[tuple] = []  # step, loss, held-out loss
         if pipe.checkpoint.kind == "distilled":
@@ -179,11 +158,11 @@ class Trainer:
 
     # Before any weights are read
 
-    def fit(self, clips: Sequence[Clip]) -> None:
+    def fit(self, clips: Sequence[dataset.Clip]) -> None:
         """Choose each clip's bucket, and the clips to hold out."""
         o = self.options
-        buckets = [parse_bucket(text) for text in o.resolution]
-        buckets = buckets or default_buckets(self.pipe.checkpoint.defaults)
+        buckets = [dataset.parse_bucket(text) for text in o.resolution]
+        buckets = buckets or dataset.default_buckets(self.pipe.checkpoint.defaults)
         self.data.fit(clips, buckets, o.streams, o.trigger)
         there = len(self.data.items)
         count = min(there // 10, 8) if o.val_clips is None else o.val_clips
@@ -196,12 +175,13 @@ class Trainer:
         it would not do otherwise."""
         estimator = memory.Estimator(self.pipe.checkpoint, self.pipe.dtype)
         bits = (self.pipe.checkpoint.quantization or {}).get("bits", 0)
-        layers = target_layers(self._transformer(lazy=True), self.endings)
+        layers = gradients.target_layers(self._transformer(lazy=True), self.endings)
         if not layers:
             raise UserError(f"no layer's name ends in {', '.join(self.endings)}")
         numbers = self.options.rank * sum(sum(map(linear_shape, layers.values()), ()))
         sizes = [item.size for item in self.data.items + self.data.held_out]
-        text = {"text": estimator.text(PROMPTS_AT_ONCE, self.pipe.encoder_files)}
+        encoded = dataset.PROMPTS_AT_ONCE, self.pipe.encoder_files
+        text = {"text": estimator.text(*encoded)}
         samples = [self.pipe.plan(r).memory.phases for r in self.requests()[:1]]
 
         def planned(sizes: list[Size], by_block: bool, low: Optional[bool]):
@@ -249,14 +229,15 @@ class Trainer:
             mx.eval(mx.distributed.all_sum(mx.zeros(1)))
         self.folder.mkdir(parents=True, exist_ok=True)
         o, model = self.options, self._transformer(lazy=self.memory.streamed)
-        self.lora = new_factors(target_layers(model, self.endings), o.rank, o.seed)
-        parameters = factor_parameters(self.lora)
-        self.opt = optimizer(o.learning_rate)
+        layers = gradients.target_layers(model, self.endings)
+        self.lora = gradients.new_factors(layers, o.rank, o.seed)
+        parameters = gradients.factor_parameters(self.lora)
+        self.opt = gradients.optimizer(o.learning_rate)
         self.opt.init(parameters)
         if resume is not None:
             parameters = self._resumed(Path(resume), parameters)
         attach(model, [(self.lora, 1.0)], apart=True)
-        self.trainee = Trainee(model, {}, self.by_block)
+        self.trainee = gradients.Trainee(model, {}, self.by_block)
         if self.memory.streamed:
             self.trainee.read = self._read
             blocks = lambda: (block for _, block in self.trainee.blocks())
@@ -276,7 +257,7 @@ class Trainer:
             found = {k[2:]: w for k, w in arrays.items() if k.startswith("p.")}
         else:
             note(f"there is no {state}: training begins at step 0")
-            found = factor_parameters(Lora.read(path))
+            found = gradients.factor_parameters(Lora.read(path))
         shapes = [{k: w.shape for k, w in p.items()} for p in (found, new)]
         if shapes[0] != shapes[1]:
             raise UserError(
@@ -303,7 +284,8 @@ class Trainer:
             part = SCHEDULES[o.lr_schedule](self.step / o.iters)
             self.opt.learning_rate = o.learning_rate * part
             loss, grads = self._batch()
-            new, norm = step(self.opt, self.trainee.parameters, grads, o.max_grad_norm)
+            old, limit = self.trainee.parameters, o.max_grad_norm
+            new, norm = gradients.step(self.opt, old, grads, limit)
             self.trainee.update(new)
             self.step += 1
             seconds += time.perf_counter() - begun
@@ -362,7 +344,7 @@ class Trainer:
             total = mx.distributed.all_sum(mx.array(total)).item() / ranks
         return total, sums
 
-    def _sample(self, index: int) -> Sample:
+    def _sample(self, index: int) -> dataset.Sample:
         """The clip of a number that counts through all epochs, each in another order."""
         items = self.data.items
         epoch, place = divmod(index, len(items))
