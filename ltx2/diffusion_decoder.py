@@ -19,18 +19,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from . import layers
 from .base import Config, Trace, traced
-from .layers import (
-    Component,
-    Section,
-    Shapes,
-    Statistics,
-    Weights,
-    depth_to_space,
-    patchify,
-    timestep_embedding,
-    unpatchify,
-)
+from .layers import Component, Section, Shapes, Statistics, Weights
 
 Frames = Iterator[mx.array]
 Size = tuple[int, int, int]  # frames, rows, columns
@@ -350,7 +341,7 @@ class Upsample(nn.Module):
         self.proj = nn.Linear(dim, dim * math.prod(stride) // channel_reduction)
 
     def __call__(self, frames: Frames) -> Frames:
-        frames = (depth_to_space(self.proj(x), self.stride) for x in frames)
+        frames = (layers.depth_to_space(self.proj(x), self.stride) for x in frames)
         frames = chain.from_iterable(mx.split(x, x.shape[1], axis=1) for x in frames)
         # Doubled in time, a clip of 8k + 1 frames has one too many, the first.
         return islice(frames, self.stride[0] - 1, None)
@@ -449,7 +440,9 @@ class DiffusionDecoder(Component):
     def denoise(self, contexts: Clip, noise, trace) -> Frames:
         """Frames of pixels from noise, in one step from noise level 1."""
         size = self.config.patch_size
-        time = timestep_embedding(mx.array([self.config.timestep_scale_multiplier]))
+        time = layers.timestep_embedding(
+            mx.array([self.config.timestep_scale_multiplier])
+        )
         for layer in self.t_embedder["mlp"]:
             time = layer(time.astype(self.conv_out.weight.dtype))
         time = self.shared_adaln["proj"](nn.silu(time)).reshape(7, -1)
@@ -461,7 +454,7 @@ class DiffusionDecoder(Component):
             i, context = item
             _, _, height, width, _ = context.shape
             x = noise(f"{name}{i}", (1, 1, height * size, width * size, 3))
-            return self.conv_in_x_t(patchify(x.astype(context.dtype), size))
+            return self.conv_in_x_t(layers.patchify(x.astype(context.dtype), size))
 
         clip = replace(
             first,
@@ -472,7 +465,7 @@ class DiffusionDecoder(Component):
             clip = block(clip, context, time, planes=n < count)
         for x in clip.frames:
             x = self.conv_out(self.norm_out(traced(trace, "stage5", x)))
-            yield unpatchify(x, size)
+            yield layers.unpatchify(x, size)
 
     @classmethod
     def infer_sizes(cls, section: Section, shapes: Shapes) -> Section:

@@ -8,20 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from . import layers
 from .base import Config, Trace, traced
-from .layers import (
-    AdaLayerNormSingle,
-    Attention,
-    Component,
-    FeedForward,
-    Rope,
-    Steering,
-    TimestepMLP,
-    no_random_weights,
-    prefetch,
-    rms_norm,
-    rope_cos_sin,
-)
+from .layers import AdaLayerNormSingle, Attention, Component, FeedForward, Rope
 from .linear import Group, quantize_stored
 
 NO_BLOCKS: Container[int] = range(0)
@@ -132,7 +121,7 @@ class Tokens:
     level_index: Optional[mx.array] = None  # (T,)
     mask: Optional[mx.array] = None  # self-attention weights (T, T) in [0, 1]
     keyframes: Optional[mx.array] = None  # (T,), > 0: stands for a single frame (2.5)
-    steering: Steering = Steering()  # of the attention to text 0, away from text 1
+    steering: layers.Steering = layers.Steering()  # to text 0, away from text 1
     enabled: bool = True  # False: attended to, but not updated
 
 
@@ -168,7 +157,7 @@ def common_start(passes: list[Pass], n: int, blocks: int) -> tuple[int, int]:
 
 @mx.compile
 def modulate(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    return (rms_norm(x) * (1 + scale) + shift).astype(shift.dtype)
+    return (layers.rms_norm(x) * (1 + scale) + shift).astype(shift.dtype)
 
 
 @mx.compile
@@ -259,7 +248,8 @@ class Block(nn.Module):
         y = self[prefix + "attn1"](y, None, s.tokens.rope, s.mask, values_only)
         x = gated_add(x, y, gate)
         if len(table) == 6:  # 2.0: neither modulated nor gated
-            return x + self[prefix + "attn2"](rms_norm(x).astype(gate.dtype), **text)
+            y = layers.rms_norm(x).astype(gate.dtype)
+            return x + self[prefix + "attn2"](y, **text)
         shift, scale, gate = s.modulation(table, s.ada, slice(6, 9))
         y = self[prefix + "attn2"](modulate(x, scale, shift), **text)
         return gated_add(x, y, gate)
@@ -307,7 +297,7 @@ class Block(nn.Module):
         return tuple(x)
 
 
-class CaptionProjection(TimestepMLP):
+class CaptionProjection(layers.TimestepMLP):
     """2.0's projection of the text into a stream's width: Linear, GELU, Linear."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -367,11 +357,11 @@ class DiT(Component):
             "audio": (c.audio_dim, c.audio_num_attention_heads, times[1]),
         }[stream]
         middle = bounds.astype(np.float32).sum(-1) / np.float32(2)
-        self_rope = rope_cos_sin(middle, dim, heads, max_pos, theta)
+        self_rope = layers.rope_cos_sin(middle, dim, heads, max_pos, theta)
         # Between the streams only time counts, in heads of the audio stream's width.
         longest = max(times[0][:1], times[1])
         width, heads = c.audio_cross_attention_dim, c.audio_num_attention_heads
-        cross_rope = rope_cos_sin(middle[:1], width, heads, longest, theta)
+        cross_rope = layers.rope_cos_sin(middle[:1], width, heads, longest, theta)
 
         def local(table: mx.array) -> mx.array:
             """This rank's heads, in the dtype of the activations."""
@@ -486,7 +476,7 @@ class StreamedBlocks:
         self.read = read
 
     def __iter__(self) -> Iterator[Block]:
-        return prefetch(self.read())
+        return layers.prefetch(self.read())
 
 
 def build_blocks(
@@ -498,7 +488,7 @@ def build_blocks(
         prefix = f"transformer_blocks.{i}."
         keys = [key for key in weights if key.startswith(prefix)]
         tensors = {key.removeprefix(prefix): weights.pop(key) for key in keys}
-        with no_random_weights():
+        with layers.no_random_weights():
             block = Block(config)
         if quantization:
             quantize_stored(block, quantization, tensors, prefix)

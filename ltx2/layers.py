@@ -10,16 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from . import linear
 from .base import Config
-from .linear import (
-    Group,
-    QuantizedLinear,
-    ShardedRMSNorm,
-    all_sum,
-    apply_in_parts,
-    shard_columns,
-    shard_rows,
-)
+from .linear import Group, QuantizedLinear, ShardedRMSNorm
 
 Section, Shapes = dict[str, Any], dict[str, tuple]  # of a configuration; by tensor
 Weights = dict[str, mx.array]
@@ -147,7 +140,7 @@ class Nag:
         """From the results of attention to both prompts (B, heads, T, d), before gates and
         output projection; `group` are the ranks that share the heads."""
         g, norms = _extrapolated(z, other, self.scale)
-        return _normalized(z, g, all_sum(norms, group), self.tau, self.alpha)
+        return _normalized(z, g, linear.all_sum(norms, group), self.tau, self.alpha)
 
 
 @mx.compile
@@ -213,8 +206,8 @@ class Attention(nn.Module):
         self.k_norm = ShardedRMSNorm(self.k_norm, group)
         for name in ("to_q", "to_k", "to_v", "to_gate_logits"):
             if name in self:
-                shard_columns(self[name], group)
-        shard_rows(self.to_out[0], group)
+                linear.shard_columns(self[name], group)
+        linear.shard_rows(self.to_out[0], group)
 
     def _split(self, x: mx.array) -> mx.array:
         """(B, T, heads d) to (B, T, heads, d)."""
@@ -272,7 +265,7 @@ class Attention(nn.Module):
             return self.to_out[0](out.flatten(2))
 
         out = mx.concatenate([attend(rows) for rows in pieces(x, limit)], axis=1)
-        return all_sum(out, self.group)
+        return linear.all_sum(out, self.group)
 
 
 @mx.compile
@@ -306,14 +299,14 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         up, _, down = self.net
-        out = [apply_in_parts(down, up(x[:, rows])) for rows in pieces(x)]
-        return all_sum(mx.concatenate(out, axis=1), self.group)
+        out = [linear.apply_in_parts(down, up(x[:, rows])) for rows in pieces(x)]
+        return linear.all_sum(mx.concatenate(out, axis=1), self.group)
 
     def shard(self, group: Group) -> None:
         """Keep this rank's part of the hidden width."""
         self.group = group
-        shard_columns(self.net[0].proj, group)
-        shard_rows(self.net[2], group)
+        linear.shard_columns(self.net[0].proj, group)
+        linear.shard_rows(self.net[2], group)
 
 
 def timestep_embedding(timesteps: mx.array, dim: int = 256) -> mx.array:

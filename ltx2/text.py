@@ -12,18 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from . import layers
 from .base import Config, Trace, UserError, note, parse_json, traced
-from .layers import (
-    Attention,
-    Component,
-    FeedForward,
-    Section,
-    Shapes,
-    no_random_weights,
-    prefetch,
-    rms_norm,
-    rope_cos_sin,
-)
+from .layers import Attention, Component, FeedForward, Section, Shapes
 
 MAX_TOKENS = 1024  # of a prompt, and the length of every context
 
@@ -49,7 +40,7 @@ class TextEncoder:
                 "LTX-2 needs Gemma 3 (12B): try mlx-community/gemma-3-12b-it-4bit"
             )
         self.encode, self.bos = _tokenizer(folder)
-        with no_random_weights():
+        with layers.no_random_weights():
             model, _ = load_model(folder, lazy=True, model_config=_for_mlx_lm(config))
         self.model = getattr(model, "language_model", model).model
         self.low_memory = low_memory
@@ -85,10 +76,10 @@ class TextEncoder:
         tokens = [mx.array([self.tokenize(prompt)]) for prompt in prompts]
         scale = math.sqrt(gemma.norm.weight.size)
         states = [[gemma.embed_tokens(ids) * scale] for ids in tokens]
-        layers = list(gemma.layers)
+        waiting = list(gemma.layers)
         if self.low_memory:
             gemma.layers = []
-        for layer in prefetch(layers.pop(0) for _ in range(len(layers))):
+        for layer in layers.prefetch(waiting.pop(0) for _ in range(len(waiting))):
             for s in states:
                 s.append(self.apply_layer(layer, s[-1]))
             mx.async_eval([s[-1] for s in states])
@@ -240,10 +231,10 @@ def enhance(folder: Path, prompt: str, seed: int, max_tokens: int = 400) -> str:
 
     config = read_config(Path(folder))
     sizes = config.get("text_config", config)
-    layers, pattern = sizes["num_hidden_layers"], sizes.get("sliding_window_pattern", 6)
-    if layers < pattern:  # as the demo's, which only encodes
+    count, pattern = sizes["num_hidden_layers"], sizes.get("sliding_window_pattern", 6)
+    if count < pattern:  # as the demo's, which only encodes
         raise UserError(
-            f"text encoder {folder} has {layers} layers, too few to write: remove "
+            f"text encoder {folder} has {count} layers, too few to write: remove "
             "--enhance-prompt"
         )
     model, tokenizer = load(str(folder), model_config=_for_mlx_lm(config))
@@ -308,9 +299,9 @@ class TextConnectors(Component):
         self.config = c = config
         widths = math.prod(c.video), math.prod(c.audio)
         self.text_embedding_projection = FeatureExtractor(c, *widths)
-        layers = c.connector_num_layers, c.audio_connector_num_layers
-        self.video_embeddings_connector = Connector(c, *c.video, layers[0])
-        self.audio_embeddings_connector = Connector(c, *c.audio, layers[1] or layers[0])
+        depths = c.connector_num_layers, c.audio_connector_num_layers
+        self.video_embeddings_connector = Connector(c, *c.video, depths[0])
+        self.audio_embeddings_connector = Connector(c, *c.audio, depths[1] or depths[0])
 
     def __call__(
         self, states: list[mx.array], length: int = MAX_TOKENS, trace: Trace = None
@@ -366,7 +357,7 @@ class FeatureExtractor(nn.Module):
             x = 8 * (x - x.mean((1, 3), keepdims=True)) / (high - low + 1e-6)
             features = project(x, self.aggregate_embed)
             return features, features
-        x = rms_norm(x)
+        x = layers.rms_norm(x)
         return tuple(
             project(x * math.sqrt(embed.bias.size / self.hidden), embed)
             for embed in (self.video_aggregate_embed, self.audio_aggregate_embed)
@@ -384,20 +375,20 @@ class ConnectorBlock(nn.Module):
         self.ff = FeedForward(dim, c.connector_ff_bias)
 
     def __call__(self, x: mx.array, rope) -> mx.array:
-        x = x + self.attn1(rms_norm(x), rope=rope)
-        return x + self.ff(rms_norm(x))
+        x = x + self.attn1(layers.rms_norm(x), rope=rope)
+        return x + self.ff(layers.rms_norm(x))
 
 
 class Connector(nn.Module):
     """A small transformer over the prompt's tokens, padded with learned registers."""
 
-    def __init__(self, c: TextConfig, heads: int, head_dim: int, layers: int):
+    def __init__(self, c: TextConfig, heads: int, head_dim: int, depth: int):
         super().__init__()
         self.heads, self.dim = heads, heads * head_dim
         self.max_pos = c.connector_positional_embedding_max_pos
         shape = c.connector_num_learnable_registers, self.dim
         self.learnable_registers = mx.zeros(shape)
-        blocks = (ConnectorBlock(c, heads, head_dim) for _ in range(layers))
+        blocks = (ConnectorBlock(c, heads, head_dim) for _ in range(depth))
         self.transformer_1d_blocks = [*blocks]
 
     def __call__(self, x: mx.array, length: int) -> mx.array:
@@ -406,8 +397,8 @@ class Connector(nn.Module):
         padding = registers[mx.arange(x.shape[1], length) % len(registers)]
         x = mx.concatenate([x, padding[None]], axis=1)
         positions = np.arange(length, dtype=np.float32)[None]
-        rope = rope_cos_sin(positions, self.dim, self.heads, self.max_pos)
+        rope = layers.rope_cos_sin(positions, self.dim, self.heads, self.max_pos)
         rope = tuple(table.astype(x.dtype) for table in rope)
         for block in self.transformer_1d_blocks:
             x = block(x, rope)
-        return rms_norm(x)
+        return layers.rms_norm(x)

@@ -15,22 +15,10 @@ from typing import Callable, Iterator, Optional, Union
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import layers
 from .base import Config, Trace, UserError, note, traced
 from .conv import conv3d
-from .layers import (
-    Component,
-    Section,
-    Shapes,
-    Statistics,
-    Stride,
-    TimestepEmbedding,
-    depth_to_space,
-    patchify,
-    rms_norm,
-    space_to_depth,
-    timestep_embedding,
-    unpatchify,
-)
+from .layers import Component, Section, Shapes, Statistics, Stride, TimestepEmbedding
 
 Chunks = Iterator[mx.array]
 Pairs = Iterator[tuple[mx.array, mx.array]]
@@ -176,7 +164,7 @@ Conv = Callable[[int, int], Conv3d]
 
 def norm_act(x: mx.array, shift_scale: Optional[mx.array] = None) -> mx.array:
     """PixelNorm, shift and scale (2, C) if any, SiLU."""
-    x = rms_norm(x, eps=1e-8)
+    x = layers.rms_norm(x, eps=1e-8)
     if shift_scale is not None:
         shift, scale = shift_scale.astype(x.dtype)
         x = x * (1 + scale) + shift
@@ -244,8 +232,8 @@ class Downsample(nn.Module):
 
     def downsample(self, x: mx.array, y: mx.array) -> mx.array:
         # (B, F, H, W, C p q r) to (B, F, H, W, dim, C p q r / dim)
-        groups = mx.unflatten(space_to_depth(x, self.stride), -1, (self.dim, -1))
-        return groups.mean(-1) + space_to_depth(y, self.stride)
+        groups = mx.unflatten(layers.space_to_depth(x, self.stride), -1, (self.dim, -1))
+        return groups.mean(-1) + layers.space_to_depth(y, self.stride)
 
 
 class Upsample(nn.Module):
@@ -266,9 +254,9 @@ class Upsample(nn.Module):
         return few_frames(islice(single_frames(chunks), self.stride[0] - 1, None))
 
     def upsample(self, x: mx.array, y: mx.array) -> mx.array:
-        y = depth_to_space(y, self.stride)
+        y = layers.depth_to_space(y, self.stride)
         if self.residual:
-            x = depth_to_space(x, self.stride)
+            x = layers.depth_to_space(x, self.stride)
             y = y + mx.tile(x, self.dim // x.shape[-1])
         return y
 
@@ -285,23 +273,23 @@ DOWN = {f"{name}_res": stride for name, stride in UP.items()}
 
 def build(blocks: list, dim: int, strides: dict, resample: type, conv: Conv, **res):
     """The layers of a configuration's list of blocks, and their output width."""
-    layers = []
+    made = []
     for name, options in blocks:
         options = {key: value for key, value in options.items() if value}
         known = {"num_layers"} if name == "res_x" else {"multiplier", "residual"}
         if name not in ("res_x", *strides) or options.keys() - known:
             raise UserError(f"video VAE: block {name} {options} is not implemented")
         if name == "res_x":
-            layers.append(ResBlocks(dim, conv, **res, **options))
+            made.append(ResBlocks(dim, conv, **res, **options))
         else:
-            layers.append(resample(dim, conv, strides[name], **options))
-            dim = layers[-1].dim
-    return layers, dim
+            made.append(resample(dim, conv, strides[name], **options))
+            dim = made[-1].dim
+    return made, dim
 
 
-def run(layers: dict[str, Layer], chunks: Chunks, trace: Trace) -> Chunks:
+def run(steps: dict[str, Layer], chunks: Chunks, trace: Trace) -> Chunks:
     """Run a stream through the layers in order, and trace each by its name."""
-    for name, layer in layers.items():
+    for name, layer in steps.items():
         chunks = map(partial(traced, trace, name), layer(chunks))
     return chunks
 
@@ -320,12 +308,12 @@ class Encoder(nn.Module):
         self.conv_out = conv(dim, config.latent_channels + 1)
 
     def __call__(self, chunks: Chunks, trace: Trace, single: bool = False) -> Chunks:
-        layers = {"conv_in": self.conv_in}
-        layers |= {f"down{i}": block for i, block in enumerate(self.down_blocks)}
-        layers = {k: partial(layer, single=single) for k, layer in layers.items()}
-        layers["act"] = partial(map, norm_act)
-        layers["conv_out"] = partial(self.conv_out, single=single)
-        return map(lambda x: x[..., :-1], run(layers, chunks, trace))
+        steps = {"conv_in": self.conv_in}
+        steps |= {f"down{i}": block for i, block in enumerate(self.down_blocks)}
+        steps = {k: partial(layer, single=single) for k, layer in steps.items()}
+        steps["act"] = partial(map, norm_act)
+        steps["conv_out"] = partial(self.conv_out, single=single)
+        return map(lambda x: x[..., :-1], run(steps, chunks, trace))
 
 
 class Decoder(nn.Module):
@@ -353,16 +341,16 @@ class Decoder(nn.Module):
         time = shift_scale = None
         if timestep is not None:
             scaled = mx.array([timestep]) * self.timestep_scale_multiplier
-            time = timestep_embedding(scaled)
+            time = layers.timestep_embedding(scaled)
             shift_scale = self.last_time_embedder.timestep_embedder(time).reshape(2, -1)
             shift_scale = shift_scale + self.last_scale_shift_table
-        layers = {"conv_in": self.conv_in}
+        steps = {"conv_in": self.conv_in}
         for i, block in enumerate(self.up_blocks):
             is_res = isinstance(block, ResBlocks)
-            layers[f"up{i}"] = partial(block, time=time) if is_res else block
-        layers["act"] = partial(map, partial(norm_act, shift_scale=shift_scale))
-        layers["conv_out"] = self.conv_out
-        return run(layers, chunks, trace)
+            steps[f"up{i}"] = partial(block, time=time) if is_res else block
+        steps["act"] = partial(map, partial(norm_act, shift_scale=shift_scale))
+        steps["conv_out"] = self.conv_out
+        return run(steps, chunks, trace)
 
 
 class VideoVAE(Component):
@@ -399,7 +387,7 @@ class VideoVAE(Component):
         """`encode` for a clip in chunks of any length: yields one latent frame
         (B, 1, h, w, C) at a time. A `single` one is all there is, which takes less
         memory. `trace` is called with the chunks of each layer."""
-        patches = partial(patchify, size=self.config.patch_size)
+        patches = partial(layers.patchify, size=self.config.patch_size)
         latents = self.encoder(map(patches, latent_groups(chunks)), trace, single)
         return map(materialize, map(self.normalize, latents))
 
@@ -452,7 +440,7 @@ class VideoVAE(Component):
             latents = mixed.astype(latents.dtype)
 
         def image(x: mx.array) -> mx.array:
-            x = unpatchify(x, self.config.patch_size).astype(mx.float32)
+            x = layers.unpatchify(x, self.config.patch_size).astype(mx.float32)
             return materialize(mx.clip((x + 1) / 2 + bias, 0, 1))
 
         starts = range(0, latents.shape[1], LATENTS_PER_CHUNK)

@@ -14,15 +14,8 @@ from typing import Callable, Iterator, Optional
 import mlx.core as mx
 import numpy as np
 
-from .latents import (
-    TIME_SCALE,
-    Size,
-    Streams,
-    audio_tokens,
-    divided_evenly,
-    evenly_spaced,
-    latent_frames,
-)
+from . import latents
+from .latents import TIME_SCALE, Size, Streams
 
 SEGMENTS = (32, 24)  # pixel frames from keyframe to keyframe
 ANCHOR_STRENGTH = 0.95  # the reference's: a slice can still smooth its seams
@@ -57,7 +50,7 @@ class Window:
         of them at its end if another window follows; or at frames of the video."""
         if not isinstance(places, tuple):
             count, at_end = places, bool(self.carried_out) and places > 0
-            even = evenly_spaced(count - at_end, self.own_frames)
+            even = latents.evenly_spaced(count - at_end, self.own_frames)
             places = [self.owned[i] for i in even] + [self.owned[-1]] * at_end
         places = sorted(set(places))
         return tuple(frame - self.start for frame in places if frame in self.owned)
@@ -73,7 +66,7 @@ def divide(num_frames: int, chunk: int, carry: int, blend: int) -> list[Window]:
     last one of what is left."""
     if num_frames <= chunk:
         return [Window(0, num_frames)]
-    lengths = [latent_frames(n) for n in (num_frames, chunk, carry)]
+    lengths = [latents.latent_frames(n) for n in (num_frames, chunk, carry)]
     total, size, overlap = lengths
     full, rest = divmod(total - size, size - overlap)
     frames = [chunk] * (1 + full) + [(overlap + rest - 1) * TIME_SCALE + 1] * bool(rest)
@@ -118,7 +111,7 @@ def with_clip(windows: list[Window], total: int, blend: Optional[int]) -> list[W
 def carried_tokens(window: Window, fps: float, out: bool = False) -> int:
     """Audio tokens that are carried into a window, or out of it."""
     frames = window.carried_out if out else window.carried_in
-    return max(1, audio_tokens(frames, fps)) if frames else 0
+    return max(1, latents.audio_tokens(frames, fps)) if frames else 0
 
 
 def blended(
@@ -255,7 +248,7 @@ class Slice(Whole):
         return tuple(range(self.length, self.segments * self.length + 1, self.length))
 
     def tokens(self, size: Size) -> int:
-        frames = latent_frames(self.segments * self.length + 1)
+        frames = latents.latent_frames(self.segments * self.length + 1)
         return frames * size.frame_tokens
 
     def under(self, video: mx.array) -> mx.array:
@@ -357,7 +350,7 @@ class EnlargedSlice(Slice):
 
 def slices(segments: int, length: int, rate: int) -> list[Slice]:
     """Divide a canvas into at most `rate` slices of whole segments, longer ones first."""
-    ends = divided_evenly(segments, min(rate, segments))
+    ends = latents.divided_evenly(segments, min(rate, segments))
     return [Slice(*pair, segments, length, rate) for pair in zip(ends, ends[1:])]
 
 

@@ -7,7 +7,8 @@ from parity import channels_last, read, relative_error
 
 from ltx2 import vae, weights
 from ltx2.base import UserError
-from ltx2.vae import VideoVAE, VideoVAEConfig, unpatchify
+from ltx2.layers import patchify, unpatchify
+from ltx2.vae import VideoVAE, VideoVAEConfig
 
 MODELS = ["ltx-2", "ltx-2-notc", "ltx-2.3"]
 
@@ -195,7 +196,7 @@ def test_every_frame_depends_on_the_complete_clip(model):
 
 def test_latents_do_not_depend_on_how_a_video_is_chunked(model):
     frames = video(17)
-    patches = vae.patchify(frames, model.config.patch_size)
+    patches = patchify(frames, model.config.patch_size)
     expected = model.normalize(joined(model.encoder(iter([patches]), None)))
     for sizes in [17], [1] * 17, [4, 10, 3]:
         latents = [*model.encode_stream(cut(frames, sizes))]
@@ -369,7 +370,7 @@ def test_denormalize_undoes_normalize(model):
 
 def test_patches_count_columns_before_rows():
     pixels = mx.arange(2 * 2 * 3).reshape(1, 1, 2, 2, 3)
-    patch = vae.patchify(pixels, 2)
+    patch = patchify(pixels, 2)
     assert patch.flatten().tolist() == [0, 6, 3, 9, 1, 7, 4, 10, 2, 8, 5, 11]
     assert mx.array_equal(unpatchify(patch, 2), pixels)
 
