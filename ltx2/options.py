@@ -5,17 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import typing
 from types import MappingProxyType
-from typing import (
-    Any,
-    Callable,
-    Container,
-    Mapping,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Callable, Container, Mapping, Union
 
 from .base import UserError
 
@@ -44,7 +36,7 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
     A flag that is not passed is None, so that defaults stay in one place. With a
     `prefix` the flags are variants of ones that have been added: their help is short.
     """
-    hints = get_type_hints(options)
+    hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         rules = field.metadata
         if "help" not in rules:
@@ -69,7 +61,7 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
 
 def _type(hint: Any) -> Any:
     """What parses a flag of an annotation: int, float or str."""
-    return get_args(hint)[0] if get_origin(hint) is Union else hint
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Union else hint
 
 
 def _help(field: dataclasses.Field) -> str:
