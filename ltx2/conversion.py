@@ -6,16 +6,17 @@ import shlex
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence, Union
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import __version__, media
 from . import quantization as rounding
 from .base import UserError
 from .hub import DTYPES, converted_config, folder_files
-from .linear import layer_format, layer_formats
+from .linear import QuantizedLinear, layer_format, layer_formats, quantize
 from .lora import Lora, attach
 from .quantization import quant_predicate, quantization  # noqa: F401, names of the API
 from .weights import COMPONENTS, FLOAT32, GEMMA_4, Checkpoint, Weights, shard_names
@@ -30,36 +31,6 @@ OFFICIAL = {  # generation: repository, name and text of the license
 }
 
 Progress = Callable[[int], Any]
-
-
-def quantize(weights: Weights, how: dict, predicate: Callable[[str], bool]) -> Weights:
-    """Quantize the linear layers that `predicate` picks by path, where the group size
-    divides their width; lazily, and rounded as `mx.quantize` does."""
-    done = {}
-    for key, w in weights.items():
-        path, _, leaf = key.rpartition(".")
-        layer = layer_format(how, path)
-        fits = w.ndim == 2 and w.shape[1] % layer["group_size"] == 0
-        if leaf == "weight" and fits and predicate(path):
-            keys = (key, f"{path}.scales", f"{path}.biases")
-            done.update(zip(keys, mx.quantize(w, **layer)))
-        else:
-            done[key] = w
-    if len(done) == len(weights):
-        group = layer_format(how, "")["group_size"]
-        raise UserError(f"no layer can be quantized in groups of {group}")
-    return done
-
-
-def dequantize(weights: Weights, how: dict, dtype: Optional[mx.Dtype]) -> Weights:
-    """The inverse of `quantize`, up to its rounding."""
-    done = dict(weights)
-    for path in [key[: -len(".scales")] for key in weights if key.endswith(".scales")]:
-        rest = [done.pop(f"{path}.{leaf}", None) for leaf in ("scales", "biases")]
-        options = layer_format(how, path)
-        w = mx.dequantize(done[f"{path}.weight"], *rest, **options, dtype=dtype)
-        done[f"{path}.weight"] = w
-    return done
 
 
 @dataclass
@@ -102,21 +73,29 @@ class Conversion:
         dtype = None if name in FLOAT32 else self.dtype
         weights = self.source.weights(name, dtype)
         module = self.source.build(name, weights)  # UserError if they do not fit
+        module.load_weights(list(weights.items()))
         if self.loras and name == "transformer":
             # Read again each time: factors are held no longer than their layer.
-            loras = [(Lora.read(path), strength) for path, strength in self.loras]
-            module.load_weights(list(weights.items()))
-            attach(module, loras)
+            attach(
+                module, [(Lora.read(path), strength) for path, strength in self.loras]
+            )
             fused = dict(tree_flatten(module.parameters()))
             weights = {key: fused[key] for key in weights}
-        if self.dequantize:
-            weights = dequantize(weights, self.source.quantization, dtype)
+        for path, layer in module.named_modules() if self.dequantize else ():
+            if isinstance(layer, QuantizedLinear):
+                del weights[f"{path}.scales"]
+                weights.pop(f"{path}.biases", None)
+                weights[f"{path}.weight"] = layer.dequantized(dtype)
         # 0 times NaN or infinity is NaN; mx.isfinite would need more memory.
         floats = [k for k, w in weights.items() if mx.issubdtype(w.dtype, mx.floating)]
         self.finite = {k: (weights[k] * 0).sum() == 0 for k in floats}
         if self.quantization and name in ("transformer", "gemma"):
-            done = quantize(weights, self.quantization, self.predicate)
+            quantize(module, class_predicate=self.chosen)
+            done = dict(tree_flatten(module.parameters()))
             self.layers = {k: w for k, w in weights.items() if done[k] is not w}
+            if not self.layers:
+                group = self.quantization["group_size"]
+                raise UserError(f"no layer can be quantized in groups of {group}")
             if name == "transformer":
                 kept, blocks = (
                     [w for k, w in tensors.items() if "transformer_blocks." in k]
@@ -126,6 +105,13 @@ class Conversion:
                 self.mean_bits = 8 * sum(w.nbytes for w in kept) / size
             return done
         return weights
+
+    def chosen(self, path: str, layer: nn.Module) -> Union[bool, dict[str, Any]]:
+        """How a layer is quantized, if the predicate picks it and the group size divides
+        its width."""
+        how = layer_format(self.quantization, path)
+        linear = isinstance(layer, nn.Linear) and self.predicate(path)
+        return linear and layer.weight.shape[1] % how["group_size"] == 0 and how
 
     def tensor(self, key: str, w: mx.array) -> mx.array:
         """A tensor of `weights` as it is written; UserError if it is not finite."""
