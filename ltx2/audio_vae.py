@@ -8,12 +8,10 @@ import mlx.nn as nn
 import numpy as np
 
 from .base import Config, UserError
+from .latents import HOP_LENGTH, MEL_BINS, SAMPLE_RATE
 from .layers import Component, Statistics, rms_norm
 
-SAMPLE_RATE = 16000
 N_FFT = 1024
-HOP_LENGTH = 160
-MEL_BINS = 64
 
 
 def leaves(section: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -107,7 +107,7 @@ class Encoders:
     def sound(self, path: str, start: float, seconds: float, tokens: int) -> mx.array:
         """Latents (1, tokens, mel, C) of a sound; mono is doubled, a short one padded
         with zeros, as in the reference."""
-        sound = stereo(path, start, seconds, latents.MEL_RATE)
+        sound = stereo(path, start, seconds, latents.SAMPLE_RATE)
         x = self.component("audio_vae").encode(log_mel(mx.array(sound)[None]))
         x = x[:, :tokens]
         x = mx.pad(x, [(0, 0), (0, tokens - x.shape[1]), (0, 0), (0, 0)])

@@ -19,7 +19,7 @@ Streams = dict[str, mx.array]  # by "video", "audio": latents, or tokens (1, T, 
 
 TIME_SCALE, SPACE_SCALE = 8, 32  # pixel frames and pixels per latent
 AUDIO_TOKENS_PER_SECOND = 25
-MEL_HOP, MEL_RATE = 160, 16000  # samples per mel frame, per second
+SAMPLE_RATE, HOP_LENGTH, MEL_BINS = 16000, 160, 64  # of mel spectrograms
 MEL_FRAMES_PER_TOKEN = 4
 
 
@@ -111,7 +111,7 @@ def audio_bounds(tokens: int) -> np.ndarray:
     """[start, end) of each audio token in seconds: (1, T, 2); the first is 10 ms."""
     edges = np.arange(tokens + 1, dtype=np.float32) * MEL_FRAMES_PER_TOKEN
     edges = np.maximum(edges - (MEL_FRAMES_PER_TOKEN - 1), 0)
-    seconds = edges * MEL_HOP / MEL_RATE
+    seconds = edges * HOP_LENGTH / SAMPLE_RATE
     return np.stack([seconds[:-1], seconds[1:]], axis=-1)[None]
 
 

@@ -15,10 +15,10 @@ import mlx.nn as nn
 import numpy as np
 
 from .base import Config, UserError, hann_sinc
+from .latents import HOP_LENGTH, MEL_BINS, SAMPLE_RATE
 from .layers import Component, Section, Weights
 
-MEL_RATE = 100  # frames per second of the audio VAE's mel
-MEL_BINS = 64
+MEL_RATE = SAMPLE_RATE // HOP_LENGTH  # frames of the audio VAE's mel per second
 Activation = Callable[[int], nn.Module]  # built for a number of channels
 
 

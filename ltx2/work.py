@@ -5,12 +5,11 @@ import re
 from functools import cache
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
-from .audio_vae import MEL_BINS
 from .conditions import Condition, Stage
 from .dit import DiTConfig, Pass, common_start
 from .guidance import NO_GUIDANCE, guidance_passes
 from .hub import File
-from .latents import MEL_FRAMES_PER_TOKEN, Size
+from .latents import MEL_BINS, MEL_FRAMES_PER_TOKEN, Size
 from .text import MAX_TOKENS
 from .vae import LATENTS_PER_CHUNK, Conv3d, ResBlocks, VideoVAE, frames_at_once
 from .vocoder import generators
