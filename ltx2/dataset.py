@@ -28,6 +28,7 @@ from .latents import SPACE_SCALE, TIME_SCALE, Size, Streams, audio_tokens
 from .options import check_step, match_groups
 from .parts import first_file
 from .pipeline import Pipeline
+from .weights import save_arrays
 
 PICTURES = frozenset(".png .jpg .jpeg .webp .bmp .tif .tiff .heic .heif".split())
 VIDEOS = frozenset(".mp4 .mov .mkv .webm .avi .m4v .gif .mpg .ts".split())
@@ -305,9 +306,7 @@ class Dataset:
         if clip.reference:
             smaller = size.divided(self.downscale)
             arrays["reference"] = self._video(clip.reference, smaller, encoders)
-        part = self.path(item).with_suffix(".part.safetensors")
-        mx.save_safetensors(str(part), arrays, {"file": clip.path.name})
-        part.replace(self.path(item))
+        save_arrays(self.path(item), arrays, {"file": clip.path.name})
 
     def _video(self, path: Path, size: Size, encoders: Encoders) -> mx.array:
         """Latents (1, f, h, w, C) of a picture or of a clip's first frames."""

@@ -267,10 +267,10 @@ class Resolver:
             r = self.r = replace(r, tile_size=tile)
         if r.num_frames > (most := self.recipe.frames):
             self.notes.append(f"{r.num_frames} frames: an adapter is for up to {most}")
-        keyframes, most = r.generated_keyframes, max(r.num_frames - 2, 0)
-        if isinstance(keyframes, tuple):
-            most = r.num_frames - 1
-        for value in keyframes if isinstance(keyframes, tuple) else (keyframes,):
+        places, most = r.generated_keyframes, r.num_frames - 1
+        if not isinstance(places, tuple):  # a number of them
+            places, most = (places,), max(most - 1, 0)
+        for value in places:
             check_range("generated_keyframes", value, 0, most)
         check_range("fps", r.fps, 1, 120)
         if not r.conditioned_fps and min(abs(r.fps - x) for x in USUAL_FPS) > 0.1:
