@@ -10,6 +10,7 @@ import argparse
 import re
 from pathlib import Path
 
+from ltx2 import __version__
 from ltx2.base import Parser, UserError, note, run
 from ltx2.options import name_and_file
 
@@ -24,6 +25,7 @@ examples:
 def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     p = Parser(description=__doc__, epilog=EPILOG, formatter_class=raw)
+    p.add_argument("--version", action="version", version=f"ltx2 {__version__}")
     add = p.add_argument
     many = {"action": "append", "default": []}
     text = "Hub repository, folder or .safetensors file (default: %(default)s)"

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
-from ltx2 import REFERENCE
+from ltx2 import REFERENCE, __version__
 from ltx2.base import OutputError, Parser, UserError, awake, read_text, run, table
 from ltx2.guidance import Guidance
 from ltx2.options import add_flags, located, name_and_file
@@ -37,6 +37,7 @@ LOADING = ("model", "kind", "text_encoder", "upsamplers", "parts", "dtype")
 def parser() -> argparse.ArgumentParser:
     """All flags. One that is not passed is None: defaults are the request's."""
     p, groups = Parser(description=__doc__, epilog=EPILOG), {}
+    p.add_argument("--version", action="version", version=f"ltx2 {__version__}")
 
     def group(title: str) -> Any:
         if title not in groups:
@@ -90,6 +91,8 @@ def add_run_flags(add: Any) -> None:
     add("--plan", action="store_true", help="print memory and time, and exit")
     recorded = "regenerate a video from its metadata"
     add("--from", dest="recorded", metavar="MP4", help=recorded)
+    text = "start from the .json that --save-json writes; flags change it"
+    add("--config", metavar="JSON", help=text)
     trust = "with --from: use files and models wherever they are, download them too"
     add("--trust", action="store_true", help=trust)
     text = "write how it was made, with all paths, as .json"
@@ -204,13 +207,19 @@ def from_recording(
     how it was made, from an earlier video or saved latents if they are named."""
     from ltx2 import record, snapshot
 
-    if args.resume and (args.recorded or args.prompts or args.num_videos > 1):
+    several = args.recorded or args.config or args.prompts or args.num_videos > 1
+    if args.resume and several:
         raise UserError(
-            "--resume continues one video: remove --from, --prompts, --num-videos"
+            "--resume continues one video: remove --from, --config, --prompts, "
+            "--num-videos"
         )
+    if args.recorded and args.config:
+        raise UserError("--config cannot be combined with --from")
     if args.resume:
         resume = snapshot.Snapshot.read(args.resume)
         return asdict(resume.load), resume.request, resume, None
+    if args.config:
+        return *record.read_config(args.config), None, None
     if args.recorded:
         made = record.Record.read(args.recorded)
         flags = {k for k in LOADING if getattr(args, k) is not None}
@@ -247,6 +256,11 @@ def build_requests(
             f"--num-videos must be between 1 and 1000, got {args.num_videos}"
         )
     base = asdict(recorded) if recorded else {}
+    for name in passed:
+        for other in (
+            Request.__dataclass_fields__[name].metadata.get("instead_of", "").split()
+        ):
+            base.pop(other, None)
     prompts = [passed.pop("prompt", base.pop("prompt", None))]
     if args.prompts:
         if args.prompt is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from generate import DEMO, init_distributed
+from ltx2 import __version__
 from ltx2.base import Parser, UserError, awake, run
 from ltx2.options import add_flags
 
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     from ltx2.training import Options
 
     p = Parser(description=__doc__, epilog=EPILOG)
+    p.add_argument("--version", action="version", version=f"ltx2 {__version__}")
     add = p.add_argument
     add("--model", help="(default: mlx_model, or the demo model if there is none)")
     add("--data", required=True, metavar="DATA", help="folder or list of clips")

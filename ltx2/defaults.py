@@ -15,6 +15,7 @@ from .guidance import Guidance
 from .inputs import InputFiles
 from .latents import SPACE_SCALE, TIME_SCALE, Size
 from .options import check, check_choice, check_range, check_step
+from .presets import fill
 from .recipes import follow
 from .request import Request
 from .sampling import DISTILLED_SIGMAS, shifted_sigmas
@@ -46,7 +47,12 @@ class Resolver:
 
     def __init__(self, r: Request, checkpoint: Checkpoint, files: InputFiles):
         self.checkpoint, self.files = checkpoint, files
+        fps = files.probe(r.video).fps if r.video and r.duration else None
+        fps = float(fps or (SIZE | checkpoint.defaults)["fps"])
+        diffusion = "diffusion_decoder" in checkpoint.components
+        r, notes = fill(r, checkpoint.kind, diffusion, fps)
         self.r, self.recipe, self.notes = follow(r, checkpoint.kind)
+        self.notes += notes
         r = self.r
         self.clip_frames, self.clip_streams = 0, ()  # of the input video
         self.codes = (self.recipe.codes or "acescct") if r.color_space else "srgb"

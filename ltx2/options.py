@@ -19,7 +19,8 @@ def ask(help: str, default: Any = None, **rules: Any) -> Any:
 
     Rules for the command line: `flag` (else the field's name), `type` (else the
     annotation's), `metavar`, `nargs`, `repeat`. Rules that `check` applies: `between`
-    (low, high), `choices`, `needs` and `excludes` (names of other options), `modes` (the
+    (low, high), `choices`, `needs` and `excludes` (names of other options), `instead_of` (ones
+    it excludes, and replaces in a recorded request), `modes` (the
     values of `stages` that have the option), `model` (what the model must be).
     """
     return dataclasses.field(default=default, metadata={"help": help, **rules})
@@ -91,12 +92,13 @@ def check(
         if "between" in rules:
             for number in value if isinstance(value, tuple) else (value,):
                 check_range(name, number, *rules["between"])
-        if modes and mode not in modes:
+        if mode and modes and mode not in modes:
             raise UserError(f"{name} needs --stages {' or '.join(modes)}")
         for other in rules.get("needs", "").split():
             if not is_set(options, other):
                 raise UserError(f"{name} needs {other}")
-        for other in rules.get("excludes", "").split():
+        others = f"{rules.get('excludes', '')} {rules.get('instead_of', '')}"
+        for other in others.split():
             if is_set(options, other):
                 raise UserError(f"{name} cannot be combined with {other}")
         if rules.get("model") in model:

@@ -85,6 +85,21 @@ class Record:
         return replace(self, load=load, request=located(self.request, locate, but))
 
 
+def read_config(path: str) -> tuple[dict[str, Any], Request]:
+    """How to load a model and the request, from the .json of a result or one that a
+    user wrote with some of its values; UserError for others."""
+    media.check_file(path)
+    found = parse_json(Path(path).read_bytes(), f"{path}: ")
+    if not {"request", "load"} & found.keys():
+        raise UserError(f'{path} has no "request" and no "load"')
+    parts = {k: found.get(k, {}) for k in ("request", "load")}
+    usual = {"request": {"prompt": ""}, "load": {"model": ""}}
+    parts = {k: checked(dict, x, f"{path}: {k}") for k, x in parts.items()}
+    request = checked(Request, usual["request"] | parts["request"], f"{path}: request")
+    load = asdict(checked(Load, usual["load"] | parts["load"], f"{path}: load"))
+    return {k: load[k] for k in parts["load"]}, request
+
+
 def provenance(model: Any, job: Any, seconds: Mapping[str, float]) -> dict[str, Any]:
     """How a model made a job's result: enough to make it again."""
     checkpoint = model.checkpoint

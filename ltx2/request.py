@@ -10,6 +10,7 @@ from typing import Any, Mapping, Optional, Union
 from .base import Checked, UserError, checked, expect
 from .guidance import Guidance
 from .options import ask, comma_separated, integers, match_groups, numbers, span
+from .presets import LANDSCAPE, PRESETS, SIZES
 from .sampling import SAMPLERS
 
 STAGES = ("one", "two", "hq", "dfr")
@@ -120,8 +121,22 @@ class Request(Checked):
     )
     height: Optional[int] = ask("in pixels (default: 512, or the clip's)")
     width: Optional[int] = ask("in pixels (default: 768, or the clip's)")
+    size: Optional[str] = ask(
+        f"height and width by name: {', '.join(LANDSCAPE)}; all but square also upright, "
+        "as 720p-portrait",
+        metavar="NAME",
+        choices=tuple(SIZES),
+        instead_of="height width",
+    )
     num_frames: Optional[int] = ask(
         "8k+1 (default: 121, the clip's, or predicted by LTX-2.5)"
+    )
+    duration: Optional[float] = ask(
+        "in seconds, to the nearest 8k+1 frames",
+        metavar="SECONDS",
+        between=(0, 3600),
+        instead_of="num_frames",
+        excludes="auto_duration extend",
     )
     auto_duration: Optional[tuple[float, float]] = ask(
         "LTX-2.5: predict the duration from the prompt, between these seconds "
@@ -160,6 +175,9 @@ class Request(Checked):
         excludes="auto_duration contexts_file",
     )
     seed: int = ask("of the noise", 10, between=(0, 2**63 - 1))
+    preset: Optional[str] = ask(
+        "size, stages, steps and decoder; what is passed wins", choices=tuple(PRESETS)
+    )
     # Sampling. A mapping of guidance settings changes the model's defaults.
     stages: Optional[str] = ask(
         "one: full size; two: half size, then refined; hq: two, with more work per step; "
@@ -385,7 +403,7 @@ class Request(Checked):
     )
 
     GROUPS = {
-        "output": "prompt contexts_file height width num_frames auto_duration fps "
+        "output": "prompt contexts_file preset height width size num_frames duration auto_duration fps "
         "conditioned_fps color_space chunk_frames carry_frames blend_frames segments "
         "no_audio audio_only video_decoder decode_with_keyframes decode_bias",
         "inputs": "images keyframes image_crf audio video retake retake_streams extend "
