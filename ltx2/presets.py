@@ -38,7 +38,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "draft": Preset(512, 768, {"stages": "one"}, {"stages": "one", "steps": 20}),
+    "draft": Preset(512, 768, {}, {"stages": "one", "steps": 20}),
     "fast": Preset(576, 1024, {}, {"stages": "one", "steps": 20}),
     "standard": Preset(704, 1280, {}, {}),
     "quality": Preset(1024, 1536, {}, {"stages": "hq"}, "diffusion"),

@@ -50,9 +50,9 @@ def test_a_duration_is_the_nearest_length(planned, seconds, fps, frames):
 def test_presets_fill_in_what_is_not_passed(planned):
     draft = planned(preset="draft", num_frames=9)
     assert (draft.request.height, draft.request.width) == (512, 768)
-    assert draft.request.preset is None and len(draft.stages) == 1
+    assert draft.request.preset is None
     dev = planned("dev", preset="draft", num_frames=9)
-    assert dev.stages[0].steps == 20
+    assert len(dev.stages) == 1 and dev.stages[0].steps == 20
     assert planned("dev", preset="draft", steps=3, num_frames=9).stages[0].steps == 3
     fewer = planned("dev", preset="draft", sigmas=(1.0, 0.5, 0.0), num_frames=9)
     assert fewer.stages[0].steps == 2
