@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from . import hub
 from .base import UserError, checked, parse_json
-from .hub import read_arrays
 from .linear import QuantizedLinear
 
 # What tools put in front of a module's name: peft, ComfyUI, diffusers, torch.compile,
@@ -49,6 +49,8 @@ DIFFUSERS_NAMES = {
     "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
 }
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NAMED = "adapters.safetensors", PEFT_FILE
+LORA = re.compile(r"[^/]*\.safetensors")
 MERGE_FROM = 4000  # rows from which on LoRALinear adds B A to the weight first
 
 Factors = tuple[mx.array, mx.array]  # A (r, in), B (out, r)
@@ -68,8 +70,8 @@ class Lora:
     def read(cls, path: str | Path) -> Lora:
         """Read a LoRA file or a folder with an adapter, lazily. Raises UserError for
         anything else, naming what is not supported."""
-        path = adapter_file(Path(path).expanduser())
-        tensors, metadata = read_arrays(path)
+        path = adapter_file(str(path))
+        tensors, metadata = hub.read_arrays(path)
         adapter = Adapter.read(path, metadata)
         parts: dict[str, dict[str, mx.array]] = {}
         for key, tensor in tensors.items():
@@ -150,19 +152,29 @@ class Lora:
         )
 
 
-def adapter_file(path: Path) -> Path:
-    """The file of a LoRA: the path itself, or the one of the folder of train.py or peft."""
-    if not path.is_dir():
-        if not path.is_file():
-            raise UserError(f"LoRA {path}: no such file")
+def adapter_file(name: str) -> Path:
+    """The file of a LoRA: the path itself, or the one of a folder of train.py or peft or
+    of a Hub repository (owner/name, owner/name/file), from which it is downloaded."""
+    path = Path(name).expanduser()
+    repo, inner = hub.split_repository(name)
+    if path.is_file():
         return path
-    files = sorted(path.glob("*.safetensors"))
-    named = [f for f in files if f.name in ("adapters.safetensors", PEFT_FILE)]
-    if len(named or files) != 1:
+    if path.is_dir():
+        files, inner = hub.folder_files(path), ""
+    elif repo and (inner or not name.endswith(".safetensors")):
+        files = hub.repository_files(repo)
+    else:
+        raise UserError(f"LoRA {name}: no such file")
+    found = [
+        f for f in files if f.name == inner or not inner and LORA.fullmatch(f.name)
+    ]
+    found = [f for f in found if f.name in NAMED] or found
+    if len(found) != 1:
         raise UserError(
-            f"LoRA {path}: {len(files)} safetensors files, name one of them"
+            f"LoRA {name}: {len(found)} safetensors files, name one of them"
         )
-    return (named or files)[0]
+    hub.fetch_all([*found, *(f for f in files if f.name == PEFT_CONFIG)])
+    return found[0].path
 
 
 def parse(path: Path, key: str) -> tuple[str, str]:

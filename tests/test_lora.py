@@ -1,6 +1,7 @@
 """LoRAs: effect, sum, removal, and file formats."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import mlx.core as mx
@@ -440,3 +441,36 @@ def test_a_module_with_two_names_is_refused(plain, loras):
     both = {path: factors, path.replace(".", "_"): factors}
     with pytest.raises(UserError, match=f"two factors .* for {path}"):
         replace(loras[0], factors=both).check(plain)
+
+
+@pytest.mark.parametrize("name", ["me/lora", "me/lora/it.safetensors"])
+def test_a_lora_of_the_hub_is_downloaded_once(fake_hub, checkpoint, name):
+    shutil.rmtree(fake_hub.repo)
+    fake_hub.repo.mkdir()
+    shutil.copy(checkpoint("ltx-2-lora"), fake_hub.repo / "it.safetensors")
+    (fake_hub.repo / "README.md").write_text("what it does")
+    found = [Lora.read(name) for _ in range(2)]
+    assert fake_hub.fetched == ["it.safetensors"]
+    assert [lora.factors.keys() for lora in found] == [
+        Lora.read(checkpoint("ltx-2-lora")).factors.keys()
+    ] * 2
+
+
+def test_a_repository_with_several_loras_asks_for_one(fake_hub):
+    with pytest.raises(UserError, match="LoRA me/lora: 4 safetensors files, name one"):
+        Lora.read("me/lora")
+    with pytest.raises(UserError, match="LoRA me/lora/x.safetensors: 0 safetensors"):
+        Lora.read("me/lora/x.safetensors")
+    assert fake_hub.fetched == []
+
+
+def test_the_configuration_of_peft_comes_along(fake_hub, checkpoint):
+    shutil.rmtree(fake_hub.repo)
+    fake_hub.repo.mkdir()
+    for name in ("adapter_model", "optimizer"):
+        file = fake_hub.repo / f"{name}.safetensors"
+        shutil.copy(checkpoint("ltx-2-lora"), file)
+    config = fake_hub.repo / "adapter_config.json"
+    config.write_text('{"peft_type": "LORA", "lora_alpha": 2}')
+    assert Lora.read("me/lora").alphas == {2}
+    assert fake_hub.fetched == ["adapter_model.safetensors", "adapter_config.json"]
