@@ -95,21 +95,30 @@ def write_model(folder: Path, encoder: Path) -> Path:
     return target
 
 
-def write_encoder(folder: Path) -> Path:
-    """Gemma 3 12B in 4 bits, with the tests' tokenizer."""
+def encoder_config(config: dict) -> dict:
+    """Gemma 3 12B's, in 4 bits, from the tests' small one."""
+    quantized = {"group_size": 64, "bits": 4}
+    text = config["text_config"] | GEMMA_12B
+    return config | {"text_config": text, "quantization": quantized}
+
+
+def encoder_tensors(config: dict) -> dict[str, mx.array]:
+    """Its tensors, not evaluated."""
     from mlx_lm.models.gemma3_text import Gemma3Model, ModelArgs
 
-    path = checkpoints.build("gemma3", folder)
-    config = json.loads((path / "config.json").read_text())
-    config["text_config"] |= GEMMA_12B
-    config["quantization"] = {"group_size": 64, "bits": 4}
     with no_random_weights():
         model = Gemma3Model(ModelArgs.from_dict(config["text_config"]))
         model.set_dtype(mx.bfloat16)
         nn.quantize(model, **config["quantization"])
     tensors = dict(tree_flatten(model.parameters()))
-    tensors = {f"language_model.model.{k}": w for k, w in tensors.items()}
-    write_sparse(path / "model.safetensors", tensors)
+    return {f"language_model.model.{k}": w for k, w in tensors.items()}
+
+
+def write_encoder(folder: Path) -> Path:
+    """Gemma 3 12B in 4 bits, with the tests' tokenizer."""
+    path = checkpoints.build("gemma3", folder)
+    config = encoder_config(json.loads((path / "config.json").read_text()))
+    write_sparse(path / "model.safetensors", encoder_tensors(config))
     (path / "config.json").write_text(json.dumps(config))
     return path
 

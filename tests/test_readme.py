@@ -16,10 +16,14 @@ from test_pipeline import QuickVocoder
 
 import convert
 import generate
+import ltx2
 import train
 from ltx2 import checks, formats, media, pipeline
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+import macs  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.splitlines() if line[0] != "#"]
@@ -27,6 +31,7 @@ COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
 GENERATE = [c for c in COMMANDS if c.startswith("python generate.py")]
 CONVERT = [c for c in COMMANDS if c.startswith("python convert.py")]
 LAUNCHED = [c for c in COMMANDS if c.startswith("mlx.launch")]
+UV = [c for c in COMMANDS if c.startswith("uv run")]
 TRAIN = [c for c in COMMANDS if c.startswith("python train.py")]
 CHECKS = [c for c in COMMANDS if c.startswith("python -m ltx2.checks")]
 # The small checkpoint for each file that the README names.
@@ -65,7 +70,8 @@ GUIDED = ("--cfg-scale", "--distilled-lora", "alpha-gen")  # for a dev model
 
 
 def test_every_command_is_tested():
-    tested = {*GENERATE, *CONVERT, *CHECKS, *LAUNCHED, *TRAIN}
+    tested = {*GENERATE, *CONVERT, *CHECKS, *LAUNCHED, *TRAIN, *UV}
+    assert UV == [GENERATE[0].replace("python", "uv run")]
     assert set(COMMANDS) - tested == {
         "pip install -e .",
         "pip install -r requirements.txt",
@@ -89,6 +95,29 @@ def test_the_layout_table_names_every_file():
     assert len(named) == len(set(named))
     package = {"ltx2/__init__.py"}
     assert {*named} | package == {str(f.relative_to(ROOT)) for f in files}
+
+
+@pytest.mark.parametrize("name, bits", [*zip(macs.MODELS, (16, 4, 16))])
+def test_the_tables_of_macs_are_what_the_planner_says(name, bits):
+    """All models in 16 bits, whose plans are quick, and one in 4."""
+    table = README.split(macs.BEGIN)[1].split(macs.END)[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert macs.memory_row(name, bits) in rows
+    for size in macs.SIZES:
+        assert macs.time_row(name, size, bits) in rows
+    assert all(heads in rows for heads in macs.HEADS)
+
+
+def test_the_python_example_runs(folder, checkpoint, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    model, encoder = str(checkpoint("ltx-2")), str(checkpoint("gemma3"))
+    load, options = ltx2.load, {"dtype": "float32", "kind": "distilled"}
+    monkeypatch.setattr(pipeline, "load", lambda _: load(model, encoder, **options))
+    monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
+    monkeypatch.chdir(folder)
+    small = "num_frames=9, height=64, width=64, sigmas=(1.0, 0.5, 0.0)"
+    exec(code.replace("num_frames=121", small))
+    assert media.probe("cat.mp4").num_frames == 9
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +262,9 @@ def test_launched(command):
     assert shlex.split(program)[:2] == ["python", "generate.py"]
     args = generate.parser().parse_args(shlex.split(program)[2:])
     assert args.num_videos > 1 or args.parallel
-    assert re.fullmatch(r"mlx.launch (-n 2|--backend ring --hostfile \S+)", launch)
+    assert re.fullmatch(
+        r"mlx.launch (-n 2|--backend (ring|jaccl) --hostfile \S+)", launch
+    )
 
 
 @pytest.mark.parametrize("command", CONVERT)
