@@ -87,8 +87,8 @@ def main() -> None:
     else:
         convert(args, folder)
     if repo:
-        hub.upload(folder, repo)
-        print(f"uploaded to https://huggingface.co/{repo}")
+        count = hub.upload(folder, repo)
+        print(f"https://huggingface.co/{repo} has all {count} files, unchanged")
 
 
 def convert(args: argparse.Namespace, folder: Path) -> None:

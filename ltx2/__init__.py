@@ -7,7 +7,7 @@ from typing import Any
 # Before MLX is imported: it would round the float32 convolutions of an M5 to 10 bits.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 REFERENCE = "1.4.2"  # the release of the reference whose rules these are
 HOMES = {
     "guidance": "Guidance",

@@ -13,6 +13,7 @@ import tempfile
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Optional
@@ -32,6 +33,7 @@ FOLDERS = (
     "diffusion_models text_encoders vae latent_upscale_models model_patches loras "
     "checkpoints"
 ).split()
+ASIDE = ["*.DS_Store", ".cache/*", ".git/*"]  # never uploaded
 INSTEAD = ", take the original .safetensors file"
 DTYPES = {
     "BF16": mx.bfloat16,
@@ -410,15 +412,42 @@ def check_space(needed: dict[Path, int]) -> None:
             raise UserError(f"not enough space on the disk of {folder}: {sizes}")
 
 
-def upload(folder: Path, repo: str, message: str = "Add the converted model") -> None:
-    """Put a folder into a repository."""
+def upload(folder: Path, repo: str, message: str = "Add the converted model") -> int:
+    """Put a folder into a repository, which sends what is not there yet, and compare what
+    arrived with it. The number of files; UserError if one differs."""
     with hub_api(repo) as api:
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        options = {"repo_id": repo, "folder_path": folder, "ignore_patterns": ASIDE}
+        api.upload_folder(commit_message=message, **options)
+        there = api.model_info(repo, files_metadata=True).siblings
+    arrived = {f.rfilename: f for f in there}
+    sent = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    sent = {path.relative_to(folder).as_posix(): path for path in sent}
+    sent = {k: p for k, p in sent.items() if not any(fnmatch(k, a) for a in ASIDE)}
+    wrong = [k for k, path in sent.items() if not is_same(path, arrived.get(k))]
+    if wrong:
+        raise UserError(
+            f"{repo} differs from {folder}: {', '.join(wrong[:5])}; run the same command "
+            "again, which sends only what is missing"
+        )
+    return len(sent)
+
+
+def is_same(path: Path, there: Any) -> bool:
+    """Whether a file in a repository is this one: its size and its sha256, or of a small
+    file, which Git itself holds, the name of its blob."""
+    if there is None or there.size != path.stat().st_size:
+        return False
+    if there.lfs:
+        return there.lfs.sha256 == File(path.name, there.size, path).checksum()
+    blob = b"blob %d\0" % there.size + path.read_bytes()
+    return there.blob_id == hashlib.sha1(blob).hexdigest()
 
 
 def create_repository(repo: str) -> None:
-    """Create a repository if needed: the Hub's answer shows whether it can be written."""
+    """Say who uploads, and create a repository if needed: the Hub's answers show whether
+    it can be written."""
     with hub_api(repo) as api:
+        note(f"uploading to {repo} as {api.whoami()['name']}")
         api.create_repo(repo_id=repo, exist_ok=True)
 
 
@@ -434,6 +463,8 @@ def hub_api(repo: str) -> Iterator[Any]:
     away = errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HTTPError
     try:
         yield HfApi()
+    except errors.LocalTokenNotFoundError:
+        raise UserError(f"log in to upload to {repo}: `hf auth login`") from None
     except errors.GatedRepoError:
         page = f"https://huggingface.co/{repo}"
         raise UserError(f"accept the license at {page}, then `hf auth login`") from None

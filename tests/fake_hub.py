@@ -1,5 +1,6 @@
 """A Hub repository in a folder, for tests without a network."""
 
+import hashlib
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,21 +11,33 @@ import pytest
 from ltx2 import hub
 
 
+def about(path: Path, sha256: str) -> dict:
+    """What the Hub says about a file, of a large one its sha256."""
+    data = path.read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    lfs = SimpleNamespace(sha256=sha256 or hashlib.sha256(data).hexdigest())
+    lfs = lfs if path.suffix != ".json" else None
+    return {"size": len(data), "blob_id": blob, "lfs": lfs}
+
+
 class FakeHub:
     """A repository in a folder; records what is downloaded."""
 
     def __init__(self, repo: Path, cache: Path):
         self.repo, self.cache, self.fetched = repo, cache, []
+        self.uploads = cache.parent / "uploads"
         cache.mkdir()
 
     def model_info(self, repo, files_metadata):
+        uploaded = (self.uploads / repo).exists()
+        there, sha256 = (
+            (self.uploads / repo, "") if uploaded else (self.repo, "ab" * 32)
+        )
         siblings = [
             SimpleNamespace(
-                rfilename=p.relative_to(self.repo).as_posix(),
-                size=p.stat().st_size,
-                lfs=SimpleNamespace(sha256="ab" * 32) if p.suffix != ".json" else None,
+                rfilename=p.relative_to(there).as_posix(), **about(p, sha256)
             )
-            for p in sorted(self.repo.rglob("*"))
+            for p in sorted(there.rglob("*"))
             if p.is_file()
         ]
         return SimpleNamespace(siblings=siblings, sha="c0ffee")
@@ -42,10 +55,17 @@ class FakeHub:
         (self.cache / name).parent.mkdir(exist_ok=True)
         return shutil.copy(self.repo / name, self.cache / name)
 
+    def whoami(self):
+        return {"name": "me"}
+
     def create_repo(self, repo_id, exist_ok):
         self.created = repo_id
 
-    def upload_folder(self, repo_id, folder_path, commit_message):
+    def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
+        ignore = shutil.ignore_patterns(*ignore_patterns)
+        shutil.copytree(
+            folder_path, self.uploads / repo_id, ignore=ignore, dirs_exist_ok=True
+        )
         self.uploaded = repo_id, sorted(p.name for p in Path(folder_path).iterdir())
 
     def cached(self, repo, name, revision):
@@ -66,7 +86,8 @@ def fake_hub(checkpoint, tmp_path, monkeypatch):
     (repo / "vae").mkdir()
     (repo / "vae" / "model.safetensors").write_text("for another tool")
     fake = FakeHub(repo, tmp_path / "cache")
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+    api = type("HfApi", (), {"__new__": lambda _: fake})  # others name it in types
+    monkeypatch.setattr(huggingface_hub, "HfApi", api)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.download)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", fake.cached)
     return fake

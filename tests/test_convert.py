@@ -689,6 +689,47 @@ def test_a_folder_that_exists_is_uploaded_without_converting(
     assert (quantized / "config.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("name", ["config.json", "vae.safetensors"])
+@pytest.mark.parametrize("damage", ["lost", "cut", "changed"])
+def test_what_arrived_is_compared_and_sent_again(
+    fake_hub, quantized, monkeypatch, capsys, name, damage
+):
+    send, args = fake_hub.upload_folder, ("--mlx-path", quantized, "--upload-repo")
+
+    def damaged(**options):
+        send(**options)
+        file = fake_hub.uploads / "me/it" / name
+        data = file.read_bytes()
+        changed = bytes([data[-1] ^ 1]) if damage == "changed" else b""
+        file.write_bytes(data[:-1] + changed)
+        if damage == "lost":
+            file.unlink()
+
+    monkeypatch.setattr(fake_hub, "upload_folder", damaged)
+    assert f"differs from {quantized}: {name}; run" in refused(capsys, *args, "me/it")
+    monkeypatch.setattr(fake_hub, "upload_folder", send)
+    assert convert(*args, "me/it") == 0
+    out = capsys.readouterr().out
+    assert "uploading to me/it as me" in out and "files, unchanged" in out
+
+
+def test_files_of_the_finder_are_not_uploaded(fake_hub, quantized, tmp_path):
+    copy = shutil.copytree(quantized, tmp_path / "copy")
+    (copy / ".DS_Store").write_text("of the Finder")
+    assert convert("--mlx-path", copy, "--upload-repo", "me/it") == 0
+    assert not (fake_hub.uploads / "me/it" / ".DS_Store").exists()
+
+
+def test_uploading_needs_a_login(fake_hub, tmp_path, monkeypatch, capsys):
+    def refuse():
+        raise errors.LocalTokenNotFoundError("no token")
+
+    monkeypatch.setattr(fake_hub, "whoami", refuse)
+    args = ("--mlx-path", tmp_path / "model", "--upload-repo", "me/it")
+    assert "hf auth login" in refused(capsys, *args)
+    assert fake_hub.fetched == [] and not (tmp_path / "model").exists()
+
+
 def test_the_hub_identity_is_checked_first(fake_hub, tmp_path, monkeypatch, capsys):
     def refuse(**kwargs):
         response = SimpleNamespace(headers={}, request=None, status_code=401)
