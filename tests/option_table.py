@@ -39,7 +39,7 @@ def option_table() -> str:
         rows = [
             f"| `{form(action)}` | {meaning(action)} |"
             for action in group._group_actions
-            if action.dest != "help"
+            if action.dest not in ("help", "version")
         ]
         if rows:
             tables.append("\n".join([f"| {group.title} | |", "|---|---|", *rows]))

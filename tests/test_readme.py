@@ -190,6 +190,8 @@ def small_size(command):
     if "--chunk-frames" in command:  # two windows
         windows = ["--num-frames", "33", "--chunk-frames", "25", "--carry-frames", "17"]
         return [*extra, *windows]
+    if "--duration" in command:
+        return extra
     if "--segment" in command:  # of 5 seconds
         return [*extra, "--num-frames", "9", "--fps", "2"]
     if "@1.5s" in command:  # is frame 12 then
