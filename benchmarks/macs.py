@@ -28,7 +28,15 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 
 import test_layout as layouts  # noqa: E402
 
-from ltx2 import chips, conversion, hub, memory, quantization, timing, weights  # noqa: E402  # noqa: E402
+from ltx2 import (
+    chips,
+    conversion,
+    hub,
+    memory,
+    quantization,
+    timing,
+    weights,
+)  # noqa: E402  # noqa: E402
 from ltx2.pipeline import Pipeline  # noqa: E402
 from ltx2.request import Request  # noqa: E402
 from ltx2.stages import Job  # noqa: E402
