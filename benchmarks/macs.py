@@ -28,18 +28,11 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 
 import test_layout as layouts  # noqa: E402
 
-from ltx2 import (
-    chips,
-    conversion,
-    hub,
-    memory,
-    quantization,
-    timing,
-    weights,
-)  # noqa: E402  # noqa: E402
+from ltx2 import chips, conversion, hub, memory, quantization, weights  # noqa: E402
 from ltx2.pipeline import Pipeline  # noqa: E402
 from ltx2.request import Request  # noqa: E402
 from ltx2.stages import Job  # noqa: E402
+from ltx2.timing import HIGH, LOW, TimePlan  # noqa: E402
 from ltx2.work import Counter  # noqa: E402
 
 README = ROOT / "README.md"
@@ -189,7 +182,7 @@ def time_row(name: str, size: str, bits: int = 4) -> list[str]:
     work = {phases.get(k, k): n for k, n in work.items()}
     row = [name, size, f"{sum(work.values()) / 1e15:.2f}"]
     for rate in RATES.values():
-        plan = timing.TimePlan(work, rate * 1e12, timing.LOW, timing.HIGH, "")
+        plan = TimePlan(work, rate * 1e12, LOW, HIGH, "")
         ends = map(sum, zip(*map(plan.seconds, work)))
         row.append(" to ".join(minutes(n) for n in ends))
     return row
