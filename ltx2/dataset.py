@@ -22,7 +22,7 @@ from . import media
 from .base import LOG, UserError, checked, note
 from .cache import ContextCache
 from .guidance import Contexts
-from .hub import File
+from .hub import File, read_arrays
 from .inputs import Encoders, InputFiles
 from .latents import SPACE_SCALE, TIME_SCALE, Size, Streams, audio_tokens
 from .options import check_step, match_groups
@@ -275,7 +275,7 @@ class Dataset:
         encoders, broken = Encoders(InputFiles(), self.pipe.component), []
         for item in items:
             try:
-                if not self.path(item).exists():
+                if not self._is_encoded(item):
                     self._save(item, encoders)
             except UserError as error:
                 note(f"{item.clip.path.name} is left out: {error}")
@@ -316,6 +316,13 @@ class Dataset:
         if x.shape[1] != size.latent[0]:
             raise UserError(f"{path.name} ends before frame {size.num_frames}")
         return x
+
+    def _is_encoded(self, item: Item) -> bool:
+        """Whether an item's file is there; a damaged one is made again."""
+        try:
+            return bool(read_arrays(self.path(item)))
+        except UserError:
+            return False
 
     def load(self, item: Item) -> Sample:
         """An item's latents and contexts, from the disk."""

@@ -18,10 +18,11 @@ from mlx.utils import tree_flatten
 
 from . import __version__, dataset, gradients, latents, media, memory
 from .adapters import ADAPTERS, CONFIG, STATE, official, save_losses
-from .base import UserError, checked, note
+from .base import Checked, UserError, checked, note, parse_json
 from .chips import this_chip
 from .dit import Block, DiT, StreamedBlocks
 from .gradients import SCHEDULES, TARGETS, Parameters
+from .hub import read_arrays
 from .latents import LatentState, Size
 from .lora import Lora, attach, linear_shape
 from .options import ask, check, comma_separated
@@ -102,6 +103,14 @@ class Report:
     learning_rate: float = 0.0
     per_second: float = 0.0
     peak: int = 0
+
+
+@dataclass(frozen=True)
+class Place(Checked):
+    """Where an interrupted training is: its step, and step, loss, held-out loss of all."""
+
+    step: int
+    history: list[tuple[int, Optional[float], Optional[float]]]
 
 
 # The run
@@ -252,23 +261,33 @@ class Trainer:
         """The factors of an earlier training, and its step and moments if they are
         there."""
         state = (path if path.is_dir() else path.parent) / STATE
-        if state.is_file():
-            arrays, metadata = mx.load(str(state), return_metadata=True)
-            found = {k[2:]: w for k, w in arrays.items() if k.startswith("p.")}
-        else:
+        if not state.is_file():
             note(f"there is no {state}: training begins at step 0")
+            arrays, at = {}, None
             found = gradients.factor_parameters(Lora.read(path))
+        else:
+            arrays, metadata = read_arrays(state)
+            found = {k[2:]: w for k, w in arrays.items() if k.startswith("p.")}
+            text = ", ".join(f"{json.dumps(k)}: {v}" for k, v in metadata.items())
+            at = checked(Place, parse_json(f"{{{text}}}", f"{state}: "), f"{state}: ")
         shapes = [{k: w.shape for k, w in p.items()} for p in (found, new)]
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"{path} has other layers or another rank: pass the flags it was made with"
             )
-        if state.is_file():
+        if at is not None:
+            moments = {f"{k}.{key}": w.shape for key, w in found.items() for k in "mv"}
+            there = {k: w.shape for k, w in arrays.items()}
+            expected = moments | {"step": ()}
+            if any(there.get(k) != shape for k, shape in expected.items()):
+                raise UserError(f"{state} is not complete: start from its adapter")
             for key in found:
                 self.opt.state[key] = {k: arrays[f"{k}.{key}"] for k in "mv"}
             self.opt.state["step"] = arrays["step"]
-            found_at = (json.loads(metadata[k]) for k in ("step", "history"))
-            self.step, self.history = found_at
+            self.step = at.step
+            self.history = [
+                [n, math.nan if loss is None else loss, x] for n, loss, x in at.history
+            ]
         return found
 
     # Training
@@ -423,7 +442,8 @@ class Trainer:
         for part in "mv":
             arrays |= {f"{part}.{k}": self.opt.state[k][part] for k in parameters}
         arrays["step"] = self.opt.state["step"]
-        facts = {"step": str(self.step), "history": json.dumps(self.history)}
+        rows = [[n, x if math.isfinite(x) else None, y] for n, x, y in self.history]
+        facts = {"step": str(self.step), "history": json.dumps(rows)}
         save_arrays(self.folder / STATE, arrays, facts)
         config = json.dumps(self.config(), indent=1)
         (self.folder / CONFIG).write_text(config + "\n")

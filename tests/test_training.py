@@ -7,6 +7,7 @@ import signal
 import sys
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import checkpoints
@@ -424,6 +425,38 @@ def test_an_interrupted_training_continues_bit_for_bit(run, monkeypatch):
     lines = [(f / "loss.csv").read_text().splitlines() for f in (part, whole)]
     assert lines[0] == lines[1] and len(lines[0]) == 5
     assert media.load_image(part / "loss.png").shape == (540, 960, 3)
+
+
+def test_a_state_that_is_damaged_or_a_strangers_is_named(run, tmp_path):
+    folder, _ = run("--iters", "1", to="done")
+    state = folder / training.STATE
+    arrays, metadata = mx.load(str(state), return_metadata=True)
+    arrays = {k: mx.array(w) for k, w in arrays.items()}
+    key = next(k for k in arrays if k.startswith("m."))
+    cases = [
+        (arrays, metadata | {"step": '"two"'}, "step must be an integer"),
+        (arrays, metadata | {"history": "[[1, 2]]"}, "history.0. must be a list of 3"),
+        (arrays, metadata | {"step": "}"}, "is not valid JSON"),
+        (arrays, {}, "step is missing"),
+        ({k: w for k, w in arrays.items() if k != key}, metadata, "is not complete"),
+        (arrays | {key: mx.zeros(3)}, metadata, "is not complete"),
+    ]
+    for tensors, facts, message in cases:
+        mx.save_safetensors(str(state), tensors, facts)
+        with pytest.raises(UserError, match=message):
+            run("--iters", "2", "--resume-adapter-file", "done", to="done")
+    state.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="state"):
+        run("--iters", "2", "--resume-adapter-file", "done", to="done")
+
+
+def test_damaged_latents_are_made_again(run):
+    folder, _ = run("--iters", "1", "--cache", "kept", to="one")
+    damaged = sorted(Path("kept").glob("*.latents.safetensors"))[0]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    run("--iters", "1", "--cache", "kept", to="two")
+    assert damaged.read_bytes() == whole
 
 
 def test_the_adapter_is_an_official_lora(run, checkpoint, monkeypatch, capsys):
