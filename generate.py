@@ -13,7 +13,7 @@ import sys
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 from ltx2 import REFERENCE, __version__
 from ltx2.base import OutputError, Parser, UserError, awake, read_text, run, table
@@ -53,7 +53,11 @@ def parser() -> argparse.ArgumentParser:
     add = group("output").add_argument
     add("--prompts", metavar="FILE", help="file with a prompt per line, a video each")
     add(
-        "--num-videos", type=int, default=1, metavar="N", help="with seeds SEED, SEED+1"
+        "--num-videos",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of each prompt, with seeds SEED, SEED+1, ...",
     )
     add("--enhance-prompt", action="store_true", help="expand the prompt with Gemma")
     add("--output", metavar="FILE", help="(default: output.mp4)")
@@ -112,6 +116,7 @@ def add_run_flags(add: Any) -> None:
 def main() -> None:
     args = parser().parse_args()
     from ltx2 import formats, pipeline, timing
+    from ltx2.parallel import random_seed
 
     group = init_distributed()
     if args.parallel and group is None:
@@ -119,7 +124,7 @@ def main() -> None:
     passed = passed_options(args)
     load, request, resume, made = from_recording(args, passed)
     load |= {k: v for k, v in vars(args).items() if k in LOADING and v is not None}
-    requests = build_requests(args, request, passed)
+    requests = build_requests(args, request, passed, lambda: random_seed(group))
     sound_only = requests[0].audio_only
     suffix = ".wav" if sound_only else formats.FORMATS[args.codec or "h264"].suffix
     output = f"output{suffix}" if args.output is None else args.output
@@ -185,7 +190,7 @@ def make(
             if args.save_json:
                 text = json.dumps(result.metadata, indent=2) + "\n"
                 beside(output, ".json").write_text(text)
-            print(f"wrote {output}")
+            print(f"wrote {output} (seed {result.request.seed})")
         next(events, None)  # the last file is written, too
     print(timings(result.phases))
 
@@ -243,9 +248,14 @@ def passed_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_requests(
-    args: argparse.Namespace, recorded: Optional[Request], passed: dict[str, Any]
+    args: argparse.Namespace,
+    recorded: Optional[Request],
+    passed: dict[str, Any],
+    draw: Callable[[], int],
 ) -> list[Request]:
-    """The requests: the recorded one changed by the flags that are passed."""
+    """The requests: the recorded one changed by the flags that are passed, its seed or
+    one that is drawn for the first video of each prompt, and the next for its others.
+    """
     if args.resume and passed:
         flag = next(iter(passed)).replace("_", "-")
         raise UserError(f"--resume keeps the original settings: remove --{flag}")
@@ -275,8 +285,9 @@ def build_requests(
     for name in {"video_guidance", "audio_guidance"} & passed.keys():
         passed[name] = (base.get(name) or {}) | passed[name]
     first = Request(**{**base, **passed, "prompt": prompts[0] or ""})
+    seed = draw() if first.seed is None else first.seed
     return [
-        replace(first, prompt=prompt or "", seed=first.seed + n)
+        replace(first, prompt=prompt or "", seed=seed + n)
         for prompt in prompts
         for n in range(args.num_videos)
     ]

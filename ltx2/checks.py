@@ -160,10 +160,11 @@ def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
     from .run import seeded_noise
     from .snapshot import Snapshot
 
-    options = {k: getattr(args, k) for k in (*SIZE, "seed", "steps")}
+    usual = {**SIZE, "seed": 10}
+    options = {k: getattr(args, k) for k in (*usual, "steps")}
     options = {k: v for k, v in options.items() if v is not None}
     if args.prompt:
-        request = Request(args.prompt, **{**SIZE, **options})
+        request = Request(args.prompt, **{**usual, **options})
         return pipe.initial_snapshot(pipe.plan(request))
     synthetic = args.latents in ("zeros", "random")
     if args.steps or options and not synthetic:
@@ -171,7 +172,7 @@ def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
         raise UserError(f"{option} cannot be combined with --latents {args.latents}")
     if not synthetic:
         return Snapshot.read(args.latents)
-    job = pipe.plan(Request("only decoded", stages="one", **{**SIZE, **options}))
+    job = pipe.plan(Request("only decoded", stages="one", **{**usual, **options}))
     draw, scale = seeded_noise(job.request.seed), float(args.latents == "random")
     video, audio = pipe.vae.config, pipe.audio_vae.config
     shapes = {

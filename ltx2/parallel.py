@@ -5,6 +5,7 @@ and writes; the denoising steps are split in one of MODES.
 """
 
 import pickle
+import secrets
 from typing import Any, Callable, Optional, Sequence, TypeVar, Union
 
 import mlx.core as mx
@@ -37,6 +38,11 @@ def broadcast(group: Optional[Group], value: Any, root: int = 0) -> Any:
     size = mx.distributed.all_sum(mx.array(len(data) * is_root), group=group).item()
     data = mx.array(data if is_root else np.zeros(size, np.uint8))
     return pickle.loads(np.array(mx.distributed.all_sum(data, group=group)))
+
+
+def random_seed(group: Optional[Group]) -> int:
+    """A new seed, the same on every rank."""
+    return broadcast(group, secrets.randbelow(2**32))
 
 
 class PassParallel:

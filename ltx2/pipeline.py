@@ -17,7 +17,7 @@ from .components import Components
 from .guidance import Contexts, guidance_passes
 from .linear import layer_formats
 from .options import check_choice
-from .parallel import Group, Machines
+from .parallel import Group, Machines, random_seed
 from .preview import Preview
 from .record import Load
 from .request import Request
@@ -36,7 +36,10 @@ class Pipeline(Components):
 
     def plan(self, request: Request) -> Job:
         """What a request means with this model and its input files, and the memory it
-        takes; UserError if it cannot be done. No weights are read."""
+        takes; UserError if it cannot be done. No weights are read. A request without a
+        seed gets a random one of its own, which the job's request then has."""
+        if request.seed is None:
+            request = replace(request, seed=random_seed(self.machines.group))
         job = plan(request, self.checkpoint, self.inputs)
         self.checkpoint.check(*(set(job.components) - self._checked))
         self._checked |= set(job.components)
@@ -209,8 +212,14 @@ class Pipeline(Components):
     def _jobs(self, requests: Sequence, resume: Optional[Snapshot]) -> list[Job]:
         """The plans of requests, or of the one that is resumed."""
         requests = requests or [resume.request if resume else None]
-        plan = lambda r: self.plan(checked(Request, r, "request"))
-        jobs = [r if isinstance(r, Job) else plan(r) for r in requests]
+
+        def planned(r: Any) -> Job:
+            r = checked(Request, r, "request")
+            if resume is not None and r.seed is None:
+                r = replace(r, seed=resume.request.seed)
+            return self.plan(r)
+
+        jobs = [r if isinstance(r, Job) else planned(r) for r in requests]
         if resume is not None:
             if len(jobs) > 1:
                 raise UserError("resume continues one video")

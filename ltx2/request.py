@@ -174,7 +174,9 @@ class Request(Checked):
         metavar=Segment.FORM,
         excludes="auto_duration contexts_file",
     )
-    seed: int = ask("of the noise", 10, between=(0, 2**63 - 1))
+    seed: Optional[int] = ask(
+        "of the noise (default: random, printed and saved)", between=(0, 2**63 - 1)
+    )
     preset: Optional[str] = ask(
         "size, stages, steps and decoder; what is passed wins", choices=tuple(PRESETS)
     )

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,7 +66,8 @@ def run(case: dict, group=None) -> dict:
             for prompt in (job.request.prompt, job.negative_prompt)
         }
     gc.collect()  # of the last case
-    held, latents, found = mx.get_active_memory(), {}, {}
+    held, latents = mx.get_active_memory(), {}
+    found = {"drawn": pipe.plan(replace(requests[0], seed=None)).request.seed}
     for event in pipe.stream(*requests, contexts=contexts):
         if isinstance(event, pipeline.Result):
             latents[f"{len(latents)}.video"] = event.video_latents
@@ -215,6 +217,13 @@ def test_the_first_machine_gets_the_latents_of_a_single_machine(cases, alone, to
         for k, x in expected["latents"].items():
             error = mx.abs(x - actual["latents"][k]).max() / mx.abs(x).max()
             assert error < 1e-4, (case["name"], k)
+
+
+def test_machines_draw_the_same_seeds(cases, together):
+    ranks, found = together
+    names = {name for name, _ in found}
+    drawn = [{found[name, rank]["drawn"] for rank in range(ranks)} for name in names]
+    assert all(len(seeds) == 1 for seeds in drawn) and len(set.union(*drawn)) > 1
 
 
 def test_a_machine_holds_only_its_part_of_the_blocks(alone, together):

@@ -99,6 +99,20 @@ def test_results_depend_on_the_seed_only(pipe, contexts):
     assert not mx.allclose(first["video"], other["video"], atol=0.1)
 
 
+def test_a_request_without_a_seed_gets_one_of_its_own(pipe, contexts, quick_vocoder):
+    request = Request("a cat", **SHORT)
+    assert request.seed is None
+    events = [*pipe.stream(request, request, contexts=contexts)]
+    one, other = (e.request for e in events if isinstance(e, pipeline.Result))
+    assert one.seed != other.seed and 0 <= one.seed < 2**32
+    snapshot = next(e.snapshot for e in events if e.phase == "latents")
+    again = latents_of(pipe, one, contexts=contexts)["video"]
+    assert mx.array_equal(again, snapshot.latents["video"])
+    # A run that is resumed keeps its seed.
+    resumed = latents_of(pipe, request, contexts=contexts, resume=snapshot)
+    assert mx.array_equal(resumed["video"], again)
+
+
 def test_noise_depends_on_name_and_seed():
     noise = pipeline.seeded_noise(3)
     assert mx.array_equal(noise("a", (4,)), noise("a", (4,)))
@@ -115,7 +129,7 @@ def test_noise_and_sigmas_can_be_numpy_arrays(pipe, contexts, quick_vocoder, tmp
     result = pipe.generate(
         "a cat", contexts=contexts, noise=noise, sigmas=sigmas, **SIZE
     )
-    request = Request("a cat", sigmas=(1, 0.7, 0.3, 0), **SIZE)
+    request = Request("a cat", seed=10, sigmas=(1, 0.7, 0.3, 0), **SIZE)
     same = latents_of(pipe, request, contexts=contexts)
     assert mx.array_equal(result.video_latents, same["video"][0])
     result.save(tmp_path / "out.mp4")
@@ -761,7 +775,9 @@ def guided(checkpoint, contexts):
             calls.append(len(passes))
             return call(self, video, audio, texts, passes, trace)
 
-        request = Request("a cat", "bad", steps=12, no_audio=True, **SIZE, **options)
+        request = Request(
+            "a cat", "bad", steps=12, seed=10, no_audio=True, **SIZE, **options
+        )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(pipe.transformer), "__call__", count)
             latents = latents_of(pipe, request, contexts=texts)
