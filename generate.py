@@ -15,10 +15,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
 
-from ltx2 import REFERENCE, __version__
+from ltx2 import REFERENCE, __version__, outputs
 from ltx2.base import OutputError, Parser, UserError, awake, read_text, run, table
 from ltx2.guidance import Guidance
 from ltx2.options import add_flags, located, name_and_file
+from ltx2.outputs import LATENTS, PREVIEW, SHEET, beside
 from ltx2.request import Request
 
 EPILOG = """\
@@ -30,7 +31,6 @@ DEMO = Path(__file__).parent / "demo" / "model"
 NOTICE = """\
 demo model, for prompts like "A red circle moves from left to right, with a low tone": see demo/README.md
 for the real model: python convert.py --quantize -q-bits 4 (lists what it downloads first)"""
-LATENTS, PREVIEW, SHEET = ".latents.safetensors", ".preview.png", "-sheet.png"
 LOADING = ("model", "kind", "text_encoder", "upsamplers", "parts", "dtype")
 
 
@@ -61,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--enhance-prompt", action="store_true", help="expand the prompt with Gemma")
     add("--output", metavar="FILE", help="(default: output.mp4)")
+    text = "replace earlier files (default: the next free name, output-2.mp4)"
+    add("--overwrite", action="store_true", help=text)
     codecs = ["h264", "hevc", "prores", "ffv1", "exr"]
     text = "hevc is HLG with 10 bits (default: by the ending, h264 for .mp4)"
     add("--codec", choices=codecs, help=text)
@@ -115,7 +117,7 @@ def add_run_flags(add: Any) -> None:
 
 def main() -> None:
     args = parser().parse_args()
-    from ltx2 import formats, pipeline, timing
+    from ltx2 import pipeline, timing
     from ltx2.parallel import random_seed
 
     group = init_distributed()
@@ -125,18 +127,14 @@ def main() -> None:
     load, request, resume, made = from_recording(args, passed)
     load |= {k: v for k, v in vars(args).items() if k in LOADING and v is not None}
     requests = build_requests(args, request, passed, lambda: random_seed(group))
-    sound_only = requests[0].audio_only
-    suffix = ".wav" if sound_only else formats.FORMATS[args.codec or "h264"].suffix
-    output = f"output{suffix}" if args.output is None else args.output
-    outputs = name_outputs(output, len(requests))
-    check_outputs(args, outputs, requests)
+    name_outputs(args, requests)  # fails before a model is looked for
     if "model" not in load:
         load["model"] = "mlx_model"
         if not Path("mlx_model").exists():
             print(NOTICE)
             load["model"] = str(DEMO)
-    names = "low_memory", "cache_contexts", "parallel"
-    options = {name: getattr(args, name) for name in names}
+    options = "low_memory", "cache_contexts", "parallel"
+    options = {name: getattr(args, name) for name in options}
     pipe = pipeline.load(**load, **options, group=group)
     jobs = [pipe.plan(r) for r in requests]
     if args.recorded and pipe.files() != made.files:
@@ -147,7 +145,7 @@ def main() -> None:
             f"those of {REFERENCE} are used, so samplers, sound or the default negative "
             "prompt may differ"
         )
-    check_outputs(args, outputs, [job.request for job in jobs])  # HDR, perhaps
+    names = name_outputs(args, [job.request for job in jobs], say=True)  # HDR, perhaps
     for line in dict.fromkeys(line for job in jobs for line in job.notes):
         print(f"note: {line}")
     print(describe(pipe, jobs[0]))
@@ -160,11 +158,11 @@ def main() -> None:
         print(timing.time_plan(pipe, jobs))
     else:
         with awake(not args.no_caffeinate):
-            make(pipe, jobs, outputs, resume, args)
+            make(pipe, jobs, names, resume, args)
 
 
 def make(
-    pipe: Any, jobs: list, outputs: list[str], resume: Any, args: argparse.Namespace
+    pipe: Any, jobs: list, names: list[str], resume: Any, args: argparse.Namespace
 ) -> None:
     """Run the jobs and write their videos."""
     from ltx2 import media, timing
@@ -179,18 +177,21 @@ def make(
             pass
         return
     left = timing.Remaining(timing.work_of(pipe, jobs))
-    with closing(Progress(args, outputs, preview, left).watch(stream)) as events:
-        for job, output in zip(jobs, outputs):
+    with closing(Progress(args, names, preview, left).watch(stream)) as events:
+        for job, output in zip(jobs, names):
             sheet = Sheet(job.size.fps, job.request.color_space)
             result = write(output, args, job, sheet.watch(events))
             if args.save_sheet:
                 picture = sheet.draw(result.waveform, result.sample_rate)
                 media.save_png(beside(output, SHEET), picture)
-                print(f"wrote {beside(output, SHEET)}")
             if args.save_json:
                 text = json.dumps(result.metadata, indent=2) + "\n"
                 beside(output, ".json").write_text(text)
             print(f"wrote {output} (seed {result.request.seed})")
+            for path in files_of(args, job.request).of(output)[1:]:
+                latents = path == beside(output, LATENTS)
+                if path.exists() and (args.save_latents or not latents):
+                    print(f"wrote {path}")
         next(events, None)  # the last file is written, too
     print(timings(result.phases))
 
@@ -293,39 +294,35 @@ def build_requests(
     ]
 
 
-def name_outputs(output: str, count: int) -> list[str]:
-    """out.mp4, or out-1.mp4, out-2.mp4, ..."""
-    path = Path(output)
-    if count == 1:
-        return [output]
-    stem = path.parent / path.stem
-    return [f"{stem}-{n + 1}{path.suffix}" for n in range(count)]
-
-
-def check_outputs(
-    args: argparse.Namespace, outputs: list[str], requests: list[Request]
-) -> None:
-    """UserError unless all files can be written, none of which may be an input."""
-    from ltx2 import formats, media
-
-    inputs = [args.recorded] if args.recorded else []
-    located(requests[0], lambda path: inputs.append(path) or path)
+def files_of(args: argparse.Namespace, r: Request) -> outputs.Files:
+    """What is written for each video."""
     kinds = {LATENTS: True, ".json": args.save_json, PREVIEW: args.preview_every}
-    kinds[SHEET] = args.save_sheet
-    for output, r in zip(outputs, requests):
-        space = r.color_space or "srgb"
-        formats.check_output(output, args.codec, space, r.audio_only)
-        files = (beside(output, kind) for kind, wanted in kinds.items() if wanted)
-        for path in (Path(output), *files):
-            if path.suffix != Path(output).suffix:
-                media.check_output(path)
-            if path.resolve() in (Path(file).resolve() for file in inputs):
-                raise UserError(f"{path} would be overwritten, but is an input")
+    kinds = tuple(k for k, on in (kinds | {SHEET: args.save_sheet}).items() if on)
+    return outputs.Files(kinds, args.codec, r.color_space or "srgb", r.audio_only)
 
 
-def beside(output: str, kind: str) -> Path:
-    """A file of another kind next to an output."""
-    return Path(output).with_name(Path(output).stem + kind)
+def name_outputs(
+    args: argparse.Namespace, requests: list[Request], say: bool = False
+) -> list[str]:
+    """Names of the videos, free ones without --overwrite; UserError unless all files can
+    be written, none of which may be an input."""
+    from ltx2 import formats
+
+    r, files = requests[0], files_of(args, requests[0])
+    suffix = ".wav" if r.audio_only else formats.FORMATS[args.codec or "h264"].suffix
+    stem = (args.resume or "").removesuffix(LATENTS)
+    stem = stem if stem != args.resume else ""  # a resumed run has that of its latents
+    output = args.output or (stem or "output") + suffix
+    found = wanted = outputs.names(output, len(requests))
+    if not args.overwrite:
+        found = files.free(output, len(requests), args.resume)
+    inputs = [x for x in (args.recorded, args.config) if x]
+    located(r, lambda path: inputs.append(path) or path)
+    for name in found:
+        files.check(name, inputs)
+    if say and found != wanted:
+        print(f"note: {wanted[0]} is taken: writing {found[0]} (or use --overwrite)")
+    return found
 
 
 def describe(pipe: Any, job: Any) -> str:
@@ -367,9 +364,9 @@ class Progress:
     """Shows events as they pass, and saves the latents of videos that are not written."""
 
     def __init__(
-        self, args: argparse.Namespace, outputs: list[str], preview: Any, left: Any
+        self, args: argparse.Namespace, names: list[str], preview: Any, left: Any
     ):
-        self.args, self.outputs, self.preview = args, outputs, preview
+        self.args, self.names, self.preview = args, names, preview
         self.left = left
 
     def watch(self, events: Iterator[Any]) -> Iterator[Any]:
@@ -410,7 +407,7 @@ class Progress:
                 print(f"\nsaved latents: {advice}{path}")
 
     def save_latents(self, event: Any) -> Path:
-        path = beside(self.outputs[event.job], LATENTS)
+        path = beside(self.names[event.job], LATENTS)
         event.snapshot.save(path)
         return path
 
@@ -420,7 +417,7 @@ class Progress:
         if not (self.preview and event.denoised and "video" in event.denoised):
             return
         if event.step % self.args.preview_every == 0:
-            path = beside(self.outputs[event.job], PREVIEW)
+            path = beside(self.names[event.job], PREVIEW)
             media.save_png(path, self.preview(event.denoised["video"]))
 
 

@@ -125,7 +125,7 @@ REFUSED = {
     "--video FILES/clip.mp4 --extend 0.5 --retake 0-1": "retake cannot be combined with extend",
     "--retake 0-1": "retake needs video",
     "--video FILES/clip.mp4 --extend 1 --num-frames 9": "extend cannot be combined with num_frames",
-    "--video FILES/clip.mp4 --retake 0-1 --output FILES/clip.mp4": "clip.mp4 would be overwritten, but is an input",
+    "--video FILES/clip.mp4 --retake 0-1 --overwrite --output FILES/clip.mp4": "clip.mp4 would be overwritten, but is an input",
     "--video FILES/clip.mp4 --extend 1e9": "extend must be between",
     "--lora nowhere.safetensors": "nowhere.safetensors: no such file",
     "--lora FILES/noise.bin": "is not a safetensors file",

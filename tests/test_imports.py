@@ -19,7 +19,7 @@ LAYERS = {  # a file imports files of lower layers only, not of its own
     "the files of a model": "parts",
     "weights and machines": "weights parallel preview guidance",
     "requests": "request conversion cache formats",
-    "input files": "inputs record",
+    "input files": "inputs record outputs",
     "conditions and components": "conditions components",
     "work": "work",
     "memory": "memory",

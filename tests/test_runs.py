@@ -444,7 +444,7 @@ def test_an_mp4_is_regenerated_from_its_metadata(command, tmp_path):
     recorded = media.read_metadata(tmp_path / "output.mp4")
     assert recorded["request"]["prompt"] == "a cat" and recorded["load"]["dtype"]
     assert all(v.split(":")[1] for v in recorded["model"]["files"].values())
-    flags = ("--output", "again.mp4", "--save-latents")
+    flags = ("--output", "again.mp4", "--save-latents", "--overwrite")
     command("--from", "output.json", "--trust", *flags, small=False)
     latents = lambda stem: mx.load(str(tmp_path / f"{stem}.latents.safetensors"))
     one, two = latents("output"), latents("again")
@@ -467,6 +467,27 @@ def test_a_contact_sheet_is_next_to_each_output(command, names, flags, height):
         sheet = f"{name.split('.')[0]}-sheet.png"
         assert f"wrote {sheet}" in said
         assert media.load_image(sheet).shape[0] == height
+
+
+def test_earlier_files_stay_and_all_new_ones_are_said(command, tmp_path):
+    flags = "--prompt", "a cat", "--sigmas", "1,0.5,0", "--save-json", "--output"
+    first = command(*flags, "new/a.mp4", "--seed", "3", "--preview-every", "1")
+    assert "wrote new/a.mp4 (seed 3)" in first
+    for name in ("a.json", "a.preview.png"):
+        assert f"wrote new/{name}" in first
+    before = {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()}
+    second = command(*flags, "new/a.mp4", "--num-videos", "2")
+    seed = json.loads(read_text("new/a-1.json"))["request"]["seed"]
+    assert f"wrote new/a-2.mp4 (seed {seed + 1})" in second
+    third = command(
+        "--from", "new/a.json", "--trust", "--output", "new/a.mp4", small=False
+    )
+    assert "note: new/a.mp4 is taken: writing new/a-3.mp4" in third
+    assert "wrote new/a-3.mp4 (seed 3)" in third
+    there = {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()}
+    assert before.items() <= there.items()
+    command(*flags, "new/a.mp4", "--overwrite", "--seed", "4")
+    assert json.loads(read_text("new/a.json"))["request"]["seed"] == 4
 
 
 def test_a_recording_of_an_earlier_reference_is_said(command, tmp_path):
@@ -503,7 +524,7 @@ def test_a_video_names_files_without_their_paths(command, tmp_path):
     assert "9 frames" in command("--from", "output.mp4", "--output", "b.mp4", "--plan")
     command(*flags, "--no-metadata")
     with pytest.raises(UserError, match="does not say how it was made"):
-        media.read_metadata("output.mp4")
+        media.read_metadata("output-2.mp4")
 
 
 def write_record(path, request=(), **load):
@@ -685,7 +706,12 @@ def test_ctrl_c_saves_the_latents(command, monkeypatch, tmp_path):
         command("--prompt", "a cat")
     assert [p.name for p in tmp_path.iterdir()] == ["output.latents.safetensors"]
     monkeypatch.setattr(generate.Progress, "save_preview", step)
-    flags = ("--resume", "output.latents.safetensors", "--output", "b.mp4")
+    latents = "output.latents.safetensors"
+    command("--prompt", "a cat")  # does not replace the latents
+    assert (tmp_path / "output-2.mp4").exists()
+    # The video takes the name of its latents, unless another one is passed.
+    assert "wrote output.mp4" in command("--resume", latents, small=False)
+    flags = ("--resume", latents, "--output", "b.mp4")
     assert "wrote b.mp4" in command(*flags, small=False)
 
 
@@ -755,7 +781,7 @@ def test_an_invalid_video_is_not_written(command, monkeypatch, tmp_path):
     with pytest.raises(OutputError, match="flat image.*expected"):
         command("--prompt", "a cat")
     assert (tmp_path / "output.mp4").read_text() == "earlier"
-    assert (tmp_path / "output.latents.safetensors").exists()
+    assert (tmp_path / "output-2.latents.safetensors").exists()
 
 
 # Speed-ups

@@ -1,0 +1,70 @@
+"""The files that a run writes: names that are free, and what is next to each video."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Iterable, Optional
+
+from .base import UserError
+
+LATENTS, PREVIEW, SHEET = ".latents.safetensors", ".preview.png", "-sheet.png"
+
+
+def beside(output: str, kind: str) -> Path:
+    """A file of another kind next to an output, with its stem."""
+    return Path(output).with_name(Path(output).stem + kind)
+
+
+def names(output: str, videos: int, number: int = 1) -> list[str]:
+    """out.mp4, or out-1.mp4, out-2.mp4, ... of several; from a second `number` on
+    out-2.mp4, or out-2-1.mp4, out-2-2.mp4, ..."""
+    path = Path(output)
+    stem = path.stem + f"-{number}" * (number > 1)
+    stems = [f"{stem}-{n}" for n in range(1, videos + 1)] if videos > 1 else [stem]
+    return [str(path.with_name(stem + path.suffix)) for stem in stems]
+
+
+def taken(path: Path) -> bool:
+    """Whether there is something at `path`; an empty folder is nothing."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a run may write for each video, next to it files of these `kinds`."""
+
+    kinds: tuple[str, ...]
+    codec: Optional[str]
+    space: str
+    sound_only: bool
+
+    def of(self, output: str) -> list[Path]:
+        """All files of a video, itself first."""
+        from . import formats  # late, so that --help is quick
+
+        choose = lambda: formats.choose(output, self.codec, self.space)
+        codec = "" if self.sound_only else choose()
+        folders = formats.frames_beside(output, codec, self.space)
+        return [Path(output), *folders, *(beside(output, k) for k in self.kinds)]
+
+    def free(self, output: str, videos: int, kept: Optional[str] = None) -> list[str]:
+        """The first names of which no file is there, except the file `kept`."""
+        for number in count(1):
+            found = names(output, videos, number)
+            paths = {path for name in found for path in self.of(name)}
+            if not any(map(taken, paths - {Path(kept or "")})):
+                return found
+
+    def check(self, output: str, inputs: Iterable[str]) -> None:
+        """UserError unless all can be written, and none is an input."""
+        from . import formats, media
+
+        formats.check_output(output, self.codec, self.space, self.sound_only)
+        inputs = {Path(file).resolve() for file in inputs}
+        for path in self.of(output):
+            if path.name.endswith(self.kinds):
+                media.check_output(path)
+            if path.resolve() in inputs:
+                raise UserError(f"{path} would be overwritten, but is an input")
