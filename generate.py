@@ -11,15 +11,16 @@ import json
 import os
 import sys
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Iterator, Optional
 
 from ltx2 import REFERENCE, __version__, outputs
 from ltx2.base import OutputError, Parser, UserError, awake, read_text, run, table
 from ltx2.guidance import Guidance
 from ltx2.options import add_flags, located, name_and_file
 from ltx2.outputs import LATENTS, PREVIEW, SHEET, beside
+from ltx2.presets import Preset
 from ltx2.request import Request
 
 EPILOG = """\
@@ -118,7 +119,6 @@ def add_run_flags(add: Any) -> None:
 def main() -> None:
     args = parser().parse_args()
     from ltx2 import pipeline, timing
-    from ltx2.parallel import random_seed
 
     group = init_distributed()
     if args.parallel and group is None:
@@ -126,7 +126,7 @@ def main() -> None:
     passed = passed_options(args)
     load, request, resume, made = from_recording(args, passed)
     load |= {k: v for k, v in vars(args).items() if k in LOADING and v is not None}
-    requests = build_requests(args, request, passed, lambda: random_seed(group))
+    requests = build_requests(args, request, passed, group)
     name_outputs(args, requests)  # fails before a model is looked for
     if "model" not in load:
         load["model"] = "mlx_model"
@@ -252,11 +252,13 @@ def build_requests(
     args: argparse.Namespace,
     recorded: Optional[Request],
     passed: dict[str, Any],
-    draw: Callable[[], int],
+    group: Any = None,
 ) -> list[Request]:
     """The requests: the recorded one changed by the flags that are passed, its seed or
     one that is drawn for the first video of each prompt, and the next for its others.
     """
+    from ltx2.parallel import random_seed
+
     if args.resume and passed:
         flag = next(iter(passed)).replace("_", "-")
         raise UserError(f"--resume keeps the original settings: remove --{flag}")
@@ -267,11 +269,16 @@ def build_requests(
             f"--num-videos must be between 1 and 1000, got {args.num_videos}"
         )
     base = asdict(recorded) if recorded else {}
-    for name in passed:
-        for other in (
-            Request.__dataclass_fields__[name].metadata.get("instead_of", "").split()
-        ):
-            base.pop(other, None)
+    for field in fields(
+        Request
+    ):  # what a passed option is instead of, and the other way
+        others = field.metadata.get("instead_of", "").split()
+        if field.name in passed:
+            base = {k: v for k, v in base.items() if k not in others}
+        elif passed.keys() & {*others}:
+            base.pop(field.name, None)
+    if "preset" in passed:
+        base = {k: v for k, v in base.items() if k not in Preset.OPTIONS}
     prompts = [passed.pop("prompt", base.pop("prompt", None))]
     if args.prompts:
         if args.prompt is not None:
@@ -286,7 +293,7 @@ def build_requests(
     for name in {"video_guidance", "audio_guidance"} & passed.keys():
         passed[name] = (base.get(name) or {}) | passed[name]
     first = Request(**{**base, **passed, "prompt": prompts[0] or ""})
-    seed = draw() if first.seed is None else first.seed
+    seed = random_seed(group) if first.seed is None else first.seed
     return [
         replace(first, prompt=prompt or "", seed=seed + n)
         for prompt in prompts

@@ -49,8 +49,10 @@ class Resolver:
         self.checkpoint, self.files = checkpoint, files
         fps = files.probe(r.video).fps if r.video and r.duration else None
         fps = float(fps or (SIZE | checkpoint.defaults)["fps"])
-        diffusion = "diffusion_decoder" in checkpoint.components
-        r, notes = fill(r, checkpoint.kind, diffusion, fps)
+        sides = r.height, r.width
+        facts = checkpoint.components, checkpoint.defaults, fps
+        r, notes = fill(r, checkpoint.kind, *facts)
+        self.by_name = sides != (r.height, r.width)
         self.r, self.recipe, self.notes = follow(r, checkpoint.kind)
         self.notes += notes
         r = self.r
@@ -245,6 +247,10 @@ class Resolver:
         """The size, length and rate that the user, the clip or the model chooses."""
         multiple = SPACE_SCALE * self.scale.numerator * self.reference_scale()[0]
         multiple *= 2**self.r.spatial_rounds
+        if self.by_name:
+            sides = self.r.height, self.r.width
+            sides = [max(round(side / multiple), 1) * multiple for side in sides]
+            self.r = replace(self.r, height=sides[0], width=sides[1])
         if self.r.video is not None:
             self.fit_clip(multiple)
         defaults = SIZE | self.checkpoint.defaults

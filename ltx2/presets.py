@@ -1,7 +1,7 @@
 """Sizes by name, seconds for frames, and presets: what they put into a request."""
 
 from dataclasses import replace
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Iterable, Mapping, NamedTuple
 
 from .latents import TIME_SCALE
 from .options import check
@@ -29,6 +29,8 @@ class Preset(NamedTuple):
     dev: Mapping[str, Any]
     decoder: str = "conv"  # "diffusion" where the model has it
 
+    OPTIONS = ("height", "width", "stages", "steps", "video_decoder")
+
     def options(self, kind: str, has_diffusion: bool) -> dict[str, Any]:
         found = {"height": self.height, "width": self.width}
         found |= self.distilled if kind == "distilled" else self.dev
@@ -45,9 +47,12 @@ PRESETS = {
 }
 
 
-def fill(r: Any, kind: str, has_diffusion: bool, fps: float) -> tuple[Any, list[str]]:
+def fill(
+    r: Any, kind: str, parts: Iterable[str], defaults: Mapping[str, Any], fps: float
+) -> tuple[Any, list[str]]:
     """A request with numbers for a preset, a size by name and a duration, which it then
-    has no more, and notes. `fps` is the rate if the request names none."""
+    has no more, and notes. The model has `parts`, and perhaps a size of its own among its
+    `defaults`, which a preset keeps; `fps` is the rate if the request names none."""
     if r.size is r.preset is r.duration is None:
         return r, []
     check(r)  # what excludes one of them would be replaced
@@ -64,9 +69,14 @@ def fill(r: Any, kind: str, has_diffusion: bool, fps: float) -> tuple[Any, list[
     if r.preset:
         named = {k for k in vars(r) if getattr(r, k) is not None} | found.keys()
         named |= {"steps"} if r.sigmas else set()
-        named |= (
-            {"height", "width"} if r.video or {"height", "width"} & named else set()
-        )
-        options = PRESETS[r.preset].options(kind, has_diffusion)
+        sides = {"height", "width"}
+        named |= sides if r.video or "height" in defaults or sides & named else set()
+        options = PRESETS[r.preset].options(kind, "diffusion_decoder" in parts)
+        refines = r.distilled_lora and any("spatial" in name for name in parts)
+        if options.get("stages") == "hq" and not refines and "stages" not in named:
+            options["stages"] = "one"
+            notes.append(
+                f"--preset {r.preset}: one stage, as hq needs --distilled-lora and an upsampler"
+            )
         found |= {k: value for k, value in options.items() if k not in named}
     return replace(r, **found), notes

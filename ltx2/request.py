@@ -121,22 +121,8 @@ class Request(Checked):
     )
     height: Optional[int] = ask("in pixels (default: 512, or the clip's)")
     width: Optional[int] = ask("in pixels (default: 768, or the clip's)")
-    size: Optional[str] = ask(
-        f"height and width by name: {', '.join(LANDSCAPE)}; all but square also upright, "
-        "as 720p-portrait",
-        metavar="NAME",
-        choices=tuple(SIZES),
-        instead_of="height width",
-    )
     num_frames: Optional[int] = ask(
         "8k+1 (default: 121, the clip's, or predicted by LTX-2.5)"
-    )
-    duration: Optional[float] = ask(
-        "in seconds, to the nearest 8k+1 frames",
-        metavar="SECONDS",
-        between=(0, 3600),
-        instead_of="num_frames",
-        excludes="auto_duration extend",
     )
     auto_duration: Optional[tuple[float, float]] = ask(
         "LTX-2.5: predict the duration from the prompt, between these seconds "
@@ -176,9 +162,6 @@ class Request(Checked):
     )
     seed: Optional[int] = ask(
         "of the noise (default: random, printed and saved)", between=(0, 2**63 - 1)
-    )
-    preset: Optional[str] = ask(
-        "size, stages, steps and decoder; what is passed wins", choices=tuple(PRESETS)
     )
     # Sampling. A mapping of guidance settings changes the model's defaults.
     stages: Optional[str] = ask(
@@ -402,6 +385,24 @@ class Request(Checked):
         metavar="BIAS",
         between=(-1, 1),
         excludes="audio_only",
+    )
+    # Names and other units for what is above
+    preset: Optional[str] = ask(
+        "size, stages, steps and decoder; what is passed wins", choices=tuple(PRESETS)
+    )
+    size: Optional[str] = ask(
+        f"height and width by name: {', '.join(LANDSCAPE)}; all but square also upright, "
+        "as 720p-portrait",
+        metavar="NAME",
+        choices=tuple(SIZES),
+        instead_of="height width",
+    )
+    duration: Optional[float] = ask(
+        "in seconds, to the nearest 8k+1 frames",
+        metavar="SECONDS",
+        between=(0, 3600),
+        instead_of="num_frames",
+        excludes="auto_duration extend",
     )
 
     GROUPS = {

@@ -129,3 +129,26 @@ def test_what_save_json_writes_is_a_config(tmp_path, planned):
 def test_a_wrong_config_is_named(tmp_path, found, message):
     with pytest.raises(UserError, match=message):
         requests(tmp_path, found)
+
+
+def test_flags_replace_what_a_config_names_otherwise(tmp_path):
+    made = {"request": {"prompt": "a cat", "height": 64, "width": 64, "steps": 5}}
+    r = requests(tmp_path, made, "--preset", "draft")[1][0]
+    assert (r.preset, r.height, r.width, r.steps) == ("draft", None, None, None)
+    short = {"request": {"prompt": "a cat", "size": "720p", "duration": 1}}
+    r = requests(tmp_path, short, "--num-frames", "9", "--height", "64")[1][0]
+    assert (r.duration, r.num_frames, r.size, r.height) == (None, 9, None, 64)
+
+
+def test_hq_of_a_preset_needs_its_files(planned):
+    job = planned("dev", preset="quality", num_frames=9)
+    assert len(job.stages) == 1 and "hq needs --distilled-lora" in job.notes[0]
+
+
+def test_a_named_size_suits_the_upsampler(checkpoint):
+    files = [str(checkpoint("spatial-x1.5"))]
+    pipe = pipeline.load(
+        checkpoint("ltx-2.3"), str(checkpoint("gemma3")), "distilled", None, files
+    )
+    r = pipe.plan(Request("a cat", size="720p", num_frames=9, stages="two")).request
+    assert (r.width, r.height) == (1248, 672)  # multiples of 96
