@@ -121,6 +121,8 @@ def convert(args: argparse.Namespace, folder: Path) -> None:
 
     kind = f"{source.kind}{' (assumed, see --kind)' if source.kind_assumed else ''}"
     print(f"LTX-2 {source.model_version}, {kind}")
+    if (args.upload_repo or "/").split("/")[1] not in ("", job.hub_name):
+        note(f"mlx-community's name for this model is {job.hub_name}")
     print(hub.listing(source.files))
     print(f"to {args.mlx_path}:")
     size = 0
@@ -140,10 +142,29 @@ def convert(args: argparse.Namespace, folder: Path) -> None:
     for f in source.files:
         f.fetch()
     with tqdm(total=size, unit="B", unit_scale=True) as bar:
-        job.write(folder, args.overwrite, args.upload_repo, bar.update)
+        job.write(folder, args.overwrite, args.upload_repo, bar.update, peaks)
     print(f"wrote {args.mlx_path}. {job.summary()}")
     if not (folder / "LICENSE.md").exists():
         note("no LICENSE next to the weights: add theirs before sharing them")
+
+
+def peaks(folder: Path) -> str:
+    """The memory of a Mac, without the text encoder; "" for a model with parts missing."""
+    import mlx.core as mx
+
+    from ltx2 import inputs, memory, request, stages, weights
+
+    model = weights.open_model(str(folder), fetch=False)
+    options = {"width": 1536, "height": 1024, "num_frames": 121}
+    try:
+        job = stages.plan(request.Request("a", **options), model, inputs.InputFiles())
+        model.check(*{*job.components})
+    except UserError:
+        return ""
+    needs = memory.Estimator(model, mx.bfloat16, gpu=True)(job, lambda path: 0)
+    plans = (memory.MemoryPlan(needs, 0, low) for low in (False, True))
+    held, low = (f"{plan.peak[0] / 1e9:.3g} GB" for plan in plans)
+    return f"{held} for 1536x1024 with 121 frames, {low} with `--low-memory`"
 
 
 if __name__ == "__main__":

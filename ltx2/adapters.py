@@ -12,6 +12,7 @@ from typing import Any, Mapping, Sequence
 import mlx.core as mx
 
 from . import hub
+from .conversion import SAMPLE
 from .gradients import Parameters
 
 ADAPTERS, STATE = "adapters.safetensors", "state.safetensors"
@@ -95,10 +96,8 @@ library_name: mlx
 license: other
 license_name: {name}
 license_link: {link}
-tags:
-- lora
-- mlx
-- text-to-video
+pipeline_tag: text-to-video
+tags: [mlx, lora, ltx-2, text-to-audio-video]
 ---
 
 # {repo.split("/")[-1]}
@@ -107,6 +106,8 @@ A LoRA of rank {options["rank"]} for {config["base_model"]}, trained on {config[
 clips in {config["steps"]} steps.
 
 {trigger}```bash
+hf download {repo} {ADAPTERS} --local-dir .
 python generate.py --prompt "..." --lora {ADAPTERS}
 ```
-"""
+
+{SAMPLE}"""

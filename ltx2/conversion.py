@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from . import __version__, media
 from . import quantization as rounding
 from .base import UserError
-from .hub import DTYPES, converted_config, folder_files
+from .hub import DTYPES, converted_config, folder_files, gigabytes
 from .linear import QuantizedLinear, layer_format, layer_formats, quantize
 from .lora import Lora, attach
 from .quantization import quant_predicate, quantization  # noqa: F401, names of the API
@@ -29,6 +29,12 @@ OFFICIAL = {  # generation: repository, name and text of the license
     "2.3": ("Lightricks/LTX-2.3", "ltx-2-community-license-agreement", LICENSE),
     "2.5": ("Lightricks/LTX-2.5", "ltx-2.x-community-license-agreement", LICENSE_2_X),
 }
+
+NAMES = {"2.0": "LTX-2-19b", "2.3": "LTX-2.3-22b", "2.5": "LTX-2.5-22b"}
+SAMPLE = """<!-- A clip that these weights made: upload it and remove this line and the next.
+<video controls src="sample.mp4"></video> -->
+"""
+FLOATS = {None: "bf16", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 Progress = Callable[[int], Any]
 
@@ -176,6 +182,16 @@ class Conversion:
             },
         }
 
+    @property
+    def hub_name(self) -> str:
+        """As mlx-community names models: LTX-2.3-22b-distilled-4bit."""
+        stored = None if self.dequantize else self.source.quantization
+        q = layer_formats(self.quantization or stored).get("")
+        how = FLOATS[self.dtype and str(self.dtype)[9:]]
+        if q:
+            how = f"{q['bits']}bit" if q["mode"] == "affine" else q["mode"]
+        return f"{NAMES[self.source.generation]}-{self.source.kind}-{how}"
+
     def summary(self) -> str:
         """How the weights are quantized, and how well, in a sentence of the card."""
         stored = None if self.dequantize else self.source.quantization
@@ -204,17 +220,25 @@ class Conversion:
         overwrite: bool = False,
         name: Optional[str] = None,
         progress: Progress = lambda size: None,
+        peaks: Callable[[Path], str] = lambda folder: "",
     ) -> None:
         """Write the model folder, complete or not at all (see `media.workspace`). `name`
-        is for the model card; `progress` gets the number of bytes."""
+        and `peaks`, the memory that the folder needs, are for the model card; `progress`
+        gets the number of bytes."""
         folder = folder.expanduser().resolve()
         check_target(folder, overwrite)
         with media.workspace(folder, ".*") as hidden:
             partial = Path(hidden, "new")
             partial.mkdir()
-            self._write_files(partial, progress, name or folder.name)
+            self._write_files(partial, progress)
+            sizes = (path.stat().st_size for path in partial.rglob("*.safetensors"))
+            rows = {"size": gigabytes(sum(sizes)), "weights": self.summary()}
+            rows["peak memory, computed"] = peaks(partial)
+            config = json.loads((partial / "config.json").read_text())
+            names = name or folder.name, self.source.generation
+            (partial / "README.md").write_text(model_card(config, *names, rows))
 
-    def _write_files(self, partial: Path, progress: Progress, name: str) -> None:
+    def _write_files(self, partial: Path, progress: Progress) -> None:
         for part in self.source.components:
             index, files = {}, self.files(part)
             for file, weights in files.items():
@@ -227,8 +251,6 @@ class Conversion:
             shutil.copytree(self.own_encoder, partial / self.own_encoder.name)
         config = self.config()
         (partial / "config.json").write_text(json.dumps(config, indent=2))
-        card = model_card(config, self.source.generation, name, self.summary())
-        (partial / "README.md").write_text(card)
         for f in self.source.files:
             if f.name.startswith("LICENSE"):
                 shutil.copyfile(f.fetch(), partial / "LICENSE.md")
@@ -279,29 +301,38 @@ def write_safetensors(
             mx.clear_cache()
 
 
-def model_card(config: dict, generation: str, name: str, quantized: str) -> str:
+def model_card(
+    config: dict[str, Any], name: str, generation: str, rows: dict[str, str]
+) -> str:
     """README.md of a model folder, with the metadata that the Hub reads."""
     repo, license_name, link = OFFICIAL[generation]
     origin = config["provenance"]
     base = origin["source"] if "/" in origin["source"] else repo
+    relation = "base_model_relation: quantized\n" * ("quantization" in config)
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
     return f"""---
 base_model: {base}
-library_name: mlx
+{relation}library_name: mlx
 pipeline_tag: text-to-video
 license: other
 license_name: {license_name}
 license_link: {link}
-tags: [ltx-2, text-to-audio-video]
+tags: [mlx, ltx-2, text-to-audio-video]
 ---
 
 # {name}
 
-LTX-2 {generation} ({config["kind"]}) for MLX: video with audio from a prompt.
+LTX-2 {generation} ({config["kind"]}) for MLX: video with sound from a prompt.
 
-    python generate.py --model {shlex.quote(name)} --prompt "..."
+| | |
+|---|---|
+{table}
 
-{quantized}
+```bash
+python generate.py --model {shlex.quote(name)} --prompt "..."
+```
 
+{SAMPLE}
 **Notice of change.** These files were made by {origin["tool"]} from
 {", ".join(origin["files"])} of [{base}](https://huggingface.co/{base}): tensors are
 renamed, laid out for MLX, split by component, and quantized as described above. They

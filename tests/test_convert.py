@@ -652,12 +652,18 @@ def test_the_default_model_from_the_hub_and_back(fake_hub, tmp_path, capsys):
     card = ModelCard.load(model / "README.md", ignore_metadata_errors=False)
     assert card.data.base_model == "Lightricks/LTX-2"
     assert card.data.library_name == "mlx"
-    assert card.data.pipeline_tag == "text-to-video"
+    assert card.data.pipeline_tag == "text-to-video" and "mlx" in card.data.tags
+    assert card.data.base_model_relation == "quantized"
     assert card.data.license == "other"
     assert card.data.license_name == "ltx-2-community-license-agreement"
     assert card.data.license_link.startswith("https://")
     assert "mlx-community/it" in card.text and "4 bits" in card.text
-    assert "Notice of change" in card.text
+    assert "Notice of change" in card.text and "sample.mp4" in card.text
+    assert re.search(r"\| size \| [\d.]+ MB \|", card.text)
+    peaks = r"computed \| ([\d.]+) GB for 1536x1024 with 121 frames, ([\d.]+) GB with"
+    held, streamed = map(float, re.search(peaks, card.text).groups())
+    assert 0 < streamed <= held
+    assert "name for this model is LTX-2-19b-distilled-4bit" in out
     shutil.rmtree(fake_hub.repo)
     shutil.copytree(model, fake_hub.repo)  # what was uploaded, at another user's
     shutil.rmtree(fake_hub.cache)
@@ -718,6 +724,20 @@ def test_files_of_the_finder_are_not_uploaded(fake_hub, quantized, tmp_path):
     (copy / ".DS_Store").write_text("of the Finder")
     assert convert("--mlx-path", copy, "--upload-repo", "me/it") == 0
     assert not (fake_hub.uploads / "me/it" / ".DS_Store").exists()
+
+
+@pytest.mark.parametrize(
+    "model, how, name",
+    [
+        ("ltx-2.3", {"quantization": quantization(bits=8)}, "LTX-2.3-22b-dev-8bit"),
+        ("ltx-2.3", {"quantization": quantization("mxfp4")}, "LTX-2.3-22b-dev-mxfp4"),
+        ("ltx-2", {"dtype": mx.float16}, "LTX-2-19b-dev-fp16"),
+        ("ltx-2.5", {}, "LTX-2.5-22b-dev-bf16"),
+    ],
+)
+def test_the_name_says_model_kind_and_bits(checkpoint, model, how, name):
+    source = weights.open_model(str(checkpoint(model)), "dev")
+    assert Conversion(source, **how).hub_name == name
 
 
 def test_uploading_needs_a_login(fake_hub, tmp_path, monkeypatch, capsys):

@@ -161,7 +161,7 @@ def run(script, command, extra, folder):
 
 def small_model(command, checkpoint):
     """Arguments for a small checkpoint. Prompts are encoded once for all commands."""
-    model = next((m for m in ("ltx-2.5", "ltx-2.3") if m in command), "ltx-2")
+    model = next((m for m in ("ltx-2.5", "ltx-2.3") if m in command.lower()), "ltx-2")
     kind = "dev" if any(flag in command for flag in GUIDED) else "distilled"
     extra = [
         "--model",
