@@ -106,8 +106,7 @@ A LoRA of rank {options["rank"]} for {config["base_model"]}, trained on {config[
 clips in {config["steps"]} steps.
 
 {trigger}```bash
-hf download {repo} {ADAPTERS} --local-dir .
-python generate.py --prompt "..." --lora {ADAPTERS}
+python generate.py --prompt "..." --lora {repo}
 ```
 
 {SAMPLE}"""

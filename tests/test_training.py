@@ -524,7 +524,14 @@ def test_the_card_names_base_license_and_trigger():
         "steps": 9,
     }
     card = adapters.model_card(config, "me/mine", OFFICIAL["2.3"])
-    for text in ("base_model: Lightricks/LTX-2.3", "license_name: ltx-2", "`sks`"):
+    for text in (
+        "base_model: Lightricks/LTX-2.3",
+        "license_name: ltx-2",
+        "`sks`",
+        "--lora me/mine\n",
+        "pipeline_tag: text-to-video",
+        "sample.mp4",
+    ):
         assert text in card
 
 
