@@ -8,6 +8,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
 
 import argparse
 import json
+import logging
 import os
 import sys
 from contextlib import closing
@@ -16,7 +17,17 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 from ltx2 import REFERENCE, __version__, outputs
-from ltx2.base import OutputError, Parser, UserError, awake, read_text, run, table
+from ltx2.base import (
+    LOG,
+    OutputError,
+    Parser,
+    UserError,
+    awake,
+    open_files,
+    read_text,
+    run,
+    table,
+)
 from ltx2.guidance import Guidance
 from ltx2.options import add_flags, located, name_and_file
 from ltx2.outputs import LATENTS, PREVIEW, SHEET, beside
@@ -112,6 +123,7 @@ def add_run_flags(add: Any) -> None:
     resume = "resume an interrupted run, or only decode"
     add("--resume", metavar="LATENTS", help=resume)
     add("--preview-every", type=int, metavar="N", help="a preview image every N steps")
+    add("--open", action="store_true", help="open the videos at the end, on a Mac")
     text = "let a Mac sleep during the run"
     add("--no-caffeinate", action="store_true", help=text)
 
@@ -194,6 +206,8 @@ def make(
                     print(f"wrote {path}")
         next(events, None)  # the last file is written, too
     print(timings(result.phases))
+    if args.open:
+        open_files(names)
 
 
 def init_distributed() -> Any:
@@ -203,6 +217,7 @@ def init_distributed() -> Any:
     group = mx.distributed.init()
     if group.rank() > 0:
         sys.stdout = open(os.devnull, "w")
+        LOG.setLevel(logging.WARNING)  # no bars
     return group if group.size() > 1 else None
 
 
@@ -368,7 +383,7 @@ def enhanced(pipe: Any, job: Any) -> Any:
 
 
 class Progress:
-    """Shows events as they pass, and saves the latents of videos that are not written."""
+    """Shows events on stderr as they pass, and saves the latents of videos that are not written."""
 
     def __init__(
         self, args: argparse.Namespace, names: list[str], preview: Any, left: Any
@@ -390,9 +405,9 @@ class Progress:
                 if event.step == 0:
                     bar.close()
                     if event.steps:
-                        bar = tqdm(total=event.steps, desc=event.phase, file=sys.stdout)
+                        bar = tqdm(total=event.steps, desc=event.phase)
                     elif not event.snapshot:
-                        print(f"{event.phase} ...", flush=True)
+                        print(f"{event.phase} ...", file=sys.stderr, flush=True)
                     elif self.args.save_latents:
                         self.save_latents(event)
                 elif event.step is None:

@@ -22,6 +22,7 @@ from typing import Any, Callable, ClassVar, Iterable, Iterator, Literal, Optiona
 
 import mlx.core as mx
 
+T = typing.TypeVar("T")
 Trace = Optional[Callable[[str, mx.array], None]]  # None: no traces
 # All that library code has to say goes here: `note` for choices a user should know of,
 # `LOG.info` for progress. `run` prints both; other programs configure logging as usual.
@@ -294,6 +295,25 @@ def awake(
         if process:
             process.terminate()
             process.wait()
+
+
+def open_files(
+    paths: Sequence[str],
+    platform: str = sys.platform,
+    start: Callable[[list[str]], Any] = subprocess.run,
+) -> None:
+    """Open files with a Mac's usual programs."""
+    if platform == "darwin":
+        start(["/usr/bin/open", *paths])
+    else:
+        note("--open only works on a Mac")
+
+
+def counted(items: Sequence[T], name: str) -> Iterator[T]:
+    """Items one by one, with a bar on stderr where a script shows progress (`run`)."""
+    from tqdm import tqdm  # late, so that --help is quick
+
+    return iter(tqdm(items, desc=name, disable=not LOG.isEnabledFor(logging.INFO)))
 
 
 def run(main: Callable[[], None]) -> None:

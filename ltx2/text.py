@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from . import layers
-from .base import Config, Trace, UserError, note, parse_json, traced
+from .base import Config, Trace, UserError, counted, note, parse_json, traced
 from .layers import Attention, Component, FeedForward, Section, Shapes
 
 MAX_TOKENS = 1024  # of a prompt, and the length of every context
@@ -79,7 +79,9 @@ class TextEncoder:
         waiting = list(gemma.layers)
         if self.low_memory:
             gemma.layers = []
-        for layer in layers.prefetch(waiting.pop(0) for _ in range(len(waiting))):
+        for layer in layers.prefetch(
+            waiting.pop(0) for _ in counted(range(len(waiting)), "text")
+        ):
             for s in states:
                 s.append(self.apply_layer(layer, s[-1]))
             mx.async_eval([s[-1] for s in states])

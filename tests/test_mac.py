@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from ltx2 import base, parallel
-from ltx2.base import awake
+from ltx2.base import awake, open_files
 
 ROOT = Path(__file__).parents[1]
 METAL = "[METAL] Command buffer execution failed: "
@@ -75,6 +75,15 @@ class Launched:
 
     def wait(self) -> None:
         assert not self.running
+
+
+def test_videos_are_opened_on_a_mac_only(caplog):
+    started = []
+    open_files(["a b.mp4"], "darwin", started.append)
+    assert started == [["/usr/bin/open", "a b.mp4"]] and not caplog.messages
+    open_files(["a.mp4"], "linux", started.append)
+    assert len(started) == 1
+    assert caplog.messages == ["--open only works on a Mac"]
 
 
 def test_a_mac_stays_awake_until_the_run_ends():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 import signal
 import sys
@@ -81,7 +82,9 @@ def command(checkpoint, encoded, quick_vocoder, monkeypatch, tmp_path, capsys):
             argv += ["--height", "64", "--width", "96", "--num-frames", "9"]
         monkeypatch.setattr(sys, "argv", [*argv, *flags])
         generate.main()
-        return capsys.readouterr().out
+        seen = capsys.readouterr()
+        call.err = seen.err
+        return seen.out
 
     return call
 
@@ -488,6 +491,18 @@ def test_earlier_files_stay_and_all_new_ones_are_said(command, tmp_path):
     assert before.items() <= there.items()
     command(*flags, "new/a.mp4", "--overwrite", "--seed", "4")
     assert json.loads(read_text("new/a.json"))["request"]["seed"] == 4
+
+
+def test_progress_is_on_stderr(command, tmp_path):
+    flags = "--prompt", "a cat", "--preview-every", "1", "--sigmas", "1,0.5,0"
+    flags += "--cache-contexts", str(tmp_path / "none")  # so that the text is encoded
+    shown = []
+    base.run(lambda: shown.append(command(*flags, "--open")))
+    out, err = shown[0], command.err
+    for bar in ("text", "preview", "stage1", "video"):
+        assert re.search(rf"{bar}: +100%", err), bar
+    assert "%|" not in out and "text ..." not in out
+    assert "wrote output.mp4" in out
 
 
 def test_a_recording_of_an_earlier_reference_is_said(command, tmp_path):
