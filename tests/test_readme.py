@@ -87,6 +87,15 @@ def test_the_option_table_equals_the_parser():
     assert table == option_table.option_table(), "run python tests/option_table.py"
 
 
+def test_changes_of_this_version_and_what_an_issue_needs_are_written_down():
+    assert f"\n## {ltx2.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+    template = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text()
+    asked = re.findall(r"`python (-m ltx2.checks \w+)", template)
+    assert [c.split()[-1] for c in asked] == ["device", "trace"]
+    for command in asked:
+        assert any(command in c for c in CHECKS)
+
+
 def test_the_layout_table_names_every_file():
     scripts = (ROOT / f"{name}.py" for name in ("generate", "convert", "train"))
     files = {*ROOT.glob("ltx2/*.py"), *scripts}
