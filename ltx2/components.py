@@ -48,6 +48,7 @@ class Components:
         self._loaded: dict[str, nn.Module] = {}
         self._exact: set[str] = set()  # of what is loaded, in float32
         self._loras: tuple[LoraFile, ...] = ()  # of the loaded transformer
+        self.keep = self._keeps = False  # the transformer, for the next run
         self.fallback: Optional[mx.Dtype] = None  # if a first step is not finite
 
     def component(self, name: str, exact: bool = False) -> nn.Module:
@@ -93,6 +94,11 @@ class Components:
             if name == "transformer":
                 self._loras = ()
         mx.clear_cache()
+
+    def _bytes(self, name: str) -> int:
+        """Bytes of a loaded component, 0 if it is not."""
+        module = self._loaded.get(name)
+        return sum(w.nbytes for _, w in tree_flatten(module)) if module else 0
 
     def fall_back(self) -> str:
         """Load the transformer in the `fallback` dtype from now on; its name."""

@@ -71,6 +71,14 @@ class MemoryPlan:
     def fits(self) -> bool:
         return self.peak[0] <= self.limit
 
+    @property
+    def keeps_transformer(self) -> bool:
+        """Whether the transformer fits next to what each of the other phases needs."""
+        apart = {"text", "inputs", "audio", "video"}
+        held = max(n.weights for k, n in self.phases.items() if k not in apart)
+        rest = max((self.phases[k].total() for k in apart & {*self.phases}), default=0)
+        return not self.streamed and held + rest <= self.limit
+
     def check(self) -> None:
         """UserError if there is not enough memory."""
         if not self.fits:

@@ -173,6 +173,10 @@ class Pipeline(Components):
             contexts = {}  # it is only decoded
         plan = self._prepare(jobs, contexts, resume)
         run = Run(self, noises, trace, frozen_from_noise, plan.streamed)
+        alone = self.machines.group is None
+        self._keeps = self.keep and alone and plan.keeps_transformer
+        if not self._keeps:  # that of an earlier run
+            self.free("transformer")
         with memory.limits(plan):
             yield from self._events(run, jobs, contexts, resume)
 
@@ -203,7 +207,10 @@ class Pipeline(Components):
                 at = yield from run.denoise(n, stage, at, conditions[n][i], texts, draw)
             done[n] = finished(job, at)
             yield Phase(phase="latents", job=n, step=0, steps=0, snapshot=done[n])
-        self.free("transformer")
+        if self._keeps:
+            run.meter.kept = self._bytes("transformer")
+        else:
+            self.free("transformer")
         done = self.machines.gather(done, len(jobs))
         for n, job in enumerate(jobs if self.machines.rank == 0 else ()):
             yield from run.decode(n, job, done[n].latents)
@@ -259,6 +266,7 @@ def load(
     parallel: Optional[str] = None,
     share: Optional[str] = None,
     parts: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+    keep: bool = False,
 ) -> Pipeline:
     """A pipeline from an official file, a folder, a converted folder or a Hub repo.
 
@@ -267,7 +275,8 @@ def load(
     text side and the transformer; "auto", the default, is the chip's (see `chips`).
     Weights are read when a phase needs them; with `low_memory` (None: if not all of
     them fit) the transformer's blocks are read in each step, with the same result.
-    `cache_contexts` is a folder that keeps encoded prompts. A `group` of machines, all
+    With `keep` the transformer stays for the next run, if it fits next to every other
+    phase. `cache_contexts` is a folder that keeps encoded prompts. A `group` of machines, all
     of which call this, splits the work in one of parallel.MODES (`share` is the earlier
     name of `parallel`). Raises UserError when files do not fit together.
     """
@@ -283,5 +292,6 @@ def load(
     machines = Machines(group, parallel or share)
     options = low_memory, cache_contexts, machines
     pipe = Pipeline(checkpoint, o.text_encoder, getattr(mx, name), origin, *options)
+    pipe.keep = keep
     pipe.fallback = mx.bfloat16 if is_auto and name == "float16" else None
     return pipe

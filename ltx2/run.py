@@ -129,9 +129,11 @@ class NotFinite(Exception):
 
 
 class Meter:
-    """Seconds and peak bytes by phase; a phase that comes again adds up."""
+    """Seconds and peak bytes by phase, without those `kept` for the next run; a phase
+    that comes again adds up."""
 
     def __init__(self) -> None:
+        self.kept = 0
         self.phases: dict[str, tuple[float, float]] = {}
 
     @contextmanager
@@ -141,7 +143,7 @@ class Meter:
         yield
         seconds, peak = self.phases.get(name, (0.0, 0.0))
         seconds += time.perf_counter() - start
-        self.phases[name] = seconds, max(peak, mx.get_peak_memory())
+        self.phases[name] = seconds, max(peak, mx.get_peak_memory() - self.kept)
 
 
 def finished(job: Job, at: Snapshot) -> Snapshot:

@@ -112,16 +112,16 @@ def test_contexts_in_a_file_replace_the_prompt_and_the_text_encoder(
     model, checkpoint, save
 ):
     path = save(video_context=VIDEO, audio_context=AUDIO)
-    found = latents_of(model, Request("", contexts_file=path, **SIZE))
+    found = latents_of(model, Request("", seed=10, contexts_file=path, **SIZE))
     whole = pipeline.load(str(checkpoint("ltx-2.5")), None, "distilled", "float32")
     given = {"contexts": {"a dog": (VIDEO, AUDIO)}}
-    expected = latents_of(whole, Request("a dog", **SIZE), **given)
+    expected = latents_of(whole, Request("a dog", seed=10, **SIZE), **given)
     assert all(mx.array_equal(found[k], expected[k]) for k in ("video", "audio"))
 
 
 def test_each_video_has_the_contexts_of_its_own_file(model, save):
     files = save(video_prompt_embeds=VIDEO[0]), save(video=VIDEO[0] * 2)
-    two = (Request("", contexts_file=path, **SILENT) for path in files)
+    two = (Request("", seed=10, contexts_file=path, **SILENT) for path in files)
     events = [e for e in model.stream(*two) if e.phase == "latents"]
     first, second = (e.snapshot.latents["video"] for e in events)
     assert not mx.array_equal(first, second)
@@ -142,7 +142,7 @@ def test_each_video_has_the_contexts_of_its_own_file(model, save):
 )
 def test_contexts_that_do_not_fit_are_refused(model, save, arrays, prompt, reason):
     with pytest.raises(UserError, match=reason):
-        model.plan(Request(prompt, contexts_file=save(**arrays), **SIZE))
+        model.plan(Request(prompt, seed=10, contexts_file=save(**arrays), **SIZE))
 
 
 def test_the_command_line_needs_no_prompt_then(checkpoint, save, tmp_path, monkeypatch):

@@ -140,7 +140,7 @@ def test_a_temporal_round_doubles_the_frame_rate_not_the_duration(
 def test_a_run_resumes_between_slices_and_within_one(load, golden, tmp_path):
     pipe, contexts = load(), recorded_contexts(golden, "ltx-2.5")
     [prompt] = contexts
-    request = Request(prompt, no_audio=True, **QUICK)
+    request = Request(prompt, seed=10, no_audio=True, **QUICK)
     events = list(events_to_latents(pipe, request, contexts=contexts))
     complete = events[-1].snapshot.latents["video"]
     assert complete.shape == (1, 11, 4, 4, 20)
@@ -155,7 +155,7 @@ def test_a_run_resumes_between_slices_and_within_one(load, golden, tmp_path):
 
 
 def test_the_epilogue_has_a_coarse_and_a_fine_pass_of_each_of_the_last_slices(load):
-    request = Request("a fox", detailing_lora=None, spatial_rounds=1, **QUICK)
+    request = Request("a fox", seed=10, detailing_lora=None, spatial_rounds=1, **QUICK)
     job = load().plan(request)
     sizes = [(stage.size.height, stage.seen) for stage in job.stages]
     assert sizes[:4] == [(32, 1), (64, 1), (64, 1), (64, 1)]
@@ -192,7 +192,9 @@ def test_without_rounds_the_epilogue_is_one_slice_and_shows_its_images(load, tmp
     media.save_png(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
     images = (Image(str(tmp_path / "a.png")),)
     options = SIZE | {"num_frames": 41, "spatial_rounds": 1}
-    *_, coarse, fine = load().plan(Request("a fox", images=images, **options)).stages
+    *_, coarse, fine = (
+        load().plan(Request("a fox", seed=10, images=images, **options)).stages
+    )
     assert coarse.conditions == fine.conditions | {
         "video": (coarse.conditions["video"][0], SliceKeyframes(coarse.part)),
         "audio": (SliceSound(coarse.part),),
@@ -207,7 +209,7 @@ def test_an_epilogue_resumes_between_its_passes(load, golden, tmp_path, decoder)
     pipe, contexts = load(), recorded_contexts(golden, "ltx-2.5")
     [prompt] = contexts
     options = SIZE | {"num_frames": 9, "sigmas": (1.0, 0.0), "spatial_rounds": 1}
-    request = Request(prompt, no_audio=True, video_decoder=decoder, **options)
+    request = Request(prompt, seed=10, no_audio=True, video_decoder=decoder, **options)
     *events, _, last = events_to_latents(pipe, request, contexts=contexts)
     complete = last.snapshot.latents["video"]
     assert complete.shape == (1, 2, 4, 4, 20)
@@ -225,7 +227,7 @@ def test_a_slice_has_the_images_of_its_frames(load, tmp_path):
     images = tuple(Image(path, frame) for frame in (0, 60, -1))
     options = SIZE | {"num_frames": 73, "temporal_rounds": 1}
     pipe = load()
-    job = pipe.plan(Request("a fox", images=images, **options))
+    job = pipe.plan(Request("a fox", seed=10, images=images, **options))
     *_, first, second = (stage.conditions["video"][:-1] for stage in job.stages)
     assert [type(condition) for condition in first] == [ShowImage]
     assert [type(condition) for condition in second] == [GuideImage] * 2
@@ -237,7 +239,11 @@ def test_the_memory_of_every_stage_is_predicted(load, checkpoint):
     lora = LoraFile(str(checkpoint("ltx-2.5-lora2")))
     options = QUICK | {"height": 256, "width": 256, "no_audio": True}
     options |= {"spatial_rounds": 1, "num_frames": 25}
-    request, pipe, peaks = Request("a fox", detailing_lora=lora, **options), load(), {}
+    request, pipe, peaks = (
+        Request("a fox", seed=10, detailing_lora=lora, **options),
+        load(),
+        {},
+    )
     gc.collect()
     others = mx.get_active_memory()  # of earlier tests
     for event in events_to_latents(pipe, request):
@@ -290,11 +296,11 @@ def test_the_memory_of_every_stage_is_predicted(load, checkpoint):
 )
 def test_options_that_dfr_refuses(load, options, says):
     with pytest.raises(UserError, match=says):
-        load().plan(Request("a fox", **(SIZE | {"num_frames": 25} | options)))
+        load().plan(Request("a fox", seed=10, **(SIZE | {"num_frames": 25} | options)))
 
 
 def test_missing_files_are_named(load, checkpoint):
-    request = Request("a fox", num_frames=25, temporal_rounds=1, **SIZE)
+    request = Request("a fox", seed=10, num_frames=25, temporal_rounds=1, **SIZE)
     with pytest.raises(UserError, match="needs a temporal latent upsampler"):
         load(ups=["spatial-x2"]).plan(request)
     with pytest.raises(UserError, match="--stages dfr needs a latent upsampler"):

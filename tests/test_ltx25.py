@@ -130,9 +130,9 @@ def test_a_missing_file_is_an_error_only_if_it_is_needed(pack, missing, options)
     (pack / missing).unlink()
     source = weights.open_model(str(pack))
     with pytest.raises(UserError, match=name or options["video_decoder"]):
-        plan(Request("a fox", **options), source)
+        plan(Request("a fox", seed=10, **options), source)
     if missing != ENCODER:
-        plan(Request("a fox", no_audio=missing == AUDIO), source)
+        plan(Request("a fox", seed=10, no_audio=missing == AUDIO), source)
 
 
 def test_a_diffusion_vae_also_encodes(pack, source):
@@ -254,17 +254,21 @@ def test_a_duration_is_rounded_to_whole_latent_frames_within_limits(
 
 
 def test_default_samplers_and_steps(source, pipe):
-    job = pipe.plan(Request("a fox", num_frames=9))
+    job = pipe.plan(Request("a fox", seed=10, num_frames=9))
     assert [s.sampler for s in job.stages] == ["euler_ancestral"] * 2
-    job = pipe.plan(Request("a fox", num_frames=9, stages="one"))
+    job = pipe.plan(Request("a fox", seed=10, num_frames=9, stages="one"))
     assert job.stages[0].sampler == "euler"
     dev = weights.open_model(str(source.files[0].path.parents[1]), "dev")
-    assert len(plan(Request("a fox", num_frames=9), dev).stages[0].sigmas) == 31
+    assert (
+        len(plan(Request("a fox", seed=10, num_frames=9), dev).stages[0].sigmas) == 31
+    )
 
 
 def test_the_duration_is_predicted_from_the_prompt(pipe, golden, quick_vocoder, caplog):
     [prompt] = contexts = recorded_contexts(golden, "ltx-2.5")
-    request = Request(prompt, height=64, width=64, stages="one", auto_duration=(0, 0.4))
+    request = Request(
+        prompt, seed=10, height=64, width=64, stages="one", auto_duration=(0, 0.4)
+    )
     assert "up to 9 frames" in generate.describe(pipe, pipe.plan(request))
     job = pipe.plan(Request(prompt))
     assert job.request.auto_duration == (1, 20) and job.stages[0].size.num_frames == 473
@@ -274,7 +278,9 @@ def test_the_duration_is_predicted_from_the_prompt(pipe, golden, quick_vocoder, 
     assert note.startswith(f"{result.request.num_frames} frames, ")
     assert pipe.plan(job.request) == job
     with pytest.raises(UserError, match="auto_duration cannot be combined with video"):
-        clip = Request(prompt, video="a.mp4", retake=(0, 1), auto_duration=(1, 2))
+        clip = Request(
+            prompt, seed=10, video="a.mp4", retake=(0, 1), auto_duration=(1, 2)
+        )
         pipe.plan(clip)
 
 
@@ -285,7 +291,7 @@ def test_an_image_must_be_within_the_predicted_duration(pipe, golden, tmp_path):
 
     def request(frame):
         return Request(
-            prompt, images=(Image(str(tmp_path / "a.png"), frame),), **options
+            prompt, seed=10, images=(Image(str(tmp_path / "a.png"), frame),), **options
         )
 
     with pytest.raises(UserError, match="frame 480 is outside of the video"):
@@ -299,7 +305,7 @@ def test_an_image_must_be_within_the_predicted_duration(pipe, golden, tmp_path):
 def test_generated_keyframes_need_ltx_2_5(checkpoint):
     source = weights.open_model(str(checkpoint("ltx-2.3")))
     with pytest.raises(UserError, match="needs LTX-2.5 .this model is 2.3.0"):
-        plan(Request("a fox", generated_keyframes=2), source)
+        plan(Request("a fox", seed=10, generated_keyframes=2), source)
 
 
 def test_the_diffusion_decoder_decodes_the_same_latents(pipe, golden):
@@ -321,7 +327,7 @@ def test_the_diffusion_decoder_decodes_the_same_latents(pipe, golden):
     assert conv.frames.shape == diffusion.frames.shape == (9, 64, 64, 3)
     assert mx.array_equal(conv.video_latents, diffusion.video_latents)
     assert not np.array_equal(conv.frames, diffusion.frames)
-    job = pipe.plan(Request(prompt, video_decoder="diffusion", **options))
+    job = pipe.plan(Request(prompt, seed=10, video_decoder="diffusion", **options))
     planned = pipe.memory(job).phases["video"].total(streamed=False)
     assert 0.5 < planned / diffusion.phases["video"][1] < 2
     assert drawn[-17:] == [f"vae.frame{i}" for i in range(17)]
@@ -339,7 +345,7 @@ def test_windows_are_decoded_with_the_keyframes_that_they_have(pipe, golden, tmp
     options |= {"chunk_frames": 25, "carry_frames": 17, "sigmas": (1.0, 0.0)}
     options |= {"generated_keyframes": (4, 20, 31), "no_audio": True}
     how = {"video_decoder": "diffusion", "decode_with_keyframes": True}
-    request = Request(prompt, **options, **how)
+    request = Request(prompt, seed=10, **options, **how)
     job = pipe.plan(request)
     first, second = job.windows
     assert job.planes(first) == {first: (4, 20)}
@@ -363,21 +369,24 @@ def test_windows_are_decoded_with_the_keyframes_that_they_have(pipe, golden, tmp
 def test_keyframes_are_decoded_where_there_are_some_and_a_diffusion_decoder(pipe):
     source = pipe.checkpoint
     options = {"generated_keyframes": 2, "decode_with_keyframes": True}
-    ignored = plan(Request("a fox", **options), source)
+    ignored = plan(Request("a fox", seed=10, **options), source)
     assert not any(ignored.planes(window) for window in ignored.windows)
     assert "decode_with_keyframes is ignored" in ignored.notes[-1]
     diffusion = {"video_decoder": "diffusion", "num_frames": 97}
     for mode in ("one", "two"):
-        job = plan(Request("a fox", stages=mode, **options, **diffusion), source)
+        job = plan(
+            Request("a fox", seed=10, stages=mode, **options, **diffusion), source
+        )
         assert [*job.planes(job.windows[0]).values()] == [(32, 64)]
         assert job.frames_ahead == 64  # of the first frame
-    dfr = plan(Request("a fox", stages="dfr", **diffusion), source)
+    dfr = plan(Request("a fox", seed=10, stages="dfr", **diffusion), source)
     assert [*dfr.planes(dfr.windows[0]).values()] == [(32, 64, 96)]
     shorter = plan(
-        Request("a fox", stages="dfr", **diffusion | {"num_frames": 121}), source
+        Request("a fox", seed=10, stages="dfr", **diffusion | {"num_frames": 121}),
+        source,
     )
     assert [*shorter.planes(shorter.windows[0]).values()] == [(24, 48, 72, 96, 120)]
     with pytest.raises(
         UserError, match="decode_with_keyframes needs generated_keyframes"
     ):
-        plan(Request("a fox", decode_with_keyframes=True), source)
+        plan(Request("a fox", seed=10, decode_with_keyframes=True), source)

@@ -58,7 +58,7 @@ def request_(tmp_path, checkpoint):
         if "lora" in extras:
             file = LoraFile(str(checkpoint("ltx-2.3-distilled-lora")))
             options["loras"] = (file,)
-        return Request("a dog", **options)
+        return Request("a dog", seed=10, **options)
 
     return make
 
@@ -142,7 +142,9 @@ def test_memory_does_not_grow_with_the_number_of_windows(checkpoint):
     options |= {"chunk_frames": 49, "carry_frames": 25, "sigmas": (1.0, 0.0)}
     peaks = []
     for count in (2, 10):
-        job = pipe.plan(Request("a", num_frames=49 + 24 * (count - 1), **options))
+        job = pipe.plan(
+            Request("a", seed=10, num_frames=49 + 24 * (count - 1), **options)
+        )
         assert len(job.windows) == count
         gc.collect()
         others = mx.get_active_memory()
@@ -287,3 +289,12 @@ def test_a_run_is_limited_until_it_ends_or_is_closed(load, request_, monkeypatch
     assert now() == limit
     events.close()
     assert mx.set_memory_limit(before) == before
+
+
+@pytest.mark.parametrize(
+    "limit, streamed, keeps", [(16, False, True), (15, False, False), (16, True, False)]
+)
+def test_a_transformer_is_kept_if_it_fits_next_to_other_phases(limit, streamed, keeps):
+    need = memory.Footprint
+    phases = {"text": need(3, 1), "stage1": need(10, 4), "video": need(2, 4)}
+    assert memory.MemoryPlan(phases, limit, streamed).keeps_transformer == keeps

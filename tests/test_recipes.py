@@ -64,7 +64,7 @@ def adapter(checkpoint, tmp_path):
 def test_an_adapter_decides_what_the_request_does_not(
     pipe, adapter, clip, name, prompt, stages, size
 ):
-    job = pipe.plan(Request("a cat", video=clip, loras=(adapter(name),)))
+    job = pipe.plan(Request("a cat", seed=10, video=clip, loras=(adapter(name),)))
     assert job.request.prompt == job.prompts[0] == prompt
     assert len(job.stages) == stages
     assert (job.size.width, job.size.height) == size
@@ -74,7 +74,7 @@ def test_an_adapter_decides_what_the_request_does_not(
 def test_what_the_user_asks_for_goes_before_the_card(pipe, adapter, clip):
     options = {"stages": "two", "height": 64, "width": 64}
     request = Request(
-        "Deblur it", video=clip, loras=(adapter("deblur-0.9"),), **options
+        "Deblur it", seed=10, video=clip, loras=(adapter("deblur-0.9"),), **options
     )
     job = pipe.plan(request)
     assert (job.request.prompt, len(job.stages)) == ("Deblur it", 2)
@@ -97,7 +97,7 @@ def test_every_official_adapter_makes_a_clip(pipe, adapter, tmp_path, name):
         media.save_png(tmp_path / "first.png", FRAMES[0])
         options |= {"video": None, "images": (str(tmp_path / "first.png"),)}
         options |= {"height": 64, "width": 64, "num_frames": 9}
-    request = Request("a cat", **options)
+    request = Request("a cat", seed=10, **options)
     job, events = pipe.plan(request), list(pipe.stream(request))
     frames = np.concatenate([e.frames for e in events if e.frames is not None])
     scale = 2 if "upscaler" in name else 1
@@ -127,18 +127,20 @@ def test_a_clip_is_padded_not_stretched():
 def test_the_size_of_a_result_may_be_asked_for(pipe, adapter, clip):
     loras = (adapter("refine-details-1.0"),)
     options = {"height": 90, "width": 160, "video": clip, "loras": loras}
-    job = pipe.plan(Request("a", **options))
+    job = pipe.plan(Request("a", seed=10, **options))
     assert (job.size.width, job.size.height) == (160, 90)
     assert (job.stages[0].size.width, job.stages[0].size.height) == (160, 96)
     assert any("160x90 is padded to 160x96" in note for note in job.notes)
     assert any("8 more frames" in note for note in job.notes)
     assert pipe.plan(job.request).stages == job.stages
     with pytest.raises(UserError, match="height must be a multiple of 2"):
-        pipe.plan(Request("a", **options | {"height": 91}))
+        pipe.plan(Request("a", seed=10, **options | {"height": 91}))
 
 
 def test_frames_after_the_end_of_a_reference_repeat_its_last(pipe, adapter, clip):
-    job = pipe.plan(Request("a", video=clip, loras=(adapter("refine-details-1.0"),)))
+    job = pipe.plan(
+        Request("a", seed=10, video=clip, loras=(adapter("refine-details-1.0"),))
+    )
     (reference,) = job.stages[0].conditions["video"]
     assert reference.num_frames == 25
     frames = list(frames_of(clip, 8, 17, 24.0))
@@ -149,7 +151,7 @@ def test_frames_after_the_end_of_a_reference_repeat_its_last(pipe, adapter, clip
 def test_what_is_cut_off_is_not_heard(pipe, adapter, clip, monkeypatch):
     monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
     loras = (adapter("refine-details-1.0"),)
-    request = Request("a", video=clip, loras=loras, sigmas=(1.0, 0.0))
+    request = Request("a", seed=10, video=clip, loras=loras, sigmas=(1.0, 0.0))
     *_, result = pipe.stream(request)
     assert len(result.waveform) == round(17 / 24 * result.sample_rate)
 
@@ -157,16 +159,20 @@ def test_what_is_cut_off_is_not_heard(pipe, adapter, clip, monkeypatch):
 def test_notes_say_what_an_adapter_was_not_made_for(pipe, adapter, tmp_path):
     save_clip(tmp_path / "long.mkv", np.zeros((129, 64, 64, 3), np.uint8), 24)
     video = str(tmp_path / "long.mkv")
-    job = pipe.plan(Request("a cat", video=video, loras=(adapter("deblur-0.9"),)))
+    job = pipe.plan(
+        Request("a cat", seed=10, video=video, loras=(adapter("deblur-0.9"),))
+    )
     assert "129 frames: an adapter is for up to 121" in job.notes
-    notes = pipe.plan(Request("", video=video, loras=(adapter("alpha-gen-0.9"),))).notes
+    notes = pipe.plan(
+        Request("", seed=10, video=video, loras=(adapter("alpha-gen-0.9"),))
+    ).notes
     assert any("was made for a dev model" in note for note in notes)
 
 
 @pytest.mark.parametrize("sides", [(64, 96), (96, 64)])
 def test_tiles_are_turned_with_the_clip(pipe, adapter, tmp_path, sides):
     save_clip(tmp_path / "clip.mkv", np.zeros((9, *sides, 3), np.uint8), 24)
-    request = Request("a", video=str(tmp_path / "clip.mkv"))
+    request = Request("a", seed=10, video=str(tmp_path / "clip.mkv"))
     request = dataclasses.replace(request, loras=(adapter("restore-1.0"),))
     job = pipe.plan(request)
     tile = (17, 30) if sides[0] < sides[1] else (30, 17)
@@ -175,7 +181,7 @@ def test_tiles_are_turned_with_the_clip(pipe, adapter, tmp_path, sides):
 
 def test_alpha_gen_uses_a_dev_model_without_guidance(checkpoint, adapter, clip):
     dev = pipeline.load(str(checkpoint("ltx-2.5")), None, "dev", "float32")
-    job = dev.plan(Request("", video=clip, loras=(adapter("alpha-gen-0.9"),)))
+    job = dev.plan(Request("", seed=10, video=clip, loras=(adapter("alpha-gen-0.9"),)))
     guidance = job.stages[0].guidance["video"]
     assert (guidance.cfg_scale, guidance.stg_scale, guidance.rescale_scale) == (
         1,
@@ -205,15 +211,19 @@ def test_a_mov_of_a_matte_has_the_clip_as_color(checkpoint, adapter, tmp_path):
 
 def test_only_an_adapter_for_no_prompt_takes_an_empty_one(pipe, adapter, clip):
     with pytest.raises(UserError, match="the prompt is empty"):
-        pipe.plan(Request(" ", video=clip, loras=(adapter("clean-plate-1.0"),)))
+        pipe.plan(
+            Request(" ", seed=10, video=clip, loras=(adapter("clean-plate-1.0"),))
+        )
 
 
 def test_slow_motion_is_said_unless_it_is_asked_for(pipe, adapter):
     options = {"loras": (adapter("slow-motion-control-1.0"),), "num_frames": 9}
     said = lambda job: [n for n in job.notes if "--conditioned-fps" in n]
-    [note] = said(pipe.plan(Request("a fountain", **options)))
+    [note] = said(pipe.plan(Request("a fountain", seed=10, **options)))
     assert "the rate / the speed (1 to 0.025)" in note
-    slow = pipe.plan(Request("a fountain", conditioned_fps=24 / 0.025, **options))
+    slow = pipe.plan(
+        Request("a fountain", seed=10, conditioned_fps=24 / 0.025, **options)
+    )
     assert not said(slow) and slow.stages[0].size.rate == 960
     assert slow.stages[0].size.fps == 24
 
@@ -221,21 +231,21 @@ def test_slow_motion_is_said_unless_it_is_asked_for(pipe, adapter):
 @pytest.mark.parametrize("fps, said", [(24, 0), (23.976, 0), (59.94, 0), (12, 1)])
 def test_a_rate_that_the_models_do_not_know_is_said(pipe, fps, said):
     size = {"height": 64, "width": 64, "num_frames": 9, "fps": fps}
-    notes = pipe.plan(Request("a cat", **size)).notes
+    notes = pipe.plan(Request("a cat", seed=10, **size)).notes
     assert sum("24, 25, 30, 50, 60" in note for note in notes) == said
-    assert not pipe.plan(Request("a cat", conditioned_fps=24.0, **size)).notes
+    assert not pipe.plan(Request("a cat", seed=10, conditioned_fps=24.0, **size)).notes
 
 
 def test_a_trigger_is_a_word_of_its_own(pipe, adapter, clip):
     lora = adapter("colorization-0.9")
-    job = pipe.plan(Request("a colorized photo", video=clip, loras=(lora,)))
+    job = pipe.plan(Request("a colorized photo", seed=10, video=clip, loras=(lora,)))
     assert job.request.prompt == "COLORIZE a colorized photo"
 
 
 def test_a_recipe_gives_way_where_it_cannot_be_followed(pipe, adapter, clip):
     options = {"video": clip, "loras": (adapter("restore-1.0"),)}
-    assert pipe.plan(Request("a", retake=(0.1, 0.3), **options)).stages
-    job = pipe.plan(Request("a", stages="two", height=64, width=64, **options))
+    assert pipe.plan(Request("a", seed=10, retake=(0.1, 0.3), **options)).stages
+    job = pipe.plan(Request("a", seed=10, stages="two", height=64, width=64, **options))
     assert [stage.tile for stage in job.stages] == [None, None]
     again = pipe.plan(job.request)
     assert again.stages == job.stages
@@ -249,15 +259,15 @@ def test_a_recipe_gives_way_where_it_cannot_be_followed(pipe, adapter, clip):
 )
 def test_all_options_of_windows_have_the_same_limits(pipe, name, frames):
     size = {"height": 64, "width": 64, "num_frames": 121, name: frames}
-    assert len(pipe.plan(Request("a", **size)).windows) > 1
+    assert len(pipe.plan(Request("a", seed=10, **size)).windows) > 1
     for option in ({"audio_only": True}, {"stages": "dfr"}):
         with pytest.raises(UserError, match=f"{name} (cannot|needs)"):
-            pipe.plan(Request("a", **size, **option))
+            pipe.plan(Request("a", seed=10, **size, **option))
 
 
 def test_windows_after_the_end_of_a_reference_have_none(pipe, adapter, clip):
     size = {"num_frames": 65, "chunk_frames": 25, "carry_frames": 17, "stages": "one"}
-    request = Request("a", video=clip, loras=(adapter("deblur-0.9"),), **size)
+    request = Request("a", seed=10, video=clip, loras=(adapter("deblur-0.9"),), **size)
     shown = [
         any(isinstance(c, ReferenceClip) for c in stage.all_conditions)
         for stage in pipe.plan(request).stages
@@ -324,7 +334,7 @@ def test_a_side_is_divided_for_dfr_as_in_the_reference(side, count, rows):
 def test_the_sides_of_a_tile_are_checked(pipe, adapter, clip, tile):
     options = {"video": clip, "loras": (adapter("deblur-0.9"),)}
     with pytest.raises(UserError, match="two multiples of 32|must be a list of 2"):
-        pipe.plan(Request("a", **options, tile_size=tile))
+        pipe.plan(Request("a", seed=10, **options, tile_size=tile))
 
 
 # Masks
@@ -352,10 +362,10 @@ def test_a_mask_must_be_as_long_as_its_reference(pipe, adapter, clip, tmp_path):
     save_clip(tmp_path / "short.mkv", FRAMES[:9], 24)
     options = {"video": clip, "attention_mask": str(tmp_path / "short.mkv")}
     with pytest.raises(UserError, match="9 frames at 24 fps, fewer than the 17"):
-        pipe.plan(Request("a", loras=(adapter("deblur-0.9"),), **options))
+        pipe.plan(Request("a", seed=10, loras=(adapter("deblur-0.9"),), **options))
     options["attention_mask"] = str(tmp_path / "none.mkv")
     with pytest.raises(UserError, match="none.mkv"):
-        pipe.plan(Request("a", loras=(adapter("deblur-0.9"),), **options))
+        pipe.plan(Request("a", seed=10, loras=(adapter("deblur-0.9"),), **options))
 
 
 # Dub-It
@@ -385,7 +395,7 @@ def dubbed(checkpoint, tmp_path):
 
 
 def test_dub_it_sees_and_hears_the_clip_in_both_stages(dub, dubbed):
-    job = dub.plan(Request("she speaks", sigmas=(1.0, 0.5, 0.0), **dubbed()))
+    job = dub.plan(Request("she speaks", seed=10, sigmas=(1.0, 0.5, 0.0), **dubbed()))
     for stage, sound in zip(job.stages, (ReferenceSound, KeepAudio), strict=True):
         assert [type(c) for c in stage.conditions["video"]] == [ReferenceClip]
         assert [type(c) for c in stage.conditions["audio"]] == [sound]
@@ -416,11 +426,11 @@ def test_the_sound_that_is_heard_ends_before_the_video_begins():
 
 
 def test_a_silent_clip_is_not_heard(dub, dubbed):
-    job = dub.plan(Request("she speaks", **dubbed(sound=False)))
+    job = dub.plan(Request("she speaks", seed=10, **dubbed(sound=False)))
     heard = [c.tokens(job.size) for s in job.stages for c in s.conditions["audio"]]
     assert not any(heard) and "hears none" in job.notes[-1]
 
 
 def test_a_card_gives_way_to_the_stages_that_are_asked_for(dub, dubbed):
-    job = dub.plan(Request("she speaks", stages="one", **dubbed()))
+    job = dub.plan(Request("she speaks", seed=10, stages="one", **dubbed()))
     assert [len(stage.conditions["audio"]) for stage in job.stages] == [1]

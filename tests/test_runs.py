@@ -22,7 +22,7 @@ from test_pipeline import (
 )
 
 import generate
-from ltx2 import base, formats, media, memory, pipeline
+from ltx2 import base, formats, media, memory, pipeline, weights
 from ltx2.base import OutputError, UserError, read_text
 from ltx2.guidance import GuidedDenoiser
 from ltx2.request import Image, LoraFile, Request
@@ -855,6 +855,33 @@ def test_a_step_cache_saves_calls_with_a_small_error(guided):
 
 
 # Nothing is done twice
+
+
+def test_a_pipe_that_is_used_again_keeps_the_transformer(
+    checkpoint, contexts, quick_vocoder, monkeypatch
+):
+    model, loads = str(checkpoint("ltx-2-notc")), []
+    load = weights.Checkpoint.load
+
+    def count(self, name, *arguments, **options):
+        loads.append(name)
+        return load(self, name, *arguments, **options)
+
+    monkeypatch.setattr(weights.Checkpoint, "load", count)
+    encoder = str(checkpoint("gemma3"))
+    pipe = pipeline.load(model, encoder, "distilled", "float32", keep=True)
+    lora = LoraFile(str(checkpoint("ltx-2-lora")), 0.5)
+    run = lambda **more: pipe.generate(
+        "a cat", seed=1, contexts=contexts, **SHORT, **more
+    )
+    first = run()
+    run(loras=(lora,))
+    assert mx.array_equal(run().video_latents, first.video_latents)
+    assert loads.count("transformer") == 2  # once only for the LoRA's names
+    # Not where it does not fit next to the other phases.
+    monkeypatch.setattr(memory.MemoryPlan, "keeps_transformer", False)
+    run()
+    assert "transformer" not in pipe._loaded
 
 
 @pytest.fixture

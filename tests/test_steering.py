@@ -53,7 +53,7 @@ def latents(pipe, job):
 
 
 def run(pipe, prompt="a cat", **options):
-    return latents(pipe, pipe.plan(Request(prompt, **SIZE | options)))
+    return latents(pipe, pipe.plan(Request(prompt, seed=10, **SIZE | options)))
 
 
 def difference(a, b):
@@ -111,7 +111,7 @@ def test_nag_changes_both_streams_away_from_the_negative_prompt(pipe):
 
 
 def test_a_scale_of_1_is_the_plain_run_without_a_negative_prompt(pipe, monkeypatch):
-    job = pipe.plan(Request("a cat", nag_scale=1.0, **SIZE))
+    job = pipe.plan(Request("a cat", seed=10, nag_scale=1.0, **SIZE))
     assert job.prompts == ("a cat",)
     plain = run(pipe)
     monkeypatch.setattr(Nag, "__call__", None)
@@ -120,7 +120,7 @@ def test_a_scale_of_1_is_the_plain_run_without_a_negative_prompt(pipe, monkeypat
 
 
 def test_the_negative_prompt_is_encoded_for_nag(pipe):
-    job = pipe.plan(Request("a cat", nag_scale=5, **SIZE))
+    job = pipe.plan(Request("a cat", seed=10, nag_scale=5, **SIZE))
     assert job.prompts == ("a cat", NEGATIVE_PROMPT)
     assert job.negative_prompt == NEGATIVE_PROMPT
 
@@ -135,7 +135,7 @@ def test_all_stages_windows_and_tiles_have_nag(load):
         {"stages": "two"},
         windows,
     ):
-        job = pipe.plan(Request("a cat", **size, **options))
+        job = pipe.plan(Request("a cat", seed=10, **size, **options))
         assert {stage.prompts.nag for stage in job.stages} == {Nag(5, 2, 0.25)}
 
 
@@ -146,7 +146,9 @@ def test_guided_passes_of_the_prompt_have_nag_and_the_negative_one_not(
     calls, original = [], Nag.__call__
     watch = lambda self, *arguments: calls.append(self) or original(self, *arguments)
     monkeypatch.setattr(Nag, "__call__", watch)
-    job = pipe.plan(Request("a cat", nag_scale=5, **SIZE | {"sigmas": (1.0, 0.0)}))
+    job = pipe.plan(
+        Request("a cat", seed=10, nag_scale=5, **SIZE | {"sigmas": (1.0, 0.0)})
+    )
     latents(pipe, job)
     blocks = pipe.dit_config.num_layers
     # Conditional and isolated passes in all blocks, the perturbed one from its block on.
@@ -215,7 +217,7 @@ def test_times_are_those_of_the_video_in_every_stage(load, options):
     size = {"height": 128, "width": 128, "num_frames": 49, "fps": 24} | options
     ends = [n * 49 / 3 / size["fps"] for n in range(4)]
     segments = [Segment(*pair, text) for *pair, text in zip(ends, ends[1:], "abc")]
-    job = pipe.plan(Request("a cat:", segments=segments, **size))
+    job = pipe.plan(Request("a cat:", seed=10, segments=segments, **size))
     assert job.prompts == ("a cat: a", "a cat: b", "a cat: c")
     for stage in job.stages:
         first = stage.window.start + getattr(stage.part, "first", 0)
@@ -237,7 +239,7 @@ def test_a_window_reads_only_the_segments_of_its_frames(load):
     pipe = load("ltx-2.5")
     segments = [Segment(n, n + 1, text) for n, text in enumerate("abcd")]
     size = {"height": 64, "width": 64, "chunk_frames": 49, "carry_frames": 25}
-    job = pipe.plan(Request("", segments=segments, stages="one", **size))
+    job = pipe.plan(Request("", seed=10, segments=segments, stages="one", **size))
     assert job.request.num_frames == 97  # as long as the segments
     read = ["".join(stage.prompts.segments) for stage in job.stages]
     assert read == ["abc", "bcd", "cd"]
@@ -247,7 +249,7 @@ def test_the_negative_prompt_is_not_segmented(load):
     pipe = load("ltx-2.3", "dev")
     equal = [dataclasses.replace(s, prompt="a cat") for s in HALVES]
     options = {"negative_prompt": "ugly", "nag_scale": 5.0, "images": ()}
-    job = pipe.plan(Request("", segments=HALVES, **SIZE, **options))
+    job = pipe.plan(Request("", seed=10, segments=HALVES, **SIZE, **options))
     assert job.prompts == ("a cat", "a dog", "ugly") and job.negative_prompt == "ugly"
     plain = run(pipe, **options)
     assert difference(run(pipe, segments=equal, **options), plain) < 1e-4
@@ -255,16 +257,19 @@ def test_the_negative_prompt_is_not_segmented(load):
 
 def test_the_prompt_is_put_before_each_segment_that_does_not_begin_with_it():
     segments = Segment(0, 1, "it runs"), Segment(1, 2, "a cat sleeps")
-    assert Request("a cat", segments=segments).prompts == (
+    assert Request("a cat", seed=10, segments=segments).prompts == (
         "a cat it runs",
         "a cat sleeps",
     )
-    assert Request("", segments=segments).prompts == ("it runs", "a cat sleeps")
+    assert Request("", seed=10, segments=segments).prompts == (
+        "it runs",
+        "a cat sleeps",
+    )
     assert Request("a cat").prompts == ("a cat",)
 
 
 def test_segments_are_recorded_and_parsed():
-    request = Request("a cat", segments=HALVES)
+    request = Request("a cat", seed=10, segments=HALVES)
     recorded = json.loads(json.dumps(dataclasses.asdict(request)))
     assert checked(Request, recorded, "request") == request
     flags = ["--segment", "0-.35:a cat", "--segment", "0.35-0.7:a dog: a brown one"]
@@ -301,4 +306,4 @@ def segments(*times):
 def test_what_cannot_be_steered_is_refused_before_the_run(pipe, options, message):
     prompt = "" if "segments" in options else "a cat"
     with pytest.raises(UserError, match=message):
-        pipe.plan(Request(prompt, **SIZE | options))
+        pipe.plan(Request(prompt, seed=10, **SIZE | options))
