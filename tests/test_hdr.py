@@ -76,6 +76,7 @@ def request_for(checkpoint, tmp_path):
         mx.save_safetensors(text, {"video_context": mx.ones((1, 8, 72))})
         options = {"prompt": "", "contexts_file": text} | options
         options = {"sigmas": (1.0, 0.0), "video": clip} | options
+        options.setdefault("seed", 10)
         return Request(loras=(LoraFile(lora),), **options)
 
     return request_for
