@@ -129,6 +129,9 @@ def planned(name: str, bits: int, size: str) -> tuple[Pipeline, Job, Phases]:
     pipe = Pipeline(converted(name, bits), dtype=mx.bfloat16)
     (width, height), has_text = SIZES[size], pipe.checkpoint.version < weights.GEMMA_4
     options = {"prompt": "", "width": width, "height": height, "num_frames": 121}
+    encoders = (
+        [encoder()] if has_text else []
+    )  # imports mlx_lm, which asks for a device
     with metal(), TemporaryDirectory() as folder:
         if has_text:
             options["prompt"] = "a cat " * 40
@@ -140,7 +143,7 @@ def planned(name: str, bits: int, size: str) -> tuple[Pipeline, Job, Phases]:
         job = pipe.plan(Request(**options))
         phases = dict(job.memory.phases)
         if has_text:
-            phases["text"] = pipe._estimator.text(1, [encoder()])
+            phases["text"] = pipe._estimator.text(1, encoders)
     return pipe, job, phases
 
 
