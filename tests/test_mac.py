@@ -164,4 +164,5 @@ def test_the_workflows_run_what_exists_on_linux_and_macos():
     assert os.access(ROOT / ".ci" / "run", os.X_OK) and ".ci/run" in commands
     checks = jobs["mac"]["strategy"]["matrix"]["check"]
     assert "python -m ${{ matrix.check }}" in commands
-    assert checks == ["ltx2.checks device", "pytest", "pytest --gpu"]
+    tests = "pytest -n 2 --dist loadfile"
+    assert checks == ["ltx2.checks device", tests, "pytest --gpu"]

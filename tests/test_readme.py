@@ -75,8 +75,8 @@ def test_every_command_is_tested():
     assert set(COMMANDS) - tested == {
         "pip install -e .",
         "pip install -r requirements.txt",
-        "pip install -r requirements.txt pytest",
-        "python -m pytest",
+        "pip install -r requirements.txt pytest pytest-xdist",
+        "python -m pytest -n 2 --dist loadfile",
         "python demo/strip.py strip.png demo-1.mp4 demo-2.mp4 demo-3.mp4 demo-4.mp4",
     }
     assert len(GENERATE) > 20 and len(CONVERT) >= 4 and len(CHECKS) >= 4
@@ -121,7 +121,8 @@ def test_the_python_example_runs(folder, checkpoint, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     model, encoder = str(checkpoint("ltx-2")), str(checkpoint("gemma3"))
     load, options = ltx2.load, {"dtype": "float32", "kind": "distilled"}
-    monkeypatch.setattr(pipeline, "load", lambda _: load(model, encoder, **options))
+    loaded = lambda _, **how: load(model, encoder, **options | how)
+    monkeypatch.setattr(pipeline, "load", loaded)
     monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
     monkeypatch.chdir(folder)
     small = "num_frames=9, height=64, width=64, sigmas=(1.0, 0.5, 0.0)"
