@@ -108,6 +108,11 @@ class Components:
         self.origin = replace(self.origin, dtype=name)
         return name
 
+    def _factors(self, loras: tuple[LoraFile, ...]) -> list[Scaled]:
+        """LoRAs whose factors are not read yet, with their strengths."""
+        read = lambda file: Lora.read(self.inputs.lora_file(file.path))
+        return [(read(file), file.strength) for file in loras]
+
     def adopt(self, transformer: DiT) -> None:
         """Use this transformer, with what is attached to it, until it is freed."""
         self._loaded["transformer"], self._loras = transformer, ()
@@ -121,13 +126,13 @@ class Components:
         elif loras != self._loras:
             tensors = self.checkpoint.weights("transformer", self.dtype)
             read = lambda keys: {k: mx.contiguous(tensors[k]) for k in keys}
-            attach(self.transformer, _factors(loras), read, stored=self._stored)
+            attach(self.transformer, self._factors(loras), read, stored=self._stored)
         if rebuilt and "transformer" not in self._loaded:
             model = self.checkpoint.load("transformer", self.dtype, lazy=True)
-            attach(model, _factors(loras), stored=self._stored)
+            attach(model, self._factors(loras), stored=self._stored)
             self.machines.shard(model)
             if streamed:
-                blocks = lambda: self.blocks(_factors(loras))
+                blocks = lambda: self.blocks(self._factors(loras))
                 model.transformer_blocks = StreamedBlocks(blocks)
             self._loaded["transformer"] = model
         self._loras = loras
@@ -231,8 +236,3 @@ class Components:
     def encode_prompt(self, prompt: str) -> Contexts:
         """Contexts (video, audio) of one prompt, each (1, 1024, D)."""
         return self.encode_prompts([prompt])[prompt]
-
-
-def _factors(loras: tuple[LoraFile, ...]) -> list[Scaled]:
-    """LoRAs whose factors are not read yet, with their strengths."""
-    return [(Lora.read(file.path), file.strength) for file in loras]

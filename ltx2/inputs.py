@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from .audio_vae import log_mel
 from .cache import read_contexts
 from .guidance import Contexts
 from .latents import Size
-from .lora import Lora
+from .lora import Lora, adapter_file
 
 
 class InputFiles:
@@ -37,9 +38,13 @@ class InputFiles:
         """What a clip or sound file holds."""
         return self._once(media.probe, path)
 
+    def lora_file(self, path: str) -> Path:
+        """The file of a LoRA, downloaded if it is of the Hub."""
+        return self._once(adapter_file, path)
+
     def lora(self, path: str) -> Lora:
         """A LoRA whose factors are read where they are first used."""
-        return self._once(Lora.read, path)
+        return self._once(Lora.read, str(self.lora_file(path)))
 
     def contexts(self, path: str) -> Contexts:
         """Contexts of video and audio in a file; None for what is not in it."""

@@ -149,3 +149,19 @@ def test_peak_memory_does_not_depend_on_the_depth(checkpoint, golden, depth):
 
 def tree_leaves(module):
     return [w for _, w in tree_flatten(module.parameters())]
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_the_hub_is_asked_once_for_a_lora(
+    latents, checkpoint, fake_hub, monkeypatch, low_memory
+):
+    """Streamed blocks are read with their LoRAs in each step."""
+    asked, info = [], fake_hub.model_info
+    counting = lambda repo, **how: asked.append(repo) or info(repo, **how)
+    monkeypatch.setattr(fake_hub, "model_info", counting)
+    lora = "me/lora/ltx-2-19b-lora.safetensors"
+    model = checkpoint("ltx-2"), "distilled"
+    of_hub = latents(low_memory, *model, loras=(LoraFile(lora),))
+    assert asked == ["me/lora"]
+    local = (LoraFile(str(checkpoint("ltx-2-lora"))),)
+    assert_identical(latents(low_memory, *model, loras=local), of_hub)
