@@ -47,9 +47,11 @@ def parser() -> argparse.ArgumentParser:
     add("--q-group-size", "-q-group-size", type=int, choices=groups, help=text)
     modes = ["affine", "mxfp4", "nvfp4", "mxfp8"]
     add("--q-mode", "-q-mode", choices=modes, help="(default: affine)")
-    text = "bits by layer: mixed_4_6, mixed_4_8, a JSON file, or auto, which measures each "
-    text += "kind of layer first (default for 4 bits: by "
-    text += "kind of layer and depth, unless --q-group-size is passed)"
+    text = (
+        "bits by layer: mixed_4_6, mixed_4_8, a JSON file, or auto, which measures each "
+        "kind of layer first (default for 4 bits: by kind of layer and depth, unless "
+        "--q-group-size is passed)"
+    )
     add("--quant-predicate", metavar="RECIPE", help=text)
     text = "fuse into the transformer before quantizing; repeatable"
     add("--lora", type=lora, metavar="FILE[:STRENGTH]", help=text, **many)

@@ -192,7 +192,8 @@ def make(
     with closing(Progress(args, names, preview, left).watch(stream)) as events:
         for job, output in zip(jobs, names):
             sheet = Sheet(job.size.fps, job.request.color_space)
-            result = write(output, args, job, sheet.watch(events))
+            seen = sheet.watch(events) if args.save_sheet else events
+            result = write(output, args, job, seen)
             if args.save_sheet:
                 picture = sheet.draw(result.waveform, result.sample_rate)
                 media.save_png(beside(output, SHEET), picture)
@@ -284,9 +285,8 @@ def build_requests(
             f"--num-videos must be between 1 and 1000, got {args.num_videos}"
         )
     base = asdict(recorded) if recorded else {}
-    for field in fields(
-        Request
-    ):  # what a passed option is instead of, and the other way
+    # What a passed option is instead of, and what is instead of it
+    for field in fields(Request):
         others = field.metadata.get("instead_of", "").split()
         if field.name in passed:
             base = {k: v for k, v in base.items() if k not in others}
@@ -383,7 +383,7 @@ def enhanced(pipe: Any, job: Any) -> Any:
 
 
 class Progress:
-    """Shows events on stderr as they pass, and saves the latents of videos that are not written."""
+    """Shows events on stderr as they pass, and saves latents of videos not written."""
 
     def __init__(
         self, args: argparse.Namespace, names: list[str], preview: Any, left: Any

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -319,10 +320,10 @@ class Dataset:
 
     def _is_encoded(self, item: Item) -> bool:
         """Whether an item's file is there; a damaged one is made again."""
-        try:
-            return bool(read_arrays(self.path(item)))
-        except UserError:
-            return False
+        with suppress(UserError):
+            read_arrays(self.path(item))
+            return True
+        return False
 
     def load(self, item: Item) -> Sample:
         """An item's latents and contexts, from the disk."""

@@ -19,9 +19,9 @@ def ask(help: str, default: Any = None, **rules: Any) -> Any:
 
     Rules for the command line: `flag` (else the field's name), `type` (else the
     annotation's), `metavar`, `nargs`, `repeat`. Rules that `check` applies: `between`
-    (low, high), `choices`, `needs` and `excludes` (names of other options), `instead_of` (ones
-    it excludes, and replaces in a recorded request), `modes` (the
-    values of `stages` that have the option), `model` (what the model must be).
+    (low, high), `choices`, `needs` and `excludes` (names of other options), `instead_of`
+    (ones it excludes, and replaces in a recorded request), `modes` (the values of
+    `stages` that have the option), `model` (what the model must be).
     """
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 

@@ -276,9 +276,9 @@ def load(
     Weights are read when a phase needs them; with `low_memory` (None: if not all of
     them fit) the transformer's blocks are read in each step, with the same result.
     With `keep` the transformer stays for the next run, if it fits next to every other
-    phase. `cache_contexts` is a folder that keeps encoded prompts. A `group` of machines, all
-    of which call this, splits the work in one of parallel.MODES (`share` is the earlier
-    name of `parallel`). Raises UserError when files do not fit together.
+    phase. `cache_contexts` is a folder that keeps encoded prompts. A `group` of machines,
+    all of which call this, splits the work in one of parallel.MODES (`share` is the
+    earlier name of `parallel`). Raises UserError when files do not fit together.
     """
     name = str(dtype or "auto").removeprefix("mlx.core.")
     check_choice("dtype", name, ("auto", "bfloat16", "float16", "float32"))

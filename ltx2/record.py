@@ -43,11 +43,8 @@ class Record:
     @classmethod
     def read(cls, path: str) -> Record:
         """From a video, a sound or the .json next to it; UserError for other files."""
-        if Path(path).suffix.lower() == ".json":
-            media.check_file(path)
-            found = parse_json(Path(path).read_bytes(), f"{path}: ")
-        else:
-            found = media.read_metadata(path)
+        is_json = Path(path).suffix.lower() == ".json"
+        found = read_json(path) if is_json else media.read_metadata(path)
         if not {"request", "load", "model"} <= found.keys():
             raise UserError(f"{path} does not say how it was made")
         kinds = {"request": Request, "load": Load, "model": dict, "versions": dict}
@@ -85,19 +82,24 @@ class Record:
         return replace(self, load=load, request=located(self.request, locate, but))
 
 
+def read_json(path: str) -> dict[str, Any]:
+    """The object in a .json file; UserError for any other."""
+    media.check_file(path)
+    return parse_json(Path(path).read_bytes(), f"{path}: ")
+
+
 def read_config(path: str) -> tuple[dict[str, Any], Request]:
     """How to load a model and the request, from the .json of a result or one that a
     user wrote with some of its values; UserError for others."""
-    media.check_file(path)
-    found = parse_json(Path(path).read_bytes(), f"{path}: ")
+    found = read_json(path)
     if not {"request", "load"} & found.keys():
         raise UserError(f'{path} has no "request" and no "load"')
-    parts = {k: found.get(k, {}) for k in ("request", "load")}
-    usual = {"request": {"prompt": ""}, "load": {"model": ""}}
-    parts = {k: checked(dict, x, f"{path}: {k}") for k, x in parts.items()}
-    request = checked(Request, usual["request"] | parts["request"], f"{path}: request")
-    load = asdict(checked(Load, usual["load"] | parts["load"], f"{path}: load"))
-    return {k: load[k] for k in parts["load"]}, request
+    request, load = (
+        checked(dict, found.get(k, {}), f"{path}: {k}") for k in ("request", "load")
+    )
+    complete = checked(Load, {"model": ""} | load, f"{path}: load")
+    request = checked(Request, {"prompt": ""} | request, f"{path}: request")
+    return {k: v for k, v in asdict(complete).items() if k in load}, request
 
 
 def provenance(model: Any, job: Any, seconds: Mapping[str, float]) -> dict[str, Any]:

@@ -406,9 +406,9 @@ class Request(Checked):
     )
 
     GROUPS = {
-        "output": "prompt contexts_file preset height width size num_frames duration auto_duration fps "
-        "conditioned_fps color_space chunk_frames carry_frames blend_frames segments "
-        "no_audio audio_only video_decoder decode_with_keyframes decode_bias",
+        "output": "prompt contexts_file preset height width size num_frames duration "
+        "auto_duration fps conditioned_fps color_space chunk_frames carry_frames "
+        "blend_frames segments no_audio audio_only video_decoder decode_with_keyframes decode_bias",
         "inputs": "images keyframes image_crf audio video retake retake_streams extend "
         "reference_strength reference_attention attention_mask reference_in_stage_2 "
         "tile_size hdr_keyframes loras distilled_lora detailing_lora",

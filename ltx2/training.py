@@ -112,6 +112,12 @@ class Place(Checked):
     step: int
     history: list[tuple[int, Optional[float], Optional[float]]]
 
+    @classmethod
+    def read(cls, metadata: Mapping[str, str], path: str) -> Place:
+        """From a state file's metadata, each value of which is JSON."""
+        text = ", ".join(f"{json.dumps(k)}: {v}" for k, v in metadata.items())
+        return checked(cls, parse_json(f"{{{text}}}", path), path)
+
 
 # The run
 
@@ -261,25 +267,23 @@ class Trainer:
         """The factors of an earlier training, and its step and moments if they are
         there."""
         state = (path if path.is_dir() else path.parent) / STATE
-        if not state.is_file():
-            note(f"there is no {state}: training begins at step 0")
-            arrays, at = {}, None
-            found = gradients.factor_parameters(Lora.read(path))
-        else:
+        at = None
+        if state.is_file():
             arrays, metadata = read_arrays(state)
             found = {k[2:]: w for k, w in arrays.items() if k.startswith("p.")}
-            text = ", ".join(f"{json.dumps(k)}: {v}" for k, v in metadata.items())
-            at = checked(Place, parse_json(f"{{{text}}}", f"{state}: "), f"{state}: ")
+            at = Place.read(metadata, f"{state}: ")
+        else:
+            note(f"there is no {state}: training begins at step 0")
+            found = gradients.factor_parameters(Lora.read(path))
         shapes = [{k: w.shape for k, w in p.items()} for p in (found, new)]
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"{path} has other layers or another rank: pass the flags it was made with"
             )
         if at is not None:
-            moments = {f"{k}.{key}": w.shape for key, w in found.items() for k in "mv"}
+            expected = {f"{k}.{key}": w.shape for key, w in found.items() for k in "mv"}
             there = {k: w.shape for k, w in arrays.items()}
-            expected = moments | {"step": ()}
-            if any(there.get(k) != shape for k, shape in expected.items()):
+            if not (expected | {"step": ()}).items() <= there.items():
                 raise UserError(f"{state} is not complete: start from its adapter")
             for key in found:
                 self.opt.state[key] = {k: arrays[f"{k}.{key}"] for k in "mv"}
