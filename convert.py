@@ -1,6 +1,6 @@
 """Convert official LTX-2 weights to a model folder for MLX."""
 
-if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
+if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
     import os
     import signal
 

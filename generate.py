@@ -1,6 +1,6 @@
 """Make videos with their sound from prompts."""
 
-if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
+if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
     import os
     import signal
 
@@ -30,7 +30,7 @@ from ltx2.base import (
 )
 from ltx2.guidance import Guidance
 from ltx2.options import add_flags, located, name_and_file
-from ltx2.outputs import LATENTS, PREVIEW, SHEET, beside
+from ltx2.outputs import LATENTS, PREVIEW, SHEET, next_to
 from ltx2.presets import Preset
 from ltx2.request import Request
 
@@ -196,13 +196,13 @@ def make(
             result = write(output, args, job, seen)
             if args.save_sheet:
                 picture = sheet.draw(result.waveform, result.sample_rate)
-                media.save_png(beside(output, SHEET), picture)
+                media.save_png(next_to(output, SHEET), picture)
             if args.save_json:
                 text = json.dumps(result.metadata, indent=2) + "\n"
-                beside(output, ".json").write_text(text)
+                next_to(output, ".json").write_text(text)
             print(f"wrote {output} (seed {result.request.seed})")
             for path in files_of(args, job.request).of(output)[1:]:
-                latents = path == beside(output, LATENTS)
+                latents = path == next_to(output, LATENTS)
                 if path.exists() and (args.save_latents or not latents):
                     print(f"wrote {path}")
         next(events, None)  # the last file is written, too
@@ -429,7 +429,7 @@ class Progress:
                 print(f"\nsaved latents: {advice}{path}")
 
     def save_latents(self, event: Any) -> Path:
-        path = beside(self.names[event.job], LATENTS)
+        path = next_to(self.names[event.job], LATENTS)
         event.snapshot.save(path)
         return path
 
@@ -439,7 +439,7 @@ class Progress:
         if not (self.preview and event.denoised and "video" in event.denoised):
             return
         if event.step % self.args.preview_every == 0:
-            path = beside(self.names[event.job], PREVIEW)
+            path = next_to(self.names[event.job], PREVIEW)
             media.save_png(path, self.preview(event.denoised["video"]))
 
 

@@ -1,6 +1,6 @@
 """Train a LoRA on a folder of clips with captions."""
 
-if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
+if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
     import os
     import signal
 

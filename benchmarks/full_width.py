@@ -1,4 +1,4 @@
-"""A run at the released 19B's size: each phase's peak memory beside the plan.
+"""A run at the released 19B's size: each phase's peak memory compared with the plan.
 
     python benchmarks/full_width.py
 

@@ -19,7 +19,7 @@ class Chip:
 
 # By the start of MLX's name of the architecture: g13 is M1, g14 M2, a final d an Ultra.
 # float16: two ports publish 4 to 27 % less time on M1 and M2, which have no bfloat16
-# arithmetic, and an error against float32 of 0.007 beside 0.035.
+# arithmetic, and an error against float32 of 0.007 instead of 0.035.
 # Dequantized: a quantized matmul is slow on MLX's CPU backend (measured) and, at many
 # rows, on M1 and M2 (published).
 # Inputs: on an M1 Ultra the second product of a feed-forward (16384 inputs, 6000 rows)

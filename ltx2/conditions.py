@@ -145,14 +145,14 @@ class HoldSound(Condition):
 
 @dataclass(frozen=True)
 class ReferenceSound(HoldSound):
-    """Let an IC-LoRA hear a clip's sound."""
+    """Condition an IC-LoRA on a clip's sound."""
 
     def tokens(self, size: Size) -> int:
         return size.audio_tokens
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
         sound = self.encoded(size, source)
-        return lambda state: state.let_hear(sound)
+        return lambda state: state.show_sound(sound)
 
 
 @dataclass(frozen=True)
@@ -278,16 +278,16 @@ def carry_key(stage: str, stream: str) -> str:
 
 @dataclass(frozen=True)
 class KeepAudio(Carried):
-    """Keep the previous stage's audio, and let an IC-LoRA hear it (`heard`)."""
+    """Keep the previous stage's audio; `as_reference`: an IC-LoRA also sees it."""
 
-    heard: bool = False
+    as_reference: bool = False
 
     def tokens(self, size: Size) -> int:
-        return size.audio_tokens * self.heard
+        return size.audio_tokens * self.as_reference
 
     def apply(self, state: LatentState, size: Size, before: Streams) -> LatentState:
         state = state.freeze()
-        return state.let_hear(before["audio"]) if self.heard else state
+        return state.show_sound(before["audio"]) if self.as_reference else state
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def workspace(
     frames, height, width = size
     if mx.default_device().type == mx.cpu:
         return 4 * 9 * taps * frames * height * width * dim_in, 0
-    outputs = 4 * (taps - 1) * frames * height * width * dim  # beside the sum
+    outputs = 4 * (taps - 1) * frames * height * width * dim  # in addition to the sum
     aligned = dim_in % 32 == 0 == dim % 32
     if not aligned or dim_in + dim < 256 or frames * height * width < 4096:
         return outputs, 0

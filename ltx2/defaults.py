@@ -349,12 +349,12 @@ class Resolver:
                 )
         frames, other_rate = min(frames, total), media.frame_rate(fps) != clip.fps
         new = (height, width) != (clip.height * larger, clip.width * larger)
-        deaf = self.recipe.hears and not clip.has_audio
+        silent = self.recipe.uses_sound and not clip.has_audio
         changes = {
             f"{clip.width}x{clip.height} resized and cropped to {width}x{height}": new,
             f"{float(clip.fps):g} fps changed to {fps:g}": other_rate,
             f"{frames} of {there} frames are read (8k+1)": frames != there,
-            "it has no sound, so the adapter hears none": deaf,
+            "it has no sound, so the adapter hears none": silent,
         }
         self.notes += [f"{r.video}: {text}" for text, true in changes.items() if true]
         self.clip_streams = BOTH[: 1 + clip.has_audio]

@@ -73,7 +73,7 @@ class Format(NamedTuple):
     sound: str = "aac -b:a 192k"
     hdr: bool = False  # holds more than sRGB
     even: bool = False  # has even sides only
-    alpha: bool = False  # beside colors
+    alpha: bool = False  # in addition to colors
 
 
 PIPE = "-f image2pipe -framerate {fps} -c:v"
@@ -116,7 +116,7 @@ def choose(path: PathLike, codec: Optional[str] = None, space: str = "srgb") -> 
     return codec
 
 
-def frames_beside(path: PathLike, codec: str, space: str) -> list[Path]:
+def frames_next_to(path: PathLike, codec: str, space: str) -> list[Path]:
     """The folder of EXR frames next to an HLG video of light."""
     path = Path(path)
     folder = path.with_name(f"{path.stem}_{space}_exr")
@@ -133,7 +133,7 @@ def check_output(
     if sound_only and (codec or Path(path).suffix.lower() != ".wav"):
         raise UserError(f"{path}: sound alone must end in .wav, and has no codec")
     names = {} if sound_only else {path: choose(path, codec, space)}
-    names |= {p: "exr" for p in frames_beside(path, names.get(path, ""), space)}
+    names |= {p: "exr" for p in frames_next_to(path, names.get(path, ""), space)}
     for name in names.values():
         encoder = FORMATS[name].encoder
         if not media.has_encoder(encoder):
@@ -170,7 +170,7 @@ class VideoWriter:
         self.format, self.num_frames, self._size = FORMATS[codec], 0, None
         self._blocks = ExitStack()
         self._blocks.enter_context(self._written())
-        paths = frames_beside(self.path, codec, self.color_space)
+        paths = frames_next_to(self.path, codec, self.color_space)
         facts = self.fps, None, None, "exr", self.color_space
         writers = (VideoWriter(path, *facts) for path in paths)
         self._beside = [*map(self._blocks.enter_context, writers)]

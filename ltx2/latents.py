@@ -317,7 +317,7 @@ class LatentState:
         attention = None if (visible == 1).all() else visible
         return self.append(tokens, bounds, strength, attention)
 
-    def let_hear(self, latents: mx.array) -> LatentState:
+    def show_sound(self, latents: mx.array) -> LatentState:
         """A sound (1, T, mel, C) for an IC-LoRA, which ends 40 ms before the target begins."""
         bounds = audio_bounds(latents.shape[1])
         bounds = bounds - bounds[0, -1, 1] - np.float32(0.04)

@@ -33,7 +33,7 @@ from .work import video_convs
 
 FLOAT = 4  # bytes: encoders and decoders compute in float32
 # Copies of the widest tensor that are alive together, on the CPU and on a GPU.
-UPSAMPLER = (24, 6)  # beside its convolutions; on the CPU of the padded clip
+UPSAMPLER = (24, 6)  # in addition to its convolutions; on the CPU of the padded clip
 SPECTRAL = (90, 12)  # the audio VAE and HiFi-GAN
 BIGVGAN = (215, 30)
 TIGHT = 3 / 4  # of the limit

@@ -12,7 +12,7 @@ from .base import UserError
 LATENTS, PREVIEW, SHEET = ".latents.safetensors", ".preview.png", "-sheet.png"
 
 
-def beside(output: str, kind: str) -> Path:
+def next_to(output: str, kind: str) -> Path:
     """A file of another kind next to an output, with its stem."""
     return Path(output).with_name(Path(output).stem + kind)
 
@@ -46,8 +46,8 @@ class Files:
 
         choose = lambda: formats.choose(output, self.codec, self.space)
         codec = "" if self.sound_only else choose()
-        folders = formats.frames_beside(output, codec, self.space)
-        return [Path(output), *folders, *(beside(output, k) for k in self.kinds)]
+        folders = formats.frames_next_to(output, codec, self.space)
+        return [Path(output), *folders, *(next_to(output, k) for k in self.kinds)]
 
     def free(self, output: str, videos: int, kept: Optional[str] = None) -> list[str]:
         """The first names of which no file is there, except the file `kept`."""

@@ -25,7 +25,7 @@ class Recipe:
     scale: int = 1  # from the clip's sides to the result's
     tile: Optional[tuple[int, int]] = None  # sides of tiles, of a wide clip
     no_prompt: bool = False  # the prompt may be empty
-    hears: bool = False  # the clip's sound is a reference, too
+    uses_sound: bool = False  # the clip's sound is a reference, too
     extra: int = 0  # frames that are made and cut off again
     pads: bool = False  # a clip whose sides do not suit the model
     codes: str = ""  # what frames are before they are decoded to light, of color.SPACES
@@ -53,7 +53,7 @@ RECIPES = {
     "day-to-night": Recipe("", NIGHT, 97, "dev", advice="use --steps 30 --cfg-scale 3"),
     "sdr-to-hdr": Recipe("", ONE | LIGHT, codes="acescct"),
     "hdr": Recipe("", DUB | LIGHT, codes="logc3"),
-    "lipdub": Recipe("", DUB, hears=True),
+    "lipdub": Recipe("", DUB, uses_sound=True),
     "layout-to-render": Recipe("", {"stages": "two"}),
     "ingredients": Recipe("", ONE, 121),
     "cinemagraph": Recipe("CINEMAGRAPH_MOTION", {}, 25),
@@ -107,8 +107,8 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
             changes.pop("video_guidance", None)
         if recipe.trigger and not re.search(rf"\b{recipe.trigger}\b", r.prompt, re.I):
             changes["prompt"] = f"{recipe.trigger} {r.prompt}".strip()
-        said = [f"{k} {v!r}" for k, v in changes.items() if k != "video_guidance"]
-        notes += [f"{name}: " + ", ".join(said)] if said else []
+        texts = [f"{k} {v!r}" for k, v in changes.items() if k != "video_guidance"]
+        notes += [f"{name}: " + ", ".join(texts)] if texts else []
         named = {x.replace("-", "_") for x in re.findall(r"--([\w-]+)", recipe.advice)}
         if recipe.advice and not any(is_set(r, x) for x in named & vars(r).keys()):
             notes.append(f"{name}: {recipe.advice}")
@@ -122,7 +122,7 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
             scale=max(all_of.scale, recipe.scale if shown else 1),
             tile=recipe.tile or all_of.tile,
             no_prompt=recipe.no_prompt or all_of.no_prompt,
-            hears=shown and (recipe.hears or all_of.hears),
+            uses_sound=shown and (recipe.uses_sound or all_of.uses_sound),
             extra=max(all_of.extra, recipe.extra if shown else 0),
             pads=shown,
             codes=recipe.codes or all_of.codes,

@@ -52,7 +52,7 @@ MODES = {
         Row("small", OWN, "euler", True, 0, None, ()),
         Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ALL),
     ),
-    "two of a dub": (  # whose reference is heard in stage 2, too
+    "two of a dub": (  # whose reference has sound, in stage 2 too
         Row("small", OWN, "euler", True, 0, None, ()),
         Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ALL, True, True),
     ),
@@ -137,8 +137,8 @@ class Job:
     def planes(self, window: Window) -> dict[Window, tuple[int, ...]]:
         """The keyframes that a window is decoded with: those carried into it, its own."""
         r, n = self.request, self.windows.index(window)
-        asked = r.decode_with_keyframes or r.stages == "dfr"
-        if not asked or self.decoder != "diffusion_decoder":
+        used = r.decode_with_keyframes or r.stages == "dfr"
+        if not used or self.decoder != "diffusion_decoder":
             return {}
         of = [(w, self.keyframes[w]) for w in self.windows[max(n - 1, 0) : n + 1]]
         found = {w: tuple(f for f in all_ if f >= window.start) for w, all_ in of}
@@ -205,7 +205,7 @@ class Planner(Resolver):
         """The stages by the rows of the mode."""
         r, mode = self.r, self.mode
         if mode == "two" and (r.has_reference or r.keyframes and not self.distilled):
-            mode = "two of a dub" if self.recipe.hears else "two with a reference"
+            mode = "two of a dub" if self.recipe.uses_sound else "two with a reference"
         elif mode == "two" and not self.distilled:
             mode = "two of a dev model"
         rows = MODES[mode] + (DOUBLED,) * r.temporal_upsample
@@ -402,11 +402,11 @@ class Planner(Resolver):
         rate = round(size.fps / r.fps)
         video = list(self.images(size, rate, window.start * rate, owned))
         skip = audio_tokens(window.start, r.fps)
-        hears = self.recipe.hears and "audio" in self.clip_streams
-        audio = [conditions.KeepAudio(hears)] if row.keeps_audio else []
+        uses_sound = self.recipe.uses_sound and "audio" in self.clip_streams
+        audio = [conditions.KeepAudio(uses_sound)] if row.keeps_audio else []
         if r.audio:
             audio = [conditions.HoldSound(r.audio, r.audio_start, skip)]
-        elif hears and not audio:
+        elif uses_sound and not audio:
             audio = [conditions.ReferenceSound(r.video, 0.0, skip)]
         both = {"video": video, "audio": audio}
         held = list(self.of_clip(window))

@@ -110,7 +110,7 @@ class TiledDenoiser:
             appended = 1 / seen[index[len(weights) :]]
             weights = mx.array(np.append(weights, appended))[None, :, None]
             self.parts.append((states | {"video": state}, mx.array(index), weights))
-        self.make = make  # anew for each call: the tables of all tiles would be large
+        self.make = make  # for each call again: the tables of all tiles would be large
 
     def __call__(self, x: Streams, sigma: float, step: int) -> Streams:
         total = {k: mx.zeros_like(v) for k, v in x.items()} | {"video": self.unseen}

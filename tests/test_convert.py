@@ -238,7 +238,7 @@ def test_config_records_the_source(checkpoint, tmp_path):
     converted = weights.open_model(
         str(folder), upsamplers=[str(tmp_path / "up.safetensors")]
     )
-    converted.load("spatial_upsampler")  # an official one beside converted weights
+    converted.load("spatial_upsampler")  # an official one next to converted weights
 
 
 def test_a_folder_may_hold_its_text_encoder_and_other_files(quantized, tmp_path):

@@ -580,7 +580,7 @@ def test_a_wav_is_16_bit_and_clipped(tmp_path):
 
 @pytest.fixture
 def earlier(tmp_path):
-    """An earlier result that no failure may touch, with nothing left beside it."""
+    """An earlier result that no failure may touch, with nothing left next to it."""
     path = tmp_path / "out.mp4"
     path.write_text("earlier")
     yield path

@@ -419,7 +419,7 @@ def test_dub_it_sees_and_hears_the_clip_in_both_stages(dub, dubbed):
 
 def test_the_sound_that_is_heard_ends_before_the_video_begins():
     state = LatentState.initial(audio_bounds(18), 8)
-    state = state.let_hear(mx.ones((1, 12, 2, 4)))
+    state = state.show_sound(mx.ones((1, 12, 2, 4)))
     assert state.num_target_tokens == 18 and state.denoise_mask.sum() == 18
     np.testing.assert_allclose(state.bounds[0, 18], (-0.49, -0.48), atol=1e-6)
     np.testing.assert_allclose(state.bounds[0, -1], (-0.08, -0.04), atol=1e-6)
