@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     many = {"action": "append", "default": []}
     text = "Hub repository, folder or .safetensors file (default: %(default)s)"
     add("--hf-path", default="Lightricks/LTX-2", help=text)
-    text = "checkpoint to use (default: the distilled 19B, or the only one)"
+    text = "checkpoint in the repository (default: the distilled 19B, or the only one)"
     add("--file", help=text)
     text = "file to use for a component, like vae=FILE; repeatable"
     add("--part", type=name_and_file, metavar="NAME=FILE", help=text, **many)
@@ -38,30 +38,31 @@ def parser() -> argparse.ArgumentParser:
     add("--upsampler", metavar="FILE", help=text, **many)
     text = "folder to write (default: %(default)s)"
     add("--mlx-path", type=Path, default=Path("mlx_model"), help=text)
-    add("--overwrite", action="store_true", help="replace that folder")
+    add("--overwrite", action="store_true", help="replace an existing folder")
     text = "quantize the linear layers of the transformer's blocks"
     add("-q", "--quantize", action="store_true", help=text)
     bits, groups = [2, 3, 4, 5, 6, 8], [32, 64, 128]
-    add("--q-bits", "-q-bits", type=int, choices=bits, help="(default: 4)")
-    text = "(default: 64)"
+    add("--q-bits", "-q-bits", type=int, choices=bits, help="a weight (default: 4)")
+    text = "weights that share a scale (default: 64)"
     add("--q-group-size", "-q-group-size", type=int, choices=groups, help=text)
     modes = ["affine", "mxfp4", "nvfp4", "mxfp8"]
-    add("--q-mode", "-q-mode", choices=modes, help="(default: affine)")
+    add("--q-mode", "-q-mode", choices=modes, help="number format (default: affine)")
     text = (
         "bits by layer: mixed_4_6, mixed_4_8, a JSON file, or auto, which measures each "
         "kind of layer first (default for 4 bits: by kind of layer and depth, unless "
         "--q-group-size is passed)"
     )
     add("--quant-predicate", metavar="RECIPE", help=text)
-    text = "fuse into the transformer before quantizing; repeatable"
+    text = "LoRA to fuse into the transformer before quantizing; repeatable"
     add("--lora", type=lora, metavar="FILE[:STRENGTH]", help=text, **many)
-    add("-d", "--dequantize", action="store_true", help="undo --quantize")
-    text = "of unquantized weights of transformer and text side (default: unchanged)"
+    add("-d", "--dequantize", action="store_true", help="back to 16 bits a weight")
+    text = "dtype of the weights that are not quantized (default: unchanged)"
     add("--dtype", choices=["float16", "bfloat16", "float32"], help=text)
-    text = "of the checkpoint (default: from its file name)"
+    text = "kind of the checkpoint (default: from its file name)"
     add("--kind", choices=["dev", "distilled"], help=text)
-    add("--text-encoder", help="to be used with the model (default: Gemma 3 12B)")
-    text = "upload to this Hub repository; a folder that exists is not converted again"
+    text = "text encoder to use with the model (default: Gemma 3 12B)"
+    add("--text-encoder", help=text)
+    text = "Hub repository to upload the folder to; an existing folder is not converted again"
     add("--upload-repo", metavar="OWNER/NAME", help=text)
     return p
 

@@ -63,27 +63,28 @@ def parser() -> argparse.ArgumentParser:
     add_flags(lambda k: guidance, Guidance, "audio_")
 
     add = group("output").add_argument
-    add("--prompts", metavar="FILE", help="file with a prompt per line, a video each")
+    add("--prompts", metavar="FILE", help="file of prompts, one per line and video")
     add(
         "--num-videos",
         type=int,
         default=1,
         metavar="N",
-        help="of each prompt, with seeds SEED, SEED+1, ...",
+        help="videos of each prompt, with seeds SEED, SEED+1, ... (default: 1)",
     )
     add("--enhance-prompt", action="store_true", help="expand the prompt with Gemma")
-    add("--output", metavar="FILE", help="(default: output.mp4)")
-    text = "replace earlier files (default: the next free name, output-2.mp4)"
+    add("--output", metavar="FILE", help="file to write (default: output.mp4)")
+    text = "replace existing files (default: use the next free name, output-2.mp4)"
     add("--overwrite", action="store_true", help=text)
     codecs = ["h264", "hevc", "prores", "ffv1", "exr"]
-    text = "hevc is HLG with 10 bits (default: by the ending, h264 for .mp4)"
+    text = "video codec; hevc is 10-bit HLG (default: by --output, h264 for .mp4)"
     add("--codec", choices=codecs, help=text)
 
     add = group("model").add_argument
-    add("--model", help="(default: mlx_model, or the demo model if there is none)")
+    text = "model to use (default: mlx_model, or the demo model if there is none)"
+    add("--model", help=text)
     kinds = ["dev", "distilled"]
-    add("--kind", choices=kinds, help="if the file name does not say")
-    encoder = "Gemma 3 folder or repository (not for LTX-2.5)"
+    add("--kind", choices=kinds, help="kind of the model, if its name does not say")
+    encoder = "folder or repository of Gemma 3 (not for LTX-2.5)"
     add("--text-encoder", metavar="MODEL", help=encoder)
     upsampler = "latent upsampler instead of those next to the model; repeatable"
     to = {"dest": "upsamplers", "action": "append"}
@@ -92,12 +93,13 @@ def parser() -> argparse.ArgumentParser:
     to = {"dest": "parts", "action": "append", "type": name_and_file}
     add("--part", metavar="NAME=FILE", help=text, **to)
     dtypes = ["auto", "bfloat16", "float16", "float32"]
-    add("--dtype", choices=dtypes, help="auto: float16 on M1 and M2 (default: auto)")
+    text = "dtype of the transformer; auto is float16 on M1 and M2, else bfloat16 "
+    add("--dtype", choices=dtypes, help=text + "(default: auto)")
     low = "always read the transformer's blocks from disk in each step"
     add("--low-memory", action="store_true", default=None, help=low)
     cache = "folder that keeps encoded prompts"
     add("--cache-contexts", metavar="FOLDER", help=cache)
-    modes = "data, passes or tensor: how to split the work of mlx.launch's machines"
+    modes = "how the machines of mlx.launch split the work: data, passes or tensor"
     choices = ["data", "passes", "tensor", "many", "shards"]  # two earlier names
     add("--parallel", choices=choices, metavar="MODE", help=modes)
 
@@ -106,25 +108,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_run_flags(add: Any) -> None:
-    add("--plan", action="store_true", help="print memory and time, and exit")
-    recorded = "regenerate a video from its metadata"
+    add("--plan", action="store_true", help="print memory and time needed, and exit")
+    recorded = "regenerate a video from the settings stored in it"
     add("--from", dest="recorded", metavar="MP4", help=recorded)
-    text = "start from the .json that --save-json writes; flags change it"
+    text = "settings to start from, written by --save-json; other flags override them"
     add("--config", metavar="JSON", help=text)
-    trust = "with --from: use files and models wherever they are, download them too"
+    trust = "with --from: use any file or model that the video names, or download it"
     add("--trust", action="store_true", help=trust)
-    text = "write how it was made, with all paths, as .json"
+    text = "write all settings, with full paths, to a .json next to the video"
     add("--save-json", action="store_true", help=text)
-    text = "do not write into the video how it was made"
+    text = "do not store the settings in the video"
     add("--no-metadata", action="store_true", help=text)
-    text = "write frames with their times and the waveform as a picture, -sheet.png"
+    text = "write a contact sheet of frames and waveform, -sheet.png, next to the video"
     add("--save-sheet", action="store_true", help=text)
-    add("--save-latents", action="store_true", help="keep latents for --resume")
+    add("--save-latents", action="store_true", help="save the latents for --resume")
     resume = "resume an interrupted run, or only decode"
     add("--resume", metavar="LATENTS", help=resume)
-    add("--preview-every", type=int, metavar="N", help="a preview image every N steps")
-    add("--open", action="store_true", help="open the videos at the end, on a Mac")
-    text = "let a Mac sleep during the run"
+    add("--preview-every", type=int, metavar="N", help="steps between preview images")
+    add("--open", action="store_true", help="on a Mac, open the videos at the end")
+    text = "let the Mac sleep during the run"
     add("--no-caffeinate", action="store_true", help=text)
 
 

@@ -30,24 +30,26 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__, epilog=EPILOG)
     p.add_argument("--version", action="version", version=f"ltx2 {__version__}")
     add = p.add_argument
-    add("--model", help="(default: mlx_model, or the demo model if there is none)")
-    add("--data", required=True, metavar="DATA", help="folder or list of clips")
+    text = "model to train (default: mlx_model, or the demo model if there is none)"
+    add("--model", help=text)
+    add("--data", required=True, metavar="DATA", help="folder of clips, or a list")
     folder = "folder to write (default: adapters)"
     add("--adapter-path", default="adapters", metavar="FOLDER", help=folder)
     resume = "folder or file of an earlier training to continue"
     add("--resume-adapter-file", metavar="PATH", help=resume)
-    cache = "folder for latents and contexts (default: cache in the adapter's)"
+    cache = "folder for encoded clips and captions (default: cache, in --adapter-path)"
     add("--cache", metavar="FOLDER", help=cache)
-    add("--kind", choices=["dev", "distilled"], help="if the file name does not say")
-    add("--text-encoder", metavar="MODEL", help="Gemma 3 folder or repository")
+    kind = "kind of the model, if its name does not say"
+    add("--kind", choices=["dev", "distilled"], help=kind)
+    add("--text-encoder", metavar="MODEL", help="folder or repository of Gemma 3")
     dtypes = ["bfloat16", "float16", "float32"]
-    add("--dtype", choices=dtypes, help="(default: bfloat16, on a CPU float32)")
+    add("--dtype", choices=dtypes, help="default: bfloat16, on a CPU float32")
     low = "always read the transformer's blocks from disk in each step"
     add("--low-memory", action="store_true", default=None, help=low)
-    add("--plan", action="store_true", help="print the memory plan and exit")
-    sleeps = "let a Mac sleep during the training"
+    add("--plan", action="store_true", help="print the memory needed, and exit")
+    sleeps = "let the Mac sleep during the training"
     add("--no-caffeinate", action="store_true", help=sleeps)
-    add("--upload-repo", metavar="REPO", help="Hub repository to put the adapter into")
+    add("--upload-repo", metavar="REPO", help="Hub repository to upload the adapter to")
     options = p.add_argument_group("training").add_argument
     add_flags(lambda k: options, Options)
     return p

@@ -115,14 +115,14 @@ class Request(Checked):
 
     BARE = "prompt"
 
-    prompt: str = ask("what to show and what is heard", dataclasses.MISSING)
+    prompt: str = ask("what the video shows and what is heard", dataclasses.MISSING)
     negative_prompt: Optional[str] = ask(
         "what to avoid, with guidance or NAG (default: common faults)", metavar="TEXT"
     )
-    height: Optional[int] = ask("in pixels (default: 512, or the clip's)")
-    width: Optional[int] = ask("in pixels (default: 768, or the clip's)")
+    height: Optional[int] = ask("height in pixels (default: 512, or the clip's)")
+    width: Optional[int] = ask("width in pixels (default: 768, or the clip's)")
     num_frames: Optional[int] = ask(
-        "8k+1 (default: 121, the clip's, or predicted by LTX-2.5)"
+        "number of frames, 8k+1 (default: 121, the clip's, or predicted by LTX-2.5)"
     )
     auto_duration: Optional[tuple[float, float]] = ask(
         "LTX-2.5: predict the duration from the prompt, between these seconds "
@@ -132,27 +132,29 @@ class Request(Checked):
         metavar=("MIN", "MAX"),
         excludes="video audio",
     )
-    fps: Optional[float] = ask("(default: 24, or the clip's)")
+    fps: Optional[float] = ask("frame rate (default: 24, or the clip's)")
     chunk_frames: Optional[int] = ask(
-        "make a long video in windows of this many frames (97 if one of the next two is "
-        "passed)",
+        "make a long video in windows of this many frames (default: 97 with "
+        "--carry-frames or --blend-frames, else one window)",
         **WINDOWED,
     )
     carry_frames: Optional[int] = ask(
-        "frames that a window carries to the next (default: 25)", **WINDOWED
+        "frames of a window that the next one continues (default: 25)", **WINDOWED
     )
     blend_frames: Optional[int] = ask(
-        "of them, frames that are blended, 0 is a hard cut (default: all)", **WINDOWED
+        "how many of these frames are blended; 0 is a hard cut (default: all)",
+        **WINDOWED,
     )
     conditioned_fps: Optional[float] = ask(
-        "frame rate of the motion: twice fps is slow motion at half speed (default: fps)",
+        "frame rate that the model is told: twice --fps gives slow motion at half speed "
+        "(default: --fps)",
         between=(1, 4800),
         modes=NOT_DFR,
         excludes="retake",
     )
     segments: tuple[Segment, ...] = ask(
-        "prompt of a part of the video, in seconds; repeatable, one after the other; "
-        "--prompt is put before each",
+        "prompt of a part of the video, from and to in seconds; repeatable, in order; "
+        "each starts with --prompt",
         (),
         flag="segment",
         type=Segment.parse,
@@ -161,7 +163,7 @@ class Request(Checked):
         excludes="auto_duration contexts_file",
     )
     seed: Optional[int] = ask(
-        "of the noise (default: random, printed and saved)", between=(0, 2**63 - 1)
+        "seed of the noise (default: random, printed and saved)", between=(0, 2**63 - 1)
     )
     # Sampling. A mapping of guidance settings changes the model's defaults.
     stages: Optional[str] = ask(
@@ -171,15 +173,17 @@ class Request(Checked):
         choices=STAGES,
     )
     steps: Optional[int] = ask(
-        "of a dev model (default: 40, from LTX-2.3 on 30, hq 15)",
+        "number of steps of a dev model (default: 40, from LTX-2.3 on 30, hq 15)",
         excludes="sigmas",
         modes=NOT_DFR,
     )
     sigmas: Optional[tuple[float, ...]] = ask(
-        "schedule of stage 1 (default: the model's)", type=numbers, metavar="1,...,0"
+        "noise levels of stage 1, from high to low (default: the model's)",
+        type=numbers,
+        metavar="1,...,0",
     )
     sampler: Optional[str] = ask(
-        "of stage 1 (default: the model's)", choices=tuple(SAMPLERS)
+        "sampler of stage 1 (default: the model's)", choices=tuple(SAMPLERS)
     )
     video_guidance: Union[Guidance, Mapping[str, Any], None] = field(
         default=None, metadata={"modes": NOT_DFR}
@@ -203,19 +207,25 @@ class Request(Checked):
         between=(0, 1),
     )
     nag_scale: float = ask(
-        "normalized attention guidance: away from the negative prompt, also of "
-        "distilled models, without another pass; 1 is off, other tools use 11",
+        "NAG, normalized attention guidance: avoids the negative prompt without a second "
+        "pass, also with distilled models; 1 is off, other tools use 11",
         1.0,
         between=(1, 100),
     )
     nag_tau: float = ask(
-        "NAG: the most that attention may grow", 2.5, between=(0, 10), needs="nag_scale"
+        "NAG: how much attention may grow at most",
+        2.5,
+        between=(0, 10),
+        needs="nag_scale",
     )
     nag_alpha: float = ask(
-        "NAG: how much of it is mixed in", 0.25, between=(0, 1), needs="nag_scale"
+        "NAG: share of the guided attention in the result",
+        0.25,
+        between=(0, 1),
+        needs="nag_scale",
     )
     loras: tuple[LoraFile, ...] = ask(
-        "LoRA, in all stages or one; repeatable",
+        "LoRA to use in all stages, or in one; repeatable",
         (),
         flag="lora",
         type=LoraFile.parse,
@@ -223,7 +233,7 @@ class Request(Checked):
         metavar=LoraFile.FORM,
     )
     distilled_lora: Optional[LoraFile] = _lora(
-        "distilled LoRA, which a dev model needs for two stages"
+        "the distilled LoRA, which a dev model needs for two stages"
     )
     temporal_upsample: bool = ask(
         "double the frame rate with the temporal upsampler",
@@ -232,8 +242,8 @@ class Request(Checked):
         modes=NOT_DFR,
     )
     generated_keyframes: Union[int, tuple[int, ...]] = ask(
-        "LTX-2.5: also generate single frames, which keep the video sharp: a number of "
-        "them, or places (24,48 or 24,)",
+        "LTX-2.5: also generate single frames, which keep the video sharp: how many, or at "
+        "which frames (24,48 or 24,)",
         0,
         type=places,
         metavar="N",
@@ -245,18 +255,18 @@ class Request(Checked):
         "IC-LoRA that adds detail in stage 2", modes="dfr"
     )
     temporal_rounds: int = ask(
-        "double the frame rate this often", 0, choices=(0, 1, 2), modes="dfr"
+        "how many times to double the frame rate", 0, choices=(0, 1, 2), modes="dfr"
     )
     spatial_rounds: int = ask(
-        "1: do all that at half the size, then double the size in tiles, as for 4K",
+        "1: generate at half the size, then double it in tiles, for 4K",
         0,
         choices=(0, 1),
         modes="dfr",
     )
     # Inputs
     images: tuple[Image, ...] = ask(
-        "image to show at a frame: an index, -1 for the last, or a time as 1.5s; "
-        "repeatable",
+        "image to show at a frame (default: the first): an index, -1 for the last, or a "
+        "time like 1.5s; repeatable",
         (),
         flag="image",
         type=Image.parse,
@@ -292,7 +302,7 @@ class Request(Checked):
         modes=NOT_DFR,
     )
     retake: Optional[tuple[float, float]] = ask(
-        "regenerate these seconds of the video",
+        "seconds of the video to regenerate",
         type=span,
         metavar="FROM-TO",
         needs="video",
@@ -314,21 +324,22 @@ class Request(Checked):
         modes="one",
     )
     reference_strength: float = ask(
-        "0 to 1, how closely the reference's tokens are kept",
+        "how closely to keep the reference, 0 to 1",
         1.0,
         metavar="STRENGTH",
         **OF_REFERENCE,
         between=(0, 1),
     )
     reference_attention: float = ask(
-        "0 to 1, how much the video attends to the reference",
+        "how much the video attends to the reference, 0 to 1",
         1.0,
         metavar="WEIGHT",
         **OF_REFERENCE,
         between=(0, 1),
     )
     attention_mask: Optional[str] = ask(
-        "clip or picture that weighs the reference by place, from black (0) to white (1)",
+        "clip or picture that says where the reference counts, from black (nowhere) to "
+        "white (fully)",
         metavar="FILE",
         **OF_REFERENCE,
     )
@@ -339,26 +350,27 @@ class Request(Checked):
         modes="two",
     )
     tile_size: Optional[tuple[int, int]] = ask(
-        "height and width of what the model sees at once, in pixels, of a large video",
+        "height and width in pixels of the overlapping tiles that a large video is split "
+        "into",
         type=integers,
         metavar="HEIGHT,WIDTH",
         needs="video",
         excludes="retake extend audio_only step_cache",
     )
     contexts_file: Optional[str] = ask(
-        "text embeddings instead of a prompt, as an adapter may have them",
+        "file of text embeddings instead of a prompt; some adapters ship one",
         flag="contexts",
         metavar="FILE",
         excludes="auto_duration segments",
     )
     color_space: Optional[str] = ask(
-        "HDR, of a clip with its adapter: what frames hold (default with such an adapter: "
-        "srgb_linear)",
+        "HDR adapters: color space of the result's frames (default: srgb_linear)",
         choices=("srgb", "srgb_linear", "acescg", "acescct"),
         **OF_REFERENCE,
     )
     hdr_keyframes: bool = ask(
-        "HDR: hold single frames of the clip and generate others there (default: on)",
+        "HDR adapters: also generate single frames of the clip, which keep the video sharp "
+        "(default: on)",
         True,
         needs="color_space",
         modes="one two",
@@ -369,18 +381,19 @@ class Request(Checked):
         "audio only, written as .wav", False, excludes="video_guidance", modes="one"
     )
     video_decoder: Optional[str] = ask(
-        "(default: conv, if the model has it)", choices=("conv", "diffusion")
+        "decoder of the video (default: conv, if the model has it)",
+        choices=("conv", "diffusion"),
     )
     decode_with_keyframes: bool = ask(
-        "decode the video together with its generated keyframes, as dfr always does "
-        "(diffusion decoder only)",
+        "diffusion decoder: decode the video together with its generated keyframes, as dfr "
+        "always does",
         False,
         excludes="temporal_upsample",
         model="2.5",
     )
     decode_bias: float = ask(
-        "added to the video's brightness, for weights that decode too dark after "
-        "another tool's conversion; released weights need none",
+        "number added to the brightness, for weights that another tool converted and that "
+        "decode too dark; released weights need none",
         0.0,
         metavar="BIAS",
         between=(-1, 1),
@@ -388,17 +401,17 @@ class Request(Checked):
     )
     # Names and other units for what is above
     preset: Optional[str] = ask(
-        "size, stages, steps and decoder; what is passed wins", choices=tuple(PRESETS)
+        "size, stages, steps and decoder by name; other flags override it",
+        choices=tuple(PRESETS),
     )
     size: Optional[str] = ask(
-        f"height and width by name: {', '.join(LANDSCAPE)}; all but square also upright, "
-        "as 720p-portrait",
+        f"height and width by name: {', '.join(LANDSCAPE)}, or upright like 720p-portrait",
         metavar="NAME",
         choices=tuple(SIZES),
         instead_of="height width",
     )
     duration: Optional[float] = ask(
-        "in seconds, to the nearest 8k+1 frames",
+        "length in seconds; the nearest 8k+1 frames are made",
         metavar="SECONDS",
         between=(0, 3600),
         instead_of="num_frames",

@@ -50,37 +50,37 @@ REPEATED = {"default": (), "type": str, "repeat": True}
 class Options:
     """How to train. None means the model's default."""
 
-    iters: Optional[int] = ask("steps (default: 2000)", between=(1, 10**7))
-    batch_size: Optional[int] = ask("clips a step (default: 1)", between=(1, 1024))
-    grad_accumulation_steps: int = ask("batches a step", 1, between=(1, 1024))
+    iters: Optional[int] = ask("number of steps (default: 2000)", between=(1, 10**7))
+    batch_size: Optional[int] = ask("clips per batch (default: 1)", between=(1, 1024))
+    grad_accumulation_steps: int = ask("batches per step", 1, between=(1, 1024))
     learning_rate: Optional[float] = ask("(default: 1e-4)", between=(0, 1))
     lr_schedule: str = ask("of the learning rate", "linear", choices=tuple(SCHEDULES))
-    max_grad_norm: float = ask("clip gradients, 0: off", 1.0, between=(0, 1e9))
-    rank: Optional[int] = ask("of the factors (default: 32)", between=(1, 1024))
-    streams: str = ask("both, video or audio", "both", choices=tuple(TARGETS))
+    max_grad_norm: float = ask("of gradients; 0 is off", 1.0, between=(0, 1e9))
+    rank: Optional[int] = ask("rank of the LoRA (default: 32)", between=(1, 1024))
+    streams: str = ask("streams to train", "both", choices=tuple(TARGETS))
     target_modules: tuple[str, ...] = ask(
-        "endings of layers' names (default: attention)", (), type=comma_separated
+        "ends of layers' names (default: attention)", (), type=comma_separated
     )
-    first_frame_prob: float = ask("hold the first frame", 0.1, between=(0, 1))
+    first_frame_prob: float = ask("of image-to-video", 0.1, between=(0, 1))
     resolution: tuple[str, ...] = ask(
-        "WxHxF, a bucket for clips; repeatable (default: the model's)", **REPEATED
+        "WxHxF, a size to fit clips to; repeatable (default: the model's)", **REPEATED
     )
     reference_data: Optional[str] = ask("folder of reference clips, for an IC-LoRA")
-    reference_downscale: int = ask("how much smaller", 1, between=(1, 9))
-    trigger: str = ask("word to put in front of each caption", "")
+    reference_downscale: int = ask("how much smaller it is", 1, between=(1, 9))
+    trigger: str = ask("word to put before each caption", "")
     preserve: Optional[tuple[str, ...]] = ask(
-        "prompt whose clips are not to change; repeatable (default: the model's)",
+        "prompt whose videos must not change; repeatable (default: the model's)",
         type=str,
         repeat=True,
     )
-    val_clips: Optional[int] = ask("to hold out (default: a tenth, up to 8)")
-    grad_checkpoint: bool = ask("always recompute blocks, which saves memory", False)
-    steps_per_report: int = ask("steps", 10, between=(1, 10**7))
-    steps_per_eval: int = ask("of the held-out loss", 200, between=(1, 10**7))
-    save_every: int = ask("steps", 250, between=(1, 10**7))
-    sample_prompt: tuple[str, ...] = ask("of sample clips; repeatable", **REPEATED)
-    sample_every: int = ask("steps; 0 is never", 250, between=(0, 10**7))
-    seed: int = ask("of factors, noise and order", 0, between=(0, 2**31))
+    val_clips: Optional[int] = ask("clips held out (default: a tenth, up to 8)")
+    grad_checkpoint: bool = ask("recompute blocks, which saves memory", False)
+    steps_per_report: int = ask("steps between reports", 10, between=(1, 10**7))
+    steps_per_eval: int = ask("steps between held-out losses", 200, between=(1, 10**7))
+    save_every: int = ask("steps between saved adapters", 250, between=(1, 10**7))
+    sample_prompt: tuple[str, ...] = ask("of a sample clip; repeatable", **REPEATED)
+    sample_every: int = ask("steps between samples; 0: off", 250, between=(0, 10**7))
+    seed: int = ask("seed of factors, noise and order", 0, between=(0, 2**31))
 
     def resolved(self, defaults: Mapping[str, float]) -> Options:
         """With the model's defaults. Raises UserError for values that are not possible."""
