@@ -86,7 +86,9 @@ def main() -> None:
     if repo:
         hub.create_repository(repo)  # fails now, not after hours of work
     if repo and not args.overwrite and hub.converted_config(hub.folder_files(folder)):
-        note(f"{args.mlx_path} exists and is uploaded (--overwrite converts again)")
+        note(
+            f"{args.mlx_path} exists: it is uploaded as it is (--overwrite converts again)"
+        )
     else:
         convert(args, folder)
     if repo:
@@ -125,7 +127,7 @@ def convert(args: argparse.Namespace, folder: Path) -> None:
     kind = f"{source.kind}{' (assumed, see --kind)' if source.kind_assumed else ''}"
     print(f"LTX-2 {source.model_version}, {kind}")
     if (args.upload_repo or "/").split("/")[1] not in ("", job.hub_name):
-        note(f"mlx-community's name for this model is {job.hub_name}")
+        note(f"mlx-community would name this model {job.hub_name}")
     print(hub.listing(source.files))
     print(f"to {args.mlx_path}:")
     size = 0

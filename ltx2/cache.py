@@ -25,7 +25,7 @@ def read_contexts(path: str | Path) -> tuple[Optional[mx.array], ...]:
         x = [arrays[k] for k in (n.format(stream) for n in NAMES) if k in arrays]
         found.append(x[0].reshape(1, *x[0].shape[-2:]) if x and x[0].ndim > 1 else None)
     if found[0] is None:
-        raise UserError(f"{path} has no text embeddings, as video_context")
+        raise UserError(f"{path} has no text embeddings (no tensor video_context)")
     return tuple(found)
 
 
@@ -41,7 +41,7 @@ def check_contexts(
         if config.get("caption_proj_before_connector"):
             width = "audio_" * (stream == "audio") + "cross_attention_dim"
         if x is None and stream in streams:
-            raise UserError(f"{path} is for video alone: add no_audio")
+            raise UserError(f"{path} has no embeddings for audio: set no_audio")
         if x is not None and x.shape[-1] != config[width]:
             raise UserError(
                 f"{path} is for another model: its {stream} embeddings have width "

@@ -1,7 +1,7 @@
 """Clips to train on: found with their captions, fitted to buckets, encoded once.
 
 Latents and contexts are kept on the disk by all that they depend on, and read when they
-are needed. A file that cannot be used is named and left out.
+are needed. A file that cannot be used is named and skipped.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def find_clips(data: str, references: Optional[str] = None) -> list[Clip]:
         clips = [replace(c, reference=_same_name(c, references)) for c in clips]
         for c in clips:
             if c.reference is None:
-                note(f"{c.path.name} is left out: no clip of that name in {references}")
+                note(f"{c.path.name} is skipped: no clip of that name in {references}")
         clips = [c for c in clips if c.reference is not None]
     if not clips:
         raise UserError(
@@ -111,7 +111,7 @@ def _captioned(folder: Path) -> Iterator[Clip]:
             if caption:
                 yield Clip(path, " ".join(caption.split()))
             else:
-                note(f"{path.name} is left out: it has no caption in {text.name}")
+                note(f"{path.name} is skipped: it has no caption in {text.name}")
 
 
 def _listed(path: Path) -> Iterator[Clip]:
@@ -122,7 +122,7 @@ def _listed(path: Path) -> Iterator[Clip]:
             for k, names in COLUMNS.items()
         }
         if found["path"] is None or found["caption"] is None:
-            note(f"row {n} of {path.name} is left out: it needs file_name and caption")
+            note(f"row {n} of {path.name} is skipped: it needs file_name and caption")
             continue
         where = {
             k: path.parent / checked(str, found[k], f"{path}, row {n}: {k}")
@@ -188,7 +188,9 @@ def choose_bucket(
     short = [b for b in buckets if b.num_frames <= frames]
     if not short:
         least = min(b.num_frames for b in buckets)
-        raise UserError(f"it has {frames} frames, and the shortest bucket {least}")
+        raise UserError(
+            f"it has {frames} frames, fewer than the {least} of the shortest bucket"
+        )
 
     def rank(b: Size) -> tuple:
         off = abs(math.log(width / height * b.height / b.width))
@@ -244,7 +246,7 @@ class Dataset:
                 size, has, done = fit(clip, buckets, streams)
                 key = self.key(clip, size, has)
             except (UserError, OSError) as error:
-                note(f"{clip.path.name} is left out: {error}")
+                note(f"{clip.path.name} is skipped: {error}")
                 continue
             LOG.info(f"{clip.path.name}: {done}")
             if trigger:
@@ -279,7 +281,7 @@ class Dataset:
                 if not self._is_encoded(item):
                     self._save(item, encoders)
             except UserError as error:
-                note(f"{item.clip.path.name} is left out: {error}")
+                note(f"{item.clip.path.name} is skipped: {error}")
                 broken.append(item)
             encoders.files.clear()
         self.pipe.free("vae", "audio_vae")

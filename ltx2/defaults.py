@@ -344,8 +344,8 @@ class Resolver:
             start, end = r.retake
             if not 0 <= start < end or start >= total / fps:
                 raise UserError(
-                    f"retake is {start:g}-{end:g}, but the clip is from 0 to "
-                    f"{total / fps:.2f} s: use a start before an end inside it"
+                    f"retake {start:g}-{end:g} must start and end in the clip, which has "
+                    f"{total / fps:.2f} s, and end after its start"
                 )
         frames, other_rate = min(frames, total), media.frame_rate(fps) != clip.fps
         new = (height, width) != (clip.height * larger, clip.width * larger)

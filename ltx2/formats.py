@@ -185,7 +185,9 @@ class VideoWriter:
         """Append frames (F, H, W, 3) of one size, uint8 or float."""
         height, width = size = frames.shape[1:3]
         if self.format.even and (height % 2 or width % 2):
-            raise UserError(f"{self.path}: {width}x{height} is odd, give even sides")
+            raise UserError(
+                f"{self.path}: {width}x{height} is odd: both sides must be even"
+            )
         self._size = self._size or size
         if size != self._size or frames.dtype not in (np.uint8, np.float32):
             raise ValueError(f"{frames.shape} {frames.dtype} frames after {self._size}")

@@ -96,7 +96,7 @@ class Lora:
             alpha = adapter.alpha(module, p.get("alpha"))
             if alpha is not None:
                 if not math.isfinite(alpha) or alpha == 0:
-                    raise UserError(f"LoRA {path}: alpha of {module} is {alpha}")
+                    raise UserError(f"LoRA {path}: invalid alpha {alpha} of {module}")
                 rank = math.sqrt(len(a)) if adapter.use_rslora else len(a)
                 b = b if alpha == rank else b.astype(mx.float32) * (alpha / rank)
                 alphas.add(alpha)
@@ -117,12 +117,11 @@ class Lora:
             path = found.get(module)
             shape = path and linear_shape(layers[path])
             if shape != (b.shape[0], a.shape[1]):
-                there = "x".join(map(str, shape)) if shape else "no such layer"
+                there = f"has {shape[0]}x{shape[1]}" if shape else "has no such layer"
                 raise UserError(
-                    f"LoRA {self.name} does not fit this model: factors "
-                    f"{b.shape[0]}x{b.shape[1]} and {a.shape[0]}x{a.shape[1]} for "
-                    f"{path or module}, where the model has {there}; it was made for "
-                    "another generation"
+                    f"LoRA {self.name} was made for another model: it changes "
+                    f"{path or module} by a matrix of {b.shape[0]}x{a.shape[1]}, and "
+                    f"this model {there}"
                 )
         self.factors = {found[k]: pair for k, pair in self.factors.items()}
         if len(self.factors) < len(found):
@@ -304,7 +303,7 @@ def attach(
     for lora, strength in loras:
         if not math.isfinite(strength) or strength == 0:
             raise UserError(
-                f"LoRA {lora.name}: strength {strength} has no use: drop it"
+                f"LoRA {lora.name}: strength {strength} has no effect: remove it"
             )
         if not prefix:
             lora.check(model)

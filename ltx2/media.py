@@ -60,7 +60,7 @@ def check_file(path: PathLike) -> None:
     with system_errors(f"{path}: cannot be opened"):
         size = os.stat(path).st_size
     if not os.path.isfile(path):  # reading a pipe would wait
-        raise UserError(f"{path}: is a folder, pipe or device, give a file")
+        raise UserError(f"{path}: is a folder, pipe or device: pass a file")
     if not size:
         raise UserError(f"{path}: the file is empty")
 
@@ -288,7 +288,7 @@ def probe(path: PathLike) -> Media:
         facts, packets = streams["audio"]
         layout = facts.get("channel_layout_name", "")
         if re.match(r"\d+ channels", layout):  # ffmpeg cannot mix these
-            raise UserError(f"{path}: has {layout} of sound, mix them to stereo")
+            raise UserError(f"{path}: has {layout} audio: mix it to stereo first")
         end = sum(map(int, packets[-1][1:3])) * Fraction(facts["tb"])
         found["audio_duration"] = float(end - found.get("start", 0))
         found["sample_rate"] = int(facts["sample_rate"])
@@ -391,9 +391,9 @@ def workspace(path: PathLike, folder: str = "") -> Iterator[str]:
     """
     path, problem = Path(path), f"{path}: cannot be written"
     if path.is_dir() and not folder:
-        raise UserError(f"{path}: is a folder, give the name of a file")
+        raise UserError(f"{path}: is a folder: pass the name of a file")
     if path.is_dir() and not all(re.fullmatch(folder, k) for k in os.listdir(path)):
-        raise UserError(f"{path}: has other files in it, give a new folder")
+        raise UserError(f"{path}: has other files in it: pass a new folder")
     name = f".{path.name[:100]}-"
     for leftover in path.parent.glob(f"{glob.escape(name)}????????.partial"):
         with suppress(OSError), open(leftover / "lock") as lock:

@@ -230,7 +230,7 @@ class Pipeline(Components):
         jobs = [r if isinstance(r, Job) else planned(r) for r in requests]
         if resume is not None:
             if len(jobs) > 1:
-                raise UserError("resume continues one video")
+                raise UserError("resume continues one video: pass one request")
             resume.check_request(jobs[0].request)
             if jobs[0].request != resume.request:  # only the predicted length is new
                 jobs = [self.plan(resume.request)]

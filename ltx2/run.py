@@ -218,8 +218,8 @@ class Run:
         seconds = model.machines.on_rank_0(predict)
         frames = min(whole_frames(seconds, r.fps, *r.auto_duration), r.num_frames)
         note(
-            f"{frames} frames, {frames / r.fps:.1f} s: the prompt needs {seconds:.1f} s "
-            "(--num-frames or --auto-duration set it)"
+            f"{frames} frames, {frames / r.fps:.1f} s: {seconds:.1f} s were predicted from "
+            "the prompt (--num-frames sets the length)"
         )
         shorter = replace(r, num_frames=frames, auto_duration=None)
         return plan(shorter, model.checkpoint, self.model.inputs)

@@ -59,8 +59,8 @@ class Snapshot:
         places = range(len(steps))
         if self.stage not in places or not 0 <= self.step <= steps[self.stage]:
             raise UserError(
-                f"the saved latents are of step {self.step} of stage {self.stage}, which "
-                "there is not"
+                f"the saved latents are from step {self.step} of stage {self.stage}, which "
+                "this run does not have"
             )
         stage = job.stages[self.stage] if self.step else None
         if stage and (stage.step_cache or stage.sampler == HISTORY):

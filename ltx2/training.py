@@ -313,7 +313,7 @@ class Trainer:
             self.step += 1
             seconds += time.perf_counter() - begun
             if not math.isfinite(norm):
-                note(f"step {self.step} is left out: its gradients are not finite")
+                note(f"step {self.step} is skipped: its gradients are not finite")
             losses.append(loss)
             self.history.append([self.step, loss, None])
             last = self.step == o.iters

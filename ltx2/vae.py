@@ -375,7 +375,7 @@ class VideoVAE(Component):
     def encode(self, frames: mx.array, trace: Trace = None) -> mx.array:
         """Frames (B, F, H, W, 3) in [-1, 1] to normalized latents.
 
-        Frames beyond 8k + 1 are left out with a warning. Raises UserError if a side is
+        Frames beyond 8k + 1 are skipped with a note. Raises UserError if a side is
         not divisible by 32.
         """
         stream = self.encode_stream(iter([frames]), trace, frames.shape[1] < 9)
@@ -422,7 +422,7 @@ class VideoVAE(Component):
             timestep = 0.05 if self.config.timestep_conditioning else None
         if timestep is not None and not self.config.timestep_conditioning:
             raise UserError(
-                f"this decoder is not timestep-conditioned: drop timestep={timestep}"
+                f"this decoder is not timestep-conditioned: remove timestep={timestep}"
             )
         reflects = self.config.spatial_padding_mode == "reflect"
         if reflects and min(latents.shape[2:4]) < 2:
@@ -467,7 +467,9 @@ def latent_groups(chunks: Chunks) -> Chunks:
                 "both sides must be divisible by 32"
             )
         if len(group) < size:
-            note(f"the last {len(group)} frames are left out: not 8k + 1")
+            note(
+                f"the last {len(group)} frames are skipped: only 8k + 1 can be encoded"
+            )
             return
         yield mx.concatenate(group, axis=1)
         size = 8

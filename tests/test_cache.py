@@ -130,9 +130,13 @@ def test_each_video_has_the_contexts_of_its_own_file(model, save):
 @pytest.mark.parametrize(
     "arrays, prompt, reason",
     [
-        ({"video_context": VIDEO}, "", "is for video alone: add no_audio"),
+        ({"video_context": VIDEO}, "", "has no embeddings for audio: set no_audio"),
         ({"video_context": AUDIO}, "", "video embeddings have width 48, not 72"),
-        ({"audio_context": AUDIO}, "", "has no text embeddings, as video_context"),
+        (
+            {"audio_context": AUDIO},
+            "",
+            "has no text embeddings (no tensor video_context)",
+        ),
         (
             {"video": VIDEO, "audio": AUDIO},
             "a dog",

@@ -1,4 +1,4 @@
-"""Clips for training: found, fitted to buckets, encoded once, broken ones left out."""
+"""Clips for training: found, fitted to buckets, encoded once, broken ones skipped."""
 
 import json
 
@@ -73,8 +73,8 @@ def test_files_that_cannot_be_used_are_named_and_left_out(
         "still": (64, 1),
     }
     text = "\n".join(notes)
-    assert "no words.mp4 is left out: it has no caption in no words.txt" in text
-    assert "broken.mp4 is left out: " in text
+    assert "no words.mp4 is skipped: it has no caption in no words.txt" in text
+    assert "broken.mp4 is skipped: " in text
     assert "a.mp4: frames 1 to 17 of 20 at 24 fps, 64x64 to 64x64" in text
     assert "128x80 to 96x64, without audio" in text
     assert not (tmp_path / "cache").exists()  # nothing is written before encoding
@@ -123,7 +123,7 @@ def test_a_clip_that_breaks_while_it_is_read_is_left_out(folder, pipe, notes, tm
     (tmp_path / "clips" / "a.mp4").write_bytes(whole[: len(whole) // 2])
     data.encode()
     assert [i.clip.path.stem for i in data.items] == ["short"]
-    assert any(n.startswith("a.mp4 is left out") for n in notes)
+    assert any(n.startswith("a.mp4 is skipped") for n in notes)
 
 
 def test_a_sound_trains_the_audio_alone(pipe, notes, tmp_path):

@@ -274,7 +274,7 @@ def test_the_duration_is_predicted_from_the_prompt(pipe, golden, quick_vocoder, 
     assert job.request.auto_duration == (1, 20) and job.stages[0].size.num_frames == 473
     *_, result = pipe.stream(request, contexts=contexts)
     assert result.request.num_frames == len(result.video_latents) * 8 - 7
-    [note] = [m for m in caplog.messages if "the prompt needs" in m]
+    [note] = [m for m in caplog.messages if "predicted from" in m]
     assert note.startswith(f"{result.request.num_frames} frames, ")
     assert pipe.plan(job.request) == job
     with pytest.raises(UserError, match="auto_duration cannot be combined with video"):

@@ -697,7 +697,7 @@ def test_an_impossible_output_is_refused_early(tmp_path, name, reason):
 def test_an_empty_name_of_an_output_is_refused():
     with pytest.raises(UserError, match="^output: the name must end in .mp4"):
         formats.check_output("")
-    with pytest.raises(UserError, match="is a folder, give the name of a file"):
+    with pytest.raises(UserError, match="is a folder: pass the name of a file"):
         media.save_png("", clip(1)[0])
 
 
@@ -758,7 +758,7 @@ def test_bad_files_are_named_in_one_line(folder, reader, name, reason):
 def test_pipes_devices_and_folders_are_refused(tmp_path, reader):
     os.mkfifo(tmp_path / "pipe.mp4")
     for path in (tmp_path / "pipe.mp4", "/dev/zero", tmp_path):
-        with pytest.raises(UserError, match="is a folder, pipe or device, give a file"):
+        with pytest.raises(UserError, match="is a folder, pipe or device: pass a file"):
             READERS[reader](path)
 
 

@@ -257,7 +257,7 @@ def test_only_the_half_of_a_lazily_loaded_vae_that_is_used_is_read(checkpoint, h
 def test_frames_beyond_8k_plus_1_are_left_out_with_a_note(model, caplog):
     frames = video(12)
     latents = model.encode(frames)
-    assert "last 3 frames are left out" in caplog.text
+    assert "last 3 frames are skipped" in caplog.text
     assert mx.array_equal(latents, model.encode(frames[:, :9]))
 
 
@@ -333,7 +333,7 @@ def test_a_conditioned_decoder_needs_noise_of_the_latents_shape(conditioned):
 @pytest.mark.parametrize("timestep", [0.0, 0.05])
 def test_an_unconditioned_decoder_refuses_a_timestep(models, name, timestep):
     latents, _ = draw(models[name], 1)
-    with pytest.raises(UserError, match="drop timestep"):
+    with pytest.raises(UserError, match="remove timestep"):
         models[name].decode(latents, timestep=timestep)
 
 
