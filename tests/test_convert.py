@@ -690,7 +690,7 @@ def test_a_folder_that_exists_is_uploaded_without_converting(
 ):
     before = (quantized / "config.json").stat().st_mtime_ns
     assert convert("--mlx-path", quantized, "--upload-repo", "me/it") == 0
-    assert "exists and is uploaded" in capsys.readouterr().out
+    assert "exists: it is uploaded as it is" in capsys.readouterr().out
     assert fake_hub.uploaded[0] == "me/it" and fake_hub.fetched == []
     assert (quantized / "config.json").stat().st_mtime_ns == before
 
