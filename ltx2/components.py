@@ -54,7 +54,8 @@ class Components:
     def component(self, name: str, exact: bool = False) -> nn.Module:
         """A component of the model, loaded once; of "vae.encoder" and "vae.decoder", the
         video VAE, only this half; `exact` in float32."""
-        name, _, half = name.partition(".")
+        half = name.partition("vae.")[2]
+        name = "vae" if half else name
         if exact != (name in self._exact):
             self.free(name)
             self._exact ^= {name}

@@ -54,6 +54,7 @@ RECIPES = {
     "sdr-to-hdr": Recipe("", ONE | LIGHT, codes="acescct"),
     "hdr": Recipe("", DUB | LIGHT, codes="logc3"),
     "lipdub": Recipe("", DUB, uses_sound=True),
+    "dubit": Recipe("", DUB, uses_sound=True),  # its later name
     "layout-to-render": Recipe("", {"stages": "two"}),
     "ingredients": Recipe("", ONE, 121),
     "cinemagraph": Recipe("CINEMAGRAPH_MOTION", {}, 25),

@@ -155,8 +155,8 @@ def crossfaded(
         if fade:
             t = np.linspace(0, np.pi / 2, fade, dtype=np.float32)[:, None]
             mixed = np.cos(t) * waiting[-fade:] + np.sin(t) * kept[:fade]
-            waiting, kept = np.concatenate([waiting[:-fade], mixed]), kept[fade:]
-        hold = len(kept) - round(window.blended_out / fps * rate)
+            waiting, kept = waiting[:-fade], np.concatenate([mixed, kept[fade:]])
+        hold = max(0, len(kept) - round(window.blended_out / fps * rate))
         done += [waiting, kept[:hold]]
         waiting = kept[hold:]
     return np.concatenate([*done, waiting])

@@ -84,7 +84,7 @@ PLAIN_LORAS = ("cinemagraph", "slow-motion-control")
 
 
 ALPHA = "-vf alphaextract,format=gray -f rawvideo pipe:1"
-TWO = {"layout-to-render", "lipdub", "hdr"}  # adapters of two stages
+TWO = {"layout-to-render", "lipdub", "dubit", "hdr"}  # adapters of two stages
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -384,7 +384,7 @@ def dubbed(checkpoint, tmp_path):
     """`dubbed(sound=True)`: options of a request for a clip of 17 frames."""
 
     def dubbed(sound=True):
-        path = tmp_path / "ltx-2.3-22b-ic-lora-lipdub-0.9.safetensors"
+        path = tmp_path / "ltx-2.3-22b-ic-lora-dubit-0.9.safetensors"
         shutil.copy(checkpoint("ltx-2.3-lora"), path)
         tone = np.sin(np.arange(32000) / 20)[None].repeat(2, axis=0) / 2
         wave = (tone, 16000) if sound else ()

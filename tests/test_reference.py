@@ -213,6 +213,15 @@ def test_windows_are_laid_out_as_in_the_reference():
         assert rows == expected, key
 
 
+def test_sounds_fade_for_40_ms_though_more_waits_than_is_new():
+    found = windows.divide(65, 33, 17, 17)  # 16 new frames, 17 that wait
+    pieces = [np.full((3300, 2), n) for n in (0.0, 1.0, 3.0)]
+    joined = windows.crossfaded(pieces, found, 30.0, 3000)
+    assert len(joined) == 6500
+    mixed = np.abs(joined[:, :1] - [0, 1, 3]).min(axis=1) > 1e-6
+    assert mixed.sum() == 2 * 118  # of 120 samples, the first and the last are pure
+
+
 def test_dfr_is_laid_out_as_in_the_reference():
     for key, expected in layouts("dfr_layouts").items():
         frames, round_, tile, what = re.fullmatch(

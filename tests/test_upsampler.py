@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 from parity import channels_last, read, relative_error
 
+from ltx2 import pipeline
 from ltx2.base import UserError
 from ltx2.upsampler import LatentUpsampler, UpsamplerConfig
 
@@ -43,6 +44,16 @@ def test_sizes(checkpoint, name, frames, height, width):
     channels = model.config.in_channels
     latents = model(mx.zeros((1, 3, 4, 6, channels)))
     assert latents.shape == (1, frames, height, width, channels)
+
+
+def test_a_run_enlarges_latents_1_5_times(checkpoint):
+    files = [str(checkpoint("spatial-x1.5"))]
+    pipe = pipeline.load(checkpoint("ltx-2.3"), None, "distilled", "float32", files)
+    context = mx.zeros((1, 2, 128)), mx.zeros((1, 2, 64))
+    options = {"height": 96, "width": 96, "num_frames": 9, "sigmas": (1.0, 0.0)}
+    options |= {"stages": "two", "no_audio": True, "seed": 10}
+    result = pipe.generate("a", contexts={"a": context}, **options)
+    assert result.video_latents.shape == (2, 3, 3, 32)
 
 
 @pytest.mark.parametrize("both", [True, False])
