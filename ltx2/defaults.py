@@ -1,7 +1,6 @@
 """What goes together in a request, and what each model adds to it."""
 
 import math
-import re
 from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
@@ -11,6 +10,7 @@ from . import media
 from .base import UserError
 from .cache import check_contexts
 from .duration import whole_frames
+from .exr import frames_in
 from .guidance import Guidance
 from .inputs import InputFiles
 from .latents import SPACE_SCALE, TIME_SCALE, Size
@@ -69,6 +69,13 @@ class Resolver:
         if self.upsampler and self.mode != "one":
             scale = checkpoint.config[self.upsampler]["spatial_scale"]
             self.scale = Fraction(scale).limit_denominator(4)
+
+    @property
+    def makes_light(self) -> bool:
+        """Whether it makes codes for light from a clip in sRGB, as sdr-to-hdr does."""
+        r = self.r
+        shown = r.has_reference and not frames_in(r.video)
+        return shown and self.codes == "acescct"
 
     @property
     def tiled(self) -> bool:
@@ -132,7 +139,7 @@ class Resolver:
         if self.codes != "srgb":
             self.recipe = replace(self.recipe, pads=True)
             self.r = replace(r, color_space=r.color_space or "srgb_linear")
-        if self.codes == "acescct" and r.hdr_keyframes:
+        if self.makes_light and r.hdr_keyframes:
             if "2.5" in unmet:
                 raise UserError(f"hdr_keyframes needs {unmet['2.5']}: turn it off")
             if r.generated_keyframes:
@@ -165,6 +172,7 @@ class Resolver:
             "change the video)": r.has_reference
             and not r.loras,
             "the prompt is empty: say what to show": not says,
+            **self.light_faults(),
             "contexts_file is used instead of the prompt: remove one of them": (
                 r.contexts_file and r.prompt
             ),
@@ -181,6 +189,27 @@ class Resolver:
             "remove it, or pass sigmas": self.distilled
             and r.steps not in (None, count),
             **self.stage_faults(unmet),
+        }
+
+    def light_faults(self) -> dict[str, Any]:
+        """As `faults`, of color_space and EXR files."""
+        r = self.r
+        files = [x.path for x in r.images] + [r.video] * (r.video is not None)
+        are_exr = [bool(frames_in(path)) for path in files]
+        is_plain = r.color_space and not r.has_reference
+        return {
+            "images and video must all be EXR files, or none of them": (
+                len(set(are_exr)) == 2
+            ),
+            "EXR files need color_space, which says what they hold": (
+                any(are_exr) and not r.color_space
+            ),
+            "color_space without an HDR adapter needs EXR files": (
+                is_plain and not all(are_exr)
+            ),
+            "an adapter that makes HDR needs a clip in SDR": (
+                self.recipe.codes and any(are_exr)
+            ),
         }
 
     def stage_faults(self, unmet: Mapping[str, str]) -> dict[str, Any]:
@@ -322,6 +351,10 @@ class Resolver:
         """The input video's size, length and rate as far as the model can have them, how
         much of it is read, and notes about what was changed."""
         r, clip = self.r, self.files.probe(self.r.video)
+        if frames_in(r.video):
+            if r.fps is None:
+                raise UserError(f"{r.video}: EXR files say no frame rate: pass fps")
+            clip = replace(clip, fps=media.frame_rate(r.fps))
         if not clip.has_video:
             raise UserError(f"{r.video} has no video: pass a sound with --audio")
         fps = float(clip.fps if r.fps is None else r.fps)
@@ -379,7 +412,7 @@ class Resolver:
     def reference_scale(self) -> tuple[int, int]:
         """By how much a reference clip is smaller and slower, by the LoRAs' metadata."""
         loras = [lora for lora in self.r.loras if lora.stage in (None, 1)]
-        return reference_factors(loras if self.r.has_reference else (), self.files)
+        return self.files.reference_factors(loras if self.r.has_reference else ())
 
     # Defaults by model
 
@@ -469,19 +502,3 @@ def default_guidance(checkpoint: Checkpoint, mode: str = "one") -> dict[str, Gui
     block = min(28 if checkpoint.version >= (2, 3) else 29, last)
     video = Guidance(3.0, 1.0, (block,), 3.0, 0.7)
     return {"video": video, "audio": replace(video, cfg_scale=7.0)}
-
-
-def reference_factors(loras, files: InputFiles) -> tuple[int, int]:
-    """The factors for references in LoRAs' metadata: smaller, slower."""
-    factors = [1, 1]
-    for lora in loras:
-        metadata = files.lora(lora.path).metadata
-        for i, axis in enumerate(("downscale", "temporal_scale")):
-            value = metadata.get(f"reference_{axis}_factor", str(factors[i]))
-            if not re.fullmatch("[1-9]", value) or factors[i] not in (1, int(value)):
-                raise UserError(
-                    f"LoRA {lora.path}: reference_{axis}_factor {value!r} is not "
-                    "possible, or differs from another LoRA's"
-                )
-            factors[i] = int(value)
-    return tuple(factors)

@@ -1,10 +1,9 @@
-"""Write video: the formats by file ending or codec, the encoder, tags of EXR frames."""
+"""Write video: the formats by file ending or codec, the encoder."""
 
 from __future__ import annotations
 
 import json
 import os
-import struct
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,7 +12,7 @@ from typing import Callable, Iterator, NamedTuple, Optional
 
 import numpy as np
 
-from . import color, media
+from . import color, exr, media
 from .base import UserError
 from .media import Metadata, PathLike
 
@@ -235,7 +234,7 @@ class VideoWriter:
         space = color.SPACES[exr_space(self.color_space)]
         frames = sorted(folder.glob("*.exr"))
         for path in frames:
-            path.write_bytes(with_color(path.read_bytes(), space))
+            path.write_bytes(exr.with_color(path.read_bytes(), space))
         if self.sound is not None:
             sound = self.sound
             if not isinstance(sound, tuple):
@@ -265,24 +264,3 @@ class VideoWriter:
         source = f"-f f32le -ar {rate} -ac {waveform.shape[1]} -i pipe:0 -map 2:a"
         data = waveform.astype("<f4").tobytes()
         return f"{source} {limit} {self.format.sound} -af apad", data
-
-
-def with_color(data: bytes, space: color.Space) -> bytes:
-    """An EXR file of one part in scan lines with the attributes `chromaticities` and
-    `colorSpace`, which ffmpeg does not write."""
-    end, height = 8, 0
-    while data[end]:
-        name_end = data.index(0, end)
-        kind_end = data.index(0, name_end + 1)
-        (size,) = struct.unpack_from("<i", data, kind_end + 1)
-        if data[end:name_end] == b"dataWindow":
-            _, top, _, bottom = struct.unpack_from("<4i", data, kind_end + 5)
-            height = bottom - top + 1
-        end = kind_end + 5 + size
-    name = space.name.encode()
-    added = struct.pack("<i8f", 32, *space.primaries)
-    added = b"chromaticities\0chromaticities\0" + added
-    added += b"colorSpace\0string\0" + struct.pack("<i", len(name)) + name
-    table = np.frombuffer(data, "<u8", -(-height // 16), end + 1) + len(added)
-    rest = data[end + 1 + table.nbytes :]
-    return data[:end] + added + b"\0" + table.tobytes() + rest

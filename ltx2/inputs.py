@@ -1,7 +1,9 @@
 """Input files of a run: each is read once, and encoded by the model's autoencoders."""
 
 import os
+import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
@@ -9,12 +11,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import color, latents, media
+from . import color, exr, latents, media
 from .audio_vae import log_mel
+from .base import UserError
 from .cache import read_contexts
 from .guidance import Contexts
 from .latents import Size
 from .lora import Lora, adapter_file
+from .request import LoraFile
 
 
 class InputFiles:
@@ -31,12 +35,12 @@ class InputFiles:
         return self._read[key]
 
     def image(self, path: str) -> np.ndarray:
-        """Pixels (H, W, 3) uint8."""
-        return self._once(media.load_image, path)
+        """Pixels (H, W, 3) uint8, or of an EXR file float32."""
+        return self._once(exr.still if exr.frames_in(path) else media.load_image, path)
 
     def probe(self, path: str) -> media.Media:
         """What a clip or sound file holds."""
-        return self._once(media.probe, path)
+        return self._once(exr.probe if exr.frames_in(path) else media.probe, path)
 
     def lora_file(self, path: str) -> Path:
         """The file of a LoRA, downloaded if it is of the Hub."""
@@ -45,6 +49,24 @@ class InputFiles:
     def lora(self, path: str) -> Lora:
         """A LoRA whose factors are read where they are first used."""
         return self._once(Lora.read, str(self.lora_file(path)))
+
+    def reference_factors(self, loras: Iterable[LoraFile]) -> tuple[int, int]:
+        """By how much a reference is smaller and slower, by the LoRAs' metadata."""
+        factors = [1, 1]
+        for lora in loras:
+            metadata = self.lora(lora.path).metadata
+            for i, axis in enumerate(("downscale", "temporal_scale")):
+                value = metadata.get(f"reference_{axis}_factor", str(factors[i]))
+                if not re.fullmatch("[1-9]", value) or factors[i] not in (
+                    1,
+                    int(value),
+                ):
+                    raise UserError(
+                        f"LoRA {lora.path}: reference_{axis}_factor {value!r} is not "
+                        "supported, or differs from another LoRA's"
+                    )
+                factors[i] = int(value)
+        return tuple(factors)
 
     def contexts(self, path: str) -> Contexts:
         """Contexts of video and audio in a file; None for what is not in it."""
@@ -63,19 +85,30 @@ class Encoders:
     files: InputFiles
     component: Callable[[str], nn.Module]
     frozen_from_noise: bool = False  # see LatentState.freeze
-    codes: str = "srgb"  # what the video VAE sees, of color.SPACES
+    codes: str = "srgb"  # what the video VAE sees of other files, of color.SPACES
+    space: str = "srgb"  # what EXR files hold; the VAE sees them as ACEScct
 
-    def encoder_input(self, frames: np.ndarray) -> mx.array:
-        """Frames (n, H, W, 3) in [-1, 1], sRGB, as the video VAE sees them, (1, ...)."""
-        if self.codes != "srgb":
+    def encoder_input(self, frames: np.ndarray, light: bool = False) -> mx.array:
+        """Frames (n, H, W, 3), sRGB in [-1, 1] or those of EXR files, as the video VAE
+        sees them, (1, ...)."""
+        if light:
+            codes = color.convert(frames, self.space, "acescct").clip(0, 1)
+            frames = 2 * codes - 1
+        elif self.codes != "srgb":
             frames = 2 * color.convert(frames / 2 + 0.5, "srgb", self.codes) - 1
         return mx.array(frames)[None]
 
+    def seen(self, path: str, frame: np.ndarray, size: Size) -> mx.array:
+        """A file's frame (H, W, 3) at the size's sides as the VAE sees it."""
+        light = bool(exr.frames_in(path))
+        return self.encoder_input(filling(frame[None], size, light), light)
+
     def image(self, path: str, crf: int, size: Size) -> mx.array:
         """One latent frame (1, 1, h, w, C)."""
-        pixels = media.recompress(self.files.image(path), crf)
-        pixels = filling(pixels[None], size)
-        x = self.component("vae.encoder").encode(self.encoder_input(pixels))
+        pixels = self.files.image(path)
+        if not exr.frames_in(path):
+            pixels = media.recompress(pixels, crf)
+        x = self.component("vae.encoder").encode(self.seen(path, pixels, size))
         mx.eval(x)
         return x
 
@@ -85,7 +118,7 @@ class Encoders:
         """Latents (1, f, h, w, C) of a clip from a frame on, at the size's sides and
         rate, as a stream; of every `slow`-th frame after the first."""
         frames = frames_of(path, start, num_frames, size.fps)
-        chunks = map(self.encoder_input, fitted(frames, size, slow))
+        chunks = (self.seen(path, x, size) for x in every(frames, slow))
         encoder = self.component("vae.encoder")
         return mx.concatenate([*encoder.encode_stream(chunks)], axis=1)
 
@@ -101,7 +134,7 @@ class Encoders:
             frames = frames_of(path, start, num_frames, size.fps)
         _, h, w = grid.latent
         shape = h, size.height // h, w, size.width // w, 3
-        pixels = (x.reshape(shape) for x in fitted(frames, size, slow))
+        pixels = (filling(x[None], size).reshape(shape) for x in every(frames, slow))
         shown = np.array([x.mean((1, 3, 4)) / 2 + 0.5 for x in pixels])
         if still:
             shown = shown.repeat(1 + -(-(num_frames - 1) // slow), axis=0)
@@ -127,18 +160,16 @@ def stereo(path: str, start: float, seconds: float, rate: int) -> np.ndarray:
     return sound.repeat(2, axis=1) if sound.shape[1] == 1 else sound
 
 
-def fitted(frames: Iterable[np.ndarray], size: Size, slow: int) -> Iterator[np.ndarray]:
-    """Every `slow`-th frame after the first, (1, H, W, 3) in [-1, 1] at the size's sides."""
-    for i, frame in enumerate(frames):
-        if i == 0 or (i - 1) % slow == 0:
-            yield filling(frame[None], size)
+def every(frames: Iterable[np.ndarray], slow: int) -> Iterator[np.ndarray]:
+    """Every `slow`-th frame after the first."""
+    return (x for i, x in enumerate(frames) if i == 0 or (i - 1) % slow == 0)
 
 
-def filling(frames: np.ndarray, size: Size) -> np.ndarray:
+def filling(frames: np.ndarray, size: Size, light: bool = False) -> np.ndarray:
     """Frames (n, H, W, 3) uint8 at the size's sides, in [-1, 1]: resized and cropped to
-    what is shown of it, which the padding reflects."""
+    what is shown of it, which the padding reflects; `light` is not scaled."""
     height, width = shown = size.shown or (size.height, size.width)
-    frames = media.resize_and_crop(frames, height, width)
+    frames = media.resize_and_crop(frames, height, width, light)
     rest = size.height - height, size.width - width
     small = any(a >= b for a, b in zip(rest, shown))
     pads = (0, 0), (0, rest[0]), (0, rest[1]), (0, 0)
@@ -149,7 +180,9 @@ def frames_of(
     path: str, start: int, num_frames: int, fps: float
 ) -> Iterator[np.ndarray]:
     """Frames of a clip, whose last one is repeated."""
-    for frame in media.read_video(path, start, num_frames, fps):
+    is_exr = bool(exr.frames_in(path))  # has no rate of its own
+    read = exr.read if is_exr else partial(media.read_video, fps=fps)
+    for frame in read(path, start, num_frames):
         yield frame
         num_frames -= 1
     yield from (frame for _ in range(num_frames))

@@ -110,9 +110,10 @@ def _to_srgb(image: Image.Image, profile: bytes, path: PathLike) -> Image.Image:
 
 
 def resize_and_crop(
-    frames: Iterable[np.ndarray], height: int, width: int
+    frames: Iterable[np.ndarray], height: int, width: int, light: bool = False
 ) -> np.ndarray:
-    """Fill a size with frames (H, W, 3) uint8 -> (F, height, width, 3) in [-1, 1].
+    """Fill a size with frames (H, W, 3) uint8: (F, height, width, 3) float32 in [-1, 1];
+    `light` is not scaled.
 
     The aspect is kept and the center cropped; bilinear, when shrinking too without
     antialiasing, as the reference. `frames` may be an array or an iterator.
@@ -129,7 +130,7 @@ def resize_and_crop(
             weight = np.expand_dims(position % 1, [1, 2][: 2 - axis])
             second = frame.take(np.minimum(first + 1, size - 1), axis) * weight
             frame = frame.take(first, axis) * (1 - weight) + second
-        return frame / np.float32(127.5) - 1
+        return frame if light else frame / np.float32(127.5) - 1
 
     return np.fromiter(map(fit, frames), np.dtype((np.float32, (height, width, 3))))
 
@@ -188,6 +189,12 @@ def input_option(path: PathLike) -> str:
     """The option that opens an existing file, whatever characters its name has."""
     check_file(path)
     return f"-i {shlex.quote(f'file:{os.path.abspath(path)}')}"
+
+
+def describe(path: PathLike) -> bytes:
+    """What ffmpeg prints about a file."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *shlex.split(input_option(path))]
+    return run(command, capture_output=True).stderr
 
 
 def recompress(image: np.ndarray, crf: int) -> np.ndarray:
@@ -309,9 +316,7 @@ def read_video(
     there are fewer frames; it is an error if there are none.
     """
     problem = f"{path}: cannot be read as video from frame {start_frame} on"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *shlex.split(input_option(path))]
-    about = run(command, capture_output=True).stderr
-    hdr = re.search(rb"Video: .*(smpte2084|arib-std-b67)", about)  # PQ, HLG
+    hdr = re.search(rb"Video: .*(smpte2084|arib-std-b67)", describe(path))  # PQ, HLG
     rate = "" if fps is None else f"fps={frame_rate(fps)},"
     end = "" if num_frames is None else f":end_frame={start_frame + num_frames}"
     filters = f"bwdif=send_frame:deint=interlaced,{rate}trim=start_frame={start_frame}"

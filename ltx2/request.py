@@ -142,8 +142,7 @@ class Request(Checked):
         "frames of a window that the next one continues (default: 25)", **WINDOWED
     )
     blend_frames: Optional[int] = ask(
-        "how many of these frames are blended; 0 is a hard cut (default: all)",
-        **WINDOWED,
+        "how many of them are blended; 0 is a hard cut (default: all)", **WINDOWED
     )
     conditioned_fps: Optional[float] = ask(
         "frame rate that the model is told: twice --fps gives slow motion at half speed "
@@ -178,9 +177,7 @@ class Request(Checked):
         modes=NOT_DFR,
     )
     sigmas: Optional[tuple[float, ...]] = ask(
-        "noise levels of stage 1, from high to low (default: the model's)",
-        type=numbers,
-        metavar="1,...,0",
+        "sigmas of stage 1 (default: the model's)", type=numbers, metavar="1,...,0"
     )
     sampler: Optional[str] = ask(
         "sampler of stage 1 (default: the model's)", choices=tuple(SAMPLERS)
@@ -213,16 +210,10 @@ class Request(Checked):
         between=(1, 100),
     )
     nag_tau: float = ask(
-        "NAG: how much attention may grow at most",
-        2.5,
-        between=(0, 10),
-        needs="nag_scale",
+        "NAG: how much attention may grow", 2.5, between=(0, 10), needs="nag_scale"
     )
     nag_alpha: float = ask(
-        "NAG: share of the guided attention in the result",
-        0.25,
-        between=(0, 1),
-        needs="nag_scale",
+        "NAG: share of it in the result", 0.25, between=(0, 1), needs="nag_scale"
     )
     loras: tuple[LoraFile, ...] = ask(
         "LoRA to use in all stages, or in one; repeatable",
@@ -364,15 +355,17 @@ class Request(Checked):
         excludes="auto_duration segments",
     )
     color_space: Optional[str] = ask(
-        "HDR adapters: color space of the result's frames (default: srgb_linear)",
+        "HDR: color space of EXR images and clips, and of the result's frames (default "
+        "with an HDR adapter: srgb_linear)",
         choices=("srgb", "srgb_linear", "acescg", "acescct"),
-        **OF_REFERENCE,
+        excludes="audio_only",
+        modes=NOT_DFR,
     )
     hdr_keyframes: bool = ask(
         "HDR adapters: also generate single frames of the clip, which keep the video sharp "
         "(default: on)",
         True,
-        needs="color_space",
+        needs="color_space video",
         modes="one two",
     )
     # Outputs
@@ -401,8 +394,7 @@ class Request(Checked):
     )
     # Names and other units for what is above
     preset: Optional[str] = ask(
-        "size, stages, steps and decoder by name; other flags override it",
-        choices=tuple(PRESETS),
+        "size, stages, steps and decoder; other flags win", choices=tuple(PRESETS)
     )
     size: Optional[str] = ask(
         f"height and width by name: {', '.join(LANDSCAPE)}, or upright like 720p-portrait",

@@ -224,11 +224,16 @@ class Run:
         shorter = replace(r, num_frames=frames, auto_duration=None)
         return plan(shorter, model.checkpoint, self.model.inputs)
 
+    def encoders(self, job: Job) -> Encoders:
+        """What encodes a job's input files."""
+        sees = "acescct" if job.codes == "acescct" else "srgb"
+        spaces = sees, formats.exr_space(job.request.color_space or "srgb")
+        model, from_noise = self.model, self.frozen_from_noise
+        return Encoders(model.inputs, model.component, from_noise, *spaces)
+
     def load_conditions(self, job: Job, resume: Optional[Snapshot]) -> list[Loaded]:
         """By stage, the conditionings from input files; none for finished stages."""
-        component = self.model.component
-        sees = "acescct" if job.codes == "acescct" else "srgb"
-        encoders = Encoders(self.model.inputs, component, self.frozen_from_noise, sees)
+        encoders = self.encoders(job)
         with self.meter.phase("inputs"):
             return [
                 {
@@ -436,10 +441,9 @@ class Run:
 
     def given_frames(self, job: Job, window: Window) -> Iterator[mx.array]:
         """The frames of a clip that is extended."""
-        r = job.request
-        for frame in media.read_video(r.video, 0, window.num_frames, r.fps):
-            frame = media.resize_and_crop(frame[None], r.height, r.width)
-            yield mx.array(frame)[None] / 2 + 0.5
+        r, encoders = job.request, self.encoders(job)
+        for frame in frames_of(r.video, 0, window.num_frames, r.fps):
+            yield encoders.seen(r.video, frame, job.size) / 2 + 0.5
 
     def decode_video(
         self, n: int, job: Job, latents: Streams, window: Window

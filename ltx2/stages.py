@@ -8,7 +8,7 @@ from typing import Iterator, NamedTuple, Optional
 from . import conditions, windows
 from .base import UserError
 from .conditions import WHOLE_CLIP, Condition, Stage
-from .defaults import MAX_FRAMES, PARTS, Resolver, reference_factors
+from .defaults import MAX_FRAMES, PARTS, Resolver
 from .guidance import Prompts
 from .inputs import InputFiles
 from .latents import SPACE_SCALE, TIME_SCALE, Size, audio_tokens
@@ -246,7 +246,7 @@ class Planner(Resolver):
 
     def seams(self) -> tuple[int, ...]:
         """Where HDR from codes for light has keyframes: at dfr's places in the clip."""
-        if self.codes != "acescct" or not self.r.hdr_keyframes:
+        if not self.makes_light or not self.r.hdr_keyframes:
             return ()
         places = windows.canvas(self.r.num_frames)[1]
         return tuple(frame for frame in places if frame < self.clip_frames)
@@ -259,7 +259,7 @@ class Planner(Resolver):
         height, width = map(self.padded, shown)
         shown = None if shown == (height, width) else shown
         rate = r.conditioned_fps
-        if rate is None and self.codes == "acescct" and r.fps > HDR_FPS:
+        if rate is None and self.makes_light and r.fps > HDR_FPS:
             rate = HDR_FPS
         return Size(width, height, frames, r.fps, sound, rate, shown)
 
@@ -348,7 +348,7 @@ class Planner(Resolver):
     def smaller(self, part: Whole = conditions.WHOLE) -> Iterator[Condition]:
         """The previous stage's video as the detailing LoRA's reference."""
         if self.r.detailing_lora:
-            factor, _ = reference_factors([self.r.detailing_lora], self.files)
+            factor, _ = self.files.reference_factors([self.r.detailing_lora])
             yield conditions.PreviousAsReference(max(factor, 2), part)
 
     def slice_stage(self, n: int, part: Slice, full: Size) -> Stage:

@@ -135,7 +135,7 @@ def test_each_video_has_the_contexts_of_its_own_file(model, save):
         (
             {"audio_context": AUDIO},
             "",
-            "has no text embeddings (no tensor video_context)",
+            "has no text embeddings",
         ),
         (
             {"video": VIDEO, "audio": AUDIO},

@@ -210,7 +210,9 @@ def test_a_bucket_is_chosen_by_shape_then_length(clip, expected):
 
 
 def test_a_clip_shorter_than_all_buckets_is_refused():
-    with pytest.raises(UserError, match="8 frames, and the shortest bucket 9"):
+    with pytest.raises(
+        UserError, match="8 frames, fewer than the 9 of the shortest bucket"
+    ):
         choose_bucket(64, 64, 8, [Size(64, 64, 9, 0)])
 
 

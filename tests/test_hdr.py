@@ -1,7 +1,7 @@
 """HDR from SDR clips equals the reference; what an HDR result holds is read back."""
 
-import dataclasses
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,12 +14,12 @@ from test_pipeline import latents_of, save_clip
 from test_reference import LORA, golden, load, recorded_noise  # noqa: F401
 
 import generate
-from ltx2 import color, conditions, media, pipeline
+from ltx2 import color, conditions, exr, formats, media, pipeline
 from ltx2.base import UserError
 from ltx2.conditions import ClipKeyframes
 from ltx2.diffusion_decoder import DiffusionDecoder
 from ltx2.inputs import Encoders, InputFiles
-from ltx2.request import LoraFile, Request
+from ltx2.request import Image, LoraFile, Request
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (33, 64, 64, 3), np.uint8)
 NAME = "ltx-2.5-22b-ic-lora-sdr-to-hdr-1.0.safetensors"
@@ -125,7 +125,7 @@ def test_frames_hold_the_color_space_that_is_asked_for(pipe, request_for, space)
     result = pipe.generate(**vars(request))
     assert result.frames.shape == (9, 50, 62, 3) and result.frames.dtype == np.float32
     assert result.waveform is None
-    codes = pipe.generate(**vars(dataclasses.replace(request, color_space="acescct")))
+    codes = pipe.generate(**vars(replace(request, color_space="acescct")))
     expected = color.convert(codes.frames, "acescct", space)
     np.testing.assert_allclose(result.frames, expected, atol=1e-6, rtol=1e-5)
 
@@ -145,7 +145,7 @@ def test_light_is_decoded_in_float32(pipe, request_for, monkeypatch):
     text = {"contexts_file": request.contexts_file, "video_decoder": "diffusion"}
     pipe.generate("", no_audio=True, **text, **size)
     assert found == [{mx.float32}, {mx.bfloat16}]
-    sdr = dataclasses.replace(request, loras=(), video=None, no_audio=True, **size)
+    sdr = replace(request, loras=(), video=None, no_audio=True, **size)
     plans = (pipe.plan(r).memory.phases["video"] for r in (request, sdr))
     exact, half = (need.weights for need in plans)
     assert exact == 2 * half
@@ -217,12 +217,10 @@ def test_what_cannot_be_light_is_refused(pipe, request_for, options, reason):
         pipe.plan(request_for(frames=FRAMES[:9], **options))
 
 
-@pytest.mark.parametrize(
-    "option", [{"color_space": "acescg"}, {"hdr_keyframes": False}]
-)
-def test_options_of_hdr_need_its_clip_and_adapter(pipe, option):
-    with pytest.raises(UserError, match="needs (video|color_space)"):
-        pipe.plan(Request("a cat", seed=10, **option))
+def test_keyframes_of_hdr_need_its_clip(pipe):
+    for options in ({}, {"color_space": "acescg"}):
+        with pytest.raises(UserError, match="hdr_keyframes needs (video|color_space)"):
+            pipe.plan(Request("a cat", seed=10, hdr_keyframes=False, **options))
 
 
 def test_windows_hold_the_keyframes_that_they_own(pipe, request_for):
@@ -233,3 +231,101 @@ def test_windows_hold_the_keyframes_that_they_own(pipe, request_for):
     given = [(c.frames, c.first) for c in found if isinstance(c, ClipKeyframes)]
     assert given == [((24, 48), 0), ((40,), 32)]
     assert all(mx.isfinite(x).all() for x in latents_of(pipe, job).values())
+
+
+# EXR files
+
+
+def light(*shape: int) -> np.ndarray:
+    """Light from black to ten times diffuse white."""
+    return np.random.default_rng(1).uniform(0, 10, (*shape, 3)).astype(np.float16)
+
+
+def write_exr(path, frames: np.ndarray, space: str) -> None:
+    with formats.VideoWriter(path, 24, color_space=space) as video:
+        video.write(frames.astype(np.float32))
+
+
+@pytest.mark.parametrize("planes, names", [(3, "gbrp"), (4, "gbrap"), (1, "gray")])
+def test_an_exr_picture_is_read_without_a_limit_and_without_alpha(
+    tmp_path, planes, names
+):
+    pixels = light(6, 8).astype("<f4")
+    data = [pixels[..., n] for n in (1, 2, 0)] + [np.full((6, 8), 0.5, "<f4")]
+    data = np.stack(data if planes > 1 else [pixels[..., 0]])[:planes]
+    raw = f"-f rawvideo -pix_fmt {names}f32le -s 8x6 -i pipe:0 one.exr"
+    media.run_ffmpeg("ffmpeg fails", raw, data=data.tobytes(), folder=str(tmp_path))
+    expected = pixels if planes > 1 else pixels[..., :1].repeat(3, axis=-1)
+    expected = expected / 2 if planes == 4 else expected  # a file holds color x alpha
+    np.testing.assert_array_equal(exr.still(tmp_path / "one.exr"), expected)
+    found = exr.probe(tmp_path / "one.exr")
+    assert (found.width, found.height, found.num_frames) == (8, 6, 1)
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+    frames = light(5, 6, 8)
+    write_exr(tmp_path / "a'b [c]", frames, "srgb_linear")
+    read = [*exr.read(tmp_path / "a'b [c]", 1, 3)]
+    np.testing.assert_array_equal(read, frames[1:4].astype(np.float32))
+    assert exr.probe(tmp_path / "a'b [c]").num_frames == 5
+
+
+@pytest.mark.parametrize("space", ["srgb_linear", "acescg", "acescct"])
+def test_the_autoencoder_sees_exr_files_as_acescct(tmp_path, space):
+    frames = color.convert(light(1, 64, 64).astype(np.float32), "srgb_linear", space)
+    write_exr(tmp_path / "a", frames, space)
+    encoders = Encoders(InputFiles(), None, space=space)
+    stored = exr.still(tmp_path / "a")
+    seen = np.array(encoders.encoder_input(stored[None], light=True))[0, 0]
+    codes = color.convert(stored, space, "acescct")
+    np.testing.assert_allclose(seen, 2 * codes - 1, atol=1e-6)
+    assert 0.4 < codes.mean() < 0.8
+
+
+def test_an_exr_image_starts_an_hdr_video_of_a_plain_model(pipe, tmp_path):
+    write_exr(tmp_path / "a", light(1, 64, 64), "acescg")
+    image = str(tmp_path / "a" / "frame_00000.exr")
+    options = {"height": 64, "width": 64, "num_frames": 9, "stages": "one"}
+    r = Request("a cat", seed=10, images=(image,), color_space="acescg", **options)
+    job = pipe.plan(r)
+    assert job.codes == "acescct" and job.streams == ("video", "audio")
+    assert not any(stage.slots for stage in job.stages)
+    result = pipe.generate(r)
+    assert result.frames.dtype == np.float32 and result.frames.shape == (9, 64, 64, 3)
+    assert result.waveform is not None
+
+
+def test_a_folder_of_exr_frames_is_a_reference_or_is_changed(
+    pipe, request_for, tmp_path
+):
+    write_exr(tmp_path / "clip", light(9, 52, 74), "srgb_linear")
+    clip = {"video": str(tmp_path / "clip"), "color_space": "srgb_linear"}
+    shown = replace(request_for("mine.safetensors"), contexts_file=None, **clip)
+    shown = replace(shown, prompt="a cat", fps=24.0)
+    job = pipe.plan(shown)
+    assert (job.size.num_frames, job.codes) == (9, "acescct")
+    assert not any(stage.slots for stage in job.stages)  # only of a clip in SDR
+    with pytest.raises(UserError, match="say no frame rate: pass fps"):
+        pipe.plan(replace(shown, fps=None))
+    retake = {"retake": (0.1, 0.3), "retake_streams": ("video",), "fps": 24.0}
+    result = pipe.generate(Request("a cat", seed=10, stages="one", **clip, **retake))
+    assert result.frames.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"images": ("light.exr",)}, "EXR files need color_space"),
+        ({"color_space": "acescg", "images": ("a.png",)}, "needs EXR files"),
+        ({"color_space": "acescg", "images": ("a.png", "light.exr@-1")}, "or none"),
+        ({"color_space": "acescg", "audio_only": True}, "cannot be combined"),
+    ],
+)
+def test_light_and_sdr_are_not_mixed(pipe, tmp_path, monkeypatch, options, reason):
+    monkeypatch.chdir(tmp_path)
+    write_exr("light", light(1, 64, 64), "acescg")
+    Path("light/frame_00000.exr").rename("light.exr")
+    media.save_png("a.png", np.zeros((64, 64, 3), np.uint8))
+    images = tuple(map(Image.parse, options.pop("images", ())))
+    with pytest.raises(UserError, match=reason):
+        pipe.plan(Request("a cat", seed=10, images=images, **options))

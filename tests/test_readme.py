@@ -146,6 +146,9 @@ def folder(tmp_path_factory, checkpoint):
     for image in ("first.png", "last.png", "noon.png", "mask.png"):
         media.save_png(folder / image, frames[0])
     media.write_wav(folder / "song.wav", tone, 16000)
+    with formats.VideoWriter(folder / "frames", 24, color_space="acescg") as light:
+        light.write(frames / np.float32(50))
+    shutil.copy(folder / "frames" / "frame_00000.exr", folder / "first.exr")
     contexts = {"video_context": mx.ones((1, 8, 72))}
     mx.save_safetensors(str(folder / ADAPTER.format("sdr-to-hdr-scene-emb")), contexts)
     (folder / "clips").mkdir()

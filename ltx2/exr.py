@@ -1,0 +1,80 @@
+"""EXR pictures: one file or a folder of frames, whose light has no upper limit.
+
+ffmpeg reads and writes them. Where it converts between floating-point formats, it cuts
+light off at 1, so frames are read in the format that it finds, and with this file's tags.
+"""
+
+import os
+import re
+import struct
+from itertools import islice
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+
+from . import color, media
+from .base import UserError
+
+FORMAT = rb"Video: exr, (gray|gbrp|gbrap)f(16|32)([lb]e).*? (\d+)x(\d+)"
+PLANES = {b"gray": [0, 0, 0], b"gbrp": [2, 0, 1], b"gbrap": [2, 0, 1]}  # of R, G, B
+
+
+def frames_in(path: media.PathLike) -> list[Path]:
+    """An EXR file, or the EXR files of a folder by name; none for anything else."""
+    found = [Path(path)] if os.path.isfile(path) else sorted(Path(path).glob("*"))
+    return [file for file in found if file.suffix.lower() == ".exr"]
+
+
+def probe(path: media.PathLike) -> media.Media:
+    """The size and number of frames; EXR files say no rate."""
+    files = frames_in(path)
+    *_, width, height = _format(files[0])
+    return media.Media(int(width), int(height), num_frames=len(files))
+
+
+def _format(path: Path) -> tuple[bytes, ...]:
+    """Planes, bits, byte order, width and height of a file as ffmpeg reads it."""
+    found = re.search(FORMAT, media.describe(path))
+    if found is None:
+        raise UserError(f"{path}: cannot be read as an EXR picture of gray or RGB")
+    return found.groups()
+
+
+def read(
+    path: media.PathLike, start: int = 0, count: int | None = None
+) -> Iterator[np.ndarray]:
+    """Frames (H, W, 3) float32 of a file or folder, from `start` on; without alpha."""
+    for file in islice(frames_in(path), start, count and start + count):
+        planes, bits, order, width, height = _format(file)
+        problem = f"{file}: cannot be read"
+        data = media.run_ffmpeg(problem, media.input_option(file), "-f rawvideo pipe:1")
+        kind = {b"le": "<", b"be": ">"}[order] + {b"16": "f2", b"32": "f4"}[bits]
+        found = np.frombuffer(data, kind).reshape(-1, int(height), int(width))
+        yield np.stack([found[n] for n in PLANES[planes]], -1).astype(np.float32)
+
+
+def still(path: media.PathLike) -> np.ndarray:
+    """A file's pixels (H, W, 3) float32."""
+    return next(read(path))
+
+
+def with_color(data: bytes, space: color.Space) -> bytes:
+    """An EXR file of one part in scan lines with the attributes `chromaticities` and
+    `colorSpace`, which ffmpeg does not write."""
+    end, height = 8, 0
+    while data[end]:
+        name_end = data.index(0, end)
+        kind_end = data.index(0, name_end + 1)
+        (size,) = struct.unpack_from("<i", data, kind_end + 1)
+        if data[end:name_end] == b"dataWindow":
+            _, top, _, bottom = struct.unpack_from("<4i", data, kind_end + 5)
+            height = bottom - top + 1
+        end = kind_end + 5 + size
+    name = space.name.encode()
+    added = struct.pack("<i8f", 32, *space.primaries)
+    added = b"chromaticities\0chromaticities\0" + added
+    added += b"colorSpace\0string\0" + struct.pack("<i", len(name)) + name
+    table = np.frombuffer(data, "<u8", -(-height // 16), end + 1) + len(added)
+    rest = data[end + 1 + table.nbytes :]
+    return data[:end] + added + b"\0" + table.tobytes() + rest
