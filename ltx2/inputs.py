@@ -125,8 +125,8 @@ class Encoders:
     def weights(
         self, path: str, start: int, num_frames: int, size: Size, grid: Size, slow: int
     ) -> np.ndarray:
-        """The brightness (f, h, w) in [0, 1] of a clip's frames (see `clip`) or a picture
-        at the sides of `size`, averaged over each latent of `grid`."""
+        """The brightness (f, h, w) in [0, 1] of a clip's frames or a picture at the sides
+        of `size`, averaged over each latent of `grid` that `clip` would give."""
         still = self.files.probe(path).num_frames == 1
         if still:
             frames = [self.files.image(path)]
@@ -134,12 +134,13 @@ class Encoders:
             frames = frames_of(path, start, num_frames, size.fps)
         _, h, w = grid.latent
         shape = h, size.height // h, w, size.width // w, 3
-        pixels = (filling(x[None], size).reshape(shape) for x in every(frames, slow))
+        pixels = (filling(x[None], size).reshape(shape) for x in frames)
         shown = np.array([x.mean((1, 3, 4)) / 2 + 0.5 for x in pixels])
-        if still:
-            shown = shown.repeat(1 + -(-(num_frames - 1) // slow), axis=0)
-        count = (len(shown) - 1) // latents.TIME_SCALE * latents.TIME_SCALE
-        rest = shown[1 : 1 + count].reshape(-1, latents.TIME_SCALE, h, w)
+        shown = shown.repeat(num_frames if still else 1, axis=0)
+        # As in the reference, also frames count that a slow clip leaves out.
+        count = -(-(num_frames - 1) // slow) // latents.TIME_SCALE
+        per_latent = max(num_frames - 1, 1) // max(count, 1)
+        rest = shown[1 : 1 + count * per_latent].reshape(count, per_latent, h, w)
         return np.concatenate([shown[:1], rest.mean(axis=1)])
 
     def sound(self, path: str, start: float, seconds: float, tokens: int) -> mx.array:
