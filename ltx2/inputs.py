@@ -57,10 +57,8 @@ class InputFiles:
             metadata = self.lora(lora.path).metadata
             for i, axis in enumerate(("downscale", "temporal_scale")):
                 value = metadata.get(f"reference_{axis}_factor", str(factors[i]))
-                if not re.fullmatch("[1-9]", value) or factors[i] not in (
-                    1,
-                    int(value),
-                ):
+                other = factors[i]
+                if not re.fullmatch("[1-9]", value) or other not in (1, int(value)):
                     raise UserError(
                         f"LoRA {lora.path}: reference_{axis}_factor {value!r} is not "
                         "supported, or differs from another LoRA's"
