@@ -122,6 +122,7 @@ def blended(
     waiting: deque[mx.array] = deque()  # the last frames of the window before
     for window in windows:
         place, count = 0, len(waiting)
+        hold = max(window.num_frames - window.blended_out, window.carried_in)
         for frames in decode(window):
             if len(windows) == 1:
                 yield frames
@@ -130,7 +131,7 @@ def blended(
                 if window.carried_in - count <= place < window.carried_in:
                     weight = (place - window.carried_in + count + 1) / (count + 1)
                     yield waiting.popleft() * (1 - weight) + frame * weight
-                elif place >= window.num_frames - window.blended_out:
+                elif place >= hold:
                     waiting.append(mx.contiguous(frame))
                     mx.eval(waiting[-1])
                 elif place >= window.carried_in:

@@ -213,6 +213,14 @@ def test_windows_are_laid_out_as_in_the_reference():
         assert rows == expected, key
 
 
+def test_frames_stay_in_order_where_windows_have_more_blended_than_new_ones():
+    found = windows.divide(49, 25, 17, 17)
+    numbers = lambda w: mx.arange(w.start, w.start + w.num_frames, dtype=mx.float32)
+    decode = lambda w: iter([numbers(w).reshape(1, -1, 1, 1, 1)])
+    joined = mx.concatenate([*windows.blended(found, decode)], axis=1).flatten()
+    assert len(found) == 4 and mx.allclose(joined, mx.arange(49), atol=1e-4)
+
+
 def test_sounds_fade_for_40_ms_though_more_waits_than_is_new():
     found = windows.divide(65, 33, 17, 17)  # 16 new frames, 17 that wait
     pieces = [np.full((3300, 2), n) for n in (0.0, 1.0, 3.0)]
