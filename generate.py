@@ -46,6 +46,59 @@ for the real model: python convert.py --quantize -q-bits 4 (lists what it downlo
 LOADING = ("model", "kind", "text_encoder", "upsamplers", "parts", "dtype")
 
 
+# Flags that are not a request's, by title; with a metavar or DETAILS they take a value.
+FLAGS = {
+    "output": {
+        "prompts FILE": "file of prompts, one per line and video",
+        "num-videos N": "videos of each prompt, with seeds SEED, SEED+1, ... (default: 1)",
+        "enhance-prompt": "expand the prompt with Gemma",
+        "output FILE": "file to write (default: output.mp4)",
+        "overwrite": "replace existing files (default: use the next free name, output-2.mp4)",
+        "codec": "video codec; hevc is 10-bit HLG (default: by --output, h264 for .mp4)",
+    },
+    "model": {
+        "model MODEL": "model to use (default: mlx_model, or the demo model if there is none)",
+        "kind": "kind of the model, if its name does not say",
+        "text-encoder MODEL": "folder or repository of Gemma 3 (not for LTX-2.5)",
+        "upsampler FILE": "latent upsampler instead of those next to the model; repeatable",
+        "part NAME=FILE": "file to use for a component, like vae=FILE; repeatable",
+        "dtype": "dtype of the transformer; auto is float16 on M1 and M2, else bfloat16 "
+        "(default: auto)",
+        "low-memory": "always read the transformer's blocks from disk in each step",
+        "cache-contexts FOLDER": "folder that keeps encoded prompts",
+        "parallel MODE": "how the machines of mlx.launch split the work: data, passes or tensor",
+    },
+    "run": {
+        "plan": "print memory and time needed, and exit",
+        "from MP4": "regenerate a video from the settings stored in it",
+        "config JSON": "settings to start from, written by --save-json; other flags override them",
+        "trust": "with --from: use any file or model that the video names, or download it",
+        "save-json": "write all settings, with full paths, to a .json next to the video",
+        "no-metadata": "do not store the settings in the video",
+        "save-sheet": "write a contact sheet of frames and waveform, -sheet.png, next to the video",
+        "save-latents": "save the latents for --resume",
+        "resume LATENTS": "resume an interrupted run, or only decode",
+        "preview-every N": "steps between preview images",
+        "open": "on a Mac, open the videos at the end",
+        "no-caffeinate": "let the Mac sleep during the run",
+    },
+}
+DETAILS = {
+    "num-videos": {"type": int, "default": 1},
+    "codec": {"choices": ["h264", "hevc", "prores", "ffv1", "exr"]},
+    "kind": {"choices": ["dev", "distilled"]},
+    "upsampler": {"dest": "upsamplers", "action": "append"},
+    "part": {"dest": "parts", "action": "append", "type": name_and_file},
+    "dtype": {"choices": ["auto", "bfloat16", "float16", "float32"]},
+    "low-memory": {"action": "store_true", "default": None},
+    "parallel": {
+        "choices": ["data", "passes", "tensor", "many", "shards"]
+    },  # 2 old names
+    "from": {"dest": "recorded"},
+    "preview-every": {"type": int},
+}
+
+
 def parser() -> argparse.ArgumentParser:
     """All flags. One that is not passed is None: defaults are the request's."""
     p, groups = Parser(description=__doc__, epilog=EPILOG), {}
@@ -62,72 +115,14 @@ def parser() -> argparse.ArgumentParser:
     add_flags(lambda k: guidance, Guidance)
     add_flags(lambda k: guidance, Guidance, "audio_")
 
-    add = group("output").add_argument
-    add("--prompts", metavar="FILE", help="file of prompts, one per line and video")
-    add(
-        "--num-videos",
-        type=int,
-        default=1,
-        metavar="N",
-        help="videos of each prompt, with seeds SEED, SEED+1, ... (default: 1)",
-    )
-    add("--enhance-prompt", action="store_true", help="expand the prompt with Gemma")
-    add("--output", metavar="FILE", help="file to write (default: output.mp4)")
-    text = "replace existing files (default: use the next free name, output-2.mp4)"
-    add("--overwrite", action="store_true", help=text)
-    codecs = ["h264", "hevc", "prores", "ffv1", "exr"]
-    text = "video codec; hevc is 10-bit HLG (default: by --output, h264 for .mp4)"
-    add("--codec", choices=codecs, help=text)
-
-    add = group("model").add_argument
-    text = "model to use (default: mlx_model, or the demo model if there is none)"
-    add("--model", help=text)
-    kinds = ["dev", "distilled"]
-    add("--kind", choices=kinds, help="kind of the model, if its name does not say")
-    encoder = "folder or repository of Gemma 3 (not for LTX-2.5)"
-    add("--text-encoder", metavar="MODEL", help=encoder)
-    upsampler = "latent upsampler instead of those next to the model; repeatable"
-    to = {"dest": "upsamplers", "action": "append"}
-    add("--upsampler", metavar="FILE", help=upsampler, **to)
-    text = "file to use for a component, like vae=FILE; repeatable"
-    to = {"dest": "parts", "action": "append", "type": name_and_file}
-    add("--part", metavar="NAME=FILE", help=text, **to)
-    dtypes = ["auto", "bfloat16", "float16", "float32"]
-    text = "dtype of the transformer; auto is float16 on M1 and M2, else bfloat16 "
-    add("--dtype", choices=dtypes, help=text + "(default: auto)")
-    low = "always read the transformer's blocks from disk in each step"
-    add("--low-memory", action="store_true", default=None, help=low)
-    cache = "folder that keeps encoded prompts"
-    add("--cache-contexts", metavar="FOLDER", help=cache)
-    modes = "how the machines of mlx.launch split the work: data, passes or tensor"
-    choices = ["data", "passes", "tensor", "many", "shards"]  # two earlier names
-    add("--parallel", choices=choices, metavar="MODE", help=modes)
-
-    add_run_flags(group("run").add_argument)
+    for title, flags in FLAGS.items():
+        for flag, help in flags.items():
+            name, _, metavar = flag.partition(" ")
+            how = {"metavar": metavar} if metavar else {}
+            how |= DETAILS.get(name, {})
+            how |= {} if how else {"action": "store_true"}
+            group(title).add_argument(f"--{name}", help=help, **how)
     return p
-
-
-def add_run_flags(add: Any) -> None:
-    add("--plan", action="store_true", help="print memory and time needed, and exit")
-    recorded = "regenerate a video from the settings stored in it"
-    add("--from", dest="recorded", metavar="MP4", help=recorded)
-    text = "settings to start from, written by --save-json; other flags override them"
-    add("--config", metavar="JSON", help=text)
-    trust = "with --from: use any file or model that the video names, or download it"
-    add("--trust", action="store_true", help=trust)
-    text = "write all settings, with full paths, to a .json next to the video"
-    add("--save-json", action="store_true", help=text)
-    text = "do not store the settings in the video"
-    add("--no-metadata", action="store_true", help=text)
-    text = "write a contact sheet of frames and waveform, -sheet.png, next to the video"
-    add("--save-sheet", action="store_true", help=text)
-    add("--save-latents", action="store_true", help="save the latents for --resume")
-    resume = "resume an interrupted run, or only decode"
-    add("--resume", metavar="LATENTS", help=resume)
-    add("--preview-every", type=int, metavar="N", help="steps between preview images")
-    add("--open", action="store_true", help="on a Mac, open the videos at the end")
-    text = "let the Mac sleep during the run"
-    add("--no-caffeinate", action="store_true", help=text)
 
 
 def main() -> None:

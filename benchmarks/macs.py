@@ -33,7 +33,7 @@ from ltx2.pipeline import Pipeline  # noqa: E402
 from ltx2.request import Request  # noqa: E402
 from ltx2.stages import Job  # noqa: E402
 from ltx2.timing import HIGH, LOW, TimePlan  # noqa: E402
-from ltx2.work import Counter  # noqa: E402
+from ltx2.work import operations  # noqa: E402
 
 README = ROOT / "README.md"
 BEGIN, END = (
@@ -179,8 +179,7 @@ def memory_row(name: str, bits: int) -> list[str]:
 def time_row(name: str, size: str, bits: int = 4) -> list[str]:
     """Minutes from and to. The work does not depend on the bits."""
     pipe, job, _ = planned(name, bits, size)
-    files = [encoder()] if pipe.checkpoint.version < weights.GEMMA_4 else []
-    work = Counter(pipe.checkpoint)(job, files)
+    work = operations(job, pipe.checkpoint)
     phases = {stage.name: stage.phase for stage in job.stages}
     work = {phases.get(k, k): n for k, n in work.items()}
     row = [name, size, f"{sum(work.values()) / 1e15:.2f}"]

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from .base import table
 from .device import matmul_rate
-from .work import Counter
+from .work import operations
 
 KINDS = {"inputs": 1, "video": 1, "audio": 2}  # phases; the others are of transformers
 # The shares of transformers, of the video VAE and of the vocoder, by device and dtype.
@@ -51,8 +51,7 @@ class TimePlan:
 
 def work_of(pipe: Any, jobs: Sequence[Any]) -> list[dict[str, float]]:
     """Operations of each job by phase, stages by their own names."""
-    count = Counter(pipe.checkpoint)
-    return [count(job, pipe.encoder_files if job.texts else []) for job in jobs]
+    return [operations(job, pipe.checkpoint) for job in jobs]
 
 
 def time_plan(pipe: Any, jobs: Sequence[Any]) -> TimePlan:

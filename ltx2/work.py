@@ -2,18 +2,19 @@
 
 import math
 import re
-from functools import cache
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple
 
-from .conditions import Condition, Stage
+from .conditions import Stage
 from .dit import DiTConfig, Pass, common_start
 from .guidance import NO_GUIDANCE, guidance_passes
-from .hub import File
-from .latents import MEL_BINS, MEL_FRAMES_PER_TOKEN, Size
+from .latents import Size
 from .text import MAX_TOKENS
 from .vae import LATENTS_PER_CHUNK, Conv3d, ResBlocks, VideoVAE, frames_at_once
-from .vocoder import generators
 from .weights import Checkpoint, Weights
+
+# Where a weight of the audio VAE or vocoder is used for a token: 46 places in 2.0, 35 from
+# 2.3 on, by their convolutions.
+SOUND_PLACES = 40
 
 
 class Conv(NamedTuple):
@@ -67,8 +68,8 @@ def video_convs(vae: VideoVAE, size: Size, half: str, frames: int) -> Iterator[C
 
 
 def counted(weights: Weights, places: Mapping[str, float]) -> float:
-    """Operations of the matrices and kernels among the weights: each is used at the
-    number of places of the first pattern that its name contains, or nowhere."""
+    """Operations of matrices and kernels, each used at the number of places of the first
+    pattern that its name contains, or nowhere."""
     total = 0.0
     for key, w in weights.items():
         if w.ndim > 1 and key.endswith("weight"):
@@ -116,40 +117,6 @@ def denoising(c: DiTConfig, stage: Stage) -> float:
     return total + twice * (guided if low == 0 else plain)
 
 
-def upsampling(c: dict[str, Any], weights: Weights, after: int) -> float:
-    """Operations of an upsampler that makes so many latents."""
-    before = after / (2 if c["temporal_upsample"] else c["spatial_scale"] ** 2)
-    return counted(weights, {"post_|final": after, "": before})
-
-
-def vocoding(config: dict[str, Any], weights: Weights, frames: int) -> float:
-    """Operations of a vocoder for so many mel frames."""
-    total = 0.0
-    for prefix, c, lengths in generators(config, frames):
-        ends = {f"^{prefix}conv_pre": lengths[0], f"^{prefix}conv_post": lengths[-1]}
-        places, kernels = {}, len(c["resblock_kernel_sizes"])
-        for i, (before, after) in enumerate(zip(lengths, lengths[1:])):
-            places[rf"^{prefix}ups\.{i}\."] = before
-            for n in range(kernels * i, kernels * (i + 1)):
-                places[rf"^{prefix}resblocks\.{n}\."] = after
-        total += counted(weights, places | ends)
-    return total
-
-
-def mel_convs(weights: Weights, tokens: int, half: str) -> float:
-    """Operations of the audio VAE's encoder or decoder for so many latents."""
-    levels = max(int(k.split(".")[2]) for k in weights if ".up." in k)
-    lowest, places = tokens * MEL_BINS >> levels, {}
-    for i in range(levels + 1):
-        area = lowest * 4 ** (levels - i)
-        places[rf"^{half}\.up\.{i}\.upsample"] = 4 * area
-        places[rf"^{half}\.down\.{i}\.downsample"] = area / 4
-        places[rf"^{half}\.(up|down)\.{i}\."] = area
-    top = "conv_out" if half == "decoder" else "conv_in"
-    ends = {rf"^{half}\.{top}": lowest * 4**levels, f"^{half}": lowest}
-    return counted(weights, places | ends)
-
-
 def diffusing(c: dict[str, Any], weights: Weights, size: Size) -> float:
     """Operations of the diffusion decoder: its layers and their windows of attention."""
     frames, rows, columns = size.latent
@@ -169,62 +136,31 @@ def diffusing(c: dict[str, Any], weights: Weights, size: Size) -> float:
     return total + counted(weights, places)
 
 
-class Counter:
-    """Counts what the phases of a model's runs compute; only headers are read."""
-
-    def __init__(self, checkpoint: Checkpoint):
-        self.config, self.shapes = checkpoint.config, cache(checkpoint.shapes)
-        self.dit = DiTConfig.from_dict(self.config["transformer"])
-        if "vae" in checkpoint.parts:
-            self.vae = checkpoint.build("vae", self.shapes("vae"))
-
-    def __call__(self, job: Any, encoder: list[File]) -> dict[str, float]:
-        """By phase, in the order of a run, whose stages have their own names. The text
-        encoder is in its own files or the model's."""
-        found = {"text": self.text(job.texts, encoder)}
-        found["inputs"] = sum(self.encoding(*item) for item in job.encoded)
-        for stage in job.stages:
-            work = denoising(self.dit, stage)
-            if name := stage.upsampler:
-                after = stage.part.tokens(stage.size)
-                work += upsampling(self.config[name], self.shapes(name), after)
-            found[stage.name] = found.get(stage.name, 0) + work
-        windows = {s.window: s.size for s in job.stages}.values()
-        if job.decodes_audio:
-            found["audio"] = sum(self.sound(size.audio_tokens) for size in windows)
-        if "video" in job.streams:
-            found["video"] = sum(self.video(size, job.decoder) for size in windows)
-        return {phase: work for phase, work in found.items() if work}
-
-    def text(self, prompts: Sequence[str], encoder: list[File]) -> float:
-        """About 4 letters are a token. Weights of 32 bits are 8 of 4 bits."""
-        if not prompts:
-            return 0.0
-        tokens = sum(min(len(prompt) // 4 + 2, MAX_TOKENS) for prompt in prompts)
-        tensors = [f.header[k] for f in encoder for k in f.keys if ".layers." in k]
-        if not encoder:
-            shapes = self.shapes("gemma")
-            tensors = [("", w.shape) for k, w in shapes.items() if ".layers." in k]
-        packed = {"U32": 8}
-        sizes = (math.prod(s) * packed.get(kind, 1) for kind, s in tensors)
-        places, shapes = len(prompts) * MAX_TOKENS, self.shapes("connectors")
-        connecting = counted(shapes, {"projection": tokens, "": places})
-        dims = (w.shape[0] for k, w in shapes.items() if k.endswith("to_q.weight"))
-        attending = 4 * places * MAX_TOKENS * sum(dims)
-        return 2 * tokens * sum(sizes) + connecting + attending
-
-    def encoding(self, condition: Condition, size: Size) -> float:
-        if condition.encoder == "audio_vae":
-            return mel_convs(self.shapes("audio_vae"), size.audio_tokens, "encoder")
-        frames = getattr(condition, "num_frames", 1)
-        return sum(c.flops for c in video_convs(self.vae, size, "encoder", frames))
-
-    def sound(self, tokens: int) -> float:
-        mel = mel_convs(self.shapes("audio_vae"), tokens, "decoder")
-        frames = MEL_FRAMES_PER_TOKEN * tokens
-        return mel + vocoding(self.config["vocoder"], self.shapes("vocoder"), frames)
-
-    def video(self, size: Size, decoder: str) -> float:
-        if decoder == "vae":
-            return sum(c.flops for c in video_convs(self.vae, size, "decoder", 1))
-        return diffusing(self.config[decoder], self.shapes(decoder), size)
+def operations(job: Any, checkpoint: Checkpoint) -> dict[str, float]:
+    """A job's operations by phase, in the order of a run; stages have their own names.
+    Upsamplers, encoders of sound and the text encoder are left out: the first two are
+    below 2 % of a stage, the last one takes longer to be read."""
+    config, shapes = checkpoint.config, checkpoint.shapes
+    dit = DiTConfig.from_dict(config["transformer"])
+    sizes = {stage.window: stage.size for stage in job.stages}.values()
+    vae = "vae" in checkpoint.parts and checkpoint.build("vae", shapes("vae"))
+    flops = lambda *what: sum(conv.flops for conv in video_convs(vae, *what))
+    encoded = [(size, c) for c, size in job.encoded if c.encoder == "vae"]
+    found = {
+        "text": counted(shapes("connectors"), {"": len(job.texts) * MAX_TOKENS}),
+        "inputs": sum(
+            flops(size, "encoder", getattr(c, "num_frames", 1)) for size, c in encoded
+        ),
+    }
+    for stage in job.stages:
+        found[stage.name] = found.get(stage.name, 0) + denoising(dit, stage)
+    if job.decodes_audio:
+        places = SOUND_PLACES * sum(size.audio_tokens for size in sizes)
+        found["audio"] = counted(shapes("vocoder"), {"": places})
+        found["audio"] += counted(shapes("audio_vae"), {"^decoder": places})
+    if "video" in job.streams and job.decoder == "vae":
+        found["video"] = sum(flops(size, "decoder", 1) for size in sizes)
+    elif "video" in job.streams:
+        facts = config[job.decoder], shapes(job.decoder)
+        found["video"] = sum(diffusing(*facts, size) for size in sizes)
+    return {phase: work for phase, work in found.items() if work}
