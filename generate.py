@@ -175,6 +175,7 @@ def make(
 ) -> None:
     """Run the jobs and write their videos."""
     from ltx2 import media, timing
+    from ltx2.run import save
     from ltx2.sheet import Sheet
 
     if args.enhance_prompt:
@@ -190,7 +191,8 @@ def make(
         for job, output in zip(jobs, names):
             sheet = Sheet(job.size.fps, job.request.color_space)
             seen = sheet.watch(events) if args.save_sheet else events
-            result = write(output, args, job, seen)
+            facts = job.request, job.size.fps, seen, args.codec, not args.no_metadata
+            result = save(output, *facts)
             if args.save_sheet:
                 picture = sheet.draw(result.waveform, result.sample_rate)
                 media.save_png(next_to(output, SHEET), picture)
@@ -438,25 +440,6 @@ class Progress:
         if event.step % self.args.preview_every == 0:
             path = next_to(self.names[event.job], PREVIEW)
             media.save_png(path, self.preview(event.denoised["video"]))
-
-
-def write(path: str, args: argparse.Namespace, job: Any, events: Iterator[Any]) -> Any:
-    """Write frames as they are decoded; the file appears when it is done."""
-    from ltx2 import pipeline
-    from ltx2.run import video_writer
-
-    if "video" not in job.streams:
-        result = next(e for e in events if isinstance(e, pipeline.Result))
-        result.save(path, metadata=not args.no_metadata)
-        return result
-    with video_writer(path, job.request, job.size.fps, args.codec) as video:
-        for event in events:
-            if isinstance(event, pipeline.Result):
-                video.sound = event.sound
-                video.metadata = None if args.no_metadata else event.public_metadata
-                return event
-            if event.frames is not None:
-                video.write(event.frames)
 
 
 def timings(phases: dict[str, tuple[float, float]]) -> str:

@@ -69,6 +69,12 @@ class Resolver:
         if self.upsampler and self.mode != "one":
             scale = checkpoint.config[self.upsampler]["spatial_scale"]
             self.scale = Fraction(scale).limit_denominator(4)
+        self.unmet = {}  # what options need of a model and this one is not
+        if self.distilled:
+            self.unmet["dev"] = "a dev model (this one is distilled)"
+        if not checkpoint.config["transformer"].get("use_keyframes_abs_pos_embedding"):
+            version = checkpoint.model_version
+            self.unmet["2.5"] = f"LTX-2.5 (this model is {version})"
 
     @property
     def makes_light(self) -> bool:
@@ -82,28 +88,19 @@ class Resolver:
         """Whether stages can be tiled: each with the reference, none with a cache."""
         r = self.r
         settings = [g for g in (r.video_guidance, r.audio_guidance) if g]
-        skip = lambda g: g.get("skip_step") if isinstance(g, Mapping) else g.skip_step
-        skips = any(map(skip, settings))
+        settings = [g if isinstance(g, Mapping) else vars(g) for g in settings]
+        skips = any(g.get("skip_step") for g in settings)
         shown = self.mode == "one" or r.reference_in_stage_2
         return shown and not r.step_cache and not skips
 
     # Checks
 
-    def unmet(self) -> dict[str, str]:
-        """What options need of a model and this one is not (see `options.check`)."""
-        unmet = {}
-        if self.distilled:
-            unmet["dev"] = "a dev model (this one is distilled)"
-        config = self.checkpoint.config["transformer"]
-        if not config.get("use_keyframes_abs_pos_embedding"):
-            unmet["2.5"] = f"LTX-2.5 (this model is {self.checkpoint.model_version})"
-        return unmet
-
     def check(self) -> None:
         """UserError for whatever does not go together, or needs a missing file."""
-        r, unmet = self.r, self.unmet()
-        check(r, self.mode, unmet)
-        if faults := [text for text, true in self.faults(unmet).items() if true]:
+        r = self.r
+        check(r, self.mode, self.unmet)
+        faults = {**self.faults(), **self.light_faults(), **self.stage_faults()}
+        if faults := [text for text, true in faults.items() if true]:
             raise UserError(faults[0])
         negative = not self.distilled or r.nag_scale != 1
         text = ("text",) * (not r.contexts_file or negative)
@@ -126,9 +123,9 @@ class Resolver:
                 )
             check_range(f"LoRA {lora.path}: strength", lora.strength, -10, 10)
         if r.has_reference:
-            self.check_hdr(unmet)
+            self.check_hdr()
 
-    def check_hdr(self, unmet: Mapping[str, str]) -> None:
+    def check_hdr(self) -> None:
         """What frames are before they become light, also by a LoRA's metadata, and
         UserError if the model cannot do it."""
         r = self.r
@@ -140,12 +137,12 @@ class Resolver:
             self.recipe = replace(self.recipe, pads=True)
             self.r = replace(r, color_space=r.color_space or "srgb_linear")
         if self.makes_light and r.hdr_keyframes:
-            if "2.5" in unmet:
-                raise UserError(f"hdr_keyframes needs {unmet['2.5']}: turn it off")
+            if "2.5" in self.unmet:
+                raise UserError(f"hdr_keyframes needs {self.unmet['2.5']}: turn it off")
             if r.generated_keyframes:
                 raise UserError("generated_keyframes needs hdr_keyframes turned off")
 
-    def faults(self, unmet: Mapping[str, str]) -> dict[str, Any]:
+    def faults(self) -> dict[str, Any]:
         """What no single field can declare: messages, and whether each is so."""
         r, count = self.r, len(DISTILLED_SIGMAS) - 1
         odd = lambda side: side % SPACE_SCALE or side < 2 * SPACE_SCALE
@@ -153,8 +150,7 @@ class Resolver:
         active = any(g.active for g in settings if isinstance(g, Guidance))
         partial = [g for g in settings if isinstance(g, Mapping)]
         alone, (low, high) = len(self.streams) == 1, r.guidance_interval
-        kept = r.retake and r.no_audio and "video" not in r.retake_streams
-        unknown = not r.retake_streams or set(r.retake_streams) - set(BOTH)
+        changed = {*r.retake_streams} - ({"audio"} if r.no_audio else set())
         says = all(p.strip() for p in r.prompts) or self.recipe.no_prompt
         wrong = r.tile_size and (len(r.tile_size) != 2 or any(map(odd, r.tile_size)))
         makes_keyframes = r.generated_keyframes or self.mode == "dfr"
@@ -165,14 +161,13 @@ class Resolver:
             "modality_scale needs both video and audio": (
                 alone and any("modality_scale" in g for g in partial)
             ),
-            "retake has nothing to regenerate: audio is off and video is kept": kept,
-            f"unknown retake_streams {','.join(r.retake_streams)!r}: choose from video, "
-            "audio": unknown,
+            "retake has nothing to regenerate: audio is off and video is kept": (
+                r.retake and not changed
+            ),
             "a reference video needs an IC-LoRA: add --lora (or --retake or --extend, to "
             "change the video)": r.has_reference
             and not r.loras,
             "the prompt is empty: say what to show": not says,
-            **self.light_faults(),
             "contexts_file is used instead of the prompt: remove one of them": (
                 r.contexts_file and r.prompt
             ),
@@ -188,7 +183,6 @@ class Resolver:
             f"steps is {r.steps}, but a distilled model has {count} steps of its own: "
             "remove it, or pass sigmas": self.distilled
             and r.steps not in (None, count),
-            **self.stage_faults(unmet),
         }
 
     def light_faults(self) -> dict[str, Any]:
@@ -212,9 +206,9 @@ class Resolver:
             ),
         }
 
-    def stage_faults(self, unmet: Mapping[str, str]) -> dict[str, Any]:
+    def stage_faults(self) -> dict[str, Any]:
         """As `faults`, of the stages and the files they need."""
-        r, mode, stages = self.r, self.mode, f"--stages {self.mode}"
+        r, mode, stages, unmet = self.r, self.mode, f"--stages {self.mode}", self.unmet
         refines, doubles = mode != "one" and not self.distilled, r.temporal_upsample
         rounds = doubles or r.temporal_rounds
         loras = {"distilled_lora": r.distilled_lora, "detailing_lora": r.detailing_lora}
@@ -230,9 +224,6 @@ class Resolver:
             f"{stages} needs at least 9 frames": mode == "dfr" and r.num_frames == 1,
             f"{stages} of a dev model needs its distilled LoRA: add --distilled-lora": (
                 refines and not r.distilled_lora
-            ),
-            "distilled_lora needs a dev model and --stages two, hq or dfr": (
-                r.distilled_lora and not refines
             ),
             **{
                 f"{name} takes no stage, and its strength must not be 0": (

@@ -7,7 +7,7 @@ import dataclasses
 import re
 import typing
 from types import MappingProxyType
-from typing import Any, Callable, Container, Mapping, Union
+from typing import Any, Callable, Container, Mapping
 
 from .base import UserError
 
@@ -18,10 +18,11 @@ def ask(help: str, default: Any = None, **rules: Any) -> Any:
     """A dataclass field that is a user's option.
 
     Rules for the command line: `flag` (else the field's name), `type` (else the
-    annotation's), `metavar`, `nargs`, `repeat`. Rules that `check` applies: `between`
-    (low, high), `choices`, `needs` and `excludes` (names of other options), `instead_of`
-    (ones it excludes, and replaces in a recorded request), `modes` (the values of
-    `stages` that have the option), `model` (what the model must be).
+    annotation's, or its `parse` and FORM, repeatable for a tuple), `metavar`, `nargs`,
+    `repeat`. Rules that `check` applies: `between` (low, high), `choices`, `needs` and
+    `excludes` (names of other options), `instead_of` (ones it excludes, and replaces in
+    a recorded request), `modes` (the values of `stages` that have the option), `model`
+    (what the model must be).
     """
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
@@ -39,39 +40,34 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
     """
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
-        rules = field.metadata
+        rules, name, hint = field.metadata, field.name, hints[field.name]
         if "help" not in rules:
             continue
-        names = ("type", "metavar", "nargs", "choices")
-        how = {name: rules[name] for name in names if name in rules}
-        if hints[field.name] is bool:
-            on = field.default  # then --no-... is its flag, too
-            how["action"] = argparse.BooleanOptionalAction if on else "store_true"
-        else:
-            how.setdefault("type", _type(hints[field.name]))
-            how |= {"action": "append"} if rules.get("repeat") else {}
-        dashed = field.name.replace("_", "-")
-        add(field.name)(
-            f"--{(prefix + rules.get('flag', dashed)).replace('_', '-')}",
-            dest=prefix + field.name,
+        kind = typing.get_args(hint)[0] if typing.get_args(hint) else hint
+        how, flag = {"type": kind}, rules.get("flag", name)
+        if hint is bool:  # one that is on has --no-..., too
+            on = argparse.BooleanOptionalAction
+            how = {"action": on if field.default else "store_true"}
+        elif hasattr(kind, "parse"):
+            how = {"type": kind.parse, "metavar": kind.FORM}
+            flag = flag.removesuffix("s")
+        parsed = typing.get_origin(hint) is tuple and hasattr(kind, "parse")
+        how |= {"action": "append"} if parsed or rules.get("repeat") else {}
+        how |= {k: rules[k] for k in ("type", "metavar", "nargs") if k in rules}
+        if "type" not in rules and "choices" in rules:
+            how["choices"] = rules["choices"]
+        dashed, default, text = name.replace("_", "-"), field.default, rules["help"]
+        if default not in (None, False, (), dataclasses.MISSING):
+            shown = default if isinstance(default, tuple) else (default,)
+            told = "default" in text  # by the text itself
+            text += "" if told else f" (default: {','.join(map(str, shown))})"
+        add(name)(
+            f"--{(prefix + flag).replace('_', '-')}",
+            dest=prefix + name,
             default=None,
-            help=f"as --{dashed}" if prefix else _help(field),
+            help=f"as --{dashed}" if prefix else text,
             **how,
         )
-
-
-def _type(hint: Any) -> Any:
-    """What parses a flag of an annotation: int, float or str."""
-    return typing.get_args(hint)[0] if typing.get_origin(hint) is Union else hint
-
-
-def _help(field: dataclasses.Field) -> str:
-    """The help text with the default, unless the text says it."""
-    text, default = field.metadata["help"], field.default
-    if default in (None, False, (), dataclasses.MISSING) or "default" in text:
-        return text
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-    return f"{text} (default: {shown})"
 
 
 def check(
@@ -87,11 +83,13 @@ def check(
         name, modes = label + field.name, rules.get("modes", "").split()
         if not is_set(options, field.name):
             continue
-        if "choices" in rules:
-            check_choice(name, value, rules["choices"])
-        if "between" in rules:
-            for number in value if isinstance(value, tuple) else (value,):
-                check_range(name, number, *rules["between"])
+        for item in value if isinstance(value, tuple) else (value,):
+            if "choices" in rules:
+                check_choice(name, item, rules["choices"])
+            if "between" in rules:
+                check_range(name, item, *rules["between"])
+        if rules.get("model") in model:
+            raise UserError(f"{name} needs {model[rules['model']]}")
         if mode and modes and mode not in modes:
             raise UserError(f"{name} needs --stages {' or '.join(modes)}")
         for other in rules.get("needs", "").split():
@@ -101,8 +99,6 @@ def check(
         for other in others.split():
             if is_set(options, other):
                 raise UserError(f"{name} cannot be combined with {other}")
-        if rules.get("model") in model:
-            raise UserError(f"{name} needs {model[rules['model']]}")
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:
@@ -133,26 +129,23 @@ def check_step(
 
 
 def located(options: Any, place: Callable[[str], str], but: Container[str] = ()) -> Any:
-    """Options with paths changed by `place`, except in the fields `but`: those that a
-    metavar of FILE or PATH marks."""
+    """Options with paths changed by `place`, except in the fields `but`: text that a
+    metavar of FILE or PATH marks, and what has a `path`."""
 
-    def moved(value: Any) -> Any:
-        if isinstance(value, str):
-            return place(value)
+    def moved(value: Any, is_path: bool) -> Any:
         if isinstance(value, Mapping):
-            return {k: moved(v) for k, v in value.items()}
+            return {k: moved(v, is_path) for k, v in value.items()}
         if isinstance(value, tuple):
-            return tuple(map(moved, value))
-        if dataclasses.is_dataclass(value):
+            return tuple(moved(v, is_path) for v in value)
+        if hasattr(value, "path"):
             return dataclasses.replace(value, path=place(value.path))
-        return value
+        return place(value) if is_path and isinstance(value, str) else value
 
-    names = (
-        field.name
-        for field in dataclasses.fields(options)
-        if str(field.metadata.get("metavar")).startswith(("FILE", "PATH"))
-    )
-    changes = {k: moved(getattr(options, k)) for k in names if k not in but}
+    changes = {}
+    for field in dataclasses.fields(options):
+        is_path = str(field.metadata.get("metavar")).startswith(("FILE", "PATH"))
+        if field.name not in but:
+            changes[field.name] = moved(getattr(options, field.name), is_path)
     return dataclasses.replace(options, **changes)
 
 

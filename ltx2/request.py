@@ -104,10 +104,6 @@ def places(text: str) -> Union[int, tuple[int, ...]]:
     return integers(text) if "," in text else int(text)
 
 
-def _lora(help: str, **rules: Any) -> Any:
-    return ask(help, type=LoraFile.parse, metavar="PATH[:STRENGTH]", **rules)
-
-
 @dataclass(frozen=True)
 class Request(Checked):
     """One video to make. None means the model's default, or the input clip's value.
@@ -155,10 +151,6 @@ class Request(Checked):
         "prompt of a part of the video, from and to in seconds; repeatable, in order; "
         "each starts with --prompt",
         (),
-        flag="segment",
-        type=Segment.parse,
-        repeat=True,
-        metavar=Segment.FORM,
         excludes="auto_duration contexts_file",
     )
     seed: Optional[int] = ask(
@@ -218,13 +210,12 @@ class Request(Checked):
     loras: tuple[LoraFile, ...] = ask(
         "LoRA to use in all stages, or in one; repeatable",
         (),
-        flag="lora",
-        type=LoraFile.parse,
-        repeat=True,
-        metavar=LoraFile.FORM,
     )
-    distilled_lora: Optional[LoraFile] = _lora(
-        "the distilled LoRA, which a dev model needs for two stages"
+    distilled_lora: Optional[LoraFile] = ask(
+        "the distilled LoRA, which a dev model needs for two stages",
+        metavar="PATH[:STRENGTH]",
+        model="dev",
+        modes="two hq dfr",
     )
     temporal_upsample: bool = ask(
         "double the frame rate with the temporal upsampler",
@@ -242,8 +233,8 @@ class Request(Checked):
         modes=NOT_DFR,
         model="2.5",
     )
-    detailing_lora: Optional[LoraFile] = _lora(
-        "IC-LoRA that adds detail in stage 2", modes="dfr"
+    detailing_lora: Optional[LoraFile] = ask(
+        "IC-LoRA that adds detail in stage 2", metavar="PATH[:STRENGTH]", modes="dfr"
     )
     temporal_rounds: int = ask(
         "how many times to double the frame rate", 0, choices=(0, 1, 2), modes="dfr"
@@ -259,10 +250,6 @@ class Request(Checked):
         "image to show at a frame (default: the first): an index, -1 for the last, or a "
         "time like 1.5s; repeatable",
         (),
-        flag="image",
-        type=Image.parse,
-        repeat=True,
-        metavar=Image.FORM,
         excludes="audio_only",
     )
     keyframes: bool = ask(
@@ -305,6 +292,7 @@ class Request(Checked):
         ("video", "audio"),
         type=comma_separated,
         metavar="video,audio",
+        choices=("video", "audio"),
         needs="retake",
     )
     extend: Optional[float] = ask(

@@ -5,7 +5,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generator, Iterator, Optional, Sequence, Union
+from typing import Any, Generator, Iterable, Iterator, Optional, Sequence, Union
 
 import mlx.core as mx
 import numpy as np
@@ -84,44 +84,47 @@ class Result(Event):
     phases: dict[str, tuple[float, float]] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def sound(self) -> Union[str, tuple[np.ndarray, int], None]:
-        """What `formats.VideoWriter` takes."""
-        if self.waveform is None:
-            return None
-        return self.sound_file or (self.waveform, self.sample_rate)
-
-    @property
-    def public_metadata(self) -> dict[str, Any]:
-        """The metadata with names for the paths of this disk."""
-        return changed(self.metadata, name_only)
-
     def save(
         self, path: Union[str, Path], codec: Optional[str] = None, metadata: bool = True
     ) -> None:
-        """Write a video with the sound exactly as long as it, or a wav; with `metadata`
-        it says how it was made."""
-        found = self.public_metadata if metadata else None
-        if self.frames is None:
-            media.write_wav(path, self.waveform, self.sample_rate, found)
-            return
-        with video_writer(path, self.request, self.fps, codec) as video:
-            video.write(self.frames)
-            video.sound, video.metadata = self.sound, found
+        """Write the result as `save` does."""
+        save(path, self.request, self.fps, [self], codec, metadata)
 
 
-def video_writer(
-    path: Union[str, Path], r: Request, fps: float, codec: Optional[str] = None
-) -> formats.VideoWriter:
-    """A writer of a planned request's frames, in their color space and, of a matte, with
-    the clip's frames as color where the format has alpha."""
-    space, picture = r.color_space or "srgb", None
+def save(
+    path: Union[str, Path],
+    r: Request,
+    fps: float,
+    events: Iterable[Event],
+    codec: Optional[str] = None,
+    metadata: bool = True,
+) -> Result:
+    """Write a planned request's frames as they are decoded, in their color space, with
+    the sound exactly as long; or a wav. With `metadata` the file says how it was made. A
+    matte has the clip's frames as color where the format has alpha."""
+    made = lambda result: changed(result.metadata, name_only) if metadata else None
+    if r.audio_only:
+        result = next(e for e in events if isinstance(e, Result))
+        sound = result.waveform, result.sample_rate
+        media.write_wav(path, *sound, made(result))
+        return result
+    picture = None
     if makes_matte(r):
         clip = frames_of(r.video, 0, round(r.num_frames * fps / r.fps), fps)
         sized = (media.resize_and_crop(x[None], r.height, r.width)[0] for x in clip)
         picture = (np.rint((x + 1) * 127.5).astype(np.uint8) for x in sized)
+    space = r.color_space or "srgb"
     facts = {"codec": codec, "color_space": space, "picture": picture}
-    return formats.VideoWriter(path, fps, **facts)
+    with formats.VideoWriter(path, fps, **facts) as video:
+        for event in events:
+            if event.frames is not None:
+                video.write(event.frames)
+            if isinstance(event, Result):
+                if event.waveform is not None:
+                    sound = event.waveform, event.sample_rate
+                    video.sound = event.sound_file or sound
+                video.metadata = made(event)
+                return event
 
 
 class NotFinite(Exception):
