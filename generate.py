@@ -12,26 +12,16 @@ import logging
 import os
 import sys
 from contextlib import closing
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
-from ltx2 import REFERENCE, __version__, outputs
-from ltx2.base import (
-    LOG,
-    OutputError,
-    Parser,
-    UserError,
-    awake,
-    open_files,
-    read_text,
-    run,
-    table,
-)
+from ltx2 import REFERENCE, __version__, base, outputs
+from ltx2.base import UserError, awake, run
 from ltx2.guidance import Guidance
-from ltx2.options import add_flags, located, name_and_file
+from ltx2.options import add_flags, check_range, located, name_and_file
 from ltx2.outputs import LATENTS, PREVIEW, SHEET, next_to
-from ltx2.presets import Preset
+from ltx2.presets import FILLED
 from ltx2.request import Request
 
 EPILOG = """\
@@ -101,7 +91,7 @@ DETAILS = {
 
 def parser() -> argparse.ArgumentParser:
     """All flags. One that is not passed is None: defaults are the request's."""
-    p, groups = Parser(description=__doc__, epilog=EPILOG), {}
+    p, groups = base.Parser(description=__doc__, epilog=EPILOG), {}
     p.add_argument("--version", action="version", version=f"ltx2 {__version__}")
 
     def group(title: str) -> Any:
@@ -207,7 +197,7 @@ def make(
         next(events, None)  # the last file is written, too
     print(timings(result.phases))
     if args.open:
-        open_files(names)
+        base.open_files(names)
 
 
 def init_distributed() -> Any:
@@ -217,15 +207,14 @@ def init_distributed() -> Any:
     group = mx.distributed.init()
     if group.rank() > 0:
         sys.stdout = open(os.devnull, "w")
-        LOG.setLevel(logging.WARNING)  # no bars
+        base.LOG.setLevel(logging.WARNING)  # no bars
     return group if group.size() > 1 else None
 
 
 def from_recording(
     args: argparse.Namespace, passed: dict[str, Any]
 ) -> tuple[dict, Any, Any, Any]:
-    """How to load the model, the request to start from, a snapshot and the record of
-    how it was made, from an earlier video or saved latents if they are named."""
+    """What an earlier video or saved latents give: load, request, snapshot, record."""
     from ltx2 import record, snapshot
 
     several = args.recorded or args.config or args.prompts or args.num_videos > 1
@@ -269,44 +258,39 @@ def build_requests(
     passed: dict[str, Any],
     group: Any = None,
 ) -> list[Request]:
-    """The requests: the recorded one changed by the flags that are passed, its seed or
-    one that is drawn for the first video of each prompt, and the next for its others.
-    """
+    """The recorded request changed by flags, for each prompt with consecutive seeds."""
     from ltx2.parallel import random_seed
 
     if args.resume and passed:
         flag = next(iter(passed)).replace("_", "-")
         raise UserError(f"--resume keeps the original settings: remove --{flag}")
-    if args.preview_every is not None and args.preview_every < 1:
-        raise UserError(f"--preview-every must be at least 1, got {args.preview_every}")
-    if not 1 <= args.num_videos <= 1000:
-        raise UserError(
-            f"--num-videos must be between 1 and 1000, got {args.num_videos}"
-        )
-    base = asdict(recorded) if recorded else {}
+    check_range("--num-videos", args.num_videos, 1, 1000)
+    if args.preview_every is not None:
+        check_range("--preview-every", args.preview_every, 1, 1000)
+    start = asdict(recorded) if recorded else {}
     # What a passed option is instead of, and what is instead of it
     for field in fields(Request):
         others = field.metadata.get("instead_of", "").split()
         if field.name in passed:
-            base = {k: v for k, v in base.items() if k not in others}
+            start = {k: v for k, v in start.items() if k not in others}
         elif passed.keys() & {*others}:
-            base.pop(field.name, None)
+            start.pop(field.name, None)
     if "preset" in passed:
-        base = {k: v for k, v in base.items() if k not in Preset.OPTIONS}
-    prompts = [passed.pop("prompt", base.pop("prompt", None))]
+        start = {k: v for k, v in start.items() if k not in FILLED}
+    prompts = [passed.pop("prompt", start.pop("prompt", None))]
     if args.prompts:
         if args.prompt is not None:
             raise UserError("--prompt cannot be combined with --prompts")
-        text = read_text(args.prompts)
+        text = base.read_text(args.prompts)
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
         if not prompts:
             raise UserError(f"{args.prompts} has no prompts: write one per line")
-    instead = (passed | base).get("contexts_file") or args.segments
+    instead = (passed | start).get("contexts_file") or args.segments
     if prompts[0] is None and not instead:
         raise UserError("no prompt: pass --prompt or --prompts")
     for name in {"video_guidance", "audio_guidance"} & passed.keys():
-        passed[name] = (base.get(name) or {}) | passed[name]
-    first = Request(**{**base, **passed, "prompt": prompts[0] or ""})
+        passed[name] = (start.get(name) or {}) | passed[name]
+    first = Request(**{**start, **passed, "prompt": prompts[0] or ""})
     seed = random_seed(group) if first.seed is None else first.seed
     return [
         replace(first, prompt=prompt or "", seed=seed + n)
@@ -325,8 +309,7 @@ def files_of(args: argparse.Namespace, r: Request) -> outputs.Files:
 def name_outputs(
     args: argparse.Namespace, requests: list[Request], say: bool = False
 ) -> list[str]:
-    """Names of the videos, free ones without --overwrite; UserError unless all files can
-    be written, none of which may be an input."""
+    """Names of the videos, none of them taken or an input, where all can be written."""
     from ltx2 import formats
 
     r, files = requests[0], files_of(args, requests[0])
@@ -381,14 +364,14 @@ def enhanced(pipe: Any, job: Any) -> Any:
     return replace(job, request=request, prompts=(prompt, *negative))
 
 
+@dataclass
 class Progress:
     """Shows events on stderr as they pass, and saves latents of videos not written."""
 
-    def __init__(
-        self, args: argparse.Namespace, names: list[str], preview: Any, left: Any
-    ):
-        self.args, self.names, self.preview = args, names, preview
-        self.left = left
+    args: argparse.Namespace
+    names: list[str]
+    preview: Any
+    left: Any
 
     def watch(self, events: Iterator[Any]) -> Iterator[Any]:
         """Pass events on; phases are printed, those with steps as a bar."""
@@ -418,7 +401,7 @@ class Progress:
                 yield event
                 if event.step is None and not event.snapshot:  # its file is written
                     latest.pop(event.job, None)
-        except OutputError:  # the same would come again
+        except base.OutputError:  # the same would come again
             advice = ""
             raise
         finally:  # whatever has happened, also to who takes the events
@@ -448,7 +431,9 @@ def timings(phases: dict[str, tuple[float, float]]) -> str:
     rows = [(k, *values) for k, values in phases.items()]
     rows.append(("all", sum(seconds), max(peaks)))
     heads = "phase", "seconds", "peak GB"
-    return table(heads, [(k, round(s, 3), round(peak / 1e9, 3)) for k, s, peak in rows])
+    return base.table(
+        heads, [(k, round(s, 3), round(peak / 1e9, 3)) for k, s, peak in rows]
+    )
 
 
 if __name__ == "__main__":

@@ -131,8 +131,7 @@ def read_text(path: str) -> str:
 
 
 class Checked:
-    """A base of dataclasses whose fields are checked and converted by `checked`; `BARE`
-    may name the field that text alone stands for."""
+    """A dataclass of `checked` fields; `BARE` is the one that text stands for."""
 
     def __post_init__(self) -> None:
         for name, kind in annotations(type(self)).items():
@@ -233,8 +232,7 @@ class Printer(logging.Handler):
 
 
 def hann_sinc(time: Any) -> Any:
-    """The resampling filter of torchaudio (`sinc_interp_hann`, its default): a sinc with
-    a Hann window of 6 zero crossings; `time` in zero crossings, of any shape."""
+    """torchaudio's resampling filter: sinc and Hann window, time in zero crossings."""
     import numpy as np  # late, so that --help is quick
 
     time = np.clip(time, -6, 6)
@@ -285,8 +283,7 @@ def awake(
     platform: str = sys.platform,
     start: Callable[[list[str]], subprocess.Popen] = subprocess.Popen,
 ) -> Iterator[None]:
-    """Keep a Mac from sleeping meanwhile, but not its display. -w: this also ends if
-    this process is killed."""
+    """Keep a Mac from sleeping meanwhile; -w ends it if this process is killed."""
     command = ["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())]
     process = start(command) if wanted and platform == "darwin" else None
     try:

@@ -17,8 +17,7 @@ NAMES = "{}_context", "{}_prompt_embeds", "{}"  # adapters', diffusers', a cache
 
 
 def read_contexts(path: str | Path) -> tuple[Optional[mx.array], ...]:
-    """Contexts (1, N, D) of video and audio, None for one that is not there, from a
-    safetensors file. UserError if it has none for the video."""
+    """Contexts (1, N, D) of video and audio, None for a missing one, in a file."""
     arrays, _ = hub.read_arrays(path)
     found = []
     for stream in ("video", "audio"):

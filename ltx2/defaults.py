@@ -126,8 +126,7 @@ class Resolver:
             self.check_hdr()
 
     def check_hdr(self) -> None:
-        """What frames are before they become light, also by a LoRA's metadata, and
-        UserError if the model cannot do it."""
+        """How frames encode light, also by a LoRA's metadata."""
         r = self.r
         for lora in r.loras:
             if name := self.files.lora(lora.path).metadata.get("hdr_transform"):
@@ -243,8 +242,7 @@ class Resolver:
     # Size, length and rate
 
     def fit_duration(self) -> None:
-        """The most frames that the duration head may predict, if it decides: by default
-        where the model has one and no input has a duration."""
+        """The most frames the duration head may predict, if nothing else decides."""
         if self.r.segments and not self.r.video and self.r.num_frames is None:
             fps = SIZE["fps"] if self.r.fps is None else self.r.fps
             latents = round((self.r.segments[-1].end * fps - 1) / TIME_SCALE)
@@ -339,8 +337,7 @@ class Resolver:
         return max(-(-side // multiple) * multiple, low)
 
     def fit_clip(self, multiple: int) -> None:
-        """The input video's size, length and rate as far as the model can have them, how
-        much of it is read, and notes about what was changed."""
+        """The input video's size, length and rate, as the model can have them."""
         r, clip = self.r, self.files.probe(self.r.video)
         if frames_in(r.video):
             if r.fps is None:

@@ -144,8 +144,7 @@ class Prompts:
 def stream_tokens(
     state: LatentState, x: mx.array, sigma: float, ropes: tuple[Rope, Rope], *more: Any
 ) -> Tokens:
-    """The transformer's input of a stream's tokens `x` at a sigma; `more` are the other
-    fields of Tokens."""
+    """The transformer's input of tokens `x`; `more` are the other fields of Tokens."""
     levels, index = state.levels
     sigmas = levels * np.float32(sigma), [0.0 if state.frozen else sigma]
     mask = None if state.attention is None else mx.array(state.attention)
@@ -189,8 +188,7 @@ class GuidedDenoiser:
         return {k: self.states[k].blend(self.cached_x0[k]) for k in x}
 
     def _predict(self, x: Streams, sigma: float, step: int, skipped) -> Streams:
-        """Guided x0 of the streams that are not skipped; outside of the interval from
-        the conditional pass alone."""
+        """Guided x0 of what is not skipped; outside of the interval not guided."""
         low, high = self.interval
         guided = low <= sigma <= high
         passes = self.passes if guided else {"cond": self.passes["cond"]}

@@ -77,8 +77,7 @@ class InputFiles:
 
 @dataclass
 class Encoders:
-    """Encodes input files with the model's autoencoders, which `component` loads.
-    Latents are evaluated, so that the encoder can be freed."""
+    """Encodes input files; latents are evaluated, so that the encoder can be freed."""
 
     files: InputFiles
     component: Callable[[str], nn.Module]
@@ -113,8 +112,7 @@ class Encoders:
     def clip(
         self, path: str, start: int, num_frames: int, size: Size, slow: int = 1
     ) -> mx.array:
-        """Latents (1, f, h, w, C) of a clip from a frame on, at the size's sides and
-        rate, as a stream; of every `slow`-th frame after the first."""
+        """Latents (1, f, h, w, C) of a clip, of every `slow`-th frame."""
         frames = frames_of(path, start, num_frames, size.fps)
         chunks = (self.seen(path, x, size) for x in every(frames, slow))
         encoder = self.component("vae.encoder")
@@ -142,8 +140,7 @@ class Encoders:
         return np.concatenate([shown[:1], rest.mean(axis=1)])
 
     def sound(self, path: str, start: float, seconds: float, tokens: int) -> mx.array:
-        """Latents (1, tokens, mel, C) of a sound; mono is doubled, a short one padded
-        with zeros, as in the reference."""
+        """Latents (1, tokens, mel, C) of a sound in stereo, padded with zeros."""
         sound = stereo(path, start, seconds, latents.SAMPLE_RATE)
         x = self.component("audio_vae").encode(log_mel(mx.array(sound)[None]))
         x = x[:, :tokens]

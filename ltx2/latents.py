@@ -215,8 +215,7 @@ class LatentState:
         return replace(self, denoise_mask=inside.astype(np.float32))
 
     def freeze(self, from_noise: bool = False) -> LatentState:
-        """Keep the whole stream unchanged; `from_noise` starts it as noise all the same,
-        as the reference's retake does."""
+        """Keep the stream; `from_noise` is what the reference's retake does."""
         mask = np.zeros_like(self.denoise_mask)
         return replace(self, denoise_mask=mask, starts_as_noise=from_noise)
 
@@ -280,8 +279,7 @@ class LatentState:
     def generate_stills(
         self, frames: tuple[int, ...], size: Size, initial: Optional[mx.array] = None
     ) -> LatentState:
-        """Generate single frames at these places together with a video of a size, from
-        zeros or initial latents (1, K, H, W, C); from 2.5 on."""
+        """Generate single frames too, from zeros or latents (1, K, H, W, C)."""
         grid = video_bounds(1, *size.latent_sides, 1.0)
         bounds = np.concatenate([grid] * len(frames), axis=1)
         starts = np.repeat(np.float32(frames), grid.shape[1])

@@ -68,8 +68,7 @@ class Lora:
 
     @classmethod
     def read(cls, path: str | Path) -> Lora:
-        """Read a LoRA file or a folder with an adapter, lazily. Raises UserError for
-        anything else, naming what is not supported."""
+        """Read a LoRA file or an adapter's folder, lazily."""
         path = adapter_file(str(path))
         tensors, metadata = hub.read_arrays(path)
         adapter = Adapter.read(path, metadata)
@@ -109,8 +108,7 @@ class Lora:
         return sum(a.nbytes + b.nbytes for a, b in self.factors.values())
 
     def check(self, model: nn.Module) -> None:
-        """Rename the factors' modules to the model's. Raises UserError unless each pair
-        fits a linear layer of it."""
+        """Rename modules to the model's; UserError unless each pair fits one."""
         layers = linear_layers(model)
         found = self.find(layers)
         for module, (a, b) in self.factors.items():
@@ -130,8 +128,7 @@ class Lora:
         self.fits = True
 
     def find(self, paths: Iterable[str]) -> dict[str, str]:
-        """The model's path of each module that is among `paths`. Names are compared with
-        underscores for dots, which is how kohya writes them."""
+        """The model's path of each module, compared as kohya writes it: with _."""
         names: dict[str, str] = {}
         for path in paths:
             head, _, rest = path.partition(".")
@@ -301,10 +298,6 @@ def attach(
     """
     layers, changes = linear_layers(model, prefix), {}
     for lora, strength in loras:
-        if not math.isfinite(strength) or strength == 0:
-            raise UserError(
-                f"LoRA {lora.name}: strength {strength} has no effect: remove it"
-            )
         if not prefix:
             lora.check(model)
         for module, path in lora.find(layers).items():

@@ -443,8 +443,7 @@ def save_png(path: PathLike, image: np.ndarray) -> None:
 def mux(
     path: PathLike, folder: str, options: str, metadata: Metadata | None, data: bytes
 ) -> None:
-    """Write "new" in the workspace of `path` by ffmpeg: metadata is its input 0, and
-    `options` name the others, which may read `data`, and the format."""
+    """Write "new" in a workspace by ffmpeg: input 0 is metadata, `options` the rest."""
     text = re.sub(r"([=;#\\])", r"\\\1", json.dumps(metadata)) if metadata else ""
     # As an argument it might be too long.
     Path(folder, "metadata").write_text(f";FFMETADATA1\ncomment={text}\n")

@@ -42,8 +42,7 @@ AHEAD = 2  # of a frame that the diffusion decoder computes ahead
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of weights and buffers; `streamable` are weights that need not be there
-    while the transformer's blocks are streamed."""
+    """Bytes of weights and buffers; streaming spares the `streamable` ones."""
 
     weights: int
     buffers: float
@@ -196,8 +195,7 @@ class Estimator:
     def __call__(
         self, job: Any, loras: Callable[[str], int], shards: int = 1
     ) -> dict[str, Footprint]:
-        """A job's phases after the text, in the order of a run. `loras` gives a LoRA file's
-        bytes; `shards` machines hold a part of the transformer's blocks each."""
+        """A job's phases after the text; `loras` gives a file's bytes."""
         stages, decoder = job.stages, job.decoder
         contexts, phases = self.contexts(len(job.prompts)), {}
         if encoded := [self.encoding(*item) for item in job.encoded]:
@@ -241,8 +239,7 @@ class Estimator:
         return (video * self.dit.video_dim + audio * self.dit.audio_dim) * self.item
 
     def dequantized(self, rows: int) -> int:
-        """Bytes of quantized weights that are dequantized ahead, those of a block's
-        feed-forwards, while the next block may be read."""
+        """Bytes of a block that is dequantized ahead, and of the next one."""
         if not self.bits or rows < this_chip().dequantize_from:
             return 0
         ahead = 8 * (self.dit.video_dim**2 + self.dit.audio_dim**2) * self.dtype.size
@@ -256,8 +253,7 @@ class Estimator:
         return prompts * MAX_TOKENS * width * self.item
 
     def text(self, prompts: int, encoder: list[File]) -> Footprint:
-        """The encoder's layers are streamed, from its own files or the model's; prompts
-        are connected one by one."""
+        """The encoder's layers are streamed; prompts are connected one by one."""
         if encoder:
             layers = layer_sizes(
                 {
@@ -331,8 +327,7 @@ class Estimator:
         return frames * places * channels * self.item + scores
 
     def convolutions(self, size: Size, half: str, frames: int = 1) -> float:
-        """The video VAE's "decoder" or "encoder": the frames that each
-        convolution keeps, and the widest one at work."""
+        """The frames that convolutions of half a VAE keep, and the widest one."""
         convs, up = [*video_convs(self.vae, size, half, frames)], half == "decoder"
         ahead = 1 + self.gpu  # a GPU computes one while the next one is prepared
         kept = at_work = 0
@@ -372,7 +367,6 @@ def layer_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def streamable(layers: Mapping[str, int], gpu: bool) -> int:
-    """Bytes of layers that are not held while they are streamed: a GPU holds the layer
-    at work and the next one, the CPU one layer."""
+    """Bytes that streaming spares: all layers but one, on a GPU but two."""
     numbered = [size for name, size in layers.items() if name]
     return max(sum(numbered) - (1 + gpu) * max(numbered, default=0), 0)

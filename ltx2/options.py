@@ -129,8 +129,7 @@ def check_step(
 
 
 def located(options: Any, place: Callable[[str], str], but: Container[str] = ()) -> Any:
-    """Options with paths changed by `place`, except in the fields `but`: text that a
-    metavar of FILE or PATH marks, and what has a `path`."""
+    """Options with paths changed by `place`: a `path`, or text of metavar FILE, PATH."""
 
     def moved(value: Any, is_path: bool) -> Any:
         if isinstance(value, Mapping):

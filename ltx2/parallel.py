@@ -29,8 +29,7 @@ def all_min(x: mx.array, group: Group) -> bool:
 
 
 def broadcast(group: Optional[Group], value: Any, root: int = 0) -> Any:
-    """The root's value on every rank; other ranks' values are ignored. Pickled: the
-    ranks run the same program for the same user."""
+    """The root's value on every rank, pickled: all ranks are the same user's."""
     if group is None:
         return value
     is_root = group.rank() == root
@@ -97,8 +96,7 @@ class Machines:
     def split(
         self, jobs: int, passes: int, fits: bool, c: DiTConfig, group_size: int
     ) -> None:
-        """Choose the requested mode, or the one that exchanges least if the transformer
-        `fits` into each machine. UserError for a mode that splits nothing."""
+        """Choose the requested mode, or the one that exchanges least if all `fits`."""
         if self.group is None:
             return
         n = self.count

@@ -64,8 +64,7 @@ class Pipeline(Components):
         return memory.planned(needs, memory.available(), self.low_memory)
 
     def memory(self, *jobs: Job, text: bool = True) -> memory.MemoryPlan:
-        """The memory of jobs that are done together, without `text` if contexts are
-        given; also decides how several machines split the work."""
+        """The memory of jobs done together; decides how machines split the work."""
         found = memory.joined([job.memory for job in jobs], self.low_memory)
         passes = max(len(guidance_passes(s.guidance)) for j in jobs for s in j.stages)
         how = layer_formats(self.checkpoint.quantization).values()
@@ -123,8 +122,7 @@ class Pipeline(Components):
     def generate(
         self, prompt: Union[str, Request, Job, None] = None, **options: Any
     ) -> Result:
-        """Make one video; `options` are fields of `Request`, and those of `stream`, which
-        needs no prompt to resume."""
+        """Make one video; `options` are fields of `Request`, and those of `stream`."""
         names = ("noise", "trace", "contexts", "resume", "frozen_from_noise")
         of_run = {name: options.pop(name) for name in names if name in options}
         if isinstance(prompt, (Request, Job)):

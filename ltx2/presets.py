@@ -1,7 +1,7 @@
 """Sizes by name, seconds for frames, and presets: what they put into a request."""
 
 from dataclasses import replace
-from typing import Any, Iterable, Mapping, NamedTuple
+from typing import Any, Iterable, Mapping
 
 from .latents import TIME_SCALE
 from .options import check
@@ -20,31 +20,16 @@ SIZES = LANDSCAPE | {
 }
 
 
-class Preset(NamedTuple):
-    """Options of a preset, for a model of each kind; those that are passed win."""
-
-    height: int
-    width: int
-    distilled: Mapping[str, Any]
-    dev: Mapping[str, Any]
-    decoder: str = "conv"  # "diffusion" where the model has it
-
-    OPTIONS = ("height", "width", "stages", "steps", "video_decoder")
-
-    def options(self, kind: str, has_diffusion: bool) -> dict[str, Any]:
-        found = {"height": self.height, "width": self.width}
-        found |= self.distilled if kind == "distilled" else self.dev
-        if self.decoder == "diffusion" and has_diffusion:
-            found["video_decoder"] = "diffusion"
-        return found
-
-
-PRESETS = {
-    "draft": Preset(512, 768, {}, {"stages": "one", "steps": 20}),
-    "fast": Preset(576, 1024, {}, {"stages": "one", "steps": 20}),
-    "standard": Preset(704, 1280, {}, {}),
-    "quality": Preset(1024, 1536, {}, {"stages": "hq"}, "diffusion"),
+PRESETS = {  # options for all models, and more of dev models; those that are passed win
+    "draft": ({"height": 512, "width": 768}, {"stages": "one", "steps": 20}),
+    "fast": ({"height": 576, "width": 1024}, {"stages": "one", "steps": 20}),
+    "standard": ({"height": 704, "width": 1280}, {}),
+    "quality": (
+        {"height": 1024, "width": 1536, "video_decoder": "diffusion"},
+        {"stages": "hq"},
+    ),
 }
+FILLED = {k for both in PRESETS.values() for options in both for k in options}
 
 
 def fill(
@@ -71,7 +56,9 @@ def fill(
         named |= {"steps"} if r.sigmas else set()
         sides = {"height", "width"}
         named |= sides if r.video or "height" in defaults or sides & named else set()
-        options = PRESETS[r.preset].options(kind, "diffusion_decoder" in parts)
+        options, more = PRESETS[r.preset]
+        options = options | (more if kind == "dev" else {})
+        named |= set() if "diffusion_decoder" in parts else {"video_decoder"}
         refines = r.distilled_lora and any("spatial" in name for name in parts)
         if options.get("stages") == "hq" and not refines and "stages" not in named:
             options["stages"] = "one"

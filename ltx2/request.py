@@ -423,8 +423,7 @@ class Request(Checked):
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """What contexts are made of: the file that has them, the prompt, or those of the
-        segments, each after the prompt, unless it begins with it."""
+        """What is encoded: a file, the prompt, or segments' prompts after it."""
         begin = lambda s: "" if s.startswith(self.prompt) else self.prompt + " "
         texts = tuple(begin(s.prompt) + s.prompt for s in self.segments)
         return texts or (self.contexts_file or self.prompt,)

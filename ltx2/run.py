@@ -132,8 +132,7 @@ class NotFinite(Exception):
 
 
 class Meter:
-    """Seconds and peak bytes by phase, without those `kept` for the next run; a phase
-    that comes again adds up."""
+    """Seconds and peak bytes by phase, without those `kept` for the next run."""
 
     def __init__(self) -> None:
         self.kept = 0
@@ -201,8 +200,7 @@ class Run:
         return (contexts or {}) | found
 
     def texts(self, job: Job, stage: Stage, contexts: TextContexts) -> list[Contexts]:
-        """A stage's contexts: those of the prompt, or of its segments one after the
-        other, and those of the negative prompt."""
+        """A stage's contexts: its prompt's or segments', and the negative prompt's."""
         prompts = stage.prompts.segments or job.request.prompts
         parts = zip(*(contexts[prompt] for prompt in prompts))
         alone = lambda x: len(x) == 1 or x[0] is None

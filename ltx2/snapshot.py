@@ -50,17 +50,12 @@ class Snapshot:
 
     def check(self, job: Job, files: dict[str, str]) -> None:
         """UserError if the model or the plan differ, or the state is incomplete."""
-        if self.files != files or self.stages != as_json(job):
-            raise UserError(
-                "the saved latents were made with a different model or settings"
-            )
         # res_2s ends with one more call
         steps = [s.steps + (s.sampler == "res_2s") for s in job.stages] + [0]
-        places = range(len(steps))
-        if self.stage not in places or not 0 <= self.step <= steps[self.stage]:
+        place = 0 <= self.stage < len(steps) and 0 <= self.step <= steps[self.stage]
+        if self.files != files or self.stages != as_json(job) or not place:
             raise UserError(
-                f"the saved latents are from step {self.step} of stage {self.stage}, which "
-                "this run does not have"
+                "the saved latents were made with a different model or settings"
             )
         stage = job.stages[self.stage] if self.step else None
         if stage and (stage.step_cache or stage.sampler == HISTORY):

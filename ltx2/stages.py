@@ -264,8 +264,7 @@ class Planner(Resolver):
         return Size(width, height, frames, r.fps, sound, rate, shown)
 
     def windows(self) -> list[Window]:
-        """The windows that a long video is made in, one if nothing of them is set; of
-        an extension those that are new."""
+        """The windows of a long video, one by default; of an extension the new ones."""
         r, frames = self.r, self.r.num_frames + self.recipe.extra
         names = ("chunk_frames", "carry_frames", "blend_frames")
         if r.extend is None and not any(is_set(r, name) for name in names):
@@ -291,8 +290,7 @@ class Planner(Resolver):
     def window(
         self, rows: Rows, full: Size, window: Window, own: Places, handed: Places = ()
     ) -> Iterator[Stage]:
-        """The stages of one window, by rows; with its `own` keyframes, which it generates,
-        and those `handed` on from the window before."""
+        """A window's stages, with its `own` keyframes and those `handed` on to it."""
         r = self.r
         small, doubled = full.divided(self.scale), full.doubled()
         sizes = {"small": small, "full": full, "doubled": doubled}
@@ -380,8 +378,7 @@ class Planner(Resolver):
     def loras(
         self, n: Optional[int], distilled: float, detail: bool = False
     ) -> tuple[LoraFile, ...]:
-        """The LoRAs of stage `n`: the user's, the distilled one by a factor of its
-        strength, dfr's detailing one. A reference's LoRA is for the first stage."""
+        """Stage `n`'s LoRAs, the distilled one by a factor; a reference's in stage 1."""
         r = self.r
         general = n != 2 or not r.has_reference or r.reference_in_stage_2
         loras = [x for x in r.loras if x.stage == n or general and x.stage is None]
@@ -456,8 +453,7 @@ class Planner(Resolver):
     def images(
         self, size: Size, rate: int, first: int = 0, owned: Optional[range] = None
     ) -> Iterator[Condition]:
-        """The images of a stage at `rate` times the frame rate, from frame `first` on;
-        those at frames that it `owned` (None: all)."""
+        """The images of a stage from frame `first` on, at frames of `owned`."""
         r, crf = self.r, 18 if self.checkpoint.version >= (2, 4) else 33
         crf = crf if r.image_crf is None else r.image_crf
         for image in r.images:

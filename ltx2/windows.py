@@ -62,8 +62,7 @@ class Window:
 
 
 def divide(num_frames: int, chunk: int, carry: int, blend: int) -> list[Window]:
-    """The windows of a video: one if it fits in `chunk` frames, else full ones and a
-    last one of what is left."""
+    """The windows of a video: full ones of `chunk` frames, and one of what is left."""
     if num_frames <= chunk:
         return [Window(0, num_frames)]
     lengths = [latents.latent_frames(n) for n in (num_frames, chunk, carry)]
@@ -82,8 +81,7 @@ def divide(num_frames: int, chunk: int, carry: int, blend: int) -> list[Window]:
 def extended(
     clip: int, total: int, before: bool, chunk: int, carry: int, blend: int
 ) -> list[Window]:
-    """The windows of what makes a clip `total` frames long, after its end or `before`
-    it. If all does not fit in one, they have only the clip's carried frames."""
+    """The windows that make a clip `total` frames long, after its end or `before`."""
     rest = max(clip - carry, 0)
     if total <= chunk or before and not rest:
         return [Window(0, total)]
@@ -95,8 +93,7 @@ def extended(
 
 
 def with_clip(windows: list[Window], total: int, blend: Optional[int]) -> list[Window]:
-    """The windows of an extension and what it keeps of a clip, whose part is blended
-    with the first one by `blend` frames (None: all carried ones)."""
+    """The windows of an extension and the clip's own, blended by `blend` frames."""
     first, last = windows[0], windows[-1]
     if first.carried_in:
         end = first.start + first.carried_in
@@ -117,8 +114,7 @@ def carried_tokens(window: Window, fps: float, out: bool = False) -> int:
 def blended(
     windows: list[Window], decode: Callable[[Window], Iterator[mx.array]]
 ) -> Iterator[mx.array]:
-    """The frames (1, n, H, W, 3) of all windows in order; those that two windows have
-    are blended, weighted by their place."""
+    """The frames (1, n, H, W, 3) of all windows; shared ones are blended by place."""
     waiting: deque[mx.array] = deque()  # the last frames of the window before
     for window in windows:
         place, count = 0, len(waiting)
@@ -164,8 +160,7 @@ def crossfaded(
 
 
 def canvas(num_frames: int) -> tuple[int, tuple[int, ...]]:
-    """The frames that dfr makes for `num_frames` (at least 9) and its keyframes: the
-    last frame of each segment. The segment length is the one that adds fewer frames."""
+    """The frames that dfr makes for at least 9, and its keyframes: ends of segments."""
     length = min(SEGMENTS, key=lambda s: -(num_frames - 1) % s)
     total = num_frames + -(num_frames - 1) % length
     return total, tuple(range(length, total, length))

@@ -33,8 +33,7 @@ class Conv(NamedTuple):
 
 
 def video_convs(vae: VideoVAE, size: Size, half: str, frames: int) -> Iterator[Conv]:
-    """The convolutions of the video VAE's "decoder", or of its "encoder" for a clip, or an
-    image, of so many frames."""
+    """The convolutions of a half of the video VAE; `frames` are those to encode."""
     up, model, patch = half == "decoder", vae[half], vae.config.patch_size
     (total, rows, columns), at_once = size.latent, LATENTS_PER_CHUNK
     if not up:
@@ -68,8 +67,7 @@ def video_convs(vae: VideoVAE, size: Size, half: str, frames: int) -> Iterator[C
 
 
 def counted(weights: Weights, places: Mapping[str, float]) -> float:
-    """Operations of matrices and kernels, each used at the number of places of the first
-    pattern that its name contains, or nowhere."""
+    """Operations of weights at the places of the first pattern in their names."""
     total = 0.0
     for key, w in weights.items():
         if w.ndim > 1 and key.endswith("weight"):

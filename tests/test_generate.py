@@ -109,7 +109,7 @@ REFUSED = {
     "--keyframes": "keyframes needs images",
     "--retake-streams audio": "retake_streams needs retake",
     "--reference-strength 0.5": "reference_strength needs video",
-    "--preview-every 0": "--preview-every must be at least 1, got 0",
+    "--preview-every 0": "--preview-every must be between 1 and 1000, got 0",
     "--num-frames 1 --fps 60": "are too short for audio",
     "--audio nowhere.wav": "nowhere.wav: cannot be opened",
     "--audio FILES/noise.bin": "noise.bin",

@@ -430,12 +430,6 @@ def test_a_folder_with_several_files_is_refused(tmp_path):
         Lora.read(tmp_path)
 
 
-@pytest.mark.parametrize("strength", [0.0, float("nan"), float("inf")])
-def test_a_strength_without_effect_is_refused(plain, loras, strength):
-    with pytest.raises(UserError, match="strength"):
-        lora.attach(plain, [(loras[0], strength)])
-
-
 def test_a_module_with_two_names_is_refused(plain, loras):
     path, factors = next(iter(loras[0].factors.items()))
     both = {path: factors, path.replace(".", "_"): factors}

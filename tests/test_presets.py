@@ -63,9 +63,9 @@ def test_presets_fill_in_what_is_not_passed(planned):
 
 
 def test_each_preset_can_be_planned(planned):
-    for name, preset in PRESETS.items():
+    for name, (preset, _) in PRESETS.items():
         r = planned(preset=name, num_frames=9).request
-        assert (r.height, r.width) == (preset.height, preset.width)
+        assert (r.height, r.width) == (preset["height"], preset["width"])
 
 
 @pytest.mark.parametrize(
