@@ -203,11 +203,9 @@ class Run:
         """A stage's contexts: its prompt's or segments', and the negative prompt's."""
         prompts = stage.prompts.segments or job.request.prompts
         parts = zip(*(contexts[prompt] for prompt in prompts))
-        alone = lambda x: len(x) == 1 or x[0] is None
-        join = lambda x: x[0] if alone(x) else mx.concatenate(x, axis=1)
-        texts = [tuple(map(join, parts))]
-        negative = job.negative_prompt
-        return texts if negative is None else [*texts, contexts[negative]]
+        join = lambda x: None if x[0] is None else mx.concatenate(x, axis=1)
+        negative = job.prompts[len(job.request.prompts) :]
+        return [tuple(map(join, parts)), *(contexts[prompt] for prompt in negative)]
 
     def predict_duration(self, job: Job, contexts: TextContexts) -> Job:
         """The job with the duration that its prompt needs, if the model predicts it."""
@@ -418,8 +416,13 @@ class Run:
             return
         pieces, rate = [], model.vocoder.sample_rate
         for window in job.parts:
-            if window.given:
-                pieces.append(self.given_sound(job, window, rate))
+            if window.given:  # of a clip that is extended, silence without sound
+                seconds = window.num_frames / size.fps
+                piece = np.zeros((round(seconds * rate), 2), np.float32)
+                if model.inputs.probe(r.video).has_audio:
+                    sound = stereo(r.video, 0.0, seconds, rate)[: len(piece)]
+                    piece[: len(sound)] = sound
+                pieces.append(piece)
                 continue
             mel = model.audio_vae.decode(latents[window.prefix + "audio"])
             traced(self.trace, "audio.mel", mel)
@@ -431,30 +434,19 @@ class Run:
         result.waveform = result.waveform[: round(size.num_frames / size.fps * rate)]
         check_waveform(result.waveform)
 
-    def given_sound(self, job: Job, window: Window, rate: int) -> np.ndarray:
-        """The waveform of a clip that is extended; silence where it has no sound."""
-        path, seconds = job.request.video, window.num_frames / job.size.fps
-        waveform = np.zeros((round(seconds * rate), 2), np.float32)
-        if self.model.inputs.probe(path).has_audio:
-            sound = stereo(path, 0.0, seconds, rate)[: len(waveform)]
-            waveform[: len(sound)] = sound
-        return waveform
-
-    def given_frames(self, job: Job, window: Window) -> Iterator[mx.array]:
-        """The frames of a clip that is extended."""
-        r, encoders = job.request, self.encoders(job)
-        for frame in frames_of(r.video, 0, window.num_frames, r.fps):
-            yield encoders.seen(r.video, frame, job.size) / 2 + 0.5
-
     def decode_video(
         self, n: int, job: Job, latents: Streams, window: Window
     ) -> Iterator[mx.array]:
         """Frames (1, n, H, W, 3) in [0, 1] of a window."""
-        if window.given:
-            return self.given_frames(job, window)
+        r = job.request
+        if window.given:  # of a clip that is extended
+            clip, encoders = frames_of(
+                r.video, 0, window.num_frames, r.fps
+            ), self.encoders(job)
+            return (encoders.seen(r.video, x, job.size) / 2 + 0.5 for x in clip)
         noise, video = self.noise_of(n, job), latents[window.prefix + "video"]
         draw = lambda name, shape: noise(window.prefix + name, shape)
-        how = {"bias": job.request.decode_bias, "trace": within(self.trace, "video")}
+        how = {"bias": r.decode_bias, "trace": within(self.trace, "video")}
         if places := job.planes(window):
             stills = [latents[w.prefix + "keyframes"] for w in places]
             stills = [x[:, -len(p) :] for x, p in zip(stills, places.values())]

@@ -86,7 +86,7 @@ def euler_ancestral(denoise, x, sigmas, blend, noise, first=0, eta=1.0, s_noise=
         yield x, x0
 
 
-def res_2s(denoise, x, sigmas, blend, noise, first=0, eta=0.5, anchored=True):
+def res_2s(denoise, x, sigmas, blend, noise, first=0):
     """Second-order exponential steps with new noise, for the hq stages.
 
     A schedule that ends in 0 runs to 0.0011; one final model call gives x0. The state is
@@ -96,19 +96,15 @@ def res_2s(denoise, x, sigmas, blend, noise, first=0, eta=0.5, anchored=True):
     sigmas = (*sigmas[:-1], 0.0011) if to_zero else sigmas
     for i, s, sigma_next in steps_from(sigmas, first):
         x0 = denoise(x, s, i)
-        sigma_mid = math.sqrt(s * sigma_next)
         steps = {k: Res2sStep(x[k], x0[k], s, sigma_next) for k in x}
         draw = lambda k, kind, i=i, x=x: noise(f"{k}.{kind}{i}", x[k].shape)
-        mid = {
-            k: blend(k, step.midpoint(sigma_mid, draw(k, "substep")))
-            for k, step in steps.items()
-        }
-        if anchored:
-            for k, step in steps.items():
-                step.anchor(mid[k])
+        sigma_mid, mid = math.sqrt(s * sigma_next), {}
+        for k, step in steps.items():
+            mid[k] = blend(k, step.midpoint(sigma_mid, draw(k, "substep")))
+            step.anchor(mid[k])
         x0_mid = denoise(mid, sigma_mid, 0)  # never skipped
         x = {
-            k: blend(k, step.end(x0_mid[k], eta, draw(k, "step")))
+            k: blend(k, step.end(x0_mid[k], draw(k, "step")))
             for k, step in steps.items()
         }
         yield x, x0
@@ -128,46 +124,40 @@ class Res2sStep:
 
     def midpoint(self, sigma: float, noise: mx.array) -> mx.array:
         """The state at half of the step, with new noise."""
-        return self._renoised(self.start + self.a21 * self.slope, sigma, 0.5, noise)
+        return self._renoised(self.start + self.a21 * self.slope, sigma, noise)
 
     def anchor(self, midpoint: mx.array) -> None:
-        """Move the start of the step to where the noised midpoint implies that it was,
-        the fixed point of 100 iterations in the reference."""
+        """Move the start to where the noised midpoint implies that it was, the fixed point
+        of 100 iterations in the reference."""
         if self.h < 0.5 and self.s > 0.03:
             midpoint = np.array(midpoint, np.float64)
             self.slope = (self.x0 - midpoint) / (1 - self.a21)
             self.start = midpoint - self.a21 * self.slope
 
-    def end(self, x0_mid: mx.array, eta: float, noise: mx.array) -> mx.array:
+    def end(self, x0_mid: mx.array, noise: mx.array) -> mx.array:
         """The state after the step, with new noise."""
         b2 = 2 * (math.exp(-self.h) - 1 + self.h) / self.h**2
         b1 = _phi1(self.h) - b2
         second = np.array(x0_mid, np.float64) - self.start
         end = self.start + self.h * (b1 * self.slope + b2 * second)
-        return self._renoised(end, self.sigma_next, eta, noise)
+        return self._renoised(end, self.sigma_next, noise)
 
-    def _renoised(self, x0, sigma: float, eta: float, noise: mx.array) -> mx.array:
-        """From the start at `s` along `x0` to `sigma`, a part `eta` of it new noise."""
-        up = min(sigma * eta, 0.9999 * sigma)
-        if up > 0:
-            rest = math.sqrt(sigma**2 - up**2)
-            alpha = 1 - sigma + rest
-            eps = (self.start - x0) / (self.s - sigma)
-            x0 = alpha * (self.start - self.s * eps + rest / alpha * eps)
-            x0 = x0 + up * _standardized(noise)
-        return mx.array(x0.astype(np.float32))
+    def _renoised(self, x0, sigma: float, noise: mx.array) -> mx.array:
+        """From the start at `s` along `x0` to `sigma`, half of it new noise, of zero mean
+        and unit (unbiased) deviation over all and by the last axes."""
+        up, axes = 0.5 * sigma, (-2, -1)
+        rest = math.sqrt(sigma**2 - up**2)
+        alpha = 1 - sigma + rest
+        eps = (self.start - x0) / (self.s - sigma)
+        x0 = alpha * (self.start - self.s * eps + rest / alpha * eps)
+        n = np.array(noise, np.float64)
+        n = (n - n.mean()) / n.std(ddof=1)
+        n = (n - n.mean(axes, keepdims=True)) / n.std(axes, ddof=1, keepdims=True)
+        return mx.array((x0 + up * n).astype(np.float32))
 
 
 def _phi1(h: float) -> float:
     return (math.exp(-h) - 1) / -h
-
-
-def _standardized(noise: mx.array) -> np.ndarray:
-    """Noise of zero mean and unit (unbiased) deviation, over all and by the last axes."""
-    n = np.array(noise, np.float64)
-    n = (n - n.mean()) / n.std(ddof=1)
-    axes = (-2, -1)
-    return (n - n.mean(axes, keepdims=True)) / n.std(axes, ddof=1, keepdims=True)
 
 
 SAMPLERS: dict[str, Callable[..., Iterator[tuple[Streams, Streams]]]] = {
