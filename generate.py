@@ -81,9 +81,8 @@ DETAILS = {
     "part": {"dest": "parts", "action": "append", "type": name_and_file},
     "dtype": {"choices": ["auto", "bfloat16", "float16", "float32"]},
     "low-memory": {"action": "store_true", "default": None},
-    "parallel": {
-        "choices": ["data", "passes", "tensor", "many", "shards"]
-    },  # 2 old names
+    # The last two are earlier names
+    "parallel": {"choices": ["data", "passes", "tensor", "many", "shards"]},
     "from": {"dest": "recorded"},
     "preview-every": {"type": int},
 }
@@ -160,9 +159,7 @@ def main() -> None:
             make(pipe, jobs, names, resume, args)
 
 
-def make(
-    pipe: Any, jobs: list, names: list[str], resume: Any, args: argparse.Namespace
-) -> None:
+def make(pipe: Any, jobs: list, names: list[str], resume: Any, args: Any) -> None:
     """Run the jobs and write their videos."""
     from ltx2 import media, timing
     from ltx2.run import save
@@ -355,7 +352,7 @@ def enhanced(pipe: Any, job: Any) -> Any:
     """The job with its prompt expanded."""
     if job.request.contexts_file or job.request.segments:
         raise UserError(
-            "--enhance-prompt needs a prompt: remove --contexts or --segment"
+            "--enhance-prompt cannot be combined with --contexts, --segment"
         )
     prompt, *negative = job.prompts
     prompt = pipe.enhance(prompt, job.request.seed)
@@ -428,12 +425,9 @@ class Progress:
 def timings(phases: dict[str, tuple[float, float]]) -> str:
     """Seconds and peak memory by phase."""
     seconds, peaks = zip(*phases.values())
-    rows = [(k, *values) for k, values in phases.items()]
-    rows.append(("all", sum(seconds), max(peaks)))
-    heads = "phase", "seconds", "peak GB"
-    return base.table(
-        heads, [(k, round(s, 3), round(peak / 1e9, 3)) for k, s, peak in rows]
-    )
+    every = phases | {"all": (sum(seconds), max(peaks))}
+    rows = [(k, round(s, 3), round(n / 1e9, 3)) for k, (s, n) in every.items()]
+    return base.table(("phase", "seconds", "peak GB"), rows)
 
 
 if __name__ == "__main__":

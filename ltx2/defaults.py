@@ -118,9 +118,7 @@ class Resolver:
                     f"LoRA {lora.path} is for stage {lora.stage}, but there are {stages}"
                 )
             if lora.strength == 0:
-                raise UserError(
-                    f"LoRA {lora.path} has strength 0, no effect: remove it"
-                )
+                raise UserError(f"LoRA {lora.path} has strength 0, no effect")
             check_range(f"LoRA {lora.path}: strength", lora.strength, -10, 10)
         if r.has_reference:
             self.check_hdr()

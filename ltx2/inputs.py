@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,8 @@ from .guidance import Contexts
 from .latents import Size
 from .lora import Lora, adapter_file
 from .request import LoraFile
+
+Frames = Iterator[np.ndarray]  # (H, W, 3) uint8, or (1, H, W, 3) in [-1, 1]
 
 
 class InputFiles:
@@ -156,7 +158,7 @@ def stereo(path: str, start: float, seconds: float, rate: int) -> np.ndarray:
     return sound.repeat(2, axis=1) if sound.shape[1] == 1 else sound
 
 
-def every(frames: Iterable[np.ndarray], slow: int) -> Iterator[np.ndarray]:
+def every(frames: Frames, slow: int) -> Frames:
     """Every `slow`-th frame after the first."""
     return (x for i, x in enumerate(frames) if i == 0 or (i - 1) % slow == 0)
 
@@ -172,9 +174,7 @@ def filling(frames: np.ndarray, size: Size, light: bool = False) -> np.ndarray:
     return np.pad(frames, pads, "edge" if small else "reflect")
 
 
-def frames_of(
-    path: str, start: int, num_frames: int, fps: float
-) -> Iterator[np.ndarray]:
+def frames_of(path: str, start: int, num_frames: int, fps: float) -> Frames:
     """Frames of a clip, whose last one is repeated."""
     is_exr = bool(exr.frames_in(path))  # has no rate of its own
     read = exr.read if is_exr else partial(media.read_video, fps=fps)

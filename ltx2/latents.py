@@ -197,9 +197,7 @@ class LatentState:
         tokens = to_tokens(latents).astype(mx.float32)
         return replace(self, latent=tokens, clean_latent=tokens)
 
-    def hold(
-        self, latents: mx.array, at: int = 0, strength: float = 1.0
-    ) -> LatentState:
+    def hold(self, latents: mx.array, at: int = 0, strength=1.0) -> LatentState:
         """Hold latents in place from latent frame or audio token `at` on."""
         tokens = to_tokens(latents)
         start = at * (tokens.shape[1] // latents.shape[1])

@@ -89,9 +89,7 @@ class Lora:
             fit = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] > 0
             if not fit or not all(mx.issubdtype(x.dtype, mx.floating) for x in (a, b)):
                 shapes = f"{a.shape} {a.dtype} and {b.shape} {b.dtype}"
-                raise UserError(
-                    f"LoRA {path}: factors of {module} do not fit: {shapes}"
-                )
+                raise UserError(f"LoRA {path}: {module}: factors do not fit: {shapes}")
             alpha = adapter.alpha(module, p.get("alpha"))
             if alpha is not None:
                 if not math.isfinite(alpha) or alpha == 0:
@@ -161,14 +159,11 @@ def adapter_file(name: str) -> Path:
         files = hub.repository_files(repo)
     else:
         raise UserError(f"LoRA {name}: no such file")
-    found = [
-        f for f in files if f.name == inner or not inner and LORA.fullmatch(f.name)
-    ]
+    is_one = lambda name: name == inner or not inner and LORA.fullmatch(name)
+    found = [f for f in files if is_one(f.name)]
     found = [f for f in found if f.name in NAMED] or found
     if len(found) != 1:
-        raise UserError(
-            f"LoRA {name}: {len(found)} safetensors files, name one of them"
-        )
+        raise UserError(f"LoRA {name}: {len(found)} safetensors files, name one")
     hub.fetch_all([*found, *(f for f in files if f.name == PEFT_CONFIG)])
     return found[0].path
 

@@ -162,11 +162,9 @@ def limits(plan: MemoryPlan) -> Iterator[None]:
 class Estimator:
     """Estimates what stages of a model need; its headers are read once."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, dtype: mx.Dtype, gpu: Optional[bool] = None
-    ):
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype):
         self.config, self.dtype = checkpoint.config, dtype
-        self.gpu = mx.default_device().type != mx.cpu if gpu is None else gpu
+        self.gpu = mx.default_device().type != mx.cpu
         # The CPU computes in float32 some of what has 16 bits.
         self.item = dtype.size if self.gpu else max(dtype.size, 3)
         self.size, self.streamable = {}, {}

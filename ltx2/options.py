@@ -70,9 +70,7 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
         )
 
 
-def check(
-    options: Any, mode: str = "", model: Mapping[str, str] = MET, label: str = ""
-) -> None:
+def check(options: Any, mode: str = "", model: Mapping = MET, label: str = "") -> None:
     """Apply the declared rules; UserError for the first option that breaks one.
 
     `model` says by requirement what is missing, e.g. "a dev model (this one is
@@ -114,9 +112,7 @@ def check_range(name: str, value: Any, low: float, high: float) -> None:
         raise UserError(f"{name} must be between {low:g} and {high:g}, got {value}")
 
 
-def check_step(
-    name: str, value: int, step: int, low: int, high: int, plus: int = 0
-) -> None:
+def check_step(name: str, value: int, step: int, low: int, high: int, plus=0) -> None:
     """UserError unless `value` is a multiple of `step`, `plus` a number, in a range."""
     steps = isinstance(value, int) and (value - plus) % step == 0
     if not steps or not low <= value <= high:

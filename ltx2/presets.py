@@ -48,9 +48,8 @@ def fill(
         rate = r.fps or fps
         frames = int(max(r.duration * rate - 1, 0) / TIME_SCALE + 0.5) * TIME_SCALE + 1
         found["num_frames"] = frames
-        notes.append(
-            f"{r.duration:g} s at {rate:g} fps: {frames} frames, {frames / rate:.2f} s"
-        )
+        seconds = f"{frames / rate:.2f} s"
+        notes.append(f"{r.duration:g} s at {rate:g} fps: {frames} frames, {seconds}")
     if r.preset:
         named = {k for k in vars(r) if getattr(r, k) is not None} | found.keys()
         named |= {"steps"} if r.sigmas else set()

@@ -186,9 +186,7 @@ class Run:
 
         return noise
 
-    def encode_text(
-        self, jobs: list[Job], contexts: TextContexts | None
-    ) -> TextContexts:
+    def encode_text(self, jobs: list[Job], contexts: Optional[TextContexts]):
         """Contexts by prompt, each encoded once unless there are some, and by file."""
         files = {job.request.contexts_file for job in jobs} - {None}
         found = {path: self.model.inputs.contexts(path) for path in files}
@@ -302,9 +300,7 @@ class Run:
             after = {"stage": at.stage + 1, "step": 0, "tokens": {}, "guided": {}}
             return replace(at, **after, latents=latents, kept=kept)
 
-    def states(
-        self, stage: Stage, at: Snapshot, before: Streams, loaded: Loaded
-    ) -> States:
+    def states(self, stage: Stage, at: Snapshot, before: Streams, loaded: Loaded):
         """The streams at the stage's start, from the latents before it."""
         source = before | {k: x for k, x in at.kept.items() if "carry." in k}
         source.setdefault("smaller", at.latents.get("video"))

@@ -143,12 +143,11 @@ def operations(job: Any, checkpoint: Checkpoint) -> dict[str, float]:
     sizes = {stage.window: stage.size for stage in job.stages}.values()
     vae = "vae" in checkpoint.parts and checkpoint.build("vae", shapes("vae"))
     flops = lambda *what: sum(conv.flops for conv in video_convs(vae, *what))
-    encoded = [(size, c) for c, size in job.encoded if c.encoder == "vae"]
+    encoded = [(c, size) for c, size in job.encoded if c.encoder == "vae"]
+    encode = lambda c, size: flops(size, "encoder", getattr(c, "num_frames", 1))
     found = {
         "text": counted(shapes("connectors"), {"": len(job.texts) * MAX_TOKENS}),
-        "inputs": sum(
-            flops(size, "encoder", getattr(c, "num_frames", 1)) for size, c in encoded
-        ),
+        "inputs": sum(encode(*pair) for pair in encoded),
     }
     for stage in job.stages:
         found[stage.name] = found.get(stage.name, 0) + denoising(dit, stage)

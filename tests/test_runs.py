@@ -672,8 +672,8 @@ def test_each_request_may_have_its_noise(pipe, contexts):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"stage": -5}, "made with a different model or settings"),
-        ({"step": 99}, "made with a different model or settings"),
+        ({"stage": -5}, "have a different model or settings"),
+        ({"step": 99}, "have a different model or settings"),
         ({"stage": "one"}, "saved.safetensors: stage must be an integer"),
         ({"load": []}, "load must be an object"),
         ({"shapes": {}}, "does not contain saved latents"),
