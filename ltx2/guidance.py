@@ -101,18 +101,13 @@ def guidance_passes(guidance: Mapping[str, Guidance]) -> dict[str, Pass]:
         text = (NEGATIVE if k in guidance else POSITIVE for k in ("video", "audio"))
         passes["uncond"] = Pass(*text)
     if video.stg_scale != 0 or audio.stg_scale != 0:
-        skipped = (_stg_blocks(g) for g in (video, audio))
+        blocks = lambda g: ALL_BLOCKS if g.stg_blocks is None else g.stg_blocks
+        skipped = (blocks(g) if g.stg_scale else NO_BLOCKS for g in (video, audio))
         passes["perturbed"] = Pass(POSITIVE, POSITIVE, *skipped)
     if video.modality_scale != 1 or audio.modality_scale != 1:
         all_blocks = {"skip_a2v": ALL_BLOCKS, "skip_v2a": ALL_BLOCKS}
         passes["isolated"] = Pass(POSITIVE, POSITIVE, **all_blocks)
     return passes
-
-
-def _stg_blocks(g: Guidance):
-    if g.stg_scale == 0:
-        return NO_BLOCKS
-    return ALL_BLOCKS if g.stg_blocks is None else g.stg_blocks
 
 
 @dataclass(frozen=True)
@@ -124,10 +119,8 @@ class Prompts:
     segments: tuple[str, ...] = ()
     times: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
 
-    @property
-    def count(self) -> int:
-        """How many prompts are read at once."""
-        return max(len(self.segments), 1)
+    # How many prompts are read at once
+    count = property(lambda self: max(len(self.segments), 1))
 
     def steering(self, name: str, state: LatentState) -> Steering:
         """A token reads the segment of its middle; outside of all, the nearest one."""

@@ -324,12 +324,6 @@ Conditioning = Callable[[LatentState], LatentState]
 States = dict[str, LatentState]  # by stream
 
 
-def evenly_spaced(count: int, num_frames: int) -> tuple[int, ...]:
-    """Frames that divide a video into `count` + 1 equal parts."""
-    places = np.rint(np.linspace(0, num_frames - 1, count + 2))
-    return tuple(map(int, places[1:-1]))
-
-
 def divided_evenly(total: int, count: int) -> list[int]:
     """Where `count` whole parts of a length begin and end, the longer ones first."""
     length, longer = divmod(total, count)

@@ -253,15 +253,12 @@ class Estimator:
     def text(self, prompts: int, encoder: list[File]) -> Footprint:
         """The encoder's layers are streamed; prompts are connected one by one."""
         if encoder:
-            layers = layer_sizes(
-                {
-                    k: math.prod(shape)
-                    * (self.dtype.size if "F" in kind else DTYPES[kind].size)
-                    for f in encoder
-                    for k, (kind, shape) in ((k, f.header[k]) for k in f.keys)
-                    if not re.search("vision|multi_modal|lm_head", k)
-                }
-            )
+            unused, sizes = "vision|multi_modal|lm_head", {}
+            for f, k in [(file, key) for file in encoder for key in file.keys]:
+                kind, shape = f.header[k]
+                size = self.dtype.size if "F" in kind else DTYPES[kind].size
+                sizes[k] = math.prod(shape) * size * (not re.search(unused, k))
+            layers = layer_sizes(sizes)
             gemma = sum(layers.values()) - streamable(layers, self.gpu)
         else:
             gemma = self.size["gemma"] - self.streamable["gemma"]

@@ -24,10 +24,6 @@ MODES = {
 EARLIER_NAMES = {"many": "data", "shards": "tensor"}
 
 
-def all_min(x: mx.array, group: Group) -> bool:
-    return bool(mx.distributed.all_min(x, group=group).item())
-
-
 def broadcast(group: Optional[Group], value: Any, root: int = 0) -> Any:
     """The root's value on every rank, pickled: all ranks are the same user's."""
     if group is None:
@@ -101,7 +97,8 @@ class Machines:
             return
         n = self.count
         mode = self.requested or "tensor"
-        if all_min(mx.array(fits), self.group) and self.requested is None:
+        fits = mx.distributed.all_min(mx.array(fits), group=self.group).item()
+        if fits and self.requested is None:
             mode = "data" if jobs >= n else "passes" if passes > 1 else "tensor"
         if mode == "data" and jobs == 1:
             raise UserError("--parallel data needs more than one video")
@@ -134,9 +131,8 @@ class Machines:
         """Compute on rank 0 and broadcast."""
         return broadcast(self.group, compute() if self.rank == 0 else None)
 
-    @property
-    def share_steps(self) -> bool:
-        return self.mode in ("passes", "tensor")
+    # Whether ranks compute the same step
+    share_steps = property(lambda self: self.mode in ("passes", "tensor"))
 
     def agree(self, value: float) -> float:
         """Rank 0's value, where ranks compute the same step."""

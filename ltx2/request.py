@@ -42,12 +42,9 @@ class Image(Checked):
         """The frame as an index from 0; UserError if the video does not have it."""
         index = self.frame
         if isinstance(index, str):
-            if not re.fullmatch(r"\d*\.?\d+s", index):
-                raise UserError(
-                    f"image {self.path}: invalid frame {index!r}: use an index (24), -1 "
-                    "for the last, or seconds (1.5s)"
-                )
-            index = round(float(index[:-1]) * fps)
+            form = f"INDEX, or SECONDSs as 1.5s (image {self.path})"
+            (seconds,) = match_groups(form, r"(\d*\.?\d+)s", index)
+            index = round(float(seconds) * fps)
         index += num_frames if index < 0 else 0
         if not 0 <= index < num_frames:
             raise UserError(

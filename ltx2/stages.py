@@ -192,7 +192,7 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
         )
     prompts, decoder = (*r.prompts, *p.negative_prompt()), p.decoder()
     if r.decode_with_keyframes and decoder == "vae":
-        p.notes.append("decode_with_keyframes is only for --video-decoder diffusion")
+        p.notes.append("decode_with_keyframes is ignored: it is for diffusion decoders")
     return Job(r, stages, prompts, decoder, tuple(p.notes), p.recipe.extra, p.codes)
 
 

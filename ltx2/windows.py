@@ -41,17 +41,16 @@ class Window:
         """The frames that only this window makes."""
         return range(self.start + self.carried_in, self.start + self.num_frames)
 
-    @property
-    def own_frames(self) -> int:
-        return self.num_frames - self.carried_in
+    own_frames = property(lambda self: self.num_frames - self.carried_in)
 
     def keyframes(self, places: int | tuple[int, ...]) -> tuple[int, ...]:
         """Where it generates keyframes, by its own frames: evenly in what it owns, one
         of them at its end if another window follows; or at frames of the video."""
         if not isinstance(places, tuple):
             count, at_end = places, bool(self.carried_out) and places > 0
-            even = latents.evenly_spaced(count - at_end, self.own_frames)
-            places = [self.owned[i] for i in even] + [self.owned[-1]] * at_end
+            even = np.linspace(0, self.own_frames - 1, count - at_end + 2)[1:-1]
+            places = [self.owned[round(i)] for i in even.tolist()]
+            places += [self.owned[-1]] * at_end
         places = sorted(set(places))
         return tuple(frame - self.start for frame in places if frame in self.owned)
 
