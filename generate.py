@@ -154,9 +154,10 @@ def main() -> None:
     memory.check()
     if args.plan:
         print(timing.time_plan(pipe, jobs))
-    else:
-        with awake(not args.no_caffeinate):
-            make(pipe, jobs, names, resume, args)
+        return
+    if not args.no_caffeinate:
+        awake()
+    make(pipe, jobs, names, resume, args)
 
 
 def make(pipe: Any, jobs: list, names: list[str], resume: Any, args: Any) -> None:

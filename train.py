@@ -93,7 +93,9 @@ def main() -> None:
         from ltx2 import hub
 
         hub.create_repository(args.upload_repo)  # fails now, not after the training
-    with awake(not args.no_caffeinate), memory.limits(plan):
+    if not args.no_caffeinate:
+        awake()
+    with memory.limits(plan):
         trainer.prepare(args.resume_adapter_file)
         signal.signal(signal.SIGINT, lambda *_: stop(trainer))
         for report in trainer.train():

@@ -15,7 +15,7 @@ import types
 import typing
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from numbers import Integral, Real
 from pathlib import Path, PurePath
 from typing import Any, Callable, ClassVar, Iterable, Iterator, Literal, Optional, Union
@@ -272,31 +272,16 @@ def gpu_error(error: RuntimeError) -> str:
     return f"{helps} ({text})"
 
 
-@contextmanager
-def awake(
-    wanted: bool = True,
-    platform: str = sys.platform,
-    start: Callable[[list[str]], subprocess.Popen] = subprocess.Popen,
-) -> Iterator[None]:
-    """Keep a Mac from sleeping meanwhile; -w ends it if this process is killed."""
-    command = ["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())]
-    process = start(command) if wanted and platform == "darwin" else None
-    try:
-        yield
-    finally:
-        if process:
-            process.terminate()
-            process.wait()
+def awake() -> None:
+    """Keep a Mac from sleeping until this process ends, which -w waits for."""
+    if sys.platform == "darwin":
+        subprocess.Popen(["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())])
 
 
-def open_files(
-    paths: Sequence[str],
-    platform: str = sys.platform,
-    start: Callable[[list[str]], Any] = subprocess.run,
-) -> None:
+def open_files(paths: Sequence[str]) -> None:
     """Open files with a Mac's usual programs."""
-    if platform == "darwin":
-        start(["/usr/bin/open", *paths])
+    if sys.platform == "darwin":
+        subprocess.run(["/usr/bin/open", *paths])
     else:
         note("--open only works on a Mac")
 

@@ -172,7 +172,10 @@ class GuidedDenoiser:
 
     def __call__(self, x: Streams, sigma: float, step: int) -> Streams:
         """x0 (1, T, C) by stream from tokens `x` (1, T, C) at `sigma`."""
-        reuse = self.cache and self.cached_input and self._change(x) < self.cache
+        old, norm, reuse = self.cached_input, mx.linalg.norm, False
+        if self.cache and old:  # by the largest change since the model last ran
+            changes = (norm(x[k] - old[k]) / norm(old[k]) for k in old)
+            reuse = self.agree(max(c.item() for c in changes)) < self.cache
         skips = lambda k, g: k in self.cached_x0 and bool(reuse or g.skips(step))
         skipped = {k: skips(k, g) for k, g in self.guidance.items()}
         if not all(skipped.values()):
@@ -185,7 +188,10 @@ class GuidedDenoiser:
         low, high = self.interval
         guided = low <= sigma <= high
         passes = self.passes if guided else {"cond": self.passes["cond"]}
-        inputs = {k: self._tokens(k, v, sigma, not skipped[k]) for k, v in x.items()}
+        inputs = {}
+        for k, state in self.states.items():
+            facts = mx.array(state.keyframes), self.steering[k], not skipped[k]
+            inputs[k] = stream_tokens(state, x[k], sigma, self.ropes[k], *facts)
         both = map(inputs.get, ("video", "audio"))
         trace = within(self.trace, f"step{step}")
         velocities = self.transformer(*both, self.texts, [*passes.values()], trace)
@@ -198,13 +204,3 @@ class GuidedDenoiser:
                 combine = self.guidance[name] if guided else NO_GUIDANCE
                 predicted[name] = combine(**x0)
         return predicted
-
-    def _change(self, x: Streams) -> float:
-        """The largest relative change of a stream since the model last ran."""
-        old, norm = self.cached_input, mx.linalg.norm
-        return self.agree(max((norm(x[k] - old[k]) / norm(old[k])).item() for k in old))
-
-    def _tokens(self, name: str, x: mx.array, sigma: float, enabled: bool) -> Tokens:
-        state, steering = self.states[name], self.steering[name]
-        facts = mx.array(state.keyframes), steering, enabled
-        return stream_tokens(state, x, sigma, self.ropes[name], *facts)

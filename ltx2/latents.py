@@ -115,19 +115,14 @@ def audio_bounds(tokens: int) -> np.ndarray:
     return np.stack([seconds[:-1], seconds[1:]], axis=-1)[None]
 
 
-def video_tokens(latents: mx.array) -> mx.array:
-    """(B, F, H, W, C) to (B, T, C): frame, row, column."""
-    return latents.flatten(1, 3)
-
-
-def audio_to_tokens(latents: mx.array) -> mx.array:
-    """(B, T, mel, C) to (B, T, C * mel): channels come before mel bins in a token."""
-    return latents.swapaxes(2, 3).flatten(2)
-
-
 def to_tokens(latents: mx.array) -> mx.array:
-    """Latents of video (1, f, H, W, C) or audio (1, t, mel, C) as tokens (1, n, C)."""
-    return audio_to_tokens(latents) if latents.ndim == 4 else video_tokens(latents)
+    """Latents of video (B, F, H, W, C) or audio (B, T, mel, C) as tokens (B, n, C): by
+    frame, row, column; of audio (B, T, C * mel)."""
+    return (
+        latents.flatten(1, 3)
+        if latents.ndim == 5
+        else latents.swapaxes(2, 3).flatten(2)
+    )
 
 
 def audio_from_tokens(tokens: mx.array, channels: int) -> mx.array:
@@ -263,7 +258,7 @@ class LatentState:
         if frames == 1:  # a still lasts one pixel frame
             bounds[0] = (0, 1)
         bounds[0] = (bounds[0] + frame) / np.float32(fps)
-        return self.append(video_tokens(latents), bounds, strength)
+        return self.append(to_tokens(latents), bounds, strength)
 
     def guide_stills(
         self, stills: mx.array, frames: Sequence[int], fps: float, strength: float = 1.0
@@ -283,7 +278,7 @@ class LatentState:
         starts = np.repeat(np.float32(frames), grid.shape[1])
         bounds[0] = np.stack([starts, starts + 1], axis=-1) / np.float32(size.rate)
         empty = mx.zeros((1, bounds.shape[1], self.latent.shape[-1]))
-        initial = None if initial is None else video_tokens(initial)
+        initial = None if initial is None else to_tokens(initial)
         return self.append(empty, bounds, 0.0, keyframes=True, initial=initial)
 
     def show(
@@ -307,7 +302,7 @@ class LatentState:
             late = np.float32((slow - 1) / fps)
             bounds[0] = np.maximum(bounds[0] * np.float32(slow) - late, 0)
         bounds = bounds[:, skip * height * width :]
-        tokens = video_tokens(latents[:, skip:])
+        tokens = to_tokens(latents[:, skip:])
         visible = np.asarray(visibility, np.float32)
         visible = np.broadcast_to(visible, tokens.shape[1])
         attention = None if (visible == 1).all() else visible
@@ -317,7 +312,7 @@ class LatentState:
         """A sound (1, T, mel, C) for an IC-LoRA, which ends 40 ms before the target begins."""
         bounds = audio_bounds(latents.shape[1])
         bounds = bounds - bounds[0, -1, 1] - np.float32(0.04)
-        return self.append(audio_to_tokens(latents), bounds)
+        return self.append(to_tokens(latents), bounds)
 
 
 Conditioning = Callable[[LatentState], LatentState]

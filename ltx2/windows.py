@@ -217,9 +217,7 @@ class Slice(Whole):
         """Its first pixel frame."""
         return self.seam - self.length // 2 if self.start else 0
 
-    @property
-    def num_frames(self) -> int:
-        return self.stop * self.length - self.first + 1
+    num_frames = property(lambda self: self.stop * self.length - self.first + 1)
 
     @property
     def held(self) -> int:

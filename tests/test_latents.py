@@ -11,11 +11,10 @@ from ltx2.latents import (
     LatentState,
     audio_bounds,
     audio_from_tokens,
-    audio_to_tokens,
     audio_tokens,
     latent_frames,
+    to_tokens,
     video_bounds,
-    video_tokens,
 )
 
 # Conditionings: latent, mask, positions and attention exactly as the reference's
@@ -83,7 +82,7 @@ def region(g):
 
 
 def audio_reference(g):
-    tokens = audio_to_tokens(channels_last(g["in.latent"]))
+    tokens = to_tokens(channels_last(g["in.latent"]))
     return [lambda state: state.append(tokens, g["in.positions"][0])]
 
 
@@ -127,12 +126,12 @@ def start(g) -> LatentState:
     shape, initial = g["info"]["target_shape"], g.get("in.initial_latent")
     if "mel_bins" in shape:
         bounds = audio_bounds(shape["frames"])
-        channels, flat = shape["channels"] * shape["mel_bins"], audio_to_tokens
+        channels = shape["channels"] * shape["mel_bins"]
     else:
         size = shape["frames"], shape["height"], shape["width"]
         bounds = video_bounds(*size, g["info"]["fps"])
-        channels, flat = shape["channels"], video_tokens
-    initial = None if initial is None else flat(channels_last(initial))
+        channels = shape["channels"]
+    initial = None if initial is None else to_tokens(channels_last(initial))
     return LatentState.initial(bounds, channels, initial)
 
 
@@ -255,7 +254,7 @@ def test_the_first_frame_is_a_latent_of_its_own(frames, latents):
 
 def test_video_tokens_run_frame_row_column():
     latents = mx.arange(2 * 2 * 3 * 4).reshape(1, 2, 2, 3, 4)
-    tokens = video_tokens(latents)
+    tokens = to_tokens(latents)
     assert tokens.shape == (1, 12, 4)
     assert mx.array_equal(tokens[0, 1 * 6 + 1 * 3 + 2], latents[0, 1, 1, 2])
     bounds = video_bounds(2, 2, 3, 24)[:, 1 * 6 + 1 * 3 + 2]
@@ -266,7 +265,7 @@ def test_video_tokens_run_frame_row_column():
 def test_audio_tokens_count_channels_before_mel_bins(golden):
     g = golden("common/cond_reference_audio")
     latents = channels_last(g["in.latent"])
-    tokens = audio_to_tokens(latents)
+    tokens = to_tokens(latents)
     assert mx.array_equal(tokens, mx.array(g["in.tokens"]))
     assert mx.array_equal(audio_from_tokens(tokens, 2), latents)
 

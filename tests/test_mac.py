@@ -59,50 +59,31 @@ def test_other_runtime_errors_keep_their_traceback():
 # Sleep
 
 
-class Launched:
-    """What `awake` starts, instead of a process."""
-
-    def __init__(self, started: list):
-        self.started, self.running = started, False
-
-    def __call__(self, command: list[str]) -> "Launched":
-        self.started.append(command)
-        self.running = True
-        return self
-
-    def terminate(self) -> None:
-        self.running = False
-
-    def wait(self) -> None:
-        assert not self.running
+@pytest.fixture
+def started(monkeypatch):
+    """The commands that are started instead of processes, on a Mac."""
+    commands = []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    for name in ("Popen", "run"):
+        monkeypatch.setattr(subprocess, name, commands.append)
+    return commands
 
 
-def test_videos_are_opened_on_a_mac_only(caplog):
-    started = []
-    open_files(["a b.mp4"], "darwin", started.append)
+def test_videos_are_opened_on_a_mac_only(started, monkeypatch, caplog):
+    open_files(["a b.mp4"])
     assert started == [["/usr/bin/open", "a b.mp4"]] and not caplog.messages
-    open_files(["a.mp4"], "linux", started.append)
+    monkeypatch.setattr(sys, "platform", "linux")
+    open_files(["a.mp4"])
     assert len(started) == 1
     assert caplog.messages == ["--open only works on a Mac"]
 
 
-def test_a_mac_stays_awake_until_the_run_ends():
-    process = Launched([])
-    with pytest.raises(KeyboardInterrupt):
-        with awake(platform="darwin", start=process):
-            [[program, *flags]] = process.started
-            assert program == "/usr/bin/caffeinate" and process.running
-            # It ends with this process, too; the display may sleep.
-            assert flags == ["-i", "-w", str(os.getpid())]
-            raise KeyboardInterrupt
-    assert not process.running
-
-
-@pytest.mark.parametrize("wanted, platform", [(False, "darwin"), (True, "linux")])
-def test_nothing_is_started_elsewhere_or_with_no_caffeinate(wanted, platform):
-    started = []
-    with awake(wanted, platform, Launched(started)):
-        assert not started
+def test_a_mac_stays_awake_until_the_process_ends(started, monkeypatch):
+    awake()  # the display may sleep
+    assert started == [["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())]]
+    monkeypatch.setattr(sys, "platform", "linux")
+    awake()
+    assert len(started) == 1
 
 
 # Precision
