@@ -155,11 +155,9 @@ def join(path: str, key: str) -> str:
 
 @dataclasses.dataclass
 class Config:
-    """A section of the JSON configuration that travels with a checkpoint.
-
-    Subclasses declare the keys they use as fields. `FIXED` lists keys whose listed
-    values are the only ones this code implements, `UNUSED` keys that change nothing.
-    """
+    """A section of the JSON configuration that travels with a checkpoint. Subclasses
+    declare the keys they use as fields. `FIXED` lists keys whose listed values are the
+    only ones implemented, `UNUSED` keys that change nothing."""
 
     FIXED: ClassVar[dict[str, tuple]] = {}
     UNUSED: ClassVar[frozenset[str]] = frozenset()

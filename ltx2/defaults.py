@@ -312,8 +312,7 @@ class Resolver:
         seconds = self.files.probe(r.audio).audio_duration if r.audio else 0
         if r.audio and r.audio_start >= seconds:
             raise UserError(
-                f"{r.audio} has no sound at {r.audio_start:g} s: it is {seconds:.2f} s "
-                "long"
+                f"{r.audio} has no sound at {r.audio_start:g} s, only {seconds:.2f} s"
             )
 
     def check_segments(self) -> None:
@@ -436,8 +435,7 @@ class Resolver:
             return (NEGATIVE_PROMPT if prompt is None else prompt,)
         if prompt is not None:
             raise UserError(
-                "negative_prompt needs cfg_scale above 1 and a dev model, or nag_scale "
-                "above 1"
+                "negative_prompt needs cfg_scale above 1 (dev models) or nag_scale"
             )
         return ()
 

@@ -35,24 +35,16 @@ class Guidance(Checked):
         "spatio-temporal guidance, 0 is off (default: 1, hq 0)", 0.0, between=SCALES
     )
     stg_blocks: Optional[tuple[int, ...]] = ask(
-        "blocks whose self-attention STG skips (default: 29, 28 from LTX-2.3 on)",
-        (),
-        type=integers,
+        "blocks that STG perturbs (default: 29, 28 from LTX-2.3 on)", (), type=integers
     )
     modality_scale: float = ask(
-        "guidance to agree with the other stream, 1 is off (default: 3)",
-        1.0,
-        between=SCALES,
+        "agreement with the other stream, 1 is off (default: 3)", 1.0, between=SCALES
     )
     rescale_scale: float = ask(
-        "0 to 1, restores the contrast that guidance changes (default: 0.7)",
-        0.0,
-        between=(0, 1),
+        "restores contrast that guidance changes (default: 0.7)", 0.0, between=(0, 1)
     )
     skip_step: int = ask(
-        "steps that reuse a computed prediction after it (default: 0)",
-        0,
-        between=(0, 1000),
+        "steps that reuse a prediction after it (default: 0)", 0, between=(0, 1000)
     )
 
     @property
@@ -90,11 +82,8 @@ NO_GUIDANCE = Guidance()
 
 
 def guidance_passes(guidance: Mapping[str, Guidance]) -> dict[str, Pass]:
-    """The passes of a step by the name of their prediction.
-
-    A pass that one stream needs is computed for both; in "uncond" a stream without
-    guidance of its own keeps the positive prompt.
-    """
+    """The passes of a step by the name of their prediction, all for both streams; in
+    "uncond" a stream without guidance keeps the positive prompt."""
     video, audio = (guidance.get(k, NO_GUIDANCE) for k in ("video", "audio"))
     passes = {"cond": Pass(POSITIVE, POSITIVE)}
     if video.cfg_scale != 1 or audio.cfg_scale != 1:

@@ -221,12 +221,10 @@ class LatentState:
         keyframes: bool = False,
         initial: Optional[mx.array] = None,
     ) -> LatentState:
-        """Append tokens (1, n, C) at their own positions: they guide (strength 1) or are
-        generated too (strength 0), from zeros or `initial`.
-
-        `attention` (n,) in [0, 1] weighs attention between them and the target tokens;
-        once any group has weights, appended groups do not attend to each other.
-        """
+        """Append tokens (1, n, C) at their own positions: they guide (strength 1) or
+        are generated too (strength 0), from zeros or `initial`. `attention` (n,) in [0,
+        1] weighs attention to target tokens; with any, groups do not attend to each
+        other."""
         n, old = tokens.shape[1], len(self.denoise_mask)
         grown = self.attention
         if grown is not None or attention is not None:
@@ -291,10 +289,9 @@ class LatentState:
         visibility: float | np.ndarray = 1.0,
         skip: int = 0,
     ) -> LatentState:
-        """Show a reference clip (1, f, H, W, C), `downscale` times smaller and `slow` times
-        slower than the target, to an IC-LoRA. `visibility` in [0, 1] (scalar or by token)
-        weighs attention between the two; `skip` latent frames are left out, the others
-        keep their places."""
+        """Show a reference clip (1, f, H, W, C), `downscale` times smaller and `slow`
+        times slower, to an IC-LoRA. `visibility` in [0, 1] (scalar or by token) weighs
+        attention between the two; `skip` latent frames are left out."""
         _, frames, height, width, _ = latents.shape
         bounds = video_bounds(frames, height, width, fps)
         bounds[1:] *= downscale

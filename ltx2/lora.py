@@ -285,11 +285,10 @@ def attach(
 ) -> None:
     """Add LoRAs, each with a strength, to the model in place of those attached before.
 
-    They are added to the weights of unquantized layers; quantized ones become a
-    LoRALinear. To remove LoRAs from weights, these are read again: `read(keys)` returns
-    weights of the base. With a `prefix`, the model is a part of the checked one.
-    `stored` is the dtype of the checkpoint, to which sums are rounded. To be trained,
-    factors stay `apart` from the weights of unquantized layers too.
+    They are added to the weights of unquantized layers, rounded to the checkpoint's
+    `stored` dtype, unless these are to be trained `apart`; quantized layers become a
+    LoRALinear. To remove LoRAs from weights, `read(keys)` returns those of the base.
+    With a `prefix`, the model is a part of the checked one.
     """
     layers, changes = linear_layers(model, prefix), {}
     for lora, strength in loras:

@@ -69,11 +69,9 @@ def check_file(path: PathLike) -> None:
 
 
 def load_image(path: PathLike) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8 sRGB, upright, without its alpha channel.
-
-    As the reference does with Pillow, except that mirrored EXIF orientations and ICC
-    profiles are applied, and that 16-bit gray is scaled instead of clipped.
-    """
+    """Read an image as (H, W, 3) uint8 sRGB, upright, without its alpha channel: as the
+    reference does with Pillow, but mirrored EXIF orientations and ICC profiles are
+    applied, and 16-bit gray is scaled instead of clipped."""
     check_file(path)
     # What Pillow raises for a damaged file depends on its format.
     damage = OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error
@@ -198,10 +196,8 @@ def describe(path: PathLike) -> bytes:
 
 
 def recompress(image: np.ndarray, crf: int) -> np.ndarray:
-    """Pass an image (H, W, 3) uint8 through H.264 at `crf`, as the training data was.
-
-    Sides are cropped to even ones; crf 0 or a side below 2 leaves the image as it is.
-    """
+    """Pass an image (H, W, 3) uint8 through H.264 at `crf`, as the training data was,
+    with sides cropped to even ones; crf 0 or a side below 2 leaves it as it is."""
     height, width = (side // 2 * 2 for side in image.shape[:2])
     if crf == 0 or min(height, width) == 0:
         return image
@@ -257,11 +253,8 @@ def frame_rate(fps: float | Fraction) -> Fraction:
 
 
 def _packets(path: PathLike, options: str) -> dict[str, tuple[dict[str, str], list]]:
-    """A file's first video and sound by media type: facts and packets.
-
-    A packet is its decoding time, display time and duration (in ticks of facts["tb"]
-    seconds) and a text that is not empty if it is hidden.
-    """
+    """Facts and packets of a file's first video and sound: decoding time, display time
+    and duration in ticks of facts["tb"] seconds, and a text if it is hidden."""
     problem = f"{path}: cannot be read as sound or video"
     options = f"-map 0:V:0? -map 0:a:0? {options} -f framecrc pipe:1"
     listing = run_ffmpeg(problem, input_option(path), options).decode()
@@ -360,10 +353,8 @@ def read_audio(
 
 
 def resample(waveform: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
-    """Bring a waveform (samples, channels) float32 to another rate, samples rounded up.
-
-    A Hann-windowed sinc of 6 zero crossings and rolloff 0.99, torchaudio's defaults.
-    """
+    """Bring a waveform (samples, channels) float32 to another rate, samples rounded up,
+    by torchaudio's default: a Hann-windowed sinc of 6 zero crossings, rolloff 0.99."""
     if old_rate == new_rate:
         return waveform
     new, old = Fraction(new_rate, old_rate).as_integer_ratio()
@@ -389,11 +380,9 @@ def resample(waveform: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
 
 @contextmanager
 def workspace(path: PathLike, folder: str = "") -> Iterator[str]:
-    """A hidden folder next to `path`; a file "new" in it, or a folder whose names match
-    the pattern `folder`, becomes `path` at the end, in place of an earlier one.
-
-    It is locked, so that the next run can remove what a killed one has left.
-    """
+    """A hidden folder next to `path`; "new" in it, a file or a folder with names of the
+    pattern `folder`, replaces `path` at the end. Its lock lets the next run remove what
+    a killed one has left."""
     path, problem = Path(path), f"{path}: cannot be written"
     if path.is_dir() and not folder:
         raise UserError(f"{path}: is a folder: pass the name of a file")

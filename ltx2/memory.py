@@ -1,9 +1,8 @@
 """Estimate the peak memory of each phase before weights are loaded.
 
-A phase holds weights, whose sizes are in the files' headers, and buffers, counted in
-copies of its widest tensor. The first number of each pair of copies was measured on
-MLX's CPU backend, which materializes attention scores and unfolds convolutions. A GPU
-does neither; the second number is an estimate.
+A phase holds weights, whose sizes are in the files' headers, and copies of its widest
+tensor. Of a pair of copies the first was measured on MLX's CPU backend, which stores
+attention scores and unfolds convolutions; the second is an estimate for GPUs.
 """
 
 import math
@@ -145,9 +144,8 @@ def available() -> int:
 
 @contextmanager
 def limits(plan: MemoryPlan) -> Iterator[None]:
-    """Make MLX wait where it would run ahead of the plan's limit. Only where it is tight,
-    keep what is needed from being paged out: wired memory has crashed macOS when much
-    of it came and went (mlx issue 3186). The limits before return at the end."""
+    """Make MLX wait at the plan's limit. Only where it is tight, wire what is needed:
+    much wired memory that came and went has crashed macOS (mlx issue 3186)."""
     peak, before = plan.peak[0], mx.set_memory_limit(plan.limit)
     tight = mx.metal.is_available() and peak > TIGHT * plan.limit
     wired = mx.set_wired_limit(int(min(peak, plan.limit))) if tight else 0
@@ -307,9 +305,8 @@ class Estimator:
         return held(clip, dim, dim, 2) + UPSAMPLER[self.gpu] * FLOAT * padded
 
     def neighborhoods(self, size: Size, ahead: int) -> float:
-        """The diffusion decoder's last blocks: the frames that their windows span, as
-        inputs, contexts and in between, and the attention scores of a row of groups; and
-        those `ahead`, with their keyframes."""
+        """The diffusion decoder's last blocks: the frames that their windows span, the
+        scores of a row of groups, and the frames computed `ahead`."""
         c = self.config["diffusion_decoder"]
         groups = [group_size(kernel) for kernel in c["stage5_kernel"]]
         spans = [a + b - 1 for a, b in zip(groups, c["stage5_kernel"])]

@@ -33,11 +33,8 @@ def is_set(options: Any, name: str) -> bool:
 
 
 def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -> None:
-    """Add a flag for each option with `add(name)`, an `add_argument` method.
-
-    A flag that is not passed is None, so that defaults stay in one place. With a
-    `prefix` the flags are variants of ones that have been added: their help is short.
-    """
+    """Add a flag for each option with `add(name)`, an `add_argument` method. One that
+    is not passed is None. With a `prefix` they are variants, with a short help."""
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         rules, name, hint = field.metadata, field.name, hints[field.name]
@@ -71,11 +68,9 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
 
 
 def check(options: Any, mode: str = "", model: Mapping = MET, label: str = "") -> None:
-    """Apply the declared rules; UserError for the first option that breaks one.
-
-    `model` says by requirement what is missing, e.g. "a dev model (this one is
-    distilled)"; requirements that are met are not in it. `label` precedes the names.
-    """
+    """Apply the declared rules; UserError for the first option that breaks one. `model`
+    says what is missing, as "a dev model (this one is distilled)"; `label` precedes
+    the names."""
     for field in dataclasses.fields(options):
         rules, value = field.metadata, getattr(options, field.name)
         name, modes = label + field.name, rules.get("modes", "").split()

@@ -36,8 +36,7 @@ class Pipeline(Components):
 
     def plan(self, request: Request) -> Job:
         """What a request means with this model and its input files, and the memory it
-        takes; UserError if it cannot be done. No weights are read. A request without a
-        seed gets a random one of its own, which the job's request then has."""
+        takes; UserError if it cannot be done. A seed is drawn if it has none."""
         if request.seed is None:
             request = replace(request, seed=random_seed(self.machines.group))
         job = plan(request, self.checkpoint, self.inputs)
@@ -269,14 +268,13 @@ def load(
     """A pipeline from an official file, a folder, a converted folder or a Hub repo.
 
     `kind` ("dev" or "distilled") overrides what the file name says, `upsamplers` those
-    next to the model, `parts` are files by component. `dtype` is of the
-    text side and the transformer; "auto", the default, is the chip's (see `chips`).
-    Weights are read when a phase needs them; with `low_memory` (None: if not all of
-    them fit) the transformer's blocks are read in each step, with the same result.
-    With `keep` the transformer stays for the next run, if it fits next to every other
-    phase. `cache_contexts` is a folder that keeps encoded prompts. A `group` of machines,
-    all of which call this, splits the work in one of parallel.MODES (`share` is the
-    earlier name of `parallel`). Raises UserError when files do not fit together.
+    next to the model, `parts` are files by component. `dtype` is of the text side and
+    the transformer; "auto", the default, is the chip's (see `chips`). With `low_memory`
+    (None: if not all fit) the transformer's blocks are read in each step, with the same
+    result; with `keep` it stays for the next run, if it fits next to all other phases.
+    `cache_contexts` is a folder that keeps encoded prompts. All machines of a `group`
+    call this and split the work in one of parallel.MODES (`share` is the earlier name
+    of `parallel`). Raises UserError when files do not fit together.
     """
     name = str(dtype or "auto").removeprefix("mlx.core.")
     check_choice("dtype", name, ("auto", "bfloat16", "float16", "float32"))

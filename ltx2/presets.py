@@ -35,9 +35,8 @@ FILLED = {k for both in PRESETS.values() for options in both for k in options}
 def fill(
     r: Any, kind: str, parts: Iterable[str], defaults: Mapping[str, Any], fps: float
 ) -> tuple[Any, list[str]]:
-    """A request with numbers for a preset, a size by name and a duration, which it then
-    has no more, and notes. The model has `parts`, and perhaps a size of its own among its
-    `defaults`, which a preset keeps; `fps` is the rate if the request names none."""
+    """A request with a preset, size and duration replaced by numbers, and notes. A size
+    among the model's `defaults` is kept; `fps` is the rate if the request has none."""
     if r.size is r.preset is r.duration is None:
         return r, []
     check(r)  # what excludes one of them would be replaced

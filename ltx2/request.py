@@ -18,6 +18,8 @@ NOT_DFR = "one two hq"  # dfr has a schedule, keyframes and rates of its own
 # Rules that several options share.
 WINDOWED = {"modes": "one two", "excludes": "retake audio_only temporal_upsample"}
 OF_REFERENCE = {"needs": "video", "excludes": "retake extend"}
+WEIGHT = OF_REFERENCE | {"between": (0, 1)}
+MORE_FRAMES = {"modes": NOT_DFR, "excludes": "audio_only retake extend"}
 
 
 @dataclass(frozen=True)
@@ -205,8 +207,7 @@ class Request(Checked):
         "NAG: share of it in the result", 0.25, between=(0, 1), needs="nag_scale"
     )
     loras: tuple[LoraFile, ...] = ask(
-        "LoRA to use in all stages, or in one; repeatable",
-        (),
+        "LoRA to use in all stages, or in one; repeatable", ()
     )
     distilled_lora: Optional[LoraFile] = ask(
         "the distilled LoRA, which a dev model needs for two stages",
@@ -215,10 +216,7 @@ class Request(Checked):
         modes="two hq dfr",
     )
     temporal_upsample: bool = ask(
-        "double the frame rate with the temporal upsampler",
-        False,
-        excludes="audio_only retake extend",
-        modes=NOT_DFR,
+        "double the frame rate with the temporal upsampler", False, **MORE_FRAMES
     )
     generated_keyframes: Union[int, tuple[int, ...]] = ask(
         "LTX-2.5: also generate single frames, which keep the video sharp: how many, or at "
@@ -226,8 +224,7 @@ class Request(Checked):
         0,
         type=places,
         metavar="N",
-        excludes="audio_only retake extend",
-        modes=NOT_DFR,
+        **MORE_FRAMES,
         model="2.5",
     )
     detailing_lora: Optional[LoraFile] = ask(
@@ -237,10 +234,7 @@ class Request(Checked):
         "how many times to double the frame rate", 0, choices=(0, 1, 2), modes="dfr"
     )
     spatial_rounds: int = ask(
-        "1: generate at half the size, then double it in tiles, for 4K",
-        0,
-        choices=(0, 1),
-        modes="dfr",
+        "1: half size, then doubled in tiles, for 4K", 0, choices=(0, 1), modes="dfr"
     )
     # Inputs
     images: tuple[Image, ...] = ask(
@@ -250,10 +244,7 @@ class Request(Checked):
         excludes="audio_only",
     )
     keyframes: bool = ask(
-        "use images as guides instead of fixed frames",
-        False,
-        needs="images",
-        modes=NOT_DFR,
+        "images are guides, not fixed frames", False, needs="images", modes=NOT_DFR
     )
     image_crf: Optional[int] = ask(
         "H.264 CRF applied to images first, 0 is off (default: 33, from LTX-2.4 on 18)",
@@ -300,18 +291,13 @@ class Request(Checked):
         modes="one",
     )
     reference_strength: float = ask(
-        "how closely to keep the reference, 0 to 1",
-        1.0,
-        metavar="STRENGTH",
-        **OF_REFERENCE,
-        between=(0, 1),
+        "how closely to keep the reference, 0 to 1", 1.0, metavar="STRENGTH", **WEIGHT
     )
     reference_attention: float = ask(
         "how much the video attends to the reference, 0 to 1",
         1.0,
         metavar="WEIGHT",
-        **OF_REFERENCE,
-        between=(0, 1),
+        **WEIGHT,
     )
     attention_mask: Optional[str] = ask(
         "clip or picture that says where the reference counts, from black (nowhere) to "
@@ -320,10 +306,7 @@ class Request(Checked):
         **OF_REFERENCE,
     )
     reference_in_stage_2: bool = ask(
-        "show the reference in stage 2 too, with its LoRA",
-        False,
-        **OF_REFERENCE,
-        modes="two",
+        "use the reference and LoRA in stage 2 too", False, **OF_REFERENCE, modes="two"
     )
     tile_size: Optional[tuple[int, int]] = ask(
         "height and width in pixels of the overlapping tiles that a large video is split "
@@ -359,8 +342,7 @@ class Request(Checked):
         "audio only, written as .wav", False, excludes="video_guidance", modes="one"
     )
     video_decoder: Optional[str] = ask(
-        "decoder of the video (default: conv, if the model has it)",
-        choices=("conv", "diffusion"),
+        "decoder (default: conv, if the model has it)", choices=("conv", "diffusion")
     )
     decode_with_keyframes: bool = ask(
         "diffusion decoder: decode the video together with its generated keyframes, as dfr "

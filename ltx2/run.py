@@ -99,9 +99,8 @@ def save(
     codec: Optional[str] = None,
     metadata: bool = True,
 ) -> Result:
-    """Write a planned request's frames as they are decoded, in their color space, with
-    the sound exactly as long; or a wav. With `metadata` the file says how it was made. A
-    matte has the clip's frames as color where the format has alpha."""
+    """Write frames as they are decoded and sound as long as they are, or a wav. A matte
+    has the clip's frames as color where the format has alpha."""
     made = lambda result: changed(result.metadata, name_only) if metadata else None
     if r.audio_only:
         result = next(e for e in events if isinstance(e, Result))

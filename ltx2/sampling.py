@@ -24,11 +24,9 @@ DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, *REFINE_SIGMAS)
 
 
 def shifted_sigmas(steps: int, tokens: int = 4096) -> tuple[float, ...]:
-    """The dev models' schedule: shifted by the token count, stretched to end at 0.1.
-
-    The shift's exponent is linear in the tokens, 0.95 at 1024 and 2.05 at 4096, which
-    the reference uses for every size.
-    """
+    """The dev models' schedule, stretched to end at 0.1, shifted by an exponent linear
+    in the tokens: 0.95 at 1024 and 2.05 at 4096, which the reference uses for all
+    sizes."""
     shift = math.exp(0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024))
     one, shift = np.float32(1), np.float32(shift)
     s = np.linspace(1, 0, steps + 1, dtype=np.float32)[:-1]
@@ -87,11 +85,9 @@ def euler_ancestral(denoise, x, sigmas, blend, noise, first=0, eta=1.0, s_noise=
 
 
 def res_2s(denoise, x, sigmas, blend, noise, first=0):
-    """Second-order exponential steps with new noise, for the hq stages.
-
-    A schedule that ends in 0 runs to 0.0011; one final model call gives x0. The state is
-    float64 in numpy (no GPU has it in MLX) between the blends.
-    """
+    """Second-order exponential steps with new noise, for the hq stages. A schedule that
+    ends in 0 runs to 0.0011; one final model call gives x0. The state is float64 in
+    numpy (no GPU has it in MLX) between the blends."""
     to_zero = sigmas[-1] == 0
     sigmas = (*sigmas[:-1], 0.0011) if to_zero else sigmas
     for i, s, sigma_next in steps_from(sigmas, first):

@@ -54,9 +54,7 @@ class Snapshot:
         steps = [s.steps + (s.sampler == "res_2s") for s in job.stages] + [0]
         place = 0 <= self.stage < len(steps) and 0 <= self.step <= steps[self.stage]
         if self.files != files or self.stages != as_json(job) or not place:
-            raise UserError(
-                "these latents were made with a different model or settings"
-            )
+            raise UserError("the latents were made with a different model or settings")
         stage = job.stages[self.stage] if self.step else None
         if stage and (stage.step_cache or stage.sampler == HISTORY):
             raise UserError(

@@ -1,10 +1,9 @@
 """Parts of a video that are denoised one after the other.
 
-A long video is made in windows: each carries the last latents of the one before, and
-decoded frames of the overlap are blended.
-
-dfr (detail-fidelity rendering) pads a video to a canvas of segments that end in
-keyframes. Each round refines it at twice the frame rate in slices of whole segments.
+Windows of a long video carry their last latents to the next one; decoded frames of the
+overlap are blended. dfr (detail-fidelity rendering) pads a video to a canvas of
+segments that end in keyframes, and refines it at twice the rate in slices of whole
+segments.
 """
 
 from collections import deque
@@ -195,9 +194,8 @@ WHOLE = Whole()
 
 @dataclass(frozen=True)
 class Slice(Whole):
-    """Segments [start, stop) of a canvas whose rate was doubled. Every slice but the first
-    begins with the last keyframe before its seam, which the slice before has made, and
-    holds that slice's latents up to the seam."""
+    """Segments [start, stop) of a canvas whose rate was doubled. All but the first
+    begin with the last keyframe before their seam and hold the latents up to it."""
 
     start: int
     stop: int
@@ -305,9 +303,9 @@ class Slice(Whole):
 
 @dataclass(frozen=True)
 class EnlargedSlice(Slice):
-    """A slice at twice the sides, without a change of rate: a coarse pass, then a fine
-    one of its result (GRIDS). The guides are all keyframes of the canvas, decoded, enlarged and
-    encoded again, and after them its first frame if it `opens`."""
+    """A slice at twice the sides: a coarse pass, then a fine one of its result (GRIDS).
+    Its guides are the canvas's enlarged keyframes, and its first frame if it
+    `opens`."""
 
     opens: int  # 1, or 0 if an image does
     grid: int

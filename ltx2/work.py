@@ -136,8 +136,8 @@ def diffusing(c: dict[str, Any], weights: Weights, size: Size) -> float:
 
 def operations(job: Any, checkpoint: Checkpoint) -> dict[str, float]:
     """A job's operations by phase, in the order of a run; stages have their own names.
-    Upsamplers, encoders of sound and the text encoder are left out: the first two are
-    below 2 % of a stage, the last one takes longer to be read."""
+    Left out are upsamplers and encoders of sound, below 2 % of a stage, and the text
+    encoder, which takes longer to be read."""
     config, shapes = checkpoint.config, checkpoint.shapes
     dit = DiTConfig.from_dict(config["transformer"])
     sizes = {stage.window: stage.size for stage in job.stages}.values()
