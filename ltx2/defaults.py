@@ -4,7 +4,8 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Mapping
+from itertools import chain
+from typing import Iterator, Mapping
 
 from . import media
 from .base import UserError
@@ -99,9 +100,9 @@ class Resolver:
         """UserError for whatever does not go together, or needs a missing file."""
         r = self.r
         check(r, self.mode, self.unmet)
-        faults = {**self.faults(), **self.light_faults(), **self.stage_faults()}
-        if faults := [text for text, true in faults.items() if true]:
-            raise UserError(faults[0])
+        faults = chain(self.faults(), self.light_faults(), self.stage_faults())
+        if fault := next(faults, None):
+            raise UserError(fault)
         negative = not self.distilled or r.nag_scale != 1
         text = ("text",) * (not r.contexts_file or negative)
         kinds = "all", *text, *self.streams
@@ -139,103 +140,79 @@ class Resolver:
             if r.generated_keyframes:
                 raise UserError("generated_keyframes needs hdr_keyframes turned off")
 
-    def faults(self) -> dict[str, Any]:
-        """What no single field can declare: messages, and whether each is so."""
+    def faults(self) -> Iterator[str]:
+        """What no single field can declare."""
         r, count = self.r, len(DISTILLED_SIGMAS) - 1
         odd = lambda side: side % SPACE_SCALE or side < 2 * SPACE_SCALE
         settings = [g for g in (r.video_guidance, r.audio_guidance) if g]
         active = any(g.active for g in settings if isinstance(g, Guidance))
         partial = [g for g in settings if isinstance(g, Mapping)]
         alone, (low, high) = len(self.streams) == 1, r.guidance_interval
-        changed = {*r.retake_streams} - ({"audio"} if r.no_audio else set())
-        says = all(p.strip() for p in r.prompts) or self.recipe.no_prompt
-        wrong = r.tile_size and (len(r.tile_size) != 2 or any(map(odd, r.tile_size)))
-        makes_keyframes = r.generated_keyframes or self.mode == "dfr"
-        return {
-            "guidance needs a dev model (this one is distilled): remove its settings": (
-                self.distilled and (active or partial)
-            ),
-            "modality_scale needs both video and audio": (
-                alone and any("modality_scale" in g for g in partial)
-            ),
-            "retake has nothing to regenerate: audio is off and video is kept": (
-                r.retake and not changed
-            ),
-            "a reference video needs an IC-LoRA: add --lora (or --retake or --extend, to "
-            "change the video)": r.has_reference
-            and not r.loras,
-            "the prompt is empty: say what to show": not says,
-            "contexts_file is used instead of the prompt: remove one of them": (
-                r.contexts_file and r.prompt
-            ),
-            "tile_size in two stages needs reference_in_stage_2, and goes without "
-            "step_cache and skip_step": r.tile_size
-            and not self.tiled,
-            "tile_size is height,width: two multiples of 32 from 64 on, as "
-            "1024,1536": wrong,
-            "decode_with_keyframes needs generated_keyframes": (
-                r.decode_with_keyframes and not makes_keyframes
-            ),
-            "guidance_interval must be from a lower to a higher sigma": low > high,
-            f"steps is {r.steps}, but a distilled model has {count} steps of its own: "
-            "remove it, or pass sigmas": self.distilled
-            and r.steps not in (None, count),
-        }
+        if self.distilled and (active or partial):
+            yield "guidance needs a dev model (this one is distilled): remove its settings"
+        if alone and any("modality_scale" in g for g in partial):
+            yield "modality_scale needs both video and audio"
+        if r.retake and not {*r.retake_streams} - ({"audio"} if r.no_audio else set()):
+            yield "retake has nothing to regenerate: audio is off and video is kept"
+        if r.has_reference and not r.loras:
+            yield "a reference video needs an IC-LoRA: add --lora, --retake or --extend"
+        if not (all(p.strip() for p in r.prompts) or self.recipe.no_prompt):
+            yield "the prompt is empty: say what to show"
+        if r.contexts_file and r.prompt:
+            yield "contexts_file is used instead of the prompt: remove one of them"
+        if r.tile_size and not self.tiled:
+            two = "tile_size in two stages needs reference_in_stage_2"
+            yield f"{two}, and goes without step_cache and skip_step"
+        if r.tile_size and (len(r.tile_size) != 2 or any(map(odd, r.tile_size))):
+            yield "tile_size is height,width: two multiples of 32 from 64 on, as 1024,1536"
+        if r.decode_with_keyframes and not (
+            r.generated_keyframes or self.mode == "dfr"
+        ):
+            yield "decode_with_keyframes needs generated_keyframes"
+        if low > high:
+            yield "guidance_interval must be from a lower to a higher sigma"
+        if self.distilled and r.steps not in (None, count):
+            own = f"steps is {r.steps}, but a distilled model has {count} steps of its own"
+            yield f"{own}: remove it, or pass sigmas"
 
-    def light_faults(self) -> dict[str, Any]:
+    def light_faults(self) -> Iterator[str]:
         """As `faults`, of color_space and EXR files."""
         r = self.r
         files = [x.path for x in r.images] + [r.video] * (r.video is not None)
         are_exr = [bool(frames_in(path)) for path in files]
-        is_plain = r.color_space and not r.has_reference
-        return {
-            "images and video must all be EXR files, or none of them": (
-                len(set(are_exr)) == 2
-            ),
-            "EXR files need color_space, which says what they hold": (
-                any(are_exr) and not r.color_space
-            ),
-            "color_space without an HDR adapter needs EXR files": (
-                is_plain and not all(are_exr)
-            ),
-            "an adapter that makes HDR needs a clip in SDR": (
-                self.recipe.codes and any(are_exr)
-            ),
-        }
+        if len(set(are_exr)) == 2:
+            yield "images and video must all be EXR files, or none of them"
+        if any(are_exr) and not r.color_space:
+            yield "EXR files need color_space, which says what they hold"
+        if r.color_space and not r.has_reference and not all(are_exr):
+            yield "color_space without an HDR adapter needs EXR files"
+        if self.recipe.codes and any(are_exr):
+            yield "an adapter that makes HDR needs a clip in SDR"
 
-    def stage_faults(self) -> dict[str, Any]:
+    def stage_faults(self) -> Iterator[str]:
         """As `faults`, of the stages and the files they need."""
         r, mode, stages, unmet = self.r, self.mode, f"--stages {self.mode}", self.unmet
-        refines, doubles = mode != "one" and not self.distilled, r.temporal_upsample
-        rounds = doubles or r.temporal_rounds
-        loras = {"distilled_lora": r.distilled_lora, "detailing_lora": r.detailing_lora}
-        return {
-            f"{stages} needs {unmet.get('2.5')}": mode == "dfr" and "2.5" in unmet,
-            f"{stages} needs a latent upsampler, which this model does not have: add its "
-            "file with --upsampler": mode != "one"
-            and not self.upsampler,
-            f"{stages} needs {unmet.get('dev')}": mode == "hq" and self.distilled,
-            f"{stages} needs an x2 upsampler (this one is x{float(self.scale):g})": (
-                mode == "dfr" and self.scale != 2
-            ),
-            f"{stages} needs at least 9 frames": mode == "dfr" and r.num_frames == 1,
-            f"{stages} of a dev model needs its distilled LoRA: add --distilled-lora": (
-                refines and not r.distilled_lora
-            ),
-            **{
-                f"{name} takes no stage, and its strength must not be 0": (
-                    lora and (lora.stage or not lora.strength)
-                )
-                for name, lora in loras.items()
-            },
-            "doubling the frame rate needs a temporal latent upsampler, which this model "
-            "does not have: add its file with --upsampler": (
-                rounds and "temporal_upsampler" not in self.checkpoint.components
-            ),
-            "temporal_upsample of a dev model needs --stages two and --distilled-lora": (
-                doubles and not self.distilled and mode == "one"
-            ),
-        }
+        lacks = "which this model does not have: add its file with --upsampler"
+        if mode == "dfr" and "2.5" in unmet:
+            yield f"{stages} needs {unmet['2.5']}"
+        if mode != "one" and not self.upsampler:
+            yield f"{stages} needs a latent upsampler, {lacks}"
+        if mode == "hq" and self.distilled:
+            yield f"{stages} needs {unmet['dev']}"
+        if mode == "dfr" and self.scale != 2:
+            yield f"{stages} needs an x2 upsampler (this one is x{float(self.scale):g})"
+        if mode == "dfr" and r.num_frames == 1:
+            yield f"{stages} needs at least 9 frames"
+        if mode != "one" and not self.distilled and not r.distilled_lora:
+            yield f"{stages} of a dev model needs its distilled LoRA: add --distilled-lora"
+        for name in ("distilled_lora", "detailing_lora"):
+            if (lora := getattr(r, name)) and (lora.stage or not lora.strength):
+                yield f"{name} takes no stage, and its strength must not be 0"
+        temporal = "temporal_upsampler" in self.checkpoint.components
+        if (r.temporal_upsample or r.temporal_rounds) and not temporal:
+            yield f"doubling the frame rate needs a temporal latent upsampler, {lacks}"
+        if r.temporal_upsample and not self.distilled and mode == "one":
+            yield "temporal_upsample of a dev model needs --stages two and --distilled-lora"
 
     # Size, length and rate
 
