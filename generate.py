@@ -21,8 +21,7 @@ from ltx2.base import UserError, awake, run
 from ltx2.guidance import Guidance
 from ltx2.options import add_flags, check_range, located, name_and_file
 from ltx2.outputs import LATENTS, PREVIEW, SHEET, next_to
-from ltx2.presets import FILLED
-from ltx2.request import Request
+from ltx2.request import FILLED, Request
 
 EPILOG = """\
 MODEL is an official .safetensors file, a folder with one, a folder that convert.py
@@ -138,11 +137,8 @@ def main() -> None:
     if args.recorded and pipe.files() != made.files:
         print(f"note: {args.recorded} was made with other weights")
     if args.recorded and made.reference != REFERENCE:
-        print(
-            f"note: {args.recorded} was made by the rules of an earlier reference; now "
-            f"those of {REFERENCE} are used, so samplers, sound or the default negative "
-            "prompt may differ"
-        )
+        rules = f"rules of an earlier reference than {REFERENCE}"
+        print(f"note: {args.recorded} was made by the {rules}: the result may differ")
     names = name_outputs(args, [job.request for job in jobs], say=True)  # HDR, perhaps
     for line in dict.fromkeys(line for job in jobs for line in job.notes):
         print(f"note: {line}")
@@ -217,10 +213,8 @@ def from_recording(
 
     several = args.recorded or args.config or args.prompts or args.num_videos > 1
     if args.resume and several:
-        raise UserError(
-            "--resume continues one video: remove --from, --config, --prompts, "
-            "--num-videos"
-        )
+        others = "--from, --config, --prompts, --num-videos"
+        raise UserError(f"--resume continues one video: remove {others}")
     if args.recorded and args.config:
         raise UserError("--config cannot be combined with --from")
     if args.resume:

@@ -16,9 +16,8 @@ from .guidance import Guidance
 from .inputs import InputFiles
 from .latents import SPACE_SCALE, TIME_SCALE, Size
 from .options import check, check_choice, check_range, check_step
-from .presets import fill
 from .recipes import follow
-from .request import Request
+from .request import PRESETS, SIZES, Request
 from .sampling import DISTILLED_SIGMAS, shifted_sigmas
 from .weights import Checkpoint
 
@@ -48,15 +47,11 @@ class Resolver:
 
     def __init__(self, r: Request, checkpoint: Checkpoint, files: InputFiles):
         self.checkpoint, self.files = checkpoint, files
-        fps = files.probe(r.video).fps if r.video and r.duration else None
-        fps = float(fps or (SIZE | checkpoint.defaults)["fps"])
-        sides = r.height, r.width
-        facts = checkpoint.components, checkpoint.defaults, fps
-        r, notes = fill(r, checkpoint.kind, *facts)
-        self.by_name = sides != (r.height, r.width)
-        self.r, self.recipe, self.notes = follow(r, checkpoint.kind)
-        self.notes += notes
-        r = self.r
+        self.r, self.notes, sides = r, [], (r.height, r.width)
+        self.fill()
+        self.by_name = sides != (self.r.height, self.r.width)
+        self.r, self.recipe, notes = follow(self.r, checkpoint.kind)
+        self.notes, r = notes + self.notes, self.r
         self.clip_frames, self.clip_streams = 0, ()  # of the input video
         self.codes = (self.recipe.codes or "acescct") if r.color_space else "srgb"
         self.streams = BOTH[bool(r.audio_only) : 2 - bool(r.no_audio)]
@@ -93,6 +88,40 @@ class Resolver:
         skips = any(g.get("skip_step") for g in settings)
         shown = self.mode == "one" or r.reference_in_stage_2
         return shown and not r.step_cache and not skips
+
+    def fill(self) -> None:
+        """Replace a preset, a size by name and a duration by numbers. A size among the
+        model's defaults is kept."""
+        r, model = self.r, self.checkpoint
+        if r.size is r.preset is r.duration is None:
+            return
+        check(r)  # what excludes one of them would be replaced
+        found = dict.fromkeys(("preset", "size", "duration"))
+        if r.size:
+            found["height"], found["width"] = SIZES[r.size]
+        if r.duration is not None:
+            usual = self.files.probe(r.video).fps if r.video else None
+            rate = r.fps or float(usual or (SIZE | model.defaults)["fps"])
+            latents = int(max(r.duration * rate - 1, 0) / TIME_SCALE + 0.5)
+            frames = found["num_frames"] = latents * TIME_SCALE + 1
+            length = f"{frames} frames, {frames / rate:.2f} s"
+            self.notes.append(f"{r.duration:g} s at {rate:g} fps: {length}")
+        if r.preset:
+            named = {k for k in vars(r) if getattr(r, k) is not None} | found.keys()
+            named |= {"steps"} if r.sigmas else set()
+            sides, parts = {"height", "width"}, model.components
+            given = r.video or "height" in model.defaults or sides & named
+            named |= sides if given else set()
+            named |= set() if "diffusion_decoder" in parts else {"video_decoder"}
+            options, more = PRESETS[r.preset]
+            options = options | (more if model.kind == "dev" else {})
+            refines = r.distilled_lora and any("spatial" in name for name in parts)
+            if options.get("stages") == "hq" and not refines and "stages" not in named:
+                options["stages"] = "one"
+                needs = "hq needs --distilled-lora and an upsampler"
+                self.notes.append(f"--preset {r.preset}: one stage, as {needs}")
+            found |= {k: value for k, value in options.items() if k not in named}
+        self.r = replace(r, **found)
 
     # Checks
 

@@ -80,11 +80,9 @@ class MemoryPlan:
     def check(self) -> None:
         """UserError if there is not enough memory."""
         if not self.fits:
-            need, phase = self.peak
-            raise UserError(
-                f"{phase} needs {need / 1e9:.2f} GB but {self.limit / 1e9:.2f} GB are "
-                f"available; {self.suggestion}"
-            )
+            need, phase = f"{self.peak[0] / 1e9:.2f} GB", self.peak[1]
+            there = f"{self.limit / 1e9:.2f} GB are available"
+            raise UserError(f"{phase} needs {need} but {there}; {self.suggestion}")
 
     def __str__(self) -> str:
         rows = []
@@ -160,9 +158,9 @@ def limits(plan: MemoryPlan) -> Iterator[None]:
 class Estimator:
     """Estimates what stages of a model need; its headers are read once."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype):
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, gpu=None):
         self.config, self.dtype = checkpoint.config, dtype
-        self.gpu = mx.default_device().type != mx.cpu
+        self.gpu = mx.default_device().type != mx.cpu if gpu is None else gpu
         # The CPU computes in float32 some of what has 16 bits.
         self.item = dtype.size if self.gpu else max(dtype.size, 3)
         self.size, self.streamable = {}, {}

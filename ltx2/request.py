@@ -10,11 +10,32 @@ from typing import Any, Mapping, Optional, Union
 from .base import Checked, UserError, checked, expect
 from .guidance import Guidance
 from .options import ask, comma_separated, integers, match_groups, numbers, span
-from .presets import LANDSCAPE, PRESETS, SIZES
 from .sampling import SAMPLERS
 
 STAGES = ("one", "two", "hq", "dfr")
 NOT_DFR = "one two hq"  # dfr has a schedule, keyframes and rates of its own
+# Height and width, multiples of 64, which two stages need; upright with -portrait.
+LANDSCAPE = {
+    "480p": (512, 896),
+    "720p": (704, 1280),
+    "1080p": (1088, 1920),
+    "4k": (2176, 3840),
+    "full": (1024, 1536),  # what the models were made for
+    "square": (1024, 1024),
+}
+SIZES = LANDSCAPE | {
+    f"{name}-portrait": (w, h) for name, (h, w) in LANDSCAPE.items() if h != w
+}
+PRESETS = {  # options for all models, and more of dev models; those that are passed win
+    "draft": ({"height": 512, "width": 768}, {"stages": "one", "steps": 20}),
+    "fast": ({"height": 576, "width": 1024}, {"stages": "one", "steps": 20}),
+    "standard": ({"height": 704, "width": 1280}, {}),
+    "quality": (
+        {"height": 1024, "width": 1536, "video_decoder": "diffusion"},
+        {"stages": "hq"},
+    ),
+}
+FILLED = {k for both in PRESETS.values() for options in both for k in options}
 # Rules that several options share.
 WINDOWED = {"modes": "one two", "excludes": "retake audio_only temporal_upsample"}
 OF_REFERENCE = {"needs": "video", "excludes": "retake extend"}

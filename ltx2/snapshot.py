@@ -43,10 +43,8 @@ class Snapshot:
         length = {"num_frames", "auto_duration"}
         changed = [k for k in mine if k not in length and mine[k] != other[k]]
         if changed:
-            raise UserError(
-                f"the saved latents were made with another {' and '.join(changed)}: "
-                "resume with the same request, or with none"
-            )
+            made = f"the saved latents were made with another {' and '.join(changed)}"
+            raise UserError(f"{made}: resume with the same request, or with none")
 
     def check(self, job: Job, files: dict[str, str]) -> None:
         """UserError if the model or the plan differ, or the state is incomplete."""
@@ -57,10 +55,8 @@ class Snapshot:
             raise UserError("the latents were made with a different model or settings")
         stage = job.stages[self.stage] if self.step else None
         if stage and (stage.step_cache or stage.sampler == HISTORY):
-            raise UserError(
-                f"{HISTORY} and step_cache keep state that is not saved: resume only "
-                "between stages"
-            )
+            keep = f"{HISTORY} and step_cache keep state that is not saved"
+            raise UserError(f"{keep}: resume only between stages")
 
     def save(self, path: Union[str, Path]) -> None:
         """Write a safetensors file, which takes its name when it is complete."""

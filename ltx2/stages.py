@@ -181,15 +181,11 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
     r, stages = p.r, tuple(p.stages())
     frames, sound = stages[0].size.num_frames, stages[0].size.audio_tokens
     if "audio" in p.streams and not sound:
-        raise UserError(
-            f"{r.num_frames} frames at {r.fps:g} fps are too short for audio: increase "
-            "num_frames or set no_audio"
-        )
+        short = f"{r.num_frames} frames at {r.fps:g} fps are too short for audio"
+        raise UserError(f"{short}: increase num_frames or set no_audio")
     if p.mode == "dfr" and frames != r.num_frames and r.auto_duration is None:
-        p.notes.append(
-            f"{frames} frames are generated, in whole segments between keyframes, and "
-            f"cut to {r.num_frames}"
-        )
+        whole = f"{frames} frames are generated, in whole segments between keyframes"
+        p.notes.append(f"{whole}, and cut to {r.num_frames}")
     prompts, decoder = (*r.prompts, *p.negative_prompt()), p.decoder()
     if r.decode_with_keyframes and decoder == "vae":
         p.notes.append("decode_with_keyframes is ignored: it is for diffusion decoders")
@@ -278,10 +274,9 @@ class Planner(Resolver):
         lengths = self.clip_frames, frames
         found = windows.extended(*lengths, r.extend < 0, chunk, carry, blend)
         if windows.with_clip(found, frames, blend) != found:
-            end = "last" if r.extend > 0 else "first"
+            seen = f"only its {'last' if r.extend > 0 else 'first'} {carry} frames are seen"
             self.notes.append(
-                f"{r.video}: only its {end} {carry} frames are seen; the result has its "
-                "own frames and sound"
+                f"{r.video}: {seen}; the result has its own frames and sound"
             )
         return found
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {  # a file imports files of lower layers only, not of its own
     "errors and configurations": "base chips",
     "tools": "linear latents options hub guards conv color",
-    "layers and files": "layers media sampling windows lora tiles quantization presets",
+    "layers and files": "layers media sampling windows lora tiles quantization",
     "EXR files": "exr",
     "models": "dit text vae diffusion_decoder audio_vae vocoder upsampler duration",
     "looking": "page sheet",

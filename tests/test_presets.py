@@ -8,8 +8,7 @@ import generate
 from ltx2 import pipeline, record
 from ltx2.base import UserError
 from ltx2.options import is_set
-from ltx2.presets import PRESETS, SIZES
-from ltx2.request import Request
+from ltx2.request import PRESETS, SIZES, Request
 
 
 @pytest.fixture
