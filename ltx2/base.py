@@ -198,12 +198,17 @@ def within(trace: Trace, scope: str) -> Trace:
     return trace and (lambda name, x: trace(f"{scope}.{name}", x))
 
 
+def cell(x: Any) -> str:
+    """What a table shows: text, or a number with four digits."""
+    return x if isinstance(x, str) else f"{x:.4g}"
+
+
 def table(heads: Sequence[str], rows: Iterable[Sequence]) -> str:
     """Aligned columns below their heads: text to the left, 4 digits to the right."""
     columns = []
     for head, *cells in zip(heads, *rows):
         pad = str.ljust if isinstance((cells or [head])[0], str) else str.rjust
-        texts = [x if isinstance(x, str) else f"{x:.4g}" for x in [head, *cells]]
+        texts = [cell(x) for x in [head, *cells]]
         columns.append([pad(text, max(map(len, texts))) for text in texts])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
