@@ -54,7 +54,8 @@ class Resolver:
         self.notes, r = notes + self.notes, self.r
         self.clip_frames, self.clip_streams = 0, ()  # of the input video
         self.codes = (self.recipe.codes or "acescct") if r.color_space else "srgb"
-        self.streams = BOTH[bool(r.audio_only) : 2 - bool(r.no_audio)]
+        video_only = (self.recipe.codes or self.recipe.matte) and not r.audio
+        self.streams = BOTH[bool(r.audio_only) : 2 - bool(r.no_audio or video_only)]
         self.distilled = checkpoint.kind == "distilled"
         parts = checkpoint.components
         upsamplers = [name for name in parts if name.startswith("spatial_upsampler")]

@@ -30,6 +30,7 @@ class Recipe:
     pads: bool = False  # a clip whose sides do not suit the model
     codes: str = ""  # what frames are before they are decoded to light, of color.SPACES
     matte: bool = False  # its result is the clip's alpha
+
     advice: str = ""
 
 
@@ -37,8 +38,8 @@ ONE = {"stages": "one"}
 NIGHT = ONE | {"fps": 24.0}
 WINDOWS = ONE | {"chunk_frames": 97, "carry_frames": 17}
 DUB = {"stages": "two", "reference_in_stage_2": True}
-LIGHT = {"no_audio": True, "color_space": "srgb_linear"}
-MATTE = ONE | {"no_audio": True, "video_guidance": PLAIN}
+LIGHT = {"color_space": "srgb_linear"}
+MATTE = ONE | {"video_guidance": PLAIN}
 SLOW = "add --conditioned-fps, the rate / the speed (1 to 0.025): 48 is half of 24"
 RECIPES = {
     "alpha-gen": Recipe("", MATTE, 145, "dev", no_prompt=True, matte=True),
@@ -102,8 +103,6 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
             for k, v in usual.items()
             if not is_set(r, k) and mode in modes_of(k, mode)
         }
-        if r.audio:
-            changes.pop("no_audio", None)
         if kind == "distilled":  # has no guidance to set
             changes.pop("video_guidance", None)
         if recipe.trigger and not re.search(rf"\b{recipe.trigger}\b", r.prompt, re.I):
@@ -127,5 +126,6 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
             extra=max(all_of.extra, recipe.extra if shown else 0),
             pads=shown,
             codes=recipe.codes or all_of.codes,
+            matte=recipe.matte or all_of.matte,
         )
     return r, all_of, notes

@@ -371,6 +371,7 @@ class Run:
         )
         if "audio" in streams:
             result.audio_latents = own("audio", lambda w: carried_tokens(w, size.fps))
+        if "audio" in streams or job.soundtrack:
             yield Phase(phase="audio", job=n, step=0, steps=0)
             with self.meter.phase("audio"):
                 self.decode_audio(job, latents, result)
@@ -401,13 +402,14 @@ class Run:
         yield result
 
     def decode_audio(self, job: Job, latents: Streams, result: Result) -> None:
-        """The waveform: the audio input unchanged, or decoded."""
+        """The waveform: that of an input file unchanged, or decoded."""
         r, model, size = job.request, self.model, job.size
-        if r.audio:
-            seconds = size.num_frames / size.fps
-            sound = media.read_audio(r.audio, r.audio_start, seconds)
-            result.waveform, result.sample_rate = sound
-            result.sound_file = None if r.audio_start else r.audio
+        if job.soundtrack:
+            path, start = job.soundtrack
+            if model.inputs.probe(path).has_audio:
+                sound = media.read_audio(path, start, size.num_frames / size.fps)
+                result.waveform, result.sample_rate = sound
+                result.sound_file = None if start else path
             return
         pieces, rate = [], model.vocoder.sample_rate
         for window in job.parts:

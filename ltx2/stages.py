@@ -163,6 +163,14 @@ class Job:
         return "audio" in self.streams and self.request.audio is None
 
     @property
+    def soundtrack(self) -> Optional[tuple[str, float]]:
+        """The file whose sound the result has, and where it starts, in seconds."""
+        r = self.request
+        if r.audio or r.no_audio or "audio" in self.streams:
+            return r.audio and (r.audio, r.audio_start)
+        return r.video and (r.video, 0.0)
+
+    @property
     def encoded(self) -> list[tuple[Condition, Size]]:
         """The conditions that need an encoder, each with its stage's size."""
         both = ((c, s.size) for s in self.stages for c in s.all_conditions)

@@ -130,6 +130,22 @@ def test_frames_hold_the_color_space_that_is_asked_for(pipe, request_for, space)
     np.testing.assert_allclose(result.frames, expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("no_audio", [False, True])
+def test_the_clips_sound_is_kept_unless_it_is_not_wanted(
+    pipe, request_for, tmp_path, no_audio
+):
+    request = request_for(frames=FRAMES[:9], no_audio=no_audio)
+    tone = np.sin(np.arange(48000) / 20)[None].repeat(2, 0).astype(np.float32)
+    save_clip(Path(request.video), FRAMES[:9], 24, tone, 48000)
+    result = pipe.generate(**vars(request))
+    assert result.audio_latents is None
+    result.save(tmp_path / "hdr.mp4")
+    found = media.probe(tmp_path / "hdr.mp4")
+    assert found.num_frames == 9 and found.has_audio != no_audio
+    if not no_audio:
+        np.testing.assert_allclose(result.waveform, tone.T[:18000], atol=1e-6)
+
+
 def test_light_is_decoded_in_float32(pipe, request_for, monkeypatch):
     found = []
 
