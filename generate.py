@@ -189,7 +189,10 @@ def make(pipe: Any, jobs: list, names: list[str], resume: Any, args: Any) -> Non
                 if path.exists() and (args.save_latents or not latents):
                     print(f"wrote {path}")
         next(events, None)  # the last file is written, too
-    print(timings(result.phases))
+    seconds, peaks = zip(*result.phases.values())
+    phases = result.phases | {"all": (sum(seconds), max(peaks))}
+    rows = [(k, round(s, 3), round(n / 1e9, 3)) for k, (s, n) in phases.items()]
+    print(base.table(("phase", "seconds", "peak GB"), rows))
     if args.open:
         base.open_files(names)
 
@@ -205,9 +208,7 @@ def init_distributed() -> Any:
     return group if group.size() > 1 else None
 
 
-def from_recording(
-    args: argparse.Namespace, passed: dict[str, Any]
-) -> tuple[dict, Any, Any, Any]:
+def from_recording(args: Any, passed: dict[str, Any]) -> tuple[dict, Any, Any, Any]:
     """What an earlier video or saved latents give: load, request, snapshot, record."""
     from ltx2 import record, snapshot
 
@@ -245,10 +246,7 @@ def passed_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_requests(
-    args: argparse.Namespace,
-    recorded: Optional[Request],
-    passed: dict[str, Any],
-    group: Any = None,
+    args: Any, recorded: Optional[Request], passed: dict[str, Any], group: Any = None
 ) -> list[Request]:
     """The recorded request changed by flags, for each prompt with consecutive seeds."""
     from ltx2.parallel import random_seed
@@ -298,9 +296,7 @@ def files_of(args: argparse.Namespace, r: Request) -> outputs.Files:
     return outputs.Files(kinds, args.codec, r.color_space or "srgb", r.audio_only)
 
 
-def name_outputs(
-    args: argparse.Namespace, requests: list[Request], say: bool = False
-) -> list[str]:
+def name_outputs(args: Any, requests: list[Request], say: bool = False) -> list[str]:
     """Names of the videos, none of them taken or an input, where all can be written."""
     from ltx2 import formats
 
@@ -415,14 +411,6 @@ class Progress:
         if event.step % self.args.preview_every == 0:
             path = next_to(self.names[event.job], PREVIEW)
             media.save_png(path, self.preview(event.denoised["video"]))
-
-
-def timings(phases: dict[str, tuple[float, float]]) -> str:
-    """Seconds and peak memory by phase."""
-    seconds, peaks = zip(*phases.values())
-    every = phases | {"all": (sum(seconds), max(peaks))}
-    rows = [(k, round(s, 3), round(n / 1e9, 3)) for k, (s, n) in every.items()]
-    return base.table(("phase", "seconds", "peak GB"), rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from . import hub
 from .base import UserError
-from .guidance import Contexts
+from .guidance import Contexts, TextContexts
 from .weights import save_arrays
 
 NAMES = "{}_context", "{}_prompt_embeds", "{}"  # adapters', diffusers', a cache's
@@ -28,12 +28,7 @@ def read_contexts(path: str | Path) -> tuple[Optional[mx.array], ...]:
     return tuple(found)
 
 
-def check_contexts(
-    path: str,
-    contexts: tuple[Optional[mx.array], ...],
-    config: dict[str, Any],
-    streams: Sequence[str],
-) -> None:
+def check_contexts(path: str, contexts: Contexts, config: dict, streams: Sequence):
     """UserError unless a file's contexts fit the transformer and are of all streams."""
     for stream, x in zip(("video", "audio"), contexts):
         width = "caption_channels"  # that is projected to the transformer's
@@ -59,11 +54,7 @@ class ContextCache:
         name = hashlib.sha256(key.encode()).hexdigest()
         return self.folder / f"{name}.safetensors"
 
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        encode: Callable[[Sequence[str]], dict[str, Contexts]],
-    ) -> dict[str, Contexts]:
+    def __call__(self, prompts: Sequence[str], encode: Callable) -> TextContexts:
         """Contexts by prompt; those that are not there are made and kept."""
         kept = {prompt: self.read(prompt) for prompt in prompts}
         missing = [prompt for prompt, contexts in kept.items() if contexts is None]

@@ -1,12 +1,12 @@
 """Guidance: its settings, the model passes it needs, and the guided denoiser."""
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, Optional
+from typing import Any, Mapping, Optional
 
 import mlx.core as mx
 import numpy as np
 
-from .base import Checked, Trace, within
+from .base import Checked, within
 from .dit import ALL_BLOCKS, NO_BLOCKS, DiT, Pass, Tokens
 from .latents import LatentState, States, Streams
 from .layers import Nag, Rope, Steering
@@ -57,13 +57,7 @@ class Guidance(Checked):
         """Whether this step reuses the last prediction."""
         return step % (self.skip_step + 1) != 0
 
-    def __call__(
-        self,
-        cond: mx.array,
-        uncond: Optional[mx.array] = None,
-        perturbed: Optional[mx.array] = None,
-        isolated: Optional[mx.array] = None,
-    ) -> mx.array:
+    def __call__(self, cond, uncond=None, perturbed=None, isolated=None) -> mx.array:
         """Combine predictions of x0 (1, T, C); those that no scale uses may be None."""
         x = cond
         if self.cfg_scale != 1:
@@ -136,15 +130,7 @@ def stream_tokens(
 class GuidedDenoiser:
     """Computes x0 of the streams: passes combined by guidance, held to clean tokens."""
 
-    def __init__(
-        self,
-        transformer: DiT,
-        states: States,
-        texts: list,
-        stage: Any,
-        agree: Callable[[float], float],
-        trace: Trace,
-    ):
+    def __init__(self, transformer: DiT, states: States, texts, stage, agree, trace):
         """`texts` are `DiT.project_text`'s of prompt and negative prompt. A stage's
         `step_cache` is the relative change of the tokens below which x0 is reused; `agree`
         makes several machines decide that alike."""

@@ -118,11 +118,9 @@ def audio_bounds(tokens: int) -> np.ndarray:
 def to_tokens(latents: mx.array) -> mx.array:
     """Latents of video (B, F, H, W, C) or audio (B, T, mel, C) as tokens (B, n, C): by
     frame, row, column; of audio (B, T, C * mel)."""
-    return (
-        latents.flatten(1, 3)
-        if latents.ndim == 5
-        else latents.swapaxes(2, 3).flatten(2)
-    )
+    if latents.ndim == 5:
+        return latents.flatten(1, 3)
+    return latents.swapaxes(2, 3).flatten(2)
 
 
 def audio_from_tokens(tokens: mx.array, channels: int) -> mx.array:
@@ -148,9 +146,7 @@ class LatentState:
     starts_as_noise: bool = False  # even where the mask holds the clean tokens
 
     @classmethod
-    def initial(
-        cls, bounds: np.ndarray, channels: int, initial: Optional[mx.array] = None
-    ) -> LatentState:
+    def initial(cls, bounds: np.ndarray, channels: int, initial=None) -> LatentState:
         """A state in which every token is generated, from zeros or initial tokens."""
         tokens = bounds.shape[1]
         if initial is None:

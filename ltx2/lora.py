@@ -262,11 +262,7 @@ class LoRALinear(nn.Module):
         return y + linear.bias if "bias" in linear else y
 
 
-def merge(
-    w: mx.array,
-    factors: Iterable[tuple[mx.array, mx.array, float]],
-    stored: Optional[mx.Dtype] = None,
-) -> mx.array:
+def merge(w: mx.array, factors: Iterable[tuple], stored=None) -> mx.array:
     """W + sum of s B A, computed in float32 and rounded once to the `stored` dtype of W
     (None: its own), lazily: the reference adds LoRAs to the weights as stored."""
     total = w.astype(mx.float32)

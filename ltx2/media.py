@@ -169,9 +169,7 @@ def ffmpeg(problem: str, *options: str, folder: str = ".") -> Iterator[Popen]:
         raise UserError(f"{problem} ({reason})")
 
 
-def run_ffmpeg(
-    problem: str, *options: str, data: bytes = b"", folder: str = "."
-) -> bytes:
+def run_ffmpeg(problem: str, *options: str, data=b"", folder: str = ".") -> bytes:
     """Run ffmpeg with `data` as its standard input; returns its standard output."""
     with ffmpeg(problem, *options, folder=folder) as process:
         return process.communicate(data)[0]
@@ -297,10 +295,7 @@ def probe(path: PathLike) -> Media:
 
 
 def read_video(
-    path: PathLike,
-    start_frame: int = 0,
-    num_frames: int | None = None,
-    fps: float | Fraction | None = None,
+    path: PathLike, start_frame: int = 0, num_frames: int | None = None, fps=None
 ) -> Iterator[np.ndarray]:
     """Stream the frames (H, W, 3) uint8 of a video, counted from 0.
 
@@ -429,9 +424,7 @@ def save_png(path: PathLike, image: np.ndarray) -> None:
         Path(folder, "new").write_bytes(png(image))
 
 
-def mux(
-    path: PathLike, folder: str, options: str, metadata: Metadata | None, data: bytes
-) -> None:
+def mux(path: PathLike, folder: str, options: str, metadata: Any, data: bytes) -> None:
     """Write "new" in a workspace by ffmpeg: input 0 is metadata, `options` the rest."""
     text = re.sub(r"([=;#\\])", r"\\\1", json.dumps(metadata)) if metadata else ""
     # As an argument it might be too long.
@@ -442,9 +435,7 @@ def mux(
     run_ffmpeg(f"{path}: cannot be written", options, only, data=data, folder=folder)
 
 
-def write_wav(
-    path: PathLike, waveform: np.ndarray, rate: int, metadata: Metadata | None = None
-) -> None:
+def write_wav(path: PathLike, waveform: np.ndarray, rate: int, metadata=None) -> None:
     """Write a waveform (samples, channels) float32 as 16-bit sound, clipped to [-1, 1]."""
     options = f"-f f32le -ar {rate} -ac {waveform.shape[1]} -i pipe:0 -f wav"
     with workspace(path) as folder:

@@ -51,11 +51,14 @@ class Footprint:
         return self.weights + self.buffers - self.streamable * streamed
 
 
+Phases = Mapping[str, Footprint]
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """What the phases need, what is available, and whether blocks are streamed."""
 
-    phases: Mapping[str, Footprint]
+    phases: Phases
     limit: int
     streamed: bool = False
     suggestion: str = ""  # what would fit, if this does not
@@ -96,9 +99,7 @@ class MemoryPlan:
         return f"{table(heads, rows)}\n{limit}"
 
 
-def planned(
-    phases: Mapping[str, Footprint], limit: int, low_memory: Optional[bool]
-) -> MemoryPlan:
+def planned(phases: Phases, limit: int, low_memory: Optional[bool]) -> MemoryPlan:
     """A plan that streams blocks with `low_memory`, or if it is None and they do not fit."""
     plan = MemoryPlan(phases, limit, bool(low_memory))
     must = low_memory is None and not plan.fits
@@ -186,9 +187,7 @@ class Estimator:
         c = TextConfig.from_dict(self.config["transformer"])
         self.connectors = c.video, c.audio
 
-    def __call__(
-        self, job: Any, loras: Callable[[str], int], shards: int = 1
-    ) -> dict[str, Footprint]:
+    def __call__(self, job: Any, loras: Callable[[str], int], shards=1) -> Phases:
         """A job's phases after the text; `loras` gives a file's bytes."""
         stages, decoder = job.stages, job.decoder
         contexts, phases = self.contexts(len(job.prompts)), {}

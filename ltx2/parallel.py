@@ -11,8 +11,8 @@ from typing import Any, Callable, Optional, Sequence, TypeVar, Union
 import mlx.core as mx
 import numpy as np
 
-from .base import Trace, UserError
-from .dit import Block, DiT, DiTConfig, Pass, Tokens
+from .base import UserError
+from .dit import Block, DiT, DiTConfig, Pass
 
 Group = mx.distributed.Group
 T = TypeVar("T")
@@ -50,14 +50,7 @@ class PassParallel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def __call__(
-        self,
-        video: Optional[Tokens],
-        audio: Optional[Tokens],
-        texts: list,
-        passes: list[Pass],
-        trace: Trace = None,
-    ) -> list[tuple[Optional[mx.array], Optional[mx.array]]]:
+    def __call__(self, video, audio, texts: list, passes: list[Pass], trace=None):
         """Velocities (video, audio) of each pass, float32."""
         local = slice(self.group.rank(), None, self.group.size())
         own = passes[local] and self.model(video, audio, texts, passes[local], trace)
@@ -89,9 +82,7 @@ class Machines:
     def __str__(self) -> str:
         return MODES.get(self.mode, "one machine")
 
-    def split(
-        self, jobs: int, passes: int, fits: bool, c: DiTConfig, group_size: int
-    ) -> None:
+    def split(self, jobs: int, passes: int, fits: bool, c: DiTConfig, group_size: int):
         """Choose the requested mode, or the one that exchanges least if all `fits`."""
         if self.group is None:
             return

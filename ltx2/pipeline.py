@@ -14,7 +14,7 @@ from . import hub, memory, weights
 from .base import Trace, UserError, checked, counted
 from .chips import this_chip
 from .components import Components
-from .guidance import Contexts, guidance_passes
+from .guidance import TextContexts, guidance_passes
 from .linear import layer_formats
 from .options import check_choice
 from .parallel import Group, Machines, random_seed
@@ -29,6 +29,9 @@ from .text import enhance
 
 __all__ = ["Event", "Frames", "Phase", "Result", "Step", "seeded_noise"]  # of run.py
 __all__ += ["Pipeline", "load"]
+
+
+Asked = Union[str, Request, Job]
 
 
 class Pipeline(Components):
@@ -118,9 +121,7 @@ class Pipeline(Components):
 
     # A run
 
-    def generate(
-        self, prompt: Union[str, Request, Job, None] = None, **options: Any
-    ) -> Result:
+    def generate(self, prompt: Optional[Asked] = None, **options: Any) -> Result:
         """Make one video; `options` are fields of `Request`, and those of `stream`."""
         names = ("noise", "trace", "contexts", "resume", "frozen_from_noise")
         of_run = {name: options.pop(name) for name in names if name in options}
@@ -138,10 +139,10 @@ class Pipeline(Components):
 
     def stream(
         self,
-        *requests: Union[str, Request, Job],
+        *requests: Asked,
         noise: Union[Noise, Sequence[Noise], None] = None,
         trace: Trace = None,
-        contexts: Optional[dict[str, Contexts]] = None,
+        contexts: Optional[TextContexts] = None,
         resume: Optional[Snapshot] = None,
         frozen_from_noise: bool = False,
     ) -> Iterator[Event]:
@@ -177,13 +178,7 @@ class Pipeline(Components):
         with memory.limits(plan):
             yield from self._events(run, jobs, contexts, resume)
 
-    def _events(
-        self,
-        run: Run,
-        jobs: list[Job],
-        contexts: Optional[dict[str, Contexts]],
-        resume: Optional[Snapshot],
-    ) -> Iterator[Event]:
+    def _events(self, run: Run, jobs: list[Job], contexts, resume) -> Iterator[Event]:
         """What `stream` yields."""
         if contexts is None:
             yield Phase(phase="text", step=0, steps=0)
@@ -233,12 +228,7 @@ class Pipeline(Components):
                 jobs = [self.plan(resume.request)]
         return jobs
 
-    def _prepare(
-        self,
-        jobs: list[Job],
-        contexts: Optional[Mapping[str, Contexts]],
-        resume: Optional[Snapshot],
-    ) -> memory.MemoryPlan:
+    def _prepare(self, jobs: list[Job], contexts, resume) -> memory.MemoryPlan:
         """Check what can be checked before weights are read, and fetch them."""
         lacks = {p for job in jobs for p in job.texts} - {*(contexts or ())}
         if contexts and lacks:

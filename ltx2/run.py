@@ -4,8 +4,7 @@ import time
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Generator, Iterable, Iterator, Optional, Sequence, Union
+from typing import Any, Generator, Iterator, Optional, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -69,6 +68,9 @@ class Frames(Event):
     """Frames are decoded; `step` of `steps` frames are."""
 
 
+Steps = Generator[Step, None, Snapshot]
+
+
 @dataclass(kw_only=True)
 class Result(Event):
     """A video with its sound; latents are normalized, as the model sees them, and have
@@ -84,21 +86,12 @@ class Result(Event):
     phases: dict[str, tuple[float, float]] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    def save(
-        self, path: Union[str, Path], codec: Optional[str] = None, metadata: bool = True
-    ) -> None:
+    def save(self, path: media.PathLike, codec=None, metadata: bool = True) -> None:
         """Write the result as `save` does."""
         save(path, self.request, self.fps, [self], codec, metadata)
 
 
-def save(
-    path: Union[str, Path],
-    r: Request,
-    fps: float,
-    events: Iterable[Event],
-    codec: Optional[str] = None,
-    metadata: bool = True,
-) -> Result:
+def save(path: str, r: Request, fps, events, codec=None, metadata=True) -> Result:
     """Write frames as they are decoded and sound as long as they are, or a wav. A matte
     has the clip's frames as color where the format has alpha."""
     made = lambda result: changed(result.metadata, name_only) if metadata else None
@@ -231,18 +224,14 @@ class Run:
         """By stage, the conditionings from input files; none for finished stages."""
         encoders = self.encoders(job)
         with self.meter.phase("inputs"):
-            return [
-                {
-                    c: c.load(stage.size, encoders)
-                    for c in stage.all_conditions
-                    if not c.carried and i >= (resume.stage if resume else 0)
-                }
-                for i, stage in enumerate(job.stages)
-            ]
+            loaded: list[Loaded] = [{} for _ in job.stages]
+            first = resume.stage if resume else 0
+            for found, stage in [*zip(loaded, job.stages)][first:]:
+                conditions = (c for c in stage.all_conditions if not c.carried)
+                found |= {c: c.load(stage.size, encoders) for c in conditions}
+            return loaded
 
-    def denoise(
-        self, job: int, stage: Stage, at: Snapshot, *inputs: Any
-    ) -> Generator[Step, None, Snapshot]:
+    def denoise(self, job: int, stage: Stage, at: Snapshot, *inputs: Any) -> Steps:
         """One stage: a Step after each of its steps, and the snapshot at its end. Once, if
         its first step is not finite, it is repeated in the model's fallback dtype."""
         try:
@@ -253,15 +242,7 @@ class Run:
         at = replace(at, load=replace(at.load, dtype=dtype))
         return (yield from self._denoise(job, stage, at, *inputs))
 
-    def _denoise(
-        self,
-        job: int,
-        stage: Stage,
-        at: Snapshot,
-        loaded: Loaded,
-        contexts: list[Contexts],
-        noise: Noise,
-    ) -> Generator[Step, None, Snapshot]:
+    def _denoise(self, job: int, stage: Stage, at: Snapshot, loaded, contexts, noise):
         """`denoise`, in the model's dtype."""
         with self.meter.phase(stage.phase):
             trace = within(self.trace, stage.name)
@@ -308,9 +289,7 @@ class Run:
         channels = {"video": config.in_channels, "audio": config.audio_in_channels}
         return stage.states(channels, source, loaded)
 
-    def denoiser(
-        self, stage: Stage, states: States, contexts: list, trace: Trace
-    ) -> GuidedDenoiser | TiledDenoiser:
+    def denoiser(self, stage: Stage, states: States, contexts: list, trace: Trace):
         """The stage's transformer with its LoRAs and guidance, whole or in tiles."""
         machines, model = self.model.machines, self.model
         transformer = model.transformer_with(stage.loras, self.streamed)
@@ -431,9 +410,7 @@ class Run:
         result.waveform = result.waveform[: round(size.num_frames / size.fps * rate)]
         check_waveform(result.waveform)
 
-    def decode_video(
-        self, n: int, job: Job, latents: Streams, window: Window
-    ) -> Iterator[mx.array]:
+    def decode_video(self, n: int, job: Job, latents: Streams, window: Window):
         """Frames (1, n, H, W, 3) in [0, 1] of a window."""
         r = job.request
         if window.given:  # of a clip that is extended

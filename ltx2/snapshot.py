@@ -61,11 +61,9 @@ class Snapshot:
     def save(self, path: Union[str, Path]) -> None:
         """Write a safetensors file, which takes its name when it is complete."""
         state = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        arrays = {
-            f"{part}.{name}": x
-            for part in self.ARRAYS
-            for name, x in state.pop(part).items()
-        }
+        arrays = {}
+        for part in self.ARRAYS:
+            arrays |= {f"{part}.{k}": x for k, x in state.pop(part).items()}
         state |= {k: dataclasses.asdict(state[k]) for k in ("request", "load")}
         state["shapes"] = {key: x.shape for key, x in arrays.items()}
         save_arrays(path, arrays, {"ltx2": json.dumps(state)})

@@ -37,7 +37,7 @@ class Row(NamedTuple):
     keeps_audio: bool = False  # of the stage before
 
 
-Rows, Places = tuple[Row, ...], tuple[int, ...]
+Rows, Places, Loras = tuple[Row, ...], tuple[int, ...], tuple[LoraFile, ...]
 ANCESTRAL = "ancestral"  # euler, before LTX-2.5
 VIDEO, AUDIO = ("video", "keyframes"), ("audio",)
 ALL = VIDEO + AUDIO
@@ -46,28 +46,22 @@ MODES = {
     "one": (Row("full", OWN, "euler", True, 0, None, ALL),),
     "two": (
         Row("small", OWN, ANCESTRAL, True, 0, None, ()),
-        Row("full", REFINE_SIGMAS, ANCESTRAL, False, 1, "spatial", ALL),
-    ),
+        Row("full", REFINE_SIGMAS, ANCESTRAL, False, 1, "spatial", ALL)),
     "two with a reference": (
         Row("small", OWN, "euler", True, 0, None, ()),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ALL),
-    ),
+        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ALL)),
     "two of a dub": (  # whose reference has sound, in stage 2 too
         Row("small", OWN, "euler", True, 0, None, ()),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ALL, True, True),
-    ),
+        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ALL, True, True)),
     "two of a dev model": (  # whose refining does not improve the sound
         Row("small", OWN, "euler", True, 0, None, AUDIO),
-        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", VIDEO, True, True),
-    ),
+        Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", VIDEO, True, True)),
     "hq": (
         Row("small", OWN, "res_2s", True, 0.25, None, AUDIO),
-        Row("full", REFINE_SIGMAS, "res_2s", False, 0.5, "spatial", VIDEO, False),
-    ),
+        Row("full", REFINE_SIGMAS, "res_2s", False, 0.5, "spatial", VIDEO, False)),
     "dfr": (
         Row("small", DISTILLED_SIGMAS, ANCESTRAL, False, 1, None, AUDIO),
-        Row("full", REFINE_SIGMAS, ANCESTRAL, False, 1, "spatial", VIDEO),
-    ),
+        Row("full", REFINE_SIGMAS, ANCESTRAL, False, 1, "spatial", VIDEO)),
 }
 DOUBLED = Row("doubled", REFINE_SIGMAS, "euler", False, 1, "temporal", VIDEO, False)
 # fmt: on
@@ -376,9 +370,7 @@ class Planner(Resolver):
             prompts=self.prompts(part.first, size, fps / rate),
         )
 
-    def loras(
-        self, n: Optional[int], distilled: float, detail: bool = False
-    ) -> tuple[LoraFile, ...]:
+    def loras(self, n: Optional[int], distilled: float, detail=False) -> Loras:
         """Stage `n`'s LoRAs, the distilled one by a factor; a reference's in stage 1."""
         r = self.r
         general = n != 2 or not r.has_reference or r.reference_in_stage_2
@@ -451,9 +443,7 @@ class Planner(Resolver):
             elif stream == "video" or ends > start:
                 yield conditions.HoldClip(*part, before)
 
-    def images(
-        self, size: Size, rate: int, first: int = 0, owned: Optional[range] = None
-    ) -> Iterator[Condition]:
+    def images(self, size: Size, rate: int, first=0, owned=None) -> Iterator[Condition]:
         """The images of a stage from frame `first` on, at frames of `owned`."""
         r, crf = self.r, 18 if self.checkpoint.version >= (2, 4) else 33
         crf = crf if r.image_crf is None else r.image_crf

@@ -76,9 +76,7 @@ def divide(num_frames: int, chunk: int, carry: int, blend: int) -> list[Window]:
     return windows
 
 
-def extended(
-    clip: int, total: int, before: bool, chunk: int, carry: int, blend: int
-) -> list[Window]:
+def extended(clip: int, total: int, before: bool, chunk: int, carry: int, blend: int):
     """The windows that make a clip `total` frames long, after its end or `before`."""
     rest = max(clip - carry, 0)
     if total <= chunk or before and not rest:
@@ -109,9 +107,7 @@ def carried_tokens(window: Window, fps: float, out: bool = False) -> int:
     return max(1, latents.audio_tokens(frames, fps)) if frames else 0
 
 
-def blended(
-    windows: list[Window], decode: Callable[[Window], Iterator[mx.array]]
-) -> Iterator[mx.array]:
+def blended(windows: list[Window], decode: Callable) -> Iterator[mx.array]:
     """The frames (1, n, H, W, 3) of all windows; shared ones are blended by place."""
     waiting: deque[mx.array] = deque()  # the last frames of the window before
     for window in windows:
@@ -133,9 +129,7 @@ def blended(
                 place += 1
 
 
-def crossfaded(
-    pieces: list[np.ndarray], windows: list[Window], fps: float, rate: int
-) -> np.ndarray:
+def crossfaded(pieces: list, windows: list, fps: float, rate: int) -> np.ndarray:
     """The waveforms (samples, channels) of all windows as one. What a window owns is
     kept, and up to 40 ms more where frames are blended, to fade in (constant power)."""
     done, waiting, end = [], pieces[0][:0], 0
