@@ -158,7 +158,7 @@ def test_the_command_line_needs_no_prompt_then(checkpoint, save, tmp_path, monke
     )
     generate.main()
     monkeypatch.setattr(sys, "argv", [*argv, "--enhance-prompt"])
-    with pytest.raises(UserError, match="remove --contexts"):
+    with pytest.raises(UserError, match="combined with --contexts"):
         generate.main()
     monkeypatch.setattr(sys, "argv", [*argv, "--contexts", str(tmp_path / "b.mp4")])
     with pytest.raises(UserError, match="b.mp4: no such file"):
