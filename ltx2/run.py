@@ -414,10 +414,9 @@ class Run:
         """Frames (1, n, H, W, 3) in [0, 1] of a window."""
         r = job.request
         if window.given:  # of a clip that is extended
-            clip, encoders = frames_of(
-                r.video, 0, window.num_frames, r.fps
-            ), self.encoders(job)
-            return (encoders.seen(r.video, x, job.size) / 2 + 0.5 for x in clip)
+            clip = frames_of(r.video, 0, window.num_frames, r.fps)
+            seen = self.encoders(job).seen
+            return (seen(r.video, x, job.size) / 2 + 0.5 for x in clip)
         noise, video = self.noise_of(n, job), latents[window.prefix + "video"]
         draw = lambda name, shape: noise(window.prefix + name, shape)
         how = {"bias": r.decode_bias, "trace": within(self.trace, "video")}
