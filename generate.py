@@ -342,9 +342,7 @@ def describe(pipe: Any, job: Any) -> str:
 def enhanced(pipe: Any, job: Any) -> Any:
     """The job with its prompt expanded."""
     if job.request.contexts_file or job.request.segments:
-        raise UserError(
-            "--enhance-prompt cannot be combined with --contexts, --segment"
-        )
+        raise UserError("--enhance-prompt cannot be combined with --contexts/--segment")
     prompt, *negative = job.prompts
     prompt = pipe.enhance(prompt, job.request.seed)
     print(f"prompt: {prompt}")

@@ -172,9 +172,7 @@ class Config:
             allowed = cls.FIXED.get(key, (value,))
             if value not in allowed:
                 only = " or ".join(map(repr, allowed))
-                raise UserError(
-                    f"{name}: {key} is {value!r}, only {only} is implemented"
-                )
+                raise UserError(f"{name}: {key} {value!r}: only {only} is implemented")
         unknown = section.keys() - fields - cls.FIXED.keys() - cls.UNUSED
         if unknown and not cls.PARTIAL:
             report = {key: section[key] for key in sorted(unknown)}

@@ -195,9 +195,8 @@ class Resolver:
             yield f"{two}, and goes without step_cache and skip_step"
         if r.tile_size and (len(r.tile_size) != 2 or any(map(odd, r.tile_size))):
             yield "tile_size is height,width: two multiples of 32 from 64 on, as 1024,1536"
-        if r.decode_with_keyframes and not (
-            r.generated_keyframes or self.mode == "dfr"
-        ):
+        keyframes = r.generated_keyframes or self.mode == "dfr"
+        if r.decode_with_keyframes and not keyframes:
             yield "decode_with_keyframes needs generated_keyframes"
         if low > high:
             yield "guidance_interval must be from a lower to a higher sigma"
@@ -248,17 +247,16 @@ class Resolver:
 
     def fit_duration(self) -> None:
         """The most frames the duration head may predict, if nothing else decides."""
-        if self.r.segments and not self.r.video and self.r.num_frames is None:
-            fps = SIZE["fps"] if self.r.fps is None else self.r.fps
-            latents = round((self.r.segments[-1].end * fps - 1) / TIME_SCALE)
-            self.r = replace(self.r, num_frames=latents * TIME_SCALE + 1)
         r, head = self.r, "duration_head"
+        fps = SIZE["fps"] if r.fps is None else r.fps
+        if r.segments and not r.video and r.num_frames is None:
+            latents = round((r.segments[-1].end * fps - 1) / TIME_SCALE)
+            r = self.r = replace(r, num_frames=latents * TIME_SCALE + 1)
         fixed = r.video or r.audio or r.contexts_file or r.num_frames is not None
         fixed = fixed or head not in self.checkpoint.components
         if r.auto_duration is None and fixed:
             return
         self.checkpoint.require(head)
-        fps = SIZE["fps"] if r.fps is None else r.fps
         low, high = r.auto_duration or AUTO_DURATION
         check_range("auto_duration", low, 0, MAX_FRAMES / fps)
         check_range("auto_duration", high, low, MAX_FRAMES / fps)
@@ -290,9 +288,8 @@ class Resolver:
         check_step("width", r.width, step, low, high)
         sides = self.padded(r.width), self.padded(r.height)
         if sides != (r.width, r.height):
-            self.notes.append(
-                f"{r.width}x{r.height} is padded to {sides[0]}x{sides[1]}, and cut back"
-            )
+            padded = f"padded to {sides[0]}x{sides[1]}, and cut back"
+            self.notes.append(f"{r.width}x{r.height} is {padded}")
         if self.recipe.extra:
             self.notes.append(f"{self.recipe.extra} more frames are made, and cut off")
         check_step("num_frames", r.num_frames, TIME_SCALE, 1, MAX_FRAMES, plus=1)
@@ -441,9 +438,7 @@ class Resolver:
         if nag or any(g.cfg_scale != 1 for g in self.guidance.values()):
             return (NEGATIVE_PROMPT if prompt is None else prompt,)
         if prompt is not None:
-            raise UserError(
-                "negative_prompt needs cfg_scale above 1 (dev models) or nag_scale"
-            )
+            raise UserError("negative_prompt needs cfg_scale above 1, or nag_scale")
         return ()
 
     def decoder(self) -> str:

@@ -227,9 +227,7 @@ class Request(Checked):
     nag_alpha: float = ask(
         "NAG: share of it in the result", 0.25, between=(0, 1), needs="nag_scale"
     )
-    loras: tuple[LoraFile, ...] = ask(
-        "LoRA to use in all stages, or in one; repeatable", ()
-    )
+    loras: tuple[LoraFile, ...] = ask("LoRA of all stages, or one; repeatable", ())
     distilled_lora: Optional[LoraFile] = ask(
         "the distilled LoRA, which a dev model needs for two stages",
         metavar="PATH[:STRENGTH]",

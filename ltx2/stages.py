@@ -277,9 +277,7 @@ class Planner(Resolver):
         found = windows.extended(*lengths, r.extend < 0, chunk, carry, blend)
         if windows.with_clip(found, frames, blend) != found:
             seen = f"only its {'last' if r.extend > 0 else 'first'} {carry} frames are seen"
-            self.notes.append(
-                f"{r.video}: {seen}; the result has its own frames and sound"
-            )
+            self.notes.append(f"{r.video}: {seen}; its frames and sound are kept")
         return found
 
     def window(
