@@ -28,6 +28,7 @@ class Condition:
     frames_at_once: ClassVar[int] = 1  # that it encodes
     carried: ClassVar[bool] = False  # else made by `load` of input files
     slots: ClassVar[tuple[int, ...]] = ()  # places of keyframes that it generates
+    weighs: ClassVar[bool] = False  # the attention between each two tokens
 
     def tokens(self, size: Size) -> int:
         """How many tokens it appends."""
@@ -168,6 +169,7 @@ class ReferenceClip(Condition):
     window: Window = WHOLE_CLIP  # whose frames it covers
     mask: Optional[tuple[str, Size]] = None  # a clip of weights, the size it is read at
     encoder, frames_at_once = "vae", 8
+    weighs = property(lambda self: self.attention != 1 or self.mask is not None)
 
     def tokens(self, size: Size) -> int:
         frames = latents.latent_frames(self.num_frames) - self.skip

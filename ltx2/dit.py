@@ -18,6 +18,7 @@ ALL_BLOCKS: Container[int] = range(sys.maxsize)
 Both = tuple[Optional[mx.array], Optional[mx.array]]  # video, audio
 BothTexts = tuple[Optional[dict], Optional[dict]]  # arguments of `Attention`
 Skips = tuple[bool, bool, bool, bool]  # video and audio self-attention, a2v, v2a
+FEW_LEVELS = 4  # of timesteps in a run; usual are one, two or three
 NO_SKIPS: Skips = (False, False, False, False)
 PREFIXES = ("", "audio_")  # of the layers of the video and the audio stream
 
@@ -155,14 +156,33 @@ def common_start(passes: list[Pass], n: int, blocks: int) -> tuple[int, int]:
 # float16 run they alone are float32.
 
 
+def by_token(values: mx.array, levels: Optional[mx.array]) -> mx.array:
+    """Values (U, D) by level as (1, D), or for tokens of several levels (T,) as (T, D).
+    Few are selected, not gathered: a compiled function then makes no array of them."""
+    if len(values) > FEW_LEVELS:
+        return values[levels]
+    found = values[:1]
+    for level in range(1, len(values)):
+        found = mx.where(levels[:, None] == level, values[level], found)
+    return found
+
+
 @mx.compile
-def modulate(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+def modulate(x: mx.array, scale: mx.array, shift: mx.array, levels=None) -> mx.array:
+    scale, shift = by_token(scale, levels), by_token(shift, levels)
     return (layers.rms_norm(x) * (1 + scale) + shift).astype(shift.dtype)
 
 
 @mx.compile
-def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
-    return x + y.astype(x.dtype) * gate
+def gated_add(x: mx.array, y: mx.array, gate: mx.array, levels=None) -> mx.array:
+    return x + y.astype(x.dtype) * by_token(gate, levels)
+
+
+@mx.compile
+def logits(weights: mx.array, lowest: mx.array) -> mx.array:
+    """An additive mask from weights in [0, 1], in the dtype of its lowest value."""
+    found = mx.where(weights > 0, mx.log(mx.maximum(weights, 1e-38)), lowest)
+    return found.astype(lowest.dtype)
 
 
 @dataclass
@@ -179,11 +199,10 @@ class StreamContext:
     cross_gate: Optional[mx.array] = None  # (1, 1, D)
 
     def modulation(self, table: mx.array, ada: mx.array, rows: slice) -> list[mx.array]:
-        """Rows of table + AdaLN output, each (1 or T, D): by level, then by token."""
+        """Rows of table + AdaLN output by level, each (U, D), and the tokens' levels."""
         values = table[rows].astype(ada.dtype) + ada[:, rows]
-        if self.tokens.level_index is not None and len(values) > 1:
-            values = values[self.tokens.level_index]  # (U, rows, D) to (T, rows, D)
-        return [values[:, i] for i in range(values.shape[1])]
+        rows = (values[:, i] for i in range(values.shape[1]))
+        return [*rows, self.tokens.level_index]
 
 
 Streams = tuple[Optional[StreamContext], Optional[StreamContext]]
@@ -243,21 +262,22 @@ class Block(nn.Module):
     ) -> mx.array:
         """Self-attention, then attention to the text."""
         table = self[prefix + "scale_shift_table"]
-        shift, scale, gate = s.modulation(table, s.ada, slice(0, 3))
-        y = modulate(x, scale, shift)
+        shift, scale, gate, levels = s.modulation(table, s.ada, slice(0, 3))
+        y = modulate(x, scale, shift, levels)
         y = self[prefix + "attn1"](y, None, s.tokens.rope, s.mask, values_only)
-        x = gated_add(x, y, gate)
+        x = gated_add(x, y, gate, levels)
         if len(table) == 6:  # 2.0: neither modulated nor gated
             y = layers.rms_norm(x).astype(gate.dtype)
             return x + self[prefix + "attn2"](y, **text)
-        shift, scale, gate = s.modulation(table, s.ada, slice(6, 9))
-        y = self[prefix + "attn2"](modulate(x, scale, shift), **text)
-        return gated_add(x, y, gate)
+        shift, scale, gate, levels = s.modulation(table, s.ada, slice(6, 9))
+        y = self[prefix + "attn2"](modulate(x, scale, shift, levels), **text)
+        return gated_add(x, y, gate, levels)
 
     def feed_forward(self, prefix: str, s: StreamContext, x: mx.array) -> mx.array:
         table = self[prefix + "scale_shift_table"]
-        shift, scale, gate = s.modulation(table, s.ada, slice(3, 6))
-        return gated_add(x, self[prefix + "ff"](modulate(x, scale, shift)), gate)
+        shift, scale, gate, levels = s.modulation(table, s.ada, slice(3, 6))
+        y = self[prefix + "ff"](modulate(x, scale, shift, levels))
+        return gated_add(x, y, gate, levels)
 
     def cross_attend(
         self, vx, ax, video: StreamContext, audio: StreamContext, a2v: bool, v2a: bool
@@ -399,10 +419,9 @@ class DiT(Component):
             x = x + marked * self.keyframes_abs_pos_embedding
         ada, embedded = self[prefix + "adaln_single"](tokens.timesteps * scale)
         mask = None
-        if tokens.mask is not None:  # weights in [0, 1] become additive logits
-            logits = mx.log(mx.maximum(tokens.mask, 1e-38))
-            mask = mx.where(tokens.mask > 0, logits, mx.finfo(self.dtype).min)
-            mask = mask.astype(self.dtype)[None, None]
+        if tokens.mask is not None:
+            lowest = mx.array(mx.finfo(self.dtype).min, self.dtype)
+            mask = logits(tokens.mask, lowest)[None, None]
         prompt_ada = mx.zeros((1, 2, 1), self.dtype)
         if c.cross_attention_adaln and c.use_prompt_adaln_single:
             prompt_ada, _ = self[prefix + "prompt_adaln_single"](tokens.sigma * scale)
@@ -421,7 +440,8 @@ class DiT(Component):
             return None
         x = mx.fast.layer_norm(x, None, None, self.config.norm_eps)
         table = self[prefix + "scale_shift_table"]
-        shift, scale = s.modulation(table, s.embedded[:, None], slice(0, 2))
+        *rows, levels = s.modulation(table, s.embedded[:, None], slice(0, 2))
+        shift, scale = (by_token(row, levels) for row in rows)
         x = (x * (1 + scale) + shift).astype(self.dtype)
         return self[prefix + "proj_out"](x)
 

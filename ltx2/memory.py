@@ -276,12 +276,14 @@ class Estimator:
         segments, nag = stage.prompts.count, stage.prompts.nag is not None
         texts = 7.2 * segments - 0.7 + max(3 * ("uncond" in passes), 4.3 * nag)
         keys = max(tokens, MAX_TOKENS * (segments + nag))
+        weighs = any(c.weighs for c in stage.all_conditions)
         buffers = (
             texts * self.per_token(MAX_TOKENS, MAX_TOKENS)
             + (8 + 2 * len(passes)) * self.per_token(tokens, sound)
             + self.scores(self.dit.num_attention_heads, tokens, keys)
             + contexts
             + self.dequantized(max(tokens, MAX_TOKENS)) // shards
+            + weighs * tokens**2 * (FLOAT + self.dtype.size)
         )
         if stage.upsampler:
             upsampler = self.size[stage.upsampler]  # freed before the first step

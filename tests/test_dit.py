@@ -1,6 +1,7 @@
 """The transformer: parity with the reference, no unneeded work, dtypes."""
 
 from dataclasses import replace
+from functools import partial
 
 import checkpoints
 import mlx.core as mx
@@ -11,7 +12,7 @@ from mlx.utils import tree_flatten
 from parity import cosine, read, relative_error
 from streams import inputs, load, quantized
 
-from ltx2 import layers
+from ltx2 import dit, layers
 from ltx2.base import UserError
 from ltx2.dit import ALL_BLOCKS, Block, DiT, DiTConfig, Pass, Tokens
 
@@ -228,6 +229,27 @@ def test_no_operation_takes_seconds_at_67000_tokens(monkeypatch):
     assert max(flops) <= layers.MAX_FLOPS
     # 4 T^2 D of one self-attention and 16 T D^2 of each pass's feed-forward are there.
     assert sum(flops) > 4 * 67320**2 * 4096 + 2 * 16 * 67320 * 4096**2
+
+
+@pytest.mark.cpu
+def test_timesteps_by_token_take_no_memory():
+    """As with an image, whose tokens have their own: AdaLN's rows are not copied."""
+    x, rows = mx.random.normal((1, 4096, 64)), mx.random.normal((3, 64))
+    levels = mx.arange(4096) % 3
+    mx.eval(x, rows, levels)
+
+    def peak(function, *inputs):
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(function(x, *inputs))
+        return mx.get_peak_memory() - before
+
+    for function, n in ((dit.modulate, 2), (partial(dit.gated_add, x), 1)):
+        several = peak(function, *[rows] * n, levels)
+        assert several < 1.2 * peak(function, *[rows[:1]] * n)
+    for count in (1, 3, 6):
+        values, index = mx.random.normal((count, 64)), levels % count
+        assert mx.array_equal(dit.by_token(values, index) + 0 * x[0], values[index])
 
 
 # Precision

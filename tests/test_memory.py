@@ -124,6 +124,14 @@ def test_nag_and_segments_are_predicted(load, request_):
     assert_stages_predicted(load("ltx-2.3"), replace(request, segments=segments))
 
 
+def test_weights_of_attention_are_predicted(load, request_, tmp_path):
+    media.save_png(tmp_path / "clip.png", np.zeros((64, 64, 3), np.uint8))
+    reference = {"video": str(tmp_path / "clip.png"), "reference_attention": 0.5}
+    size = {"height": 512, "width": 512, "num_frames": 9, "no_audio": True}
+    pipe = load("ltx-2.3")
+    assert_stages_predicted(pipe, request_("lora", **size, **reference))
+
+
 def test_a_second_stage_is_predicted(load, request_):
     pipe = load("ltx-2.3", upsamplers=["spatial-x2"])
     assert_stages_predicted(pipe, request_(height=128, width=128))
