@@ -256,7 +256,7 @@ class Parser(argparse.ArgumentParser):
 
 # What MLX's error has in it, what has happened, and what helps.
 GPU_ERRORS = {
-    r"Timeout|Interactivity": "the system ended a GPU command that took too long: turn "
+    r"Timeout|Interactivity|Hang": "the system ended a GPU command that took too long: turn "
     "the display off, make a smaller video, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1",
     r"malloc\]|Memory": "out of memory: close other programs, make a smaller video, or "
     "pass --low-memory",

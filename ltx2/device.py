@@ -10,7 +10,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -184,7 +184,7 @@ def exact_at(x: mx.array, w: mx.array, places: np.ndarray, step: int) -> np.ndar
 
 
 def layer_cases() -> Iterator[Case]:
-    """Products with many rows and one, the norm, rotary embeddings, which are compiled."""
+    """Products with many rows and one, norms, rotary embeddings, which are compiled."""
     matmul = lambda a, b: (mx.matmul(a, b), exact64(a) @ exact64(b))
     addmm = lambda a, b, c: (mx.addmm(c, a, b), exact64(a) @ exact64(b) + exact64(c))
     for dtype in LIMITS:
@@ -196,13 +196,17 @@ def layer_cases() -> Iterator[Case]:
             yield f"addmm, {rows} rows", dtype, addmm, a, b, bias
         yield "rms_norm", dtype, norm, draw(3, 2560), draw(2560)
         tables = draw(3, 40, 32), draw(3, 40, 32)
+        yield "layer_norm", dtype, norm, draw(3, 2560)
         yield "apply_rope", dtype, rope, draw(3, 40, 64), *tables
 
 
-def norm(x: mx.array, w: mx.array) -> Pair:
-    y = exact64(x)
-    y = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-6) * exact64(w)
-    return mx.fast.rms_norm(x, w, 1e-6), y
+def norm(x: mx.array, w: Optional[mx.array] = None) -> Pair:
+    """The RMS norm with weights, or the layer norm."""
+    y = exact64(x) - exact64(x).mean(1, keepdims=True) * (w is None)
+    y = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-6)
+    if w is None:
+        return mx.fast.layer_norm(x, None, None, 1e-6), y
+    return mx.fast.rms_norm(x, w, 1e-6), y * exact64(w)
 
 
 def rope(x: mx.array, cos: mx.array, sin: mx.array) -> Pair:
