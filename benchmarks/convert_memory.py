@@ -23,16 +23,18 @@ ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
 
 
-def synthesize(path: Path, depth: int) -> int:
-    """Write the sparse file and return the bytes of its largest tensor."""
-    with gzip.open(TESTS / "layouts" / "ltx-2-19b.tsv.gz", "rt") as rows:
+def synthesize(path: Path, depth: int, name: str = "ltx-2-19b-distilled") -> int:
+    """Write the sparse file and return the bytes of its largest tensor. `name` is that of
+    a configuration in tests/data/configs.json, an upsampler's too."""
+    layout = name.removesuffix("-distilled")
+    with gzip.open(TESTS / "layouts" / f"{layout}.tsv.gz", "rt") as rows:
         table = list(csv.DictReader(rows, delimiter="\t"))
-    configs = json.loads((TESTS / "data" / "configs.json").read_text())
-    config = configs["ltx-2-19b-distilled"]
-    config["transformer"]["num_layers"] = depth
-    header = {
-        "__metadata__": {"config": json.dumps(config), "model_version": "2.0.0"},
-    }
+    config = json.loads((TESTS / "data" / "configs.json").read_text())[name]
+    metadata = {}
+    if "transformer" in config:
+        config["transformer"]["num_layers"] = depth
+        metadata["model_version"] = "2.3.0" if "2.3" in name else "2.0.0"
+    header = {"__metadata__": metadata | {"config": json.dumps(config)}}
     end = 0
     for row in table:
         block = row["key"].removeprefix("model.diffusion_model.transformer_blocks.")

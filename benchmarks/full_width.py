@@ -1,11 +1,12 @@
 """A run at the released 19B's size: each phase's peak memory compared with the plan.
 
     python benchmarks/full_width.py
+    python benchmarks/full_width.py --model ltx-2.3-22b --bits 8 --two --lora 32 --depth 12
 
-Writes a 4-bit model folder and a text encoder whose tensors have their released shapes.
-The files are sparse: they take little disk space and read as zeros, except small tensors
-(statistics, norms, tables) and the audio decoder, which are filled so that results pass
-the checks. Generates a short video, whose first frame is given, with streamed blocks.
+Writes a quantized model folder and a text encoder whose tensors have their released
+shapes. The files are sparse: they take little disk space and read as zeros, except small
+tensors (statistics, norms, tables) and the audio decoder, which are filled so that results
+pass the checks. Generates a short video, whose first frame is given, with streamed blocks.
 Exit code 1 if a phase's peak differs from its plan by more than 10 %: small models hide
 what only wide layers need.
 """
@@ -31,10 +32,15 @@ import checkpoints  # noqa: E402
 from ltx2 import conversion, hub, media, pipeline, weights  # noqa: E402
 from ltx2.base import table  # noqa: E402
 from ltx2.layers import no_random_weights  # noqa: E402
-from ltx2.request import Image, Request  # noqa: E402
+from ltx2.quantization import layers  # noqa: E402
+from ltx2.request import Image, LoraFile, Request  # noqa: E402
 
 SMALL = 1 << 20  # elements: larger tensors stay zeros
-FILLED = ("decoder.conv_in", "decoder.conv_out")  # of the VAE: frames that differ
+# Of the VAE, so that frames differ: zeros pass 2.3's upsamplers, which have no residual.
+FILLED = {
+    "ltx-2-19b-distilled": ("decoder.conv_in", "decoder.conv_out"),
+    "ltx-2.3-22b": ("decoder.",),
+}
 GEMMA_12B = {
     "hidden_size": 3840,
     "intermediate_size": 15360,
@@ -74,25 +80,43 @@ def write_sparse(path: Path, tensors: dict[str, mx.array], filled=()) -> None:
                 f.write(memoryview(raw))
 
 
-def write_model(folder: Path, encoder: Path) -> Path:
-    """The distilled 19B as convert.py writes it in 4 bits."""
-    source = folder / "ltx-2-19b-distilled.safetensors"
-    synthesize(source, 48)
-    model = weights.open_model(str(source))
+def write_model(folder: Path, encoder: Path, args: argparse.Namespace) -> Path:
+    """The model as convert.py writes it, with its upsampler and a LoRA if wanted."""
+    source = folder / f"{args.model.removesuffix('-distilled')}-distilled.safetensors"
+    synthesize(source, args.depth, args.model)
+    generation = "-".join(args.model.split("-")[:2])
+    upsampler = folder / f"{generation}-spatial-upscaler-x2-1.0.safetensors"
+    if args.two:
+        synthesize(upsampler, 0, upsampler.stem)
+    upsamplers = [str(upsampler)] * args.two
+    model = weights.open_model(str(source), upsamplers=upsamplers)
     for file in model.files:
         file.sha256 = "0" * 64  # not computed: the file is empty
-    recipe = conversion.Conversion(
-        model, conversion.quantization(bits=4), text_encoder=str(encoder)
-    )
+    how = conversion.quantization(bits=args.bits)
+    recipe = conversion.Conversion(model, how, text_encoder=str(encoder))
     target = folder / "mlx_model"
     target.mkdir()
     for name in model.components:
-        filled = {"vae": FILLED, "audio_vae": ("",), "vocoder": ("",)}.get(name, ())
+        vae = FILLED[args.model]
+        filled = {"vae": vae, "audio_vae": ("",), "vocoder": ("",)}.get(name, ())
         for file, tensors in recipe.files(name).items():
             write_sparse(target / file, tensors, filled)
     (target / "config.json").write_text(json.dumps(recipe.config()))
+    if args.lora:
+        write_lora(folder / "lora.safetensors", model, args.lora)
     source.unlink()
     return target
+
+
+def write_lora(path: Path, model: weights.Checkpoint, rank: int) -> None:
+    """Factors of every layer of the blocks that can be quantized."""
+    factors = {}
+    for layer, w in layers(model.shapes("transformer"), 64).items():
+        a, b = (rank, w.shape[1]), (w.shape[0], rank)
+        for part, shape in (("A", a), ("B", b)):
+            key = f"diffusion_model.{layer}.lora_{part}.weight"
+            factors[key] = mx.zeros(shape, mx.bfloat16)
+    write_sparse(path, factors)
 
 
 def encoder_config(config: dict) -> dict:
@@ -123,27 +147,42 @@ def write_encoder(folder: Path) -> Path:
     return path
 
 
+def request(folder: Path, args: argparse.Namespace) -> Request:
+    """A short video with an image."""
+    width, height, frames = map(int, args.size.split("x"))
+    options = {"width": width, "height": height, "num_frames": frames}
+    options["sigmas"] = tuple(np.linspace(1, 0, args.steps + 1).tolist())
+    image = str(folder / "image.png")
+    media.save_png(image, np.zeros((height, width, 3), np.uint8))
+    if args.lora:
+        options["loras"] = (LoraFile(str(folder / "lora.safetensors")),)
+    return Request(
+        "a dog", **options, images=(Image(image),), stages="two" if args.two else "one"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
+    add("--model", choices=FILLED, default=next(iter(FILLED)))
+    add("--bits", type=int, default=4)
+    add("--depth", type=int, default=48, help="blocks")
     add("--size", default="256x256x9", help="WIDTHxHEIGHTxFRAMES")
     add("--dtype", default="float32")
-    add("--steps", type=int, default=1)
+    add("--steps", type=int, default=1, help="of the first stage")
+    add("--two", action="store_true", help="two stages, with an upsampler")
+    add("--lora", type=int, default=0, metavar="RANK", help="with a LoRA of this rank")
+    add("--held", action="store_true", help="blocks are held, not streamed")
     add("--folder", help="for the model (default: temporary)")
     args = parser.parse_args()
-    width, height, frames = map(int, args.size.split("x"))
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         encoder = write_encoder(folder)
-        model = write_model(folder, encoder)
-        image = str(folder / "image.png")
-        media.save_png(image, np.zeros((height, width, 3), np.uint8))
-        pipe = pipeline.load(str(model), dtype=args.dtype, low_memory=True)
-        sigmas = tuple(np.linspace(1, 0, args.steps + 1).tolist())
-        size = {"width": width, "height": height, "num_frames": frames}
-        request = Request("a dog", **size, sigmas=sigmas, images=(Image(image),))
-        plan = pipe.memory(pipe.plan(request))
-        for result in pipe.stream(request):
+        model = str(write_model(folder, encoder, args))
+        pipe = pipeline.load(model, dtype=args.dtype, low_memory=not args.held)
+        wanted = request(folder, args)
+        plan = pipe.memory(pipe.plan(wanted))
+        for result in pipe.stream(wanted):
             if result.step == 0:
                 print(f"{result.phase} ...", flush=True)
     rows, worst = [], 0.0

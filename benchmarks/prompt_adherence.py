@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from demo import data  # noqa: E402
 from demo.judge import judge, read_mp4  # noqa: E402
 from ltx2 import conversion, media, pipeline, weights  # noqa: E402
+from ltx2.quantization import recipe  # noqa: E402
 from ltx2.request import Image, Request  # noqa: E402
 
 DEMO = ROOT / "demo" / "model"
@@ -71,7 +72,9 @@ def make(
     """Write an mp4 in `folder` for each (scene, caption); paths and results."""
     if bits:
         source, converted = weights.open_model(str(model)), folder / "converted"
-        how = conversion.quantization(bits=bits, group_size=32)
+        how = conversion.quantization(bits=bits)
+        if bits == 4:  # by layer, as convert.py does it
+            how = recipe(None, how, source.shapes("transformer"))
         conversion.Conversion(source, how).write(converted)
         model = converted
     requests = []
