@@ -82,9 +82,8 @@ class Conversion:
         module.load_weights(list(weights.items()))
         if self.loras and name == "transformer":
             # Read again each time: factors are held no longer than their layer.
-            attach(
-                module, [(Lora.read(path), strength) for path, strength in self.loras]
-            )
+            loras = [(Lora.read(path), strength) for path, strength in self.loras]
+            attach(module, loras)
             fused = dict(tree_flatten(module.parameters()))
             weights = {key: fused[key] for key in weights}
         for path, layer in module.named_modules() if self.dequantize else ():
@@ -103,12 +102,9 @@ class Conversion:
                 group = self.quantization["group_size"]
                 raise UserError(f"no layer can be quantized in groups of {group}")
             if name == "transformer":
-                kept, blocks = (
-                    [w for k, w in tensors.items() if "transformer_blocks." in k]
-                    for tensors in (done, weights)
-                )
-                size = sum(w.size for w in blocks)
-                self.mean_bits = 8 * sum(w.nbytes for w in kept) / size
+                inside = lambda x: [w for k, w in x.items() if "_blocks." in k]
+                size = sum(w.size for w in inside(weights))
+                self.mean_bits = 8 * sum(w.nbytes for w in inside(done)) / size
             return done
         return weights
 
@@ -160,13 +156,9 @@ class Conversion:
             "source": files[0].repo or "local files",
             "files": {f.name: f.checksum() for f in files},
         }
-        loras = {Path(path).name: strength for path, strength in self.loras}
         common = layer_formats(q).get("")
-        recipe = {
-            "quantization": common,
-            "dtype": dtype and str(dtype)[9:],
-            "loras": loras,
-        }
+        recipe = {"quantization": common, "dtype": dtype and str(dtype)[9:]}
+        recipe["loras"] = {Path(path).name: strength for path, strength in self.loras}
         return {
             "model_type": "ltx2",
             "model_version": source.model_version,
@@ -198,8 +190,7 @@ class Conversion:
         how = layer_formats(self.quantization or stored)
         if not how:
             return "The weights are not quantized."
-        all_of = lambda key: sorted({f[key] for f in how.values()})
-        several = lambda key: ", ".join(map(str, all_of(key)))
+        several = lambda key: ", ".join(sorted({str(f[key]) for f in how.values()}))
         gemma = " and the text encoder's" if "gemma" in self.source.parts else ""
         text = (
             f"The transformer's{gemma} blocks are quantized: {several('bits')} bits "

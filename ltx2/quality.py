@@ -140,8 +140,7 @@ def compare(
     for clip in runs:
         found.append(errors(model, clip, limit or len(clip.steps)))
         ours, prompt = run(model, clip), clip.request.prompt[:40]
-        psnr = decibels(ours, clip)
-        ends.append([prompt, psnr, spectra(ours.sound, clip.sound)])
+        ends.append([prompt, decibels(ours, clip), spectra(ours.sound, clip.sound)])
         pictures.append(side_by_side(ours, clip))
     streams = list(found[0][max(found[0])])
     mean = lambda i, k: float(np.mean([f[i][k] for f in found]))
@@ -239,13 +238,8 @@ class Kinds:
             square, numbers = self.squares[part], sum(found[p].size for p in paths)
             shares = 100 * numbers / size, 100 * square / max(total, 1e-30)
             rows.append([part, len(paths), *shares, square**0.5])
-        heads = (
-            "one part quantized",
-            "layers",
-            "% of weights",
-            "% of error²",
-            "x0 error",
-        )
+        heads = "one part quantized", "layers", "% of weights"
+        heads += "% of error²", "x0 error"
         return heads, sorted(rows, key=lambda row: -row[-1])
 
 
@@ -255,9 +249,8 @@ def measure_kinds(source: Pipeline, runs: list[Clip], how: dict, limit: int) -> 
     for part, paths in parts(kinds.found).items():
         checkpoint = quantized(source.checkpoint, dict.fromkeys(paths, how))
         pipe = Pipeline(checkpoint, None, source.dtype)
-        square = mean_square(errors(pipe, clip, limit) for clip in runs)
-        kinds.squares[part] = square
-        LOG.info(f"{part}: error of x0 {square**0.5:.3g}")
+        kinds.squares[part] = mean_square(errors(pipe, clip, limit) for clip in runs)
+        LOG.info(f"{part}: error of x0 {kinds.squares[part] ** 0.5:.3g}")
     return kinds
 
 

@@ -40,9 +40,8 @@ class TimePlan:
         rows = [(k, n / 1e12, *self.seconds(k)) for k, n in self.work.items()]
         rows.append(("all", *map(sum, list(zip(*rows))[1:])))
         heads = ("phase", "TFLOP", "seconds")
-        how = (
-            f"a matmul reaches {self.rate / 1e12:.3g} TFLOP/s here; reading files adds"
-        )
+        rate = f"{self.rate / 1e12:.3g} TFLOP/s"
+        how = f"a matmul reaches {rate} here; reading files adds"
         if self.low != self.high:
             heads = (*heads[:2], "s from", "to")
             how += f"; nothing was measured for {self.where}: a range"

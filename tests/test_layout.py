@@ -10,7 +10,9 @@ import pytest
 
 from ltx2 import vae, weights
 from ltx2.base import UserError
+from ltx2.conversion import Conversion
 from ltx2.hub import File
+from ltx2.quantization import quantization, recipe
 
 HERE = Path(__file__).parent
 CONFIGS = json.loads((HERE / "data" / "configs.json").read_text())
@@ -75,6 +77,15 @@ def test_every_tensor_has_one_parameter(config):
         source.build(name, source.shapes(name))
     assert sum(len(f.keys) for f in source.files) == MODELS[config][1]
     assert mx.get_peak_memory() - before < 1 << 20
+
+
+@pytest.mark.parametrize("config", ["ltx-2-19b-dev", "ltx-2.5-22b"])
+def test_four_bits_by_layer_are_at_most_five_with_scales(config):
+    source = model(config)
+    how = recipe(None, quantization(), source.shapes("transformer"))
+    job = Conversion(source, how)
+    job.weights("transformer")  # lazily
+    assert 4.9 < job.mean_bits <= 5
 
 
 def test_a_diffusion_vae_without_the_convolutional_one():

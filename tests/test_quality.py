@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +14,7 @@ from ltx2 import checks, pipeline, quality, weights
 from ltx2.base import UserError
 from ltx2.conversion import Conversion
 from ltx2.pipeline import Pipeline
-from ltx2.quantization import quantization
+from ltx2.quantization import layers, quantization, recipe
 
 SIZE = {"height": 64, "width": 64, "num_frames": 9}
 
@@ -59,6 +60,22 @@ def test_fewer_bits_have_a_larger_error(folders, runs):
         for bits, folder in folders.items()
     }
     assert 0 < 25 * square[8] < square[3]
+
+
+def test_four_bits_by_layer_have_half_the_error_of_plain_ones(tmp_path):
+    """Of the demo model, which is trained; plain: `mx.quantize` in groups of 64."""
+    demo = weights.open_model(str(Path(__file__).parents[1] / "demo" / "model"))
+    shapes, how = demo.shapes("transformer"), quantization()
+    done = Conversion(demo, recipe(None, how, shapes))
+    done.write(tmp_path / "model")
+    assert done.mean_bits <= 5
+    plain = quality.quantized(demo, dict.fromkeys(layers(shapes, 64), how))
+    source = Pipeline(demo, dtype=mx.float32)
+    clip = quality.clips(source, quality.requests(source, {}, SIZE)[:1], True)
+    runs = [quality.run(source, c, decode=False) for c in clip]
+    error = lambda p: quality.mean_square(quality.errors(p, c, 2) for c in runs) ** 0.5
+    ours, theirs = pipe(tmp_path / "model"), Pipeline(plain, dtype=mx.float32)
+    assert error(ours) < 0.55 * error(theirs)
 
 
 def test_a_step_starts_where_the_source_is(folders, runs):
