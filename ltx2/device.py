@@ -410,8 +410,7 @@ def checks(folder: Path) -> Iterator[Row]:
     yield from judge("other layers", layer_cases())
     yield tf32()
     for mode, bits, groups in MODES:
-        cases = quantized_cases(mode, bits, groups)
-        yield from judge(f"{mode} at {bits} bits", cases)
+        yield from judge(f"{mode} at {bits} bits", quantized_cases(mode, bits, groups))
     yield large_offsets()
     yield from disk(folder)
     yield from rates()

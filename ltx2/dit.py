@@ -201,8 +201,7 @@ class StreamContext:
     def modulation(self, table: mx.array, ada: mx.array, rows: slice) -> list[mx.array]:
         """Rows of table + AdaLN output by level, each (U, D), and the tokens' levels."""
         values = table[rows].astype(ada.dtype) + ada[:, rows]
-        rows = (values[:, i] for i in range(values.shape[1]))
-        return [*rows, self.tokens.level_index]
+        return [*values.swapaxes(0, 1), self.tokens.level_index]
 
 
 Streams = tuple[Optional[StreamContext], Optional[StreamContext]]
@@ -418,10 +417,8 @@ class DiT(Component):
             marked = (tokens.keyframes > 0).astype(x.dtype)[:, None]
             x = x + marked * self.keyframes_abs_pos_embedding
         ada, embedded = self[prefix + "adaln_single"](tokens.timesteps * scale)
-        mask = None
-        if tokens.mask is not None:
-            lowest = mx.array(mx.finfo(self.dtype).min, self.dtype)
-            mask = logits(tokens.mask, lowest)[None, None]
+        lowest = mx.array(mx.finfo(self.dtype).min, self.dtype)
+        mask = None if tokens.mask is None else logits(tokens.mask, lowest)[None, None]
         prompt_ada = mx.zeros((1, 2, 1), self.dtype)
         if c.cross_attention_adaln and c.use_prompt_adaln_single:
             prompt_ada, _ = self[prefix + "prompt_adaln_single"](tokens.sigma * scale)

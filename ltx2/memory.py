@@ -111,8 +111,7 @@ def joined(plans: Iterable[MemoryPlan], low_memory: Optional[bool]) -> MemoryPla
     phases: dict[str, Footprint] = {}
     for plan in plans:
         for phase, need in plan.phases.items():
-            other = phases.get(phase, need)
-            phases[phase] = max(other, need, key=Footprint.total)
+            phases[phase] = max(phases.get(phase, need), need, key=Footprint.total)
     return planned(phases, plan.limit, low_memory)
 
 
@@ -121,8 +120,7 @@ def suggest_smaller(r: Request, fits: Callable[[Request], bool]) -> str:
     if r.num_frames > 97 and fits(replace(r, chunk_frames=97)):
         return "it fits in windows: --chunk-frames 97"
     for part in (1, 2, 4):
-        sides = (max(side // part // 64, 1) * 64 for side in (r.height, r.width))
-        height, width = sides
+        height, width = (max(n // part // 64, 1) * 64 for n in (r.height, r.width))
         frames = r.num_frames
         while r.video is None and frames > 1:
             frames = (frames - 1) // 16 * 8 + 1
@@ -260,8 +258,7 @@ class Estimator:
         buffers = 18.5 * self.contexts(1) + self.contexts(prompts)
         heads = sum(heads for heads, _ in self.connectors)
         buffers += self.scores(heads, MAX_TOKENS, MAX_TOKENS)
-        buffers = max(buffers, self.cast)
-        return Footprint(max(gemma, self.size["connectors"]), buffers)
+        return Footprint(max(gemma, self.size["connectors"]), max(buffers, self.cast))
 
     def encoding(self, condition, size: Size) -> tuple[str, float]:
         """The encoder that a condition needs, and bytes of its buffers."""

@@ -47,10 +47,7 @@ class Clip:
     steps: list[tuple[Snapshot, Streams]] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
     result: Optional[Result] = None
-
-    @property
-    def sound(self) -> np.ndarray:
-        return self.result.waveform
+    sound = property(lambda self: self.result.waveform)
 
 
 def clips(pipe: Pipeline, requests: Sequence[Request], made_up: bool) -> list[Clip]:
@@ -222,10 +219,9 @@ class Kinds:
         """The bits by layer that follow, see `quantization.allocate`, and the error of
         x0 that they lead to if those of single layers are independent."""
         recipe = self.how | allocate(self.shapes, self.how, self.shares)
-        square = 0.0
-        for where, paths in groups(self.found).items():
-            bits = layer_format(recipe, paths[0])["bits"]
-            square += self.shares(*where) * ERROR[bits]
+        bits = lambda paths: layer_format(recipe, paths[0])["bits"]
+        found = groups(self.found).items()
+        square = sum(self.shares(*where) * ERROR[bits(paths)] for where, paths in found)
         return recipe, math.sqrt(square / ERROR[self.how["bits"]] / PLAIN)
 
     @property
