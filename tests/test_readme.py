@@ -44,7 +44,7 @@ FILES = {
     "ic-lora.safetensors": "ltx-2-lora2",
     "ltx-2-19b-distilled.safetensors": "ltx-2",
     "ltx-2.3-spatial-upscaler-x2-1.1.safetensors": "spatial-x2",
-    "ltx-2.3-22b-ic-lora-lipdub-0.9.safetensors": "ltx-2.3-lora2",
+    "ltx-2.3-22b-ic-lora-dubit-0.9.safetensors": "ltx-2.3-lora2",
 }
 ADAPTER = "ltx-2.5-22b-ic-lora-{}.safetensors"
 FILES |= {
