@@ -282,13 +282,15 @@ class Estimator:
             + self.dequantized(max(tokens, MAX_TOKENS)) // shards
             + weighs * tokens**2 * (FLOAT + self.dtype.size)
         )
-        if stage.upsampler:
-            upsampler = self.size[stage.upsampler]  # freed before the first step
-            buffers = max(buffers, upsampler + self.upsampling(stage))
         elsewhere = self.blocks - self.blocks // shards
         weights = self.size["transformer"] - elsewhere + loras
         in_blocks = loras * (1 - (1 + self.gpu) / self.dit.num_layers)
         spared = self.streamable["transformer"] // shards + in_blocks
+        if stage.upsampler:  # freed before the first step, which reads blocks
+            before = self.size[stage.upsampler] + self.upsampling(stage)
+            block = self.blocks // shards + loras - spared
+            spared += max(buffers, before) - max(buffers, before - block)
+            buffers = max(buffers, before)
         return Footprint(weights, buffers, int(spared))
 
     def upsampling(self, stage: Stage) -> float:

@@ -137,6 +137,17 @@ def test_a_second_stage_is_predicted(load, request_):
     assert_stages_predicted(pipe, request_(height=128, width=128))
 
 
+def test_no_streamed_block_is_held_while_latents_are_enlarged(load, request_):
+    pipe = load("ltx-2.3", upsamplers=["spatial-x2"])
+    stage = pipe.plan(request_(height=128, width=128)).stages[1]
+    e = pipe._estimator
+    e.size[stage.upsampler] = 10**9  # as in the released files, more than a block
+    need, enlarging = e.stage(stage, 0, 0, 1), 10**9 + e.upsampling(stage)
+    assert need.total() == e.size["transformer"] + enlarging
+    rest = e.size["transformer"] - e.blocks
+    assert need.total(True) == pytest.approx(rest + enlarging)
+
+
 def test_a_larger_model_is_predicted(load, request_):
     pipe, request = load("ltx-2.3", **MID), request_(height=128, width=192)
     assert_predicted(pipe, request, audio=False)
