@@ -156,9 +156,7 @@ class LatentState:
         keyframes = (bounds[0, :, 0] == 0).astype(np.float32)  # the first frame
         return cls(initial, initial, ones, bounds, tokens, keyframes)
 
-    @property
-    def frozen(self) -> bool:
-        return not self.denoise_mask.any()
+    frozen = property(lambda self: not self.denoise_mask.any())
 
     @cached_property
     def levels(self) -> tuple[np.ndarray, Optional[mx.array]]:

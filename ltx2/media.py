@@ -228,13 +228,8 @@ class Media:
     audio_codec: str = ""
     audio_duration: float = 0.0
 
-    @property
-    def has_video(self) -> bool:
-        return self.num_frames > 0
-
-    @property
-    def has_audio(self) -> bool:
-        return self.sample_rate > 0
+    has_video = property(lambda self: self.num_frames > 0)
+    has_audio = property(lambda self: self.sample_rate > 0)
 
     @property
     def duration(self) -> float:

@@ -15,7 +15,7 @@ MET: Mapping[str, str] = MappingProxyType({})  # all requirements are met
 
 
 def ask(help: str, default: Any = None, **rules: Any) -> Any:
-    """A dataclass field that is a user's option.
+    """A dataclass field that is a user's option; without a help it has no flag.
 
     Rules for the command line: `flag` (else the field's name), `type` (else the
     annotation's, or its `parse` and FORM, repeatable for a tuple), `metavar`, `nargs`,
@@ -38,7 +38,7 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         rules, name, hint = field.metadata, field.name, hints[field.name]
-        if "help" not in rules:
+        if not rules.get("help"):
             continue
         kind = typing.get_args(hint)[0] if typing.get_args(hint) else hint
         how, flag = {"type": kind}, rules.get("flag", name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Mapping, Optional, Union
 
 from .base import Checked, UserError, checked, expect
@@ -40,6 +40,7 @@ FILLED = {k for both in PRESETS.values() for options in both for k in options}
 WINDOWED = {"modes": "one two", "excludes": "retake audio_only temporal_upsample"}
 OF_REFERENCE = {"needs": "video", "excludes": "retake extend"}
 WEIGHT = OF_REFERENCE | {"between": (0, 1)}
+Settings = Union[Guidance, Mapping[str, Any], None]
 MORE_FRAMES = {"modes": NOT_DFR, "excludes": "audio_only retake extend"}
 
 
@@ -194,12 +195,8 @@ class Request(Checked):
     sampler: Optional[str] = ask(
         "sampler of stage 1 (default: the model's)", choices=tuple(SAMPLERS)
     )
-    video_guidance: Union[Guidance, Mapping[str, Any], None] = field(
-        default=None, metadata={"modes": NOT_DFR}
-    )
-    audio_guidance: Union[Guidance, Mapping[str, Any], None] = field(
-        default=None, metadata={"modes": NOT_DFR, "excludes": "no_audio audio"}
-    )
+    video_guidance: Settings = ask("", modes=NOT_DFR)
+    audio_guidance: Settings = ask("", modes=NOT_DFR, excludes="no_audio audio")
     guidance_interval: tuple[float, float] = ask(
         "sigmas at which guidance is used",
         (0.0, 1.0),
@@ -277,9 +274,7 @@ class Request(Checked):
         excludes="video no_audio audio_only",
         modes=NOT_DFR,
     )
-    audio_start: float = field(
-        default=0.0, metadata={"between": (0, 86400), "needs": "audio"}
-    )
+    audio_start: float = ask("", 0.0, between=(0, 86400), needs="audio")
     video: Optional[str] = ask(
         "clip to change, or the reference of an IC-LoRA",
         metavar="FILE",

@@ -94,9 +94,7 @@ class Job:
         """The prompts that the text encoder reads."""
         return [p for p in self.prompts if p != self.request.contexts_file]
 
-    @property
-    def streams(self) -> tuple[str, ...]:
-        return self.stages[0].streams
+    streams = property(lambda self: self.stages[0].streams)
 
     @property
     def size(self) -> Size:

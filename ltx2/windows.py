@@ -199,16 +199,9 @@ class Slice(Whole):
 
     strength = ANCHOR_STRENGTH  # of given keyframes
 
-    @property
-    def seam(self) -> int:
-        """The pixel frame, a keyframe, after which it makes new ones."""
-        return self.start * self.length
-
-    @property
-    def first(self) -> int:
-        """Its first pixel frame."""
-        return self.seam - self.length // 2 if self.start else 0
-
+    # The pixel frame, a keyframe, after which it makes new ones, and its first one
+    seam = property(lambda self: self.start * self.length)
+    first = property(lambda self: self.seam - self.length // 2 if self.start else 0)
     num_frames = property(lambda self: self.stop * self.length - self.first + 1)
 
     @property
