@@ -91,8 +91,7 @@ class Resolver:
         return shown and not r.step_cache and not skips
 
     def fill(self) -> None:
-        """Replace a preset, a size by name and a duration by numbers. A size among the
-        model's defaults is kept."""
+        """Numbers for a preset, a size by name and a duration; the model's size stays."""
         r, model = self.r, self.checkpoint
         if r.size is r.preset is r.duration is None:
             return
@@ -438,7 +437,7 @@ class Resolver:
         if nag or any(g.cfg_scale != 1 for g in self.guidance.values()):
             return (NEGATIVE_PROMPT if prompt is None else prompt,)
         if prompt is not None:
-            raise UserError("negative_prompt needs cfg_scale above 1, or nag_scale")
+            raise UserError("negative_prompt needs cfg_scale or nag_scale above 1")
         return ()
 
     def decoder(self) -> str:

@@ -216,9 +216,8 @@ class LatentState:
         initial: Optional[mx.array] = None,
     ) -> LatentState:
         """Append tokens (1, n, C) at their own positions: they guide (strength 1) or
-        are generated too (strength 0), from zeros or `initial`. `attention` (n,) in [0,
-        1] weighs attention to target tokens; with any, groups do not attend to each
-        other."""
+        are generated (strength 0), from zeros or `initial`. `attention` (n,) weighs that
+        to target tokens; with any, groups do not attend to each other."""
         n, old = tokens.shape[1], len(self.denoise_mask)
         grown = self.attention
         if grown is not None or attention is not None:

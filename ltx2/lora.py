@@ -38,16 +38,14 @@ UNSUPPORTED = {
 # Modules that diffusers has renamed: the official names and those
 DIFFUSERS_NAMES = {
     "patchify_proj": "proj_in",
-    "audio_patchify_proj": "audio_proj_in",
     "adaln_single": "time_embed",
-    "audio_adaln_single": "audio_time_embed",
     "prompt_adaln_single": "prompt_adaln",
-    "audio_prompt_adaln_single": "audio_prompt_adaln",
     "av_ca_video_scale_shift_adaln_single": "av_cross_attn_video_scale_shift",
     "av_ca_audio_scale_shift_adaln_single": "av_cross_attn_audio_scale_shift",
     "av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
     "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
 }
+DIFFUSERS_NAMES |= {f"audio_{k}": f"audio_{v}" for k, v in DIFFUSERS_NAMES.items()}
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAMED = "adapters.safetensors", PEFT_FILE
 LORA = re.compile(r"[^/]*\.safetensors")

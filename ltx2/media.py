@@ -370,9 +370,8 @@ def resample(waveform: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
 
 @contextmanager
 def workspace(path: PathLike, folder: str = "") -> Iterator[str]:
-    """A hidden folder next to `path`; "new" in it, a file or a folder with names of the
-    pattern `folder`, replaces `path` at the end. Its lock lets the next run remove what
-    a killed one has left."""
+    """A hidden folder next to `path`; "new" in it, a file or a folder with names like
+    `folder`, replaces `path`. Its lock lets the next run remove what is left."""
     path, problem = Path(path), f"{path}: cannot be written"
     if path.is_dir() and not folder:
         raise UserError(f"{path}: is a folder: pass the name of a file")

@@ -69,8 +69,7 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
 
 def check(options: Any, mode: str = "", model: Mapping = MET, label: str = "") -> None:
     """Apply the declared rules; UserError for the first option that breaks one. `model`
-    says what is missing, as "a dev model (this one is distilled)"; `label` precedes
-    the names."""
+    says what is missing, as "a dev model"; `label` precedes the names."""
     for field in dataclasses.fields(options):
         rules, value = field.metadata, getattr(options, field.name)
         name, modes = label + field.name, rules.get("modes", "").split()

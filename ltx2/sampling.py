@@ -25,8 +25,7 @@ DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, *REFINE_SIGMAS)
 
 def shifted_sigmas(steps: int, tokens: int = 4096) -> tuple[float, ...]:
     """The dev models' schedule, stretched to end at 0.1, shifted by an exponent linear
-    in the tokens: 0.95 at 1024 and 2.05 at 4096, which the reference uses for all
-    sizes."""
+    in the tokens: 0.95 at 1024 and 2.05 at 4096, the reference's for all sizes."""
     shift = math.exp(0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024))
     one, shift = np.float32(1), np.float32(shift)
     s = np.linspace(1, 0, steps + 1, dtype=np.float32)[:-1]

@@ -291,8 +291,7 @@ class Slice(Whole):
 @dataclass(frozen=True)
 class EnlargedSlice(Slice):
     """A slice at twice the sides: a coarse pass, then a fine one of its result (GRIDS).
-    Its guides are the canvas's enlarged keyframes, and its first frame if it
-    `opens`."""
+    Its guides are the canvas's enlarged keyframes; its first frame if it `opens`."""
 
     opens: int  # 1, or 0 if an image does
     grid: int

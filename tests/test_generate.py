@@ -98,7 +98,7 @@ REFUSED = {
     "--temporal-upsample": "needs a temporal latent upsampler",
     "--cfg-scale 3": "guidance needs a dev model (this one is distilled)",
     "--audio-stg-scale 1": "guidance needs a dev model (this one is distilled)",
-    "--negative-prompt ugly": "negative_prompt needs cfg_scale above 1",
+    "--negative-prompt ugly": "negative_prompt needs cfg_scale",
     # inputs
     "--image nowhere.png": "nowhere.png",
     "--image FILES/noise.bin": "noise.bin",
@@ -171,7 +171,7 @@ GUIDED = {
     "--steps 5 --sigmas 1,0": "steps cannot be combined with sigmas",
     "--no-audio --audio-cfg-scale 2": "audio_guidance cannot be combined with no_audio",
     "--no-audio --modality-scale 2": "modality_scale needs both video and audio",
-    "--negative-prompt x --cfg-scale 1 --audio-cfg-scale 1": "negative_prompt needs cfg_scale above 1",
+    "--negative-prompt x --cfg-scale 1 --audio-cfg-scale 1": "negative_prompt needs cfg_scale",
 }
 
 
