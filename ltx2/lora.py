@@ -286,6 +286,9 @@ def attach(
     """
     layers, changes = linear_layers(model, prefix), {}
     for lora, strength in loras:
+        if not math.isfinite(strength) or strength == 0:
+            text = f"LoRA {lora.name}: strength {strength} has no effect: remove it"
+            raise UserError(text)
         if not prefix:
             lora.check(model)
         for module, path in lora.find(layers).items():
