@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import hub, memory, weights
-from .base import Trace, UserError, checked
+from .base import Trace, UserError, checked, counted
 from .chips import this_chip
 from .components import Components
 from .guidance import TextContexts, guidance_passes
@@ -114,7 +114,8 @@ class Pipeline(Components):
         """A fast map from this model's latents to pixels."""
         if "decoder" not in self.vae:
             raise UserError("previews need the conv video decoder")
-        preview = Preview(self.vae)
+        for step in counted((lambda: self.vae, lambda: Preview(self.vae)), "preview"):
+            preview = step()
         self.free("vae")
         return preview
 
