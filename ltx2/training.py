@@ -28,12 +28,13 @@ from .lora import Lora, attach, linear_shape
 from .options import ask, check, comma_separated
 from .pipeline import Pipeline, Result
 from .request import Request
+from .sampling import DISTILLED_SIGMAS
 from .text import MAX_TOKENS
 from .weights import save_arrays
 
 # The reference's, unless a model's config.json has others.
 DEFAULTS: dict[str, Any] = {"iters": 2000, "batch_size": 1, "learning_rate": 1e-4}
-DEFAULTS |= {"rank": 32, "preserve": ()}
+DEFAULTS |= {"lr_schedule": "linear", "rank": 32, "preserve": ()}
 MEAN_OF = 100  # steps in the running mean of the loss
 HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
 # Copies that a block keeps for its backward pass, of the states of all tokens, of those of
@@ -54,7 +55,7 @@ class Options:
     batch_size: Optional[int] = ask("clips per batch (default: 1)", between=(1, 1024))
     grad_accumulation_steps: int = ask("batches per step", 1, between=(1, 1024))
     learning_rate: Optional[float] = ask("(default: 1e-4)", between=(0, 1))
-    lr_schedule: str = ask("of the learning rate", "linear", choices=tuple(SCHEDULES))
+    lr_schedule: Optional[str] = ask("(default: linear)", choices=tuple(SCHEDULES))
     max_grad_norm: float = ask("of gradients; 0 is off", 1.0, between=(0, 1e9))
     rank: Optional[int] = ask("rank of the LoRA (default: 32)", between=(1, 1024))
     streams: str = ask("streams to train", "both", choices=tuple(TARGETS))
@@ -123,10 +124,15 @@ class Place(Checked):
 
 
 def draw_example(
-    model, sample: dataset.Sample, options: Options, rng, at: Optional[float] = None
+    model,
+    sample: dataset.Sample,
+    options: Options,
+    rng,
+    at: Optional[float] = None,
+    steps: Sequence[float] = (),
 ) -> gradients.Example:
     """A sample with the noise and sigmas of one step; `at` is the quantile of a fixed
-    sigma."""
+    sigma. With `steps`, the sigma of all streams is one of these half of the time."""
     states, noise, sigmas = {}, {}, {}
     size, probability = sample.item.size, options.first_frame_prob
     for name, x in sample.latents.items():
@@ -145,6 +151,8 @@ def draw_example(
                 scale = 1.0, options.reference_downscale
                 state = state.show(sample.reference, size.fps, *scale)
         states[name] = state
+    if steps and rng.uniform() < 0.5:
+        sigmas = dict.fromkeys(sigmas, float(rng.choice(steps)))
     pairs = zip(("video", "audio"), sample.contexts)
     contexts = tuple(c if k in states else None for k, c in pairs)
     return gradients.make_example(model, states, noise, sigmas, contexts)
@@ -168,7 +176,9 @@ class Trainer:
         self.data = dataset.Dataset(cache or self.folder / "cache", pipe, scale)
         self.step, self.stopping = 0, False
         self.history: list[tuple] = []  # step, loss, held-out loss
+        self.sigmas: Sequence[float] = ()
         if pipe.checkpoint.kind == "distilled":
+            self.sigmas = DISTILLED_SIGMAS[:-1]  # all that it is used at
             note("the base is distilled; LoRAs are better trained on the dev model")
 
     # Before any weights are read
@@ -352,7 +362,8 @@ class Trainer:
         for i in range(count):
             index = (self.step * count + i) * ranks + self.group.rank()
             rng = np.random.default_rng([o.seed, index])
-            example = draw_example(self.trainee.model, self._sample(index), o, rng)
+            sample, model = self._sample(index), self.trainee.model
+            example = draw_example(model, sample, o, rng, steps=self.sigmas)
             (loss, _), grads = self.trainee.gradients(example)
             if o.preserve:
                 prompt = o.preserve[rng.integers(len(o.preserve))]

@@ -29,6 +29,7 @@ from ltx2.conversion import OFFICIAL, quant_predicate
 from ltx2.gradients import Trainee, make_example
 from ltx2.linear import quantize
 from ltx2.lora import Lora, attach
+from ltx2.sampling import DISTILLED_SIGMAS
 
 TRAIN = HERE / "golden" / "train"
 CASES = (
@@ -333,6 +334,23 @@ def test_preserving_a_prompt_changes_the_training(run):
     ]
     plain, held = map(files, folders)
     assert not same(plain, held)
+
+
+@pytest.mark.parametrize("kind", ["dev", "distilled"])
+def test_a_distilled_base_trains_also_at_the_sigmas_of_its_steps(
+    run, monkeypatch, kind
+):
+    drawn, make = [], gradients.make_example
+
+    def record(model, states, noise, sigmas, contexts):
+        drawn.append({*sigmas.values()})
+        return make(model, states, noise, sigmas, contexts)
+
+    monkeypatch.setattr(gradients, "make_example", record)
+    run("--iters", "12", "--kind", kind, "--val-clips", "0")
+    own = [sigmas for sigmas in drawn if sigmas < {*DISTILLED_SIGMAS}]
+    assert len(drawn) == 12 and all(len(sigmas) == 1 for sigmas in own)
+    assert 3 <= len(own) <= 9 if kind == "distilled" else not own
 
 
 @pytest.mark.parametrize("streams, count", [("both", 48), ("video", 16), ("audio", 16)])
