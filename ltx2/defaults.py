@@ -179,6 +179,8 @@ class Resolver:
         alone, (low, high) = len(self.streams) == 1, r.guidance_interval
         if self.distilled and (active or partial):
             yield "guidance needs a dev model (this one is distilled): remove its settings"
+        if r.audio_guidance and self.streams == ("video",):
+            yield "audio_guidance needs generated sound, which this adapter does not make"
         if alone and any("modality_scale" in g for g in partial):
             yield "modality_scale needs both video and audio"
         if r.retake and not {*r.retake_streams} - ({"audio"} if r.no_audio else set()):

@@ -60,9 +60,9 @@ class Pipeline(Components):
     def _estimate(self, job: Job, shards: int = 1) -> memory.MemoryPlan:
         inputs = job, lambda path: self.inputs.lora(path).nbytes, shards
         needs = self._estimator(*inputs)
-        if job.codes != "srgb":  # decoded in float32
-            exact = memory.Estimator(self.checkpoint, mx.float32)
-            needs["video"] = exact(*inputs)["video"]
+        if job.codes != "srgb":  # encoded and decoded in float32
+            exact = memory.Estimator(self.checkpoint, mx.float32)(*inputs)
+            needs |= {k: exact[k] for k in ("inputs", "video") if k in exact}
         return memory.planned(needs, memory.available(), self.low_memory)
 
     def memory(self, *jobs: Job, text: bool = True) -> memory.MemoryPlan:

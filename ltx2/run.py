@@ -4,6 +4,7 @@ import time
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Generator, Iterator, Optional, Sequence
 
 import mlx.core as mx
@@ -217,8 +218,9 @@ class Run:
         """What encodes a job's input files."""
         sees = "acescct" if job.codes == "acescct" else "srgb"
         spaces = sees, formats.exr_space(job.request.color_space or "srgb")
-        model, from_noise = self.model, self.frozen_from_noise
-        return Encoders(model.inputs, model.component, from_noise, *spaces)
+        component = partial(self.model.component, exact=job.codes != "srgb")
+        facts = self.model.inputs, component, self.frozen_from_noise
+        return Encoders(*facts, *spaces)
 
     def load_conditions(self, job: Job, resume: Optional[Snapshot]) -> list[Loaded]:
         """By stage, the conditionings from input files; none for finished stages."""

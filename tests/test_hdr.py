@@ -20,6 +20,7 @@ from ltx2.conditions import ClipKeyframes
 from ltx2.diffusion_decoder import DiffusionDecoder
 from ltx2.inputs import Encoders, InputFiles
 from ltx2.request import Image, LoraFile, Request
+from ltx2.vae import VideoVAE
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (33, 64, 64, 3), np.uint8)
 NAME = "ltx-2.5-22b-ic-lora-sdr-to-hdr-1.0.safetensors"
@@ -146,8 +147,12 @@ def test_the_clips_sound_is_kept_unless_it_is_not_wanted(
         np.testing.assert_allclose(result.waveform, tone.T[:18000], atol=1e-6)
 
 
-def test_light_is_decoded_in_float32(pipe, request_for, monkeypatch):
-    found = []
+def test_light_is_encoded_and_decoded_in_float32(pipe, request_for, monkeypatch):
+    found, seen, encode = [], set(), VideoVAE.encode_stream
+
+    def encoded(model, *frames):
+        seen.update(w.dtype for _, w in tree_flatten(model.encoder.parameters()))
+        return encode(model, *frames)
 
     def decode(model, latents, *_, **__):
         weights = tree_flatten(model.parameters())
@@ -155,8 +160,10 @@ def test_light_is_decoded_in_float32(pipe, request_for, monkeypatch):
         yield mx.random.uniform(shape=(1, 9, 64, 64, 3))
 
     monkeypatch.setattr(DiffusionDecoder, "decode_stream", decode)
+    monkeypatch.setattr(VideoVAE, "encode_stream", encoded)
     request = request_for(frames=FRAMES[:9], video_decoder="diffusion")
     pipe.generate(**vars(request))
+    assert seen == {mx.float32}
     size = {"height": 64, "width": 64, "num_frames": 9, "sigmas": (1.0, 0.0)}
     text = {"contexts_file": request.contexts_file, "video_decoder": "diffusion"}
     pipe.generate("", no_audio=True, **text, **size)

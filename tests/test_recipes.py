@@ -189,6 +189,9 @@ def test_alpha_gen_uses_a_dev_model_without_guidance(checkpoint, adapter, clip):
         0.7,
     )
     assert guidance.modality_scale == 1 and job.streams == ("video",)
+    guided = Request(**vars(job.request) | {"audio_guidance": {"cfg_scale": 2.0}})
+    with pytest.raises(UserError, match="audio_guidance needs generated sound"):
+        dev.plan(guided)
 
 
 def test_a_mov_of_a_matte_has_the_clip_as_color(checkpoint, adapter, tmp_path):
