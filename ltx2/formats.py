@@ -99,19 +99,16 @@ def choose(path: PathLike, codec: Optional[str] = None, space: str = "srgb") -> 
     suffix, hdr = Path(path).suffix.lower(), space != "srgb"
     other = "h264" if hdr else "hevc"
     usual = {f.suffix: k for k, f in FORMATS.items() if k != other}
-    if codec is None and (suffix not in usual or not str(path)):
-        raise UserError(
-            f"{path or 'output'}: the name must end in .mp4, .mov or .mkv, or have no "
-            "ending: a folder of EXR frames"
-        )
+    if not Path(path).name or codec is None and suffix not in usual:
+        allowed = "end in .mp4, .mov or .mkv, or have no ending: a folder of EXR frames"
+        raise UserError(f"{path or 'output'}: the name must {allowed}")
     codec = codec or usual[suffix]
-    if FORMATS[codec].suffix not in (suffix, ""):
-        raise UserError(f"{path}: {codec} must end in {FORMATS[codec].suffix}")
+    if suffix != (ending := FORMATS[codec].suffix) and (ending or suffix in usual):
+        name = f"end in {ending}" if ending else f"be a folder, not a {suffix}"
+        raise UserError(f"{path}: {codec} must {name}")
     if hdr and not FORMATS[codec].hdr:
-        raise UserError(
-            f"{path}: {codec} cannot hold {space}: write a .mp4 with hevc or a folder of "
-            "EXR frames, or set color_space to srgb"
-        )
+        instead = "use hevc, a folder of EXR frames, or set color_space to srgb"
+        raise UserError(f"{path}: {codec} cannot hold {space}: {instead}")
     return codec
 
 
@@ -224,10 +221,8 @@ class VideoWriter:
             else:
                 found = self._finish_folder(Path(folder, "new"))
             if found != self.num_frames:
-                name = kind.suffix[1:] or "folder"
-                raise RuntimeError(
-                    f"{found} frames in the {name} after {self.num_frames}"
-                )
+                there = f"{found} frames in the {kind.suffix[1:] or 'folder'}"
+                raise RuntimeError(f"{there} after {self.num_frames}")
 
     def _finish_folder(self, folder: Path) -> int:
         """Tag EXR frames, and add the sound and metadata; the number of frames."""
@@ -242,8 +237,7 @@ class VideoWriter:
                 sound = media.read_audio(sound, duration=duration)
             media.write_wav(folder / media.FOLDER_FILES[0], *sound)
         if self.metadata:
-            text = json.dumps(self.metadata)
-            (folder / media.FOLDER_FILES[1]).write_text(text)
+            (folder / media.FOLDER_FILES[1]).write_text(json.dumps(self.metadata))
         return len(frames)
 
     def _sound_options(self, duration: Fraction) -> tuple[str, bytes]:

@@ -188,3 +188,9 @@ def test_the_ending_decides_in_any_case(tmp_path, suffix):
     kinds = {".mp4": "h264", ".mov": "prores", ".mkv": "ffv1", "": "exr"}
     assert formats.choose(f"a{suffix.upper()}") == kinds[suffix]
     assert formats.choose("a.b", "exr") == "exr"
+
+
+@pytest.mark.parametrize("path", ["a.mp4", "", ".", "/"])
+def test_a_folder_of_frames_has_a_name_of_its_own(path):
+    with pytest.raises(UserError, match="must (be a folder|end in)"):
+        formats.choose(path, "exr")
