@@ -130,8 +130,7 @@ def check_output(
         raise UserError(f"{path}: sound alone must end in .wav, and has no codec")
     names = {} if sound_only else {path: choose(path, codec, space)}
     names |= {p: "exr" for p in frames_next_to(path, names.get(path, ""), space)}
-    for name in names.values():
-        encoder = FORMATS[name].encoder
+    for encoder in (FORMATS[name].encoder for name in names.values()):
         if not media.has_encoder(encoder):
             raise UserError(f"{path}: this ffmpeg has no {encoder}, use another codec")
     for file in names or [path]:
