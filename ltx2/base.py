@@ -171,8 +171,8 @@ class Config:
         for key, value in checked(dict, section, name).items():
             allowed = cls.FIXED.get(key, (value,))
             if value not in allowed:
-                only = " or ".join(map(repr, allowed))
-                raise UserError(f"{name}: {key} {value!r}: only {only} is implemented")
+                why = f"is {value!r}, only {' or '.join(map(repr, allowed))} is"
+                raise UserError(f"{name}: {key} {why} implemented")
         unknown = section.keys() - fields - cls.FIXED.keys() - cls.UNUSED
         if unknown and not cls.PARTIAL:
             report = {key: section[key] for key in sorted(unknown)}
