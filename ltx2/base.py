@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -64,13 +63,15 @@ def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> 
     if hasattr(value, "tolist") and origin is not type(value):  # numpy's and MLX's
         value = value.tolist()
     value = str(value) if isinstance(value, PurePath) else value
+    if isinstance(value, str):
+        expect(not re.search("[\0\ud800-\udfff]", value), "valid text", value, path)
     if origin in (Union, types.UnionType):
         for other in args[1:]:
             with suppress(UserError):
                 return checked(other, value, path, limit)
         return checked(args[0], value, path, limit)
     if isinstance(value, Real) and not isinstance(value, bool):
-        expect(abs(value) < math.inf, "a finite number", value, path)
+        expect(abs(value) < 2**64, "a finite number", value, path)
         fits = limit is None or 0 < value <= limit
         expect(fits, f"above 0 and at most {limit}", value, path)
         value = int(value) if isinstance(value, Integral) else float(value)
@@ -128,6 +129,11 @@ def read_text(path: str) -> str:
     if re.search(r"[\0-\x08\x0e-\x1f]", text):
         raise UserError(f"{path} is not a text file")
     return text
+
+
+def user_path(name: Union[str, PurePath]) -> Path:
+    """A path from ~ on; that of a user who does not exist stays as it is."""
+    return Path(os.path.expanduser(name))
 
 
 class Checked:

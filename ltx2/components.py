@@ -39,7 +39,10 @@ class Components:
         cache_contexts: Union[str, Path, None] = None,
         machines: Optional[Machines] = None,
     ):
-        self.checkpoint, self.dtype, self.origin = checkpoint, dtype, origin
+        self.checkpoint, self.dtype = checkpoint, dtype
+        name, kind = str(dtype).removeprefix("mlx.core."), checkpoint.kind
+        how = {"kind": kind, "dtype": name, "text_encoder": text_encoder}
+        self.origin = origin or Load(**{"model": ""} | checkpoint.opened | how)
         self.low_memory, self.cache_contexts = low_memory, cache_contexts
         self.machines = machines or Machines()
         self.text_encoder = checkpoint.encoder(text_encoder)

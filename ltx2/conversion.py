@@ -14,10 +14,10 @@ from mlx.utils import tree_flatten
 
 from . import __version__, media
 from . import quantization as rounding
-from .base import UserError
+from .base import UserError, user_path
 from .hub import DTYPES, converted_config, folder_files, gigabytes
 from .linear import QuantizedLinear, layer_format, layer_formats, quantize
-from .lora import Lora, attach
+from .lora import Lora, adapter_file, attach
 from .quantization import quant_predicate, quantization  # noqa: F401, names of the API
 from .weights import COMPONENTS, FLOAT32, GEMMA_4, Checkpoint, Weights, shard_names
 
@@ -69,8 +69,9 @@ class Conversion:
             raise UserError("the model is already quantized: use --dequantize first")
         if self.dequantize and not quantized:
             raise UserError("the model is not quantized: remove --dequantize")
+        self._files = [(adapter_file(path), strength) for path, strength in self.loras]
         self.text_encoder = self.source.encoder(self.text_encoder)
-        folder = Path(self.text_encoder).expanduser()
+        folder = user_path(self.text_encoder)
         if self.source.version < GEMMA_4 and folder.is_dir():
             self.text_encoder = str(folder.resolve())  # from any working directory
 
@@ -82,7 +83,7 @@ class Conversion:
         module.load_weights(list(weights.items()))
         if self.loras and name == "transformer":
             # Read again each time: factors are held no longer than their layer.
-            loras = [(Lora.read(path), strength) for path, strength in self.loras]
+            loras = [(Lora.read(path), strength) for path, strength in self._files]
             attach(module, loras)
             fused = dict(tree_flatten(module.parameters()))
             weights = {key: fused[key] for key in weights}
@@ -216,7 +217,7 @@ class Conversion:
         """Write the model folder, complete or not at all (see `media.workspace`). `name`
         and `peaks`, the memory that the folder needs, are for the model card; `progress`
         gets the number of bytes."""
-        folder = folder.expanduser().resolve()
+        folder = user_path(folder).resolve()
         check_target(folder, overwrite)
         with media.workspace(folder, ".*") as hidden:
             partial = Path(hidden, "new")

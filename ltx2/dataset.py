@@ -20,7 +20,7 @@ from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
 import mlx.core as mx
 
 from . import media
-from .base import LOG, UserError, checked, note
+from .base import LOG, UserError, checked, note, user_path
 from .cache import ContextCache
 from .guidance import Contexts
 from .hub import File, read_arrays
@@ -83,7 +83,7 @@ class Sample:
 def find_clips(data: str, references: Optional[str] = None) -> list[Clip]:
     """The clips of a list, or of a folder with a list or with captions in .txt files.
     `references` is a folder of clips with the same names."""
-    path = Path(data).expanduser()
+    path = user_path(data)
     lists = [path] if path.is_file() else [path / name for name in LISTS]
     listed = next((p for p in lists if p.is_file()), None)
     if not path.exists():
@@ -153,7 +153,7 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def _same_name(clip: Clip, folder: str) -> Optional[Path]:
-    found = sorted(Path(folder).expanduser().glob(f"{clip.path.stem}.*"))
+    found = sorted(user_path(folder).glob(f"{clip.path.stem}.*"))
     return next((p for p in found if p.suffix.lower() in PICTURES | VIDEOS), None)
 
 

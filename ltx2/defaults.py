@@ -30,6 +30,7 @@ SIZE = {"height": 512, "width": 768, "num_frames": 121, "fps": 24.0}
 MAX_FRAMES, MAX_SIDE = 2049, 4096
 USUAL_FPS = (24, 25, 30, 50, 60)
 AUTO_DURATION = (1.0, 20.0)  # seconds, the reference's
+SHORTEST_SOUND = 0.033  # seconds: a window of the spectrogram, see audio_vae.log_mel
 DECODERS = {"conv": "vae", "diffusion": "diffusion_decoder"}
 BOTH = ("video", "audio")
 # What frames are before they become light, by HDR LoRAs' metadata.
@@ -313,11 +314,29 @@ class Resolver:
         for image in r.images:
             image.index(r.num_frames, r.fps)
             check_range(f"image {image.path}: strength", image.strength, 0.01, 1)
-            self.files.image(image.path)
-        seconds = self.files.probe(r.audio).audio_duration if r.audio else 0
-        if r.audio and r.audio_start >= seconds:
+            height, width, _ = self.files.image(image.path).shape
+            aspect = width * r.height / (height * r.width)
+            if (cut := 1 - min(aspect, 1 / aspect)) > 0.1:
+                self.notes.append(
+                    f"{image.path}: {width}x{height} cropped to {r.width}x{r.height}, "
+                    f"{cut:.0%} of it is cut off"
+                )
+        if r.audio:
+            self.check_sound()
+
+    def check_sound(self) -> None:
+        """UserError unless there is enough sound to encode; a note if its length is far
+        from the video's."""
+        r = self.r
+        seconds, length = self.files.probe(r.audio).audio_duration, r.num_frames / r.fps
+        rest = seconds - r.audio_start
+        if rest < SHORTEST_SOUND:
             raise UserError(
                 f"{r.audio} has no sound at {r.audio_start:g} s, only {seconds:.2f} s"
+            )
+        if abs(rest - length) > max(1, length / 2):
+            self.notes.append(
+                f"{r.audio}: {rest:.1f} s of sound for {length:.1f} s of video"
             )
 
     def check_segments(self) -> None:
@@ -348,7 +367,8 @@ class Resolver:
         if not clip.has_video:
             raise UserError(f"{r.video} has no video: pass a sound with --audio")
         fps = float(clip.fps if r.fps is None else r.fps)
-        check_range("fps", fps, 1, 120)
+        name = f"{r.video}: fps, which --fps changes," if r.fps is None else "fps"
+        check_range(name, fps, 1, 120)
         there = frames_at(clip, fps)
         frames = (min(max(there, 1), MAX_FRAMES) - 1) // TIME_SCALE * TIME_SCALE + 1
         low = -(-2 * SPACE_SCALE // multiple) * multiple

@@ -134,8 +134,7 @@ def check_output(
         if not media.has_encoder(encoder):
             raise UserError(f"{path}: this ffmpeg has no {encoder}, use another codec")
     for file in names or [path]:
-        with media.workspace(file, media.OF_FRAMES * (names.get(file) == "exr")):
-            pass
+        media.check_output(file, media.OF_FRAMES * (names.get(file) == "exr"))
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import Any, Iterable, Iterator, Optional
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
-from .base import LOG, UserError, note, parse_json
+from .base import LOG, UserError, note, parse_json, user_path
 
 DEFAULT_FILES = (  # where there are several checkpoints
     "ltx-2-19b-distilled.safetensors",
@@ -214,7 +214,7 @@ def invalid(path: Path, error: str) -> str:
 def resolve(name: str, file: Optional[str] = None) -> tuple[list[File], Optional[str]]:
     """The files that a name stands for, and which of them is chosen, if one is: a
     safetensors file, a folder, a Hub repository, or a file in one (owner/name/file)."""
-    path = Path(name or "/dev/null").expanduser()  # "" would be this folder
+    path = user_path(name or "/dev/null")  # "" would be this folder
     if path.is_dir():
         return folder_files(path), file
     if path.is_file():
@@ -389,7 +389,7 @@ def gigabytes(size: int) -> str:
 def make_folder(path: str | Path) -> Path:
     """Make a folder to write files into, if it is not there; UserError if it cannot."""
     try:
-        folder = Path(path).expanduser()
+        folder = user_path(path)
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         return folder

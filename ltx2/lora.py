@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from . import hub
-from .base import UserError, checked, parse_json
+from .base import UserError, checked, parse_json, user_path
 from .linear import QuantizedLinear
 
 # What tools put in front of a module's name: peft, ComfyUI, diffusers, torch.compile,
@@ -147,7 +147,7 @@ class Lora:
 def adapter_file(name: str) -> Path:
     """The file of a LoRA: the path itself, or the one of a folder of train.py or peft or
     of a Hub repository (owner/name, owner/name/file), from which it is downloaded."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     repo, inner = hub.split_repository(name)
     if path.is_file():
         return path

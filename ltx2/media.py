@@ -397,10 +397,14 @@ def workspace(path: PathLike, folder: str = "") -> Iterator[str]:
                 os.replace(f"{hidden}/new", path)
 
 
-def check_output(path: PathLike) -> None:
-    """Raise before any work if a file cannot be written at `path`."""
-    with workspace(path):
+def check_output(path: PathLike, folder: str = "") -> None:
+    """Raise before any work if a file, or a folder of frames with names that match the
+    pattern `folder`, cannot be written at `path`; no folder is left behind."""
+    made = [p for p in Path(path).absolute().parents if not p.exists()]
+    with workspace(path, folder):
         pass
+    for parent in made:
+        parent.rmdir()
 
 
 def png(image: np.ndarray) -> bytes:

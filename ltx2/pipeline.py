@@ -266,17 +266,20 @@ def load(
     call this and split the work in one of parallel.MODES (`share` is the earlier name
     of `parallel`). Raises UserError when files do not fit together.
     """
-    name = str(dtype or "auto").removeprefix("mlx.core.")
+    name = "auto" if dtype is None else str(dtype).removeprefix("mlx.core.")
     check_choice("dtype", name, ("auto", "bfloat16", "float16", "float32"))
     is_auto, name = name == "auto", this_chip().dtype if name == "auto" else name
-    o = Load(model, kind, name, upsamplers, dict(parts), text_encoder)
+    files = checked(Union[dict[str, str], list[tuple[str, str]]], parts, "parts")
+    folder = checked(Optional[str], cache_contexts, "cache_contexts")
+    low_memory = checked(Optional[bool], low_memory, "low_memory")
+    mode = checked(Optional[str], share if parallel is None else parallel, "parallel")
+    o = Load(model, kind, name, upsamplers, dict(files), text_encoder)
     files = {"upsamplers": o.upsamplers, "parts": o.parts}
     checkpoint = weights.open_model(o.model, kind, **files, fetch=False)
     origin = replace(o, kind=checkpoint.kind)
-    if cache_contexts is not None:
-        hub.make_folder(cache_contexts)
-    machines = Machines(group, parallel or share)
-    options = low_memory, cache_contexts, machines
+    if folder is not None:
+        hub.make_folder(folder)
+    options = low_memory, folder, Machines(group, mode)
     pipe = Pipeline(checkpoint, o.text_encoder, getattr(mx, name), origin, *options)
     pipe.keep = keep
     pipe.fallback = mx.bfloat16 if is_auto and name == "float16" else None

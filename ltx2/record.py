@@ -11,7 +11,7 @@ from typing import Any, Literal, Optional
 import mlx.core as mx
 
 from . import REFERENCE, __version__, hub, media
-from .base import Checked, UserError, checked, parse_json
+from .base import Checked, UserError, checked, parse_json, user_path
 from .linear import layer_formats
 from .options import located
 from .request import Request
@@ -137,11 +137,11 @@ def changed(metadata: Mapping[str, Any], place: Callable[[str], str]) -> dict[st
 
 def name_only(path: str) -> str:
     """The name of a file or folder without where it is; a repository as it is."""
-    file = Path(path).expanduser()
+    file = user_path(path)
     return file.name if file.exists() or not hub.split_repository(path)[0] else path
 
 
 def absolute(path: str) -> str:
     """The path from any working directory; a repository as it is."""
-    file = Path(path).expanduser()
+    file = user_path(path)
     return str(file.absolute()) if file.exists() else path

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass, fields
 from typing import Any, Mapping, Optional, Union
 
-from .base import Checked, UserError, checked, expect
+from .base import Checked, UserError, checked
 from .guidance import Guidance
 from .options import ask, comma_separated, integers, match_groups, numbers, span
 from .sampling import SAMPLERS
@@ -403,9 +402,6 @@ class Request(Checked):
     def __post_init__(self) -> None:
         """Check the types of all values; settings of guidance stay a part of them."""
         super().__post_init__()
-        for name in ("prompt", "negative_prompt"):
-            broken = re.search("[\ud800-\udfff]", getattr(self, name) or "")
-            expect(not broken, "valid text", getattr(self, name), name)
         for name in ("video_guidance", "audio_guidance"):
             settings = getattr(self, name)
             if isinstance(settings, Mapping):

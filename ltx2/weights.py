@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import hub, media, parts
-from .base import UserError, checked
+from .base import UserError, checked, user_path
 from .hub import File
 from .linear import Quantization, layer_formats, quantize_stored
 from .parts import COMPONENTS, GEMMA_4, KINDS, UPSAMPLERS, Parts, Tensors, read_chosen
@@ -56,6 +56,9 @@ class Checkpoint(FolderConfig):
     parts: dict[str, Tensors] = field(init=False)
     others: list[File]  # config.json and the license
     problems: Sequence[parts.Problem] = ()
+    opened: dict[str, Any] = field(
+        default_factory=dict
+    )  # how: model, upsamplers, parts
 
     def __post_init__(self, found: Parts):
         parts.parse_version(self.model_version)
@@ -211,6 +214,8 @@ def open_model(
     files = hub.choose(name, *hub.resolve(name, file))
     is_converted = files[0].name == "config.json"
     model = (converted if is_converted else official)(files, chosen)
+    path = f"{name}/{file}" if file else name
+    model.opened = {"model": path, "upsamplers": upsamplers, "parts": parts or {}}
     if kind is not None:
         model.kind, model.kind_assumed = kind, False
     if model.kind not in KINDS:
@@ -301,7 +306,7 @@ def shard_names(name: str, count: int) -> Iterator[str]:
 
 def text_encoder_files(name: str) -> list[File]:
     """The files of a text encoder's folder or repository that are used."""
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_file():
         raise UserError(
             f"text encoder {name} is a single file without tokenizer: pass a folder or "
@@ -370,7 +375,7 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
 
 def fetch_text_encoder(name: str) -> Path:
     """The folder of a text encoder in Hugging Face's layout, downloaded if needed."""
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if not folder.is_dir():
         files = text_encoder_files(name)
         hub.fetch_all(files)

@@ -56,7 +56,7 @@ def test_an_object_becomes_a_dataclass():
             {"name": "a", "points": [{"x": 1, "y": float("inf")}]},
             "finite number, got inf",
         ),
-        ({"name": "a", "points": [{"x": 10**30}]}, "x must be above 0 and at most 99"),
+        ({"name": "a", "points": [{"x": 10**9}]}, "x must be above 0 and at most 99"),
         ({"name": "a", "points": [{"x": 0}]}, "x must be above 0 and at most 99"),
         ({"name": "a", "size": [1]}, "size must be a list of 2"),
         ({"name": "a", "path": []}, r"path must be text, got \[\]"),
@@ -116,3 +116,15 @@ def test_errors_of_scripts_are_one_line(capsys):
     with pytest.raises(SystemExit) as end:
         base.run(main)
     assert end.value.code == 2 and capsys.readouterr().err == "error: two lines\n"
+
+
+@pytest.mark.parametrize(
+    "kind, value", [(int, 10**400), (str, "a\0b"), (str, "\ud800")]
+)
+def test_what_no_system_call_takes_is_refused(kind, value):
+    with pytest.raises(UserError, match="^x must be"):
+        checked(kind, value, "x")
+
+
+def test_the_home_of_nobody_is_a_name(monkeypatch):
+    assert str(base.user_path("~nobody-here/x")) == "~nobody-here/x"

@@ -703,7 +703,7 @@ def test_an_empty_name_of_an_output_is_refused():
 
 def test_missing_folders_of_an_output_are_made(tmp_path):
     formats.check_output(tmp_path / "a" / "b" / "out.mp4")
-    assert os.listdir(tmp_path / "a" / "b") == []
+    assert not (tmp_path / "a").exists()  # until there is something to write
     media.save_png(tmp_path / "c" / "out.png", clip(1)[0])
     assert os.listdir(tmp_path / "c") == ["out.png"]
 

@@ -369,6 +369,55 @@ def test_a_clip_is_fitted_to_a_possible_size_length_and_rate(pipe, tmp_path):
     assert len(job.notes) == 3 and "resized and cropped to 128x64" in job.notes[0]
 
 
+def test_a_pipeline_of_a_checkpoint_alone_says_how_it_was_made(checkpoint):
+    model = weights.open_model(str(checkpoint("ltx-2-notc")), "distilled")
+    encoder = str(checkpoint("gemma3"))
+    made = pipeline.Pipeline(model, encoder, mx.float32).origin
+    assert (made.kind, made.dtype, made.text_encoder) == (
+        "distilled",
+        "float32",
+        encoder,
+    )
+    assert made.model == str(checkpoint("ltx-2-notc"))
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("parts", "vae"), ("cache_contexts", 3), ("low_memory", "no"), ("parallel", [1])],
+)
+def test_arguments_of_load_have_their_types(checkpoint, option, value):
+    with pytest.raises(UserError, match=option):
+        pipeline.load(str(checkpoint("ltx-2-notc")), **{option: value})
+
+
+def test_notes_say_what_of_a_picture_and_a_sound_is_not_used(pipe, tmp_path):
+    media.save_png(tmp_path / "tall.png", np.zeros((96, 64, 3), np.uint8))
+    media.write_wav(tmp_path / "a.wav", np.ones((48000, 2), np.float32) / 9, 16000)
+    inputs = {"images": [tmp_path / "tall.png"], "audio": tmp_path / "a.wav"}
+    notes = " ".join(pipe.plan(Request("a", **SIZE, **inputs)).notes)
+    assert "64x96 cropped to 96x64, 56% of it is cut off" in notes
+    assert "3.0 s of sound for 0.7 s of video" in notes
+
+
+def test_a_sound_too_short_for_the_encoder_is_refused_in_the_plan(pipe, tmp_path):
+    media.write_wav(tmp_path / "a.wav", np.ones((160, 2), np.float32) / 9, 16000)
+    with pytest.raises(UserError, match="has no sound at 0 s, only 0.01 s"):
+        pipe.plan(Request("a", **SIZE, audio=tmp_path / "a.wav"))
+
+
+def test_a_rate_out_of_range_names_the_clip_and_the_flag(pipe, tmp_path):
+    with formats.VideoWriter(tmp_path / "slow.mp4", 240) as video:
+        video.write(np.zeros((20, 64, 64, 3), np.uint8))
+    clip = {"video": str(tmp_path / "slow.mp4"), "retake": (0, 0.1)}
+    with pytest.raises(UserError, match="slow.mp4: fps, which --fps changes"):
+        pipe.plan(Request("a", **clip))
+
+
+def test_a_plan_leaves_no_folder(tmp_path):
+    formats.check_output(tmp_path / "new/folder/a.mp4")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_rounded_frame_rate_counts_as_the_clips(pipe, tmp_path):
     with formats.VideoWriter(tmp_path / "film.mp4", 23.976) as video:
         video.write(np.zeros((9, 64, 64, 3), np.uint8))
