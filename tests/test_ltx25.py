@@ -1,5 +1,6 @@
 """LTX-2.5: its split files, its text encoder, and whole runs."""
 
+import gc
 import json
 import shutil
 
@@ -308,7 +309,14 @@ def test_generated_keyframes_need_ltx_2_5(checkpoint):
         plan(Request("a fox", seed=10, generated_keyframes=2), source)
 
 
-def test_the_diffusion_decoder_decodes_the_same_latents(pipe, golden):
+@pytest.fixture
+def others():
+    """Bytes that earlier tests of this process hold."""
+    gc.collect()
+    return mx.get_active_memory()
+
+
+def test_the_diffusion_decoder_decodes_the_same_latents(pipe, golden, others):
     [prompt] = contexts = recorded_contexts(golden, "ltx-2.5")
     drawn = []
 
@@ -329,11 +337,13 @@ def test_the_diffusion_decoder_decodes_the_same_latents(pipe, golden):
     assert not np.array_equal(conv.frames, diffusion.frames)
     job = pipe.plan(Request(prompt, seed=10, video_decoder="diffusion", **options))
     planned = pipe.memory(job).phases["video"].total(streamed=False)
-    assert 0.5 < planned / diffusion.phases["video"][1] < 2
+    assert 0.5 < planned / (diffusion.phases["video"][1] - others) < 2
     assert drawn[-17:] == [f"vae.frame{i}" for i in range(17)]
 
 
-def test_windows_are_decoded_with_the_keyframes_that_they_have(pipe, golden, tmp_path):
+def test_windows_are_decoded_with_the_keyframes_that_they_have(
+    pipe, golden, tmp_path, others
+):
     [prompt] = contexts = recorded_contexts(golden, "ltx-2.5")
     drawn = []
 
@@ -363,7 +373,7 @@ def test_windows_are_decoded_with_the_keyframes_that_they_have(pipe, golden, tmp
     again = [e.frames for e in again if isinstance(e, pipeline.Frames)]
     assert np.array_equal(frames, again)
     planned = job.memory.phases["video"].total(streamed=False)
-    assert 0.5 < planned / events[-1].phases["video"][1] < 2
+    assert 0.5 < planned / (events[-1].phases["video"][1] - others) < 2
 
 
 def test_keyframes_are_decoded_where_there_are_some_and_a_diffusion_decoder(pipe):
