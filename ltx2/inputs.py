@@ -97,17 +97,19 @@ class Encoders:
             frames = 2 * color.convert(frames / 2 + 0.5, "srgb", self.codes) - 1
         return mx.array(frames)[None]
 
-    def seen(self, path: str, frame: np.ndarray, size: Size) -> mx.array:
-        """A file's frame (H, W, 3) at the size's sides as the VAE sees it."""
+    def seen(self, path: str, frames: Iterable[np.ndarray], size: Size) -> Iterator:
+        """A file's frames (H, W, 3) at the size's sides, each as the VAE sees it."""
         light = bool(exr.frames_in(path))
-        return self.encoder_input(filling(frame[None], size, light), light)
+        for frame in frames:
+            yield self.encoder_input(filling(frame[None], size, light), light)
 
     def image(self, path: str, crf: int, size: Size) -> mx.array:
         """One latent frame (1, 1, h, w, C)."""
         pixels = self.files.image(path)
         if not exr.frames_in(path):
             pixels = media.recompress(pixels, crf)
-        x = self.component("vae.encoder").encode(self.seen(path, pixels, size))
+        [pixels] = self.seen(path, [pixels], size)
+        x = self.component("vae.encoder").encode(pixels)
         mx.eval(x)
         return x
 
@@ -116,7 +118,7 @@ class Encoders:
     ) -> mx.array:
         """Latents (1, f, h, w, C) of a clip, of every `slow`-th frame."""
         frames = frames_of(path, start, num_frames, size.fps)
-        chunks = (self.seen(path, x, size) for x in every(frames, slow))
+        chunks = self.seen(path, every(frames, slow), size)
         encoder = self.component("vae.encoder")
         return mx.concatenate([*encoder.encode_stream(chunks)], axis=1)
 

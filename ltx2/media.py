@@ -338,7 +338,7 @@ def read_audio(
     _, size, _, _, rate, channels = map(int, np.frombuffer(sound, ">u4", 6))
     waveform = np.frombuffer(sound, ">f4", offset=size).reshape(-1, channels)
     if not len(waveform):
-        raise UserError(f"{path}: there is no sound at {start} s")
+        raise UserError(f"{path} has no sound at {start} s")
     return waveform.astype(np.float32), rate
 
 

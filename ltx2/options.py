@@ -56,8 +56,8 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
         dashed, default, text = name.replace("_", "-"), field.default, rules["help"]
         if default not in (None, False, (), dataclasses.MISSING):
             shown = default if isinstance(default, tuple) else (default,)
-            told = "default" in text  # by the text itself
-            text += "" if told else f" (default: {','.join(map(str, shown))})"
+            if "default" not in text:
+                text += f" (default: {','.join(map(str, shown))})"
         add(name)(
             f"--{(prefix + flag).replace('_', '-')}",
             dest=prefix + name,

@@ -162,7 +162,7 @@ def allocate(weights: Weights, how: dict[str, Any], shares: Shares) -> dict[str,
     bits, levels = dict.fromkeys(alike, least), sorted(b for b in ERROR if b >= least)
 
     def gain(key: tuple[str, int]) -> float:
-        """For each bit that a kind's next level costs; 0 if there is no room for it."""
+        """For each bit that a kind's next level costs; 0 if it does not fit."""
         now, more = levels.index(bits[key]), levels[levels.index(bits[key]) + 1 :]
         cost = (more[0] - levels[now]) * numbers[key] if more else room + 1
         if cost > room:

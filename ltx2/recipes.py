@@ -30,7 +30,6 @@ class Recipe:
     pads: bool = False  # a clip whose sides do not suit the model
     codes: str = ""  # what frames are before they are decoded to light, of color.SPACES
     matte: bool = False  # its result is the clip's alpha
-
     advice: str = ""
 
 

@@ -161,7 +161,7 @@ class Request(Checked):
         "how many of them are blended; 0 is a hard cut (default: all)", **WINDOWED
     )
     conditioned_fps: Optional[float] = ask(
-        "frame rate that the model is told: twice --fps gives slow motion at half speed "
+        "frame rate of the model's positions: twice --fps gives slow motion at half speed "
         "(default: --fps)",
         between=(1, 4800),
         modes=NOT_DFR,

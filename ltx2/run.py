@@ -417,8 +417,8 @@ class Run:
         r = job.request
         if window.given:  # of a clip that is extended
             clip = frames_of(r.video, 0, window.num_frames, r.fps)
-            seen = self.encoders(job).seen
-            return (seen(r.video, x, job.size) / 2 + 0.5 for x in clip)
+            seen = self.encoders(job).seen(r.video, clip, job.size)
+            return (x / 2 + 0.5 for x in seen)
         noise, video = self.noise_of(n, job), latents[window.prefix + "video"]
         draw = lambda name, shape: noise(window.prefix + name, shape)
         how = {"bias": r.decode_bias, "trace": within(self.trace, "video")}

@@ -17,7 +17,7 @@ KINDS = {"inputs": 1, "video": 1, "audio": 2}  # phases; the others are of trans
 # CPU: 0.60 (4 bits, few tokens) to 0.97 for a block of the 19B, 0.52 to 0.87 for the VAEs
 # of the 19B and 2.3, 0.025 for the 19B's vocoder. Metal may compute less than is counted.
 SHARES = {("cpu", "float32"): (0.8, 0.7, 0.025)}
-LOW, HIGH = (0.4, 0.2, 0.1), (0.95, 1.5, 0.8)  # where there is no row
+LOW, HIGH = (0.4, 0.2, 0.1), (0.95, 1.5, 0.8)  # for all others
 
 
 @dataclass(frozen=True)
