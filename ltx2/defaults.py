@@ -16,7 +16,7 @@ from .guidance import Guidance
 from .inputs import InputFiles
 from .latents import SPACE_SCALE, TIME_SCALE, Size
 from .options import check, check_choice, check_range, check_step
-from .recipes import follow
+from .recipes import follow, makes_matte
 from .request import PRESETS, SIZES, Request
 from .sampling import DISTILLED_SIGMAS, shifted_sigmas
 from .weights import Checkpoint
@@ -55,7 +55,7 @@ class Resolver:
         self.notes, r = notes + self.notes, self.r
         self.clip_frames, self.clip_streams = 0, ()  # of the input video
         self.codes = (self.recipe.codes or "acescct") if r.color_space else "srgb"
-        video_only = (self.recipe.codes or self.recipe.matte) and not r.audio
+        video_only = (self.recipe.codes or makes_matte(r)) and not r.audio
         self.streams = BOTH[bool(r.audio_only) : 2 - bool(r.no_audio or video_only)]
         self.distilled = checkpoint.kind == "distilled"
         parts = checkpoint.components
@@ -151,20 +151,23 @@ class Resolver:
             if lora.strength == 0:
                 raise UserError(f"LoRA {lora.path} has strength 0, no effect")
             check_range(f"LoRA {lora.path}: strength", lora.strength, -10, 10)
-        if r.has_reference:
-            self.check_hdr()
+        self.check_hdr()
 
     def check_hdr(self) -> None:
         """How frames encode light, also by a LoRA's metadata."""
         r = self.r
-        for lora in r.loras:
+        for lora in r.loras if r.has_reference else ():
             if name := self.files.lora(lora.path).metadata.get("hdr_transform"):
                 check_choice(f"hdr_transform of {lora.path}", name, tuple(TRANSFORMS))
                 self.codes = TRANSFORMS[name]
-        if self.codes != "srgb":
+        if self.codes != "srgb" and r.has_reference:
             self.recipe = replace(self.recipe, pads=True)
             self.r = replace(r, color_space=r.color_space or "srgb_linear")
-        if self.makes_light and r.hdr_keyframes:
+        if r.hdr_keyframes is not None and not self.makes_light:
+            raise UserError(
+                "hdr_keyframes needs an adapter that makes HDR of an SDR clip"
+            )
+        if self.makes_light and r.hdr_keyframes is not False:
             if "2.5" in self.unmet:
                 raise UserError(f"hdr_keyframes needs {self.unmet['2.5']}: turn it off")
             if r.generated_keyframes:

@@ -42,9 +42,9 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
             continue
         kind = typing.get_args(hint)[0] if typing.get_args(hint) else hint
         how, flag = {"type": kind}, rules.get("flag", name)
-        if hint is bool:  # one that is on has --no-..., too
-            on = argparse.BooleanOptionalAction
-            how = {"action": on if field.default else "store_true"}
+        if kind is bool:  # one that may be None has --no-..., too
+            either = argparse.BooleanOptionalAction
+            how = {"action": "store_true" if hint is bool else either}
         elif hasattr(kind, "parse"):
             how = {"type": kind.parse, "metavar": kind.FORM}
             flag = flag.removesuffix("s")

@@ -73,12 +73,6 @@ def makes_matte(r: Request) -> bool:
     return any((recipe := find(x.path)) and recipe.matte for x in r.loras)
 
 
-def modes_of(option: str, mode: str) -> list[str]:
-    """The values of `stages` that have an option; `mode` alone if all have."""
-    rules = Request.__dataclass_fields__[option].metadata
-    return rules.get("modes", mode).split()
-
-
 def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
     """The request as its adapters' cards ask for where it says nothing, what else they
     ask for together, and notes. Raises UserError for an adapter that cannot be used."""
@@ -97,11 +91,11 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
             notes.append(f"{name} was made for its text embeddings (--contexts)")
         usual = dict(recipe.defaults) if shown or not r.video else {}
         mode = r.stages or usual.get("stages", "one")
-        changes = {
-            k: v
-            for k, v in usual.items()
-            if not is_set(r, k) and mode in modes_of(k, mode)
-        }
+        changes = {}
+        for k, value in usual.items():
+            modes = Request.__dataclass_fields__[k].metadata.get("modes", mode)
+            if not is_set(r, k) and mode in modes.split():
+                changes[k] = value
         if kind == "distilled":  # has no guidance to set
             changes.pop("video_guidance", None)
         if recipe.trigger and not re.search(rf"\b{recipe.trigger}\b", r.prompt, re.I):
@@ -125,6 +119,5 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
             extra=max(all_of.extra, recipe.extra if shown else 0),
             pads=shown,
             codes=recipe.codes or all_of.codes,
-            matte=recipe.matte or all_of.matte,
         )
     return r, all_of, notes

@@ -342,11 +342,10 @@ class Request(Checked):
         excludes="audio_only",
         modes=NOT_DFR,
     )
-    hdr_keyframes: bool = ask(
+    hdr_keyframes: Optional[bool] = ask(
         "HDR adapters: also generate single frames of the clip, which keep the video sharp "
         "(default: on)",
-        True,
-        needs="color_space video",
+        needs="video",
         modes="one two",
     )
     # Outputs

@@ -240,7 +240,7 @@ class Planner(Resolver):
 
     def seams(self) -> tuple[int, ...]:
         """Where HDR from codes for light has keyframes: at dfr's places in the clip."""
-        if not self.makes_light or not self.r.hdr_keyframes:
+        if not self.makes_light or self.r.hdr_keyframes is False:
             return ()
         places = windows.canvas(self.r.num_frames)[1]
         return tuple(frame for frame in places if frame < self.clip_frames)

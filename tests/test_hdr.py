@@ -240,10 +240,17 @@ def test_what_cannot_be_light_is_refused(pipe, request_for, options, reason):
         pipe.plan(request_for(frames=FRAMES[:9], **options))
 
 
-def test_keyframes_of_hdr_need_its_clip(pipe):
-    for options in ({}, {"color_space": "acescg"}):
-        with pytest.raises(UserError, match="hdr_keyframes needs (video|color_space)"):
-            pipe.plan(Request("a cat", seed=10, hdr_keyframes=False, **options))
+@pytest.mark.parametrize("on", [True, False])
+def test_keyframes_of_hdr_need_its_adapter_and_clip(pipe, request_for, on):
+    with pytest.raises(UserError, match="hdr_keyframes needs video"):
+        pipe.plan(Request("a cat", seed=10, hdr_keyframes=on))
+    other = request_for(
+        "other.safetensors", FRAMES[:9], no_audio=True, hdr_keyframes=on
+    )
+    with pytest.raises(
+        UserError, match="hdr_keyframes needs an adapter that makes HDR"
+    ):
+        pipe.plan(other)
 
 
 def test_windows_hold_the_keyframes_that_they_own(pipe, request_for):
