@@ -155,6 +155,16 @@ def test_files_of_two_generations_are_refused(pack):
         source.require("vae")
 
 
+def test_an_earlier_upsampler_is_noted(pack, checkpoint, tmp_path, caplog):
+    """The reference's own runs of LTX-2.5 took that of 2.3; only its name says so."""
+    caplog.set_level("INFO", "ltx2")
+    name = "ltx-2.3-spatial-upscaler-x2-1.0.safetensors"
+    chosen = shutil.copy(checkpoint("spatial-x2", in_channels=20), tmp_path / name)
+    source = weights.open_model(str(pack), upsamplers=[str(chosen)])
+    source.require("spatial_upsampler")
+    assert f"{name} is for LTX-2 2.3, not for 2.5" in caplog.text
+
+
 @pytest.mark.parametrize("version", [None, "ltx-other-1"])
 def test_another_gemma_4_is_refused(pack, version):
     _, metadata = mx.load(str(pack / ENCODER), return_metadata=True)
