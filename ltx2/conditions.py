@@ -13,7 +13,7 @@ import mlx.core as mx
 from . import latents
 from .guidance import Guidance, Prompts
 from .inputs import Encoders
-from .latents import Conditioning, LatentState, Size, States, Streams
+from .latents import Conditioning, LatentState, Size, Streams
 from .request import LoraFile
 from .tiles import Span, equal_spans, spans
 from .windows import ANCHOR_STRENGTH, WHOLE, Slice, Whole, Window, carried_tokens
@@ -25,10 +25,10 @@ class Condition:
     """One condition of a stage on one stream."""
 
     encoder: ClassVar[str] = ""  # the component that `load` needs
-    frames_at_once: ClassVar[int] = 1  # that it encodes
     carried: ClassVar[bool] = False  # else made by `load` of input files
-    slots: ClassVar[tuple[int, ...]] = ()  # places of keyframes that it generates
     weighs: ClassVar[bool] = False  # the attention between each two tokens
+    # How many frames are encoded
+    num_encoded = property(lambda self: getattr(self, "num_frames", 1))
 
     def tokens(self, size: Size) -> int:
         """How many tokens it appends."""
@@ -81,11 +81,7 @@ class ClipPart(Condition):
     start: int  # its first frame
     num_frames: int
     stream: str
-    frames_at_once = 8
-
-    @property
-    def encoder(self) -> str:
-        return {"video": "vae", "audio": "audio_vae"}[self.stream]
+    encoder = property(lambda self: "vae" if self.stream == "video" else "audio_vae")
 
     def encoded(self, size: Size, source: Encoders) -> mx.array:
         """Its latents, not longer than the target."""
@@ -168,7 +164,7 @@ class ReferenceClip(Condition):
     slow: int
     window: Window = WHOLE_CLIP  # whose frames it covers
     mask: Optional[tuple[str, Size]] = None  # a clip of weights, the size it is read at
-    encoder, frames_at_once = "vae", 8
+    encoder = "vae"
     weighs = property(lambda self: self.attention != 1 or self.mask is not None)
 
     def tokens(self, size: Size) -> int:
@@ -199,16 +195,22 @@ class ReferenceClip(Condition):
 
 
 @dataclass(frozen=True)
-class ClipKeyframes(Condition):
-    """Guide with single frames of a clip, of which `first` are before the window."""
+class Keyframes(Condition):
+    """Single frames at these places."""
 
-    path: str
     frames: tuple[int, ...]
-    first: int
-    encoder = "vae"
 
     def tokens(self, size: Size) -> int:
         return len(self.frames) * size.frame_tokens
+
+
+@dataclass(frozen=True)
+class ClipKeyframes(Keyframes):
+    """Guide with single frames of a clip, of which `first` are before the window."""
+
+    path: str
+    first: int
+    encoder = "vae"
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
         still = lambda frame: source.clip(self.path, self.first + frame, 1, size)
@@ -230,18 +232,8 @@ class Carried(Condition):
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class NewKeyframes(Carried):
-    """Generate single frames at these places, from those of the stage before."""
-
-    frames: tuple[int, ...]
-
-    @property
-    def slots(self) -> tuple[int, ...]:
-        return self.frames
-
-    def tokens(self, size: Size) -> int:
-        return len(self.frames) * size.frame_tokens
+class NewKeyframes(Carried, Keyframes):
+    """Generate single frames, from those of the stage before."""
 
     def apply(self, state: LatentState, size: Size, before: Streams) -> LatentState:
         return state.generate_stills(self.frames, size, before.get("keyframes"))
@@ -259,14 +251,10 @@ class CarriedLatents(Carried):
 
 
 @dataclass(frozen=True)
-class CarriedKeyframes(Carried):
+class CarriedKeyframes(Carried, Keyframes):
     """Guide with keyframes that the window before generated in its last frames."""
 
-    frames: tuple[int, ...]
     stage: str
-
-    def tokens(self, size: Size) -> int:
-        return len(self.frames) * size.frame_tokens
 
     def apply(self, state: LatentState, size: Size, before: Streams) -> LatentState:
         stills = before[carry_key(self.stage, "keyframes")]
@@ -360,14 +348,8 @@ class Stage:
     tile: Optional[tuple[int, int]] = None  # latents of a model call: height, width
     prompts: Prompts = Prompts()
 
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """The streams that it denoises."""
-        return tuple(self.conditions)
-
-    @property
-    def steps(self) -> int:
-        return len(self.sigmas) - 1
+    streams = property(lambda self: tuple(self.conditions))  # that it denoises
+    steps = property(lambda self: len(self.sigmas) - 1)
 
     @property
     def spans(self) -> list[list[Span]]:
@@ -415,29 +397,5 @@ class Stage:
     @property
     def slots(self) -> tuple[int, ...]:
         """The places of the keyframes that it generates."""
-        return sum((c.slots for c in self.all_conditions), ())
-
-    @property
-    def skips_steps(self) -> bool:
-        """Whether a step may reuse the last prediction by guidance's skip_step."""
-        return any(g.skip_step for g in self.guidance.values())
-
-    @property
-    def upsampled(self) -> tuple[str, ...]:
-        """What its upsampler enlarges: keyframes only if they are generated again."""
-        return ("video", "keyframes") if self.slots else ("video",)
-
-    def states(
-        self, channels: Mapping[str, int], before: Streams, loaded: Loaded
-    ) -> States:
-        """The streams at the start: from zeros or the latents `before`, conditioned."""
-        states, size = {}, self.size
-        for stream, items in self.conditions.items():
-            state = LatentState.initial(size.bounds(stream), channels[stream])
-            if stream in before:
-                start = self.part.cut(before) if stream == "video" else before[stream]
-                state = state.start_from(start)
-            for c in items:
-                state = c.apply(state, size, before) if c.carried else loaded[c](state)
-            states[stream] = state
-        return states
+        new = (c for c in self.all_conditions if isinstance(c, NewKeyframes))
+        return sum((c.frames for c in new), ())

@@ -263,7 +263,7 @@ class Estimator:
     def encoding(self, condition, size: Size) -> tuple[str, float]:
         """The encoder that a condition needs, and bytes of its buffers."""
         if condition.encoder == "vae":
-            frames = condition.frames_at_once
+            frames = condition.num_encoded
             return "vae.encoder", self.convolutions(size, "encoder", frames)
         return "audio_vae", self.spectra(size.audio_tokens)
 

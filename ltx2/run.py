@@ -20,7 +20,7 @@ from .duration import whole_frames
 from .guards import FrameGuard, check_latents, check_waveform
 from .guidance import Contexts, GuidedDenoiser, TextContexts
 from .inputs import Encoders, frames_of, stereo
-from .latents import States, Streams, audio_from_tokens, latent_frames
+from .latents import LatentState, States, Streams, audio_from_tokens, latent_frames
 from .recipes import makes_matte
 from .record import changed, name_only, provenance
 from .request import Request
@@ -265,7 +265,8 @@ class Run:
                 finite = (mx.isfinite(v).all() for v in x0.values())
                 if self.model.fallback and i == at.step + 1 and not all(finite):
                     raise NotFinite
-                guided = denoiser.cached_x0 if stage.skips_steps else {}
+                skips = any(g.skip_step for g in stage.guidance.values())
+                guided = denoiser.cached_x0 if skips else {}
                 now = replace(at, step=i, tokens=x, guided=guided)
                 denoised = self.latents(stage, states, x0)
                 count = {"step": min(i, stage.steps), "steps": stage.steps}
@@ -283,13 +284,21 @@ class Run:
             return replace(at, **after, latents=latents, kept=kept)
 
     def states(self, stage: Stage, at: Snapshot, before: Streams, loaded: Loaded):
-        """The streams at the stage's start, from the latents before it."""
+        """The streams at the stage's start: from zeros or latents before, conditioned."""
         source = before | {k: x for k, x in at.kept.items() if "carry." in k}
         source.setdefault("smaller", at.latents.get("video"))
         source["final_audio"] = at.kept.get("audio")
-        config = self.model.dit_config
+        config, size, states = self.model.dit_config, stage.size, {}
         channels = {"video": config.in_channels, "audio": config.audio_in_channels}
-        return stage.states(channels, source, loaded)
+        for stream, conditions in stage.conditions.items():
+            state = LatentState.initial(size.bounds(stream), channels[stream])
+            if stream in before:
+                start = stage.part.cut(before) if stream == "video" else before[stream]
+                state = state.start_from(start)
+            for c in conditions:
+                state = c.apply(state, size, source) if c.carried else loaded[c](state)
+            states[stream] = state
+        return states
 
     def denoiser(self, stage: Stage, states: States, contexts: list, trace: Trace):
         """The stage's transformer with its LoRAs and guidance, whole or in tiles."""
@@ -311,7 +320,8 @@ class Run:
         vae = self.model.checkpoint.load("vae", mx.float32, lazy=True)
         upsample = self.model.component(stage.upsampler)
         enlarged = lambda x: vae.normalize(upsample(vae.denormalize(x)))
-        larger = {k: enlarged(latents[k]) for k in stage.upsampled}
+        again = ("keyframes",) if stage.slots else ()  # if they are generated again
+        larger = {k: enlarged(latents[k]) for k in ("video", *again)}
         mx.eval(larger)
         self.model.free(stage.upsampler)
         if stage.part.decoder:

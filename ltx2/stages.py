@@ -410,7 +410,7 @@ class Planner(Resolver):
                 facts += ((r.attention_mask, sides),)
             video.append(conditions.ReferenceClip(*facts))
         if own and self.seams():
-            video.append(conditions.ClipKeyframes(r.video, own, window.start))
+            video.append(conditions.ClipKeyframes(own, r.video, window.start))
         generates = row.keyframes or r.decode_with_keyframes
         if own and generates:
             video.append(conditions.NewKeyframes(own))

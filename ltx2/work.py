@@ -144,7 +144,7 @@ def operations(job: Any, checkpoint: Checkpoint) -> dict[str, float]:
     vae = "vae" in checkpoint.parts and checkpoint.build("vae", shapes("vae"))
     flops = lambda *what: sum(conv.flops for conv in video_convs(vae, *what))
     encoded = [(c, size) for c, size in job.encoded if c.encoder == "vae"]
-    encode = lambda c, size: flops(size, "encoder", getattr(c, "num_frames", 1))
+    encode = lambda c, size: flops(size, "encoder", c.num_encoded)
     found = {
         "text": counted(shapes("connectors"), {"": len(job.texts) * MAX_TOKENS}),
         "inputs": sum(encode(*pair) for pair in encoded),
