@@ -212,8 +212,7 @@ class Estimator:
             phases["audio"] = Footprint(sound, contexts + buffers)
         if "video" in job.streams:
             frame = FLOAT * 3 * size.height * size.width
-            blended = max(stage.window.blended_out for stage in stages)
-            blended = max(blended, stages[0].window.carried_in)  # of a clip
+            blended = max(window.blended_out for window in job.parts)
             buffers = contexts + self.decoding(decoder, size, job.frames_ahead)
             weights = sound + self.size[decoder]
             phases["video"] = Footprint(weights, buffers + (4 + blended) * frame)

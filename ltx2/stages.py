@@ -81,6 +81,7 @@ class Job:
     notes: tuple[str, ...]  # what was changed about the inputs
     extra: int = 0  # frames at the end that are made and cut off
     codes: str = "srgb"  # what decoded frames are, of color.SPACES
+    parts: tuple[Window, ...] = ()  # its windows, and a clip that is extended
     memory: Optional[MemoryPlan] = field(default=None, compare=False)
 
     @property
@@ -108,15 +109,7 @@ class Job:
     @property
     def windows(self) -> list[Window]:
         """The windows it is made in."""
-        return list(dict.fromkeys(stage.window for stage in self.stages))
-
-    @property
-    def parts(self) -> list[Window]:
-        """What the result is joined of: its windows, and a clip that is extended."""
-        r = self.request
-        if r.extend is None:
-            return self.windows
-        return windows.with_clip(self.windows, r.num_frames, r.blend_frames)
+        return [window for window in self.parts if not window.given]
 
     @property
     def keyframes(self) -> dict[Window, tuple[int, ...]]:
@@ -189,7 +182,8 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
     prompts, decoder = (*r.prompts, *p.negative_prompt()), p.decoder()
     if r.decode_with_keyframes and decoder == "vae":
         p.notes.append("decode_with_keyframes is ignored: it is for diffusion decoders")
-    return Job(r, stages, prompts, decoder, tuple(p.notes), p.recipe.extra, p.codes)
+    more = tuple(p.notes), p.recipe.extra, p.codes, tuple(p.parts)
+    return Job(r, stages, prompts, decoder, *more)
 
 
 class Planner(Resolver):
@@ -205,7 +199,7 @@ class Planner(Resolver):
         rows = MODES[mode] + (DOUBLED,) * r.temporal_upsample
         if mode == "dfr":
             frames, keyframes = windows.canvas(r.num_frames)
-            rate = windows.conditioned_rate(r.fps)
+            rate, self.parts = windows.conditioned_rate(r.fps), [WHOLE_CLIP]
             full = replace(self.full_size(frames), conditioned_fps=rate)
             half = full.divided(2**r.spatial_rounds)
             yield from self.window(rows, half, WHOLE_CLIP, keyframes)
@@ -218,7 +212,8 @@ class Planner(Resolver):
                     yield self.enlarged_stage(n := n + 1, part, full, grid)
             return
         handed: Places = ()
-        for window in self.windows():
+        self.parts = self.windows()
+        for window in (w for w in self.parts if not w.given):
             keyframes = window.keyframes(self.seams() or r.generated_keyframes)
             full = self.full_size(window.num_frames)
             yield from self.window(rows, full, window, keyframes, handed)
@@ -258,7 +253,7 @@ class Planner(Resolver):
         return Size(width, height, frames, r.fps, sound, rate, shown)
 
     def windows(self) -> list[Window]:
-        """The windows of a long video, one by default; of an extension the new ones."""
+        """The windows of a long video, one by default; of an extension with its clip."""
         r, frames = self.r, self.r.num_frames + self.recipe.extra
         names = ("chunk_frames", "carry_frames", "blend_frames")
         if r.extend is None and not any(is_set(r, name) for name in names):
@@ -273,7 +268,7 @@ class Planner(Resolver):
             return windows.divide(frames, chunk, carry, blend)
         lengths = self.clip_frames, frames
         found = windows.extended(*lengths, r.extend < 0, chunk, carry, blend)
-        if windows.with_clip(found, frames, blend) != found:
+        if any(window.given for window in found):
             seen = f"only its {'last' if r.extend > 0 else 'first'} {carry} frames are seen"
             self.notes.append(f"{r.video}: {seen}; its frames and sound are kept")
         return found

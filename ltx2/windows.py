@@ -8,7 +8,7 @@ segments.
 
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -77,28 +77,20 @@ def divide(num_frames: int, chunk: int, carry: int, blend: int) -> list[Window]:
 
 
 def extended(clip: int, total: int, before: bool, chunk: int, carry: int, blend: int):
-    """The windows that make a clip `total` frames long, after its end or `before`."""
-    rest = max(clip - carry, 0)
-    if total <= chunk or before and not rest:
+    """The windows that make a clip `total` frames long, after its end or `before`, and
+    the clip's own where they do not see all of it."""
+    rest = clip - carry
+    if total <= chunk or before and rest <= 0:
         return [Window(0, total)]
     if before:
-        return [Window(0, total - rest, 0, carry, blend)]
+        seen = Window(total - clip, clip, carry, given=True)
+        return [Window(0, total - rest, 0, carry, blend), seen]
+    if rest <= 0:
+        return divide(total, chunk, carry, blend)
     found = divide(total - rest, chunk, carry, blend)
     first, *others = (replace(w, start=w.start + rest) for w in found)
-    return [replace(first, carried_in=carry if rest else 0), *others]
-
-
-def with_clip(windows: list[Window], total: int, blend: Optional[int]) -> list[Window]:
-    """The windows of an extension and the clip's own, blended by `blend` frames."""
-    first, last = windows[0], windows[-1]
-    if first.carried_in:
-        end = first.start + first.carried_in
-        blend = first.carried_in if blend is None else blend
-        return [Window(0, end, 0, first.carried_in, blend, given=True), *windows]
-    if last.carried_out:
-        start = last.num_frames - last.carried_out
-        return [*windows, Window(start, total - start, last.carried_out, given=True)]
-    return windows
+    seen = Window(0, clip, 0, carry, blend, given=True)
+    return [seen, replace(first, carried_in=carry), *others]
 
 
 def carried_tokens(window: Window, fps: float, out: bool = False) -> int:

@@ -336,7 +336,9 @@ def test_an_extension_begins_with_the_clips_last_latents(pipe, contexts, long_cl
 
 def test_windows_of_an_extension(pipe, long_clip):
     rows = lambda *facts: [
-        (w.start, w.num_frames, w.carried_in, w.carried_out) for w in extended(*facts)
+        (w.start, w.num_frames, w.carried_in, w.carried_out)
+        for w in extended(*facts)
+        if not w.given
     ]
     assert rows(41, 97, False, 97, 25, 25) == [(0, 97, 0, 0)]  # fits in one
     assert rows(41, 105, False, 97, 25, 25) == [(16, 89, 25, 0)]
@@ -345,9 +347,7 @@ def test_windows_of_an_extension(pipe, long_clip):
     assert rows(401, 505, True, 97, 25, 25) == [(0, 129, 0, 25)]
     assert rows(17, 217, True, 97, 25, 25) == [(0, 217, 0, 0)]
     job = pipe.plan(Request("a cat", video=long_clip[0], extend=4, **WINDOWS))
-    assert {w.given for w in job.parts} == {True, False} and job.parts[
-        1:
-    ] == job.windows
+    assert [w.given for w in job.parts] == [True, *[False] * len(job.windows)]
 
 
 def test_a_clip_without_sound_is_extended(pipe, contexts, tmp_path, quick_vocoder):
