@@ -84,12 +84,9 @@ class Resolver:
     @property
     def tiled(self) -> bool:
         """Whether stages can be tiled: each with the reference, none with a cache."""
-        r = self.r
-        settings = [g for g in (r.video_guidance, r.audio_guidance) if g]
-        settings = [g if isinstance(g, Mapping) else vars(g) for g in settings]
-        skips = any(g.get("skip_step") for g in settings)
-        shown = self.mode == "one" or r.reference_in_stage_2
-        return shown and not r.step_cache and not skips
+        shown = self.mode == "one" or self.r.reference_in_stage_2
+        skips = any(g.skip_step for g in self.guidance.values())
+        return shown and not self.r.step_cache and not skips
 
     def fill(self) -> None:
         """Numbers for a preset, a size by name and a duration; the model's size stays."""
@@ -143,13 +140,6 @@ class Resolver:
             found, config = self.files.contexts(r.contexts_file), self.checkpoint.config
             check_contexts(r.contexts_file, found, config["transformer"], self.streams)
         for lora in r.loras:
-            stages = 1 if self.mode == "one" else 2
-            if lora.stage not in (None, *range(1, stages + 1)):
-                raise UserError(
-                    f"LoRA {lora.path} is for stage {lora.stage}, but there are {stages}"
-                )
-            if lora.strength == 0:
-                raise UserError(f"LoRA {lora.path} has strength 0, no effect")
             check_range(f"LoRA {lora.path}: strength", lora.strength, -10, 10)
         self.check_hdr()
 
@@ -239,6 +229,12 @@ class Resolver:
             yield f"{stages} needs at least 9 frames"
         if mode != "one" and not self.distilled and not r.distilled_lora:
             yield f"{stages} of a dev model needs its distilled LoRA: add --distilled-lora"
+        count = 1 if mode == "one" else 2
+        for x in r.loras:
+            if x.stage not in (None, 1, count):
+                yield f"LoRA {x.path} is for stage {x.stage}, but there are {count}"
+            if not x.strength:
+                yield f"LoRA {x.path} has strength 0, no effect"
         for name in ("distilled_lora", "detailing_lora"):
             if (lora := getattr(r, name)) and (lora.stage or not lora.strength):
                 yield f"{name} takes no stage, and its strength must not be 0"
@@ -436,16 +432,13 @@ class Resolver:
         if self.distilled or self.mode == "dfr":
             return {}
         guidance = default_guidance(self.checkpoint, self.mode)
-        usual_blocks = default_guidance(self.checkpoint)["video"].stg_blocks
         last = self.checkpoint.config["transformer"]["num_layers"] - 1
         for name, defaults in guidance.items():
             settings = getattr(r, f"{name}_guidance")
             if isinstance(settings, Guidance):
                 guidance[name] = settings
             elif settings:
-                # Where STG is off by default, it still has a usual block.
-                blocks = {} if defaults.stg_scale else {"stg_blocks": usual_blocks}
-                guidance[name] = replace(defaults, **{**blocks, **settings})
+                guidance[name] = replace(defaults, **settings)
             check(guidance[name], label=f"{name} ")
             for block in guidance[name].stg_blocks or ():
                 check_range(f"{name} stg_blocks", block, 0, last)
@@ -505,10 +498,10 @@ def frames_at(clip: media.Media, fps: float) -> int:
 
 def default_guidance(checkpoint: Checkpoint, mode: str = "one") -> dict[str, Guidance]:
     """The dev models' guidance by stream, as the reference's for 48 blocks."""
-    if mode == "hq":
-        video = Guidance(3.0, 0.0, (), 3.0, 0.45)
-        return {"video": video, "audio": replace(video, cfg_scale=7, rescale_scale=1)}
     last = checkpoint.config["transformer"]["num_layers"] - 1
-    block = min(28 if checkpoint.version >= (2, 3) else 29, last)
-    video = Guidance(3.0, 1.0, (block,), 3.0, 0.7)
+    blocks = (min(28 if checkpoint.version >= (2, 3) else 29, last),)
+    if mode == "hq":  # without STG, whose block is only the usual one
+        video = Guidance(3.0, 0.0, blocks, 3.0, 0.45)
+        return {"video": video, "audio": replace(video, cfg_scale=7, rescale_scale=1)}
+    video = Guidance(3.0, 1.0, blocks, 3.0, 0.7)
     return {"video": video, "audio": replace(video, cfg_scale=7.0)}
