@@ -269,22 +269,21 @@ class Resolver:
         """The size, length and rate that the user, the clip or the model chooses."""
         multiple = SPACE_SCALE * self.scale.numerator * self.reference_scale()[0]
         multiple *= 2**self.r.spatial_rounds
+        # A decoder that reflects its borders needs two latents.
+        padding = self.checkpoint.config.get("vae", {}).get("spatial_padding_mode")
+        reflects = padding in (None, "reflect")
+        self.grid = multiple, max(multiple, 2 * SPACE_SCALE) if reflects else multiple
+        self.sides = step, low = (2, 2) if self.recipe.pads else self.grid
         if self.by_name:
             sides = self.r.height, self.r.width
             sides = [max(round(side / multiple), 1) * multiple for side in sides]
             self.r = replace(self.r, height=sides[0], width=sides[1])
         if self.r.video is not None:
-            self.fit_clip(multiple)
+            self.fit_clip()
         defaults = SIZE | self.checkpoint.defaults
         missing = {k: defaults[k] for k in SIZE if getattr(self.r, k) is None}
         r = self.r = replace(self.r, **missing)
-        config = self.checkpoint.config.get("vae", {})
-        # A decoder that reflects its borders needs two latents.
-        reflects = config.get("spatial_padding_mode", "reflect") == "reflect"
-        low = max(multiple, 2 * SPACE_SCALE) if reflects else multiple
         high = MAX_SIDE // multiple * multiple
-        self.grid = multiple, low
-        step, low = (2, 2) if self.recipe.pads else self.grid
         check_step("height", r.height, step, low, high)
         check_step("width", r.width, step, low, high)
         sides = self.padded(r.width), self.padded(r.height)
@@ -356,7 +355,7 @@ class Resolver:
         multiple, low = self.grid
         return max(-(-side // multiple) * multiple, low)
 
-    def fit_clip(self, multiple: int) -> None:
+    def fit_clip(self) -> None:
         """The input video's size, length and rate, as the model can have them."""
         r, clip = self.r, self.files.probe(self.r.video)
         if frames_in(r.video):
@@ -370,10 +369,8 @@ class Resolver:
         check_range(name, fps, 1, 120)
         there = frames_at(clip, fps)
         frames = (min(max(there, 1), MAX_FRAMES) - 1) // TIME_SCALE * TIME_SCALE + 1
-        low = -(-2 * SPACE_SCALE // multiple) * multiple
-        step, low = (2, 2) if self.recipe.pads else (multiple, low)
+        (step, low), larger = self.sides, self.recipe.scale
         fit = lambda side: max(min(side, MAX_SIDE) // step * step, low)
-        larger = self.recipe.scale
         height = fit(clip.height * larger) if r.height is None else r.height
         width = fit(clip.width * larger) if r.width is None else r.width
         total = frames if r.num_frames is None else r.num_frames
