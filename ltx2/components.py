@@ -18,6 +18,7 @@ from .guidance import Contexts, TextContexts
 from .inputs import InputFiles
 from .lora import Lora, attach
 from .parallel import Machines
+from .parts import config_errors
 from .record import Load
 from .request import LoraFile
 from .sampling import Noise
@@ -225,7 +226,8 @@ class Components:
             del gemma
         else:
             folder = weights.fetch_text_encoder(self.text_encoder)
-            encoder = TextEncoder(folder, self._text_dtype, low_memory=True)
+            with config_errors(f"text encoder {self.text_encoder}"):
+                encoder = TextEncoder(folder, self._text_dtype, low_memory=True)
         states = encoder(prompts, trace)
         mx.eval(states)
         del encoder

@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Optional
 
 import mlx.core as mx
 
+from .audio_vae import MEL_BINS
 from .base import UserError, table
 from .chips import this_chip
 from .conditions import Stage
@@ -331,7 +332,7 @@ class Estimator:
     def spectra(self, tokens: int) -> float:
         """The audio VAE: its widest level has all mel bins."""
         c = self.config["audio_vae"]["model"]["params"]["ddconfig"]
-        widest = c["ch"] * c["mel_bins"] * MEL_FRAMES_PER_TOKEN * tokens
+        widest = c["ch"] * MEL_BINS * MEL_FRAMES_PER_TOKEN * tokens
         return SPECTRAL[self.gpu] * FLOAT * widest
 
     def sound(self, tokens: int) -> float:

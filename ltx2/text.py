@@ -3,6 +3,7 @@
 Gemma runs on mlx-lm, which only this file imports.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,13 +33,7 @@ class TextEncoder:
         # Late, because it takes seconds and lowers the limit of open files.
         from mlx_lm.utils import load_model
 
-        folder = Path(folder)
-        config = read_config(folder)
-        if config.get("model_type") not in ("gemma3", "gemma3_text"):
-            raise UserError(
-                f"text encoder {folder} is a {config.get('model_type')!r}, "
-                "LTX-2 needs Gemma 3 (12B): try mlx-community/gemma-3-12b-it-4bit"
-            )
+        config = parse_json((folder / "config.json").read_bytes(), "config.json: ")
         self.encode, self.bos = _tokenizer(folder)
         with layers.no_random_weights():
             model, _ = load_model(folder, lazy=True, model_config=_for_mlx_lm(config))
@@ -53,10 +48,9 @@ class TextEncoder:
         for i, layer in enumerate(self.model.layers):
             expected = 1.0 if (i + 1) % pattern else 1 / 8
             if not math.isclose(layer.self_attn.rope.scale, expected):
+                scale = f"{layer.self_attn.rope.scale}, Gemma 3 has {expected}"
                 raise UserError(
-                    f"text encoder {folder}: layer {i} has RoPE scale "
-                    f"{layer.self_attn.rope.scale}, Gemma 3 has {expected}: "
-                    "its config.json lacks rope_scaling"
+                    f"layer {i} has RoPE scale {scale}: config.json lacks rope_scaling"
                 )
 
     def tokenize(self, prompt: str) -> list[int]:
@@ -95,26 +89,19 @@ class TextEncoder:
         return layer(x, "causal", None)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A text encoder's config.json."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"text encoder {folder} has no config.json")
-    return parse_json((folder / "config.json").read_text(), f"{folder}/config.json: ")
-
-
 def _tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], int]:
     """Text to token ids, and the id of BOS, by whichever tokenizer file there is."""
-    if (folder / "tokenizer.json").is_file():
+    if (path := folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if "model" not in json.loads(path.read_bytes()):
+            raise UserError("tokenizer.json has no model")
+        tokenizer = Tokenizer.from_file(str(path))
         return lambda text: tokenizer.encode(text).ids, tokenizer.token_to_id("<bos>")
-    if (folder / "tokenizer.model").is_file():
-        from sentencepiece import SentencePieceProcessor
+    from sentencepiece import SentencePieceProcessor
 
-        pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        return pieces.encode, pieces.bos_id()
-    raise UserError(f"text encoder {folder} has no tokenizer.json or tokenizer.model")
+    pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    return pieces.encode, pieces.bos_id()
 
 
 @dataclass
@@ -231,7 +218,7 @@ def enhance(folder: Path, prompt: str, seed: int, max_tokens: int = 400) -> str:
     from mlx_lm import generate, load
     from mlx_lm.sample_utils import make_sampler
 
-    config = read_config(Path(folder))
+    config = parse_json((folder / "config.json").read_bytes(), "config.json: ")
     sizes = config.get("text_config", config)
     count, pattern = sizes["num_hidden_layers"], sizes.get("sliding_window_pattern", 6)
     if count < pattern:  # as the demo's, which only encodes

@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 from parity import cosine, read, relative_error
 
-from ltx2 import weights
+from ltx2 import pipeline, weights
 from ltx2.base import UserError
 from ltx2.text import MAX_TOKENS, TextConfig, TextEncoder
 
@@ -172,18 +172,28 @@ def test_a_folder_with_only_a_sentencepiece_tokenizer_gives_the_same_ids(copy, e
     assert equal(other([FOX])[0], encoder([FOX])[0])
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
-def test_a_missing_file_is_named(copy, file):
-    (copy / file).unlink()
-    with pytest.raises(UserError, match=f"has no {file}"):
-        TextEncoder(copy)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma2", None])
-def test_another_language_model_is_refused(copy, kind):
-    (copy / "config.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(UserError, match=f"is a {kind!r}, LTX-2 needs Gemma 3"):
-        TextEncoder(copy)
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("config.json", {"rope_scaling": {"rope_type": "none"}}),
+        ("config.json", {"sliding_window_pattern": None}),
+        ("config.json", {"query_pre_attn_scalar": "x"}),
+        ("config.json", {"vocab_size": 7}),
+        ("config.json", {"rope_scaling": None}),
+        ("tokenizer.json", {}),
+        ("tokenizer.json", ""),
+    ],
+)
+def test_a_damaged_encoder_is_one_line(copy, checkpoint, file, change):
+    if file == "config.json":
+        config = json.loads((copy / file).read_text())
+        config["text_config"] |= change
+        change = config | {k: v for k, v in change.items() if k in config}
+    (copy / file).write_text(json.dumps(change) if change != "" else "")
+    pipe = pipeline.load(str(checkpoint("ltx-2")), str(copy), "distilled", "float32")
+    with pytest.raises(UserError, match=f"^text encoder {copy}: .*") as error:
+        pipe.encode_prompt(FOX)
+    assert "\n" not in str(error.value)
 
 
 # Features and connectors
