@@ -111,8 +111,8 @@ class File:
         folder = self.name.partition("/")[0] if "/" in self.name else ""
         try:  # by its name on the Hub: headers of remote files take time
             text = " ".join(self.keys) if self.path else self.name
-        except UserError:  # reported if the file is needed
-            return ""
+        except UserError:  # reported if a part is missing
+            return "part"
         if folder == "loras" or "lora" in text:
             return "lora"
         if "upscaler" in text or "initial_conv.weight" in text:

@@ -566,6 +566,11 @@ def test_a_missing_part_is_named_with_the_file_that_was_not_used(parts):
     message = r"vocoder \(not used: vae/ltx-2-audio.safetensors is not an LTX-2 file"
     with pytest.raises(UserError, match=message):
         weights.open_model(str(parts)).check(*COMPONENTS)
+    audio.write_text("version https://git-lfs.github.com")
+    with pytest.raises(
+        UserError, match="not used: .*audio.safetensors is a git-lfs poi"
+    ):
+        weights.open_model(str(parts)).check(*COMPONENTS)
     metadata["model_version"] = "2.3.0"
     mx.save_safetensors(str(audio), tensors, metadata)
     with pytest.raises(UserError, match="audio.safetensors is for LTX-2 2.3.0, not"):
