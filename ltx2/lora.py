@@ -124,14 +124,21 @@ class Lora:
         self.fits = True
 
     def find(self, paths: Iterable[str]) -> dict[str, str]:
-        """The model's path of each module, compared as kohya writes it: with _."""
+        """The model's path of each module, compared as kohya writes it: with _. Tools put
+        names of their own in front."""
         names: dict[str, str] = {}
         for path in paths:
             head, _, rest = path.partition(".")
             other = f"{DIFFUSERS_NAMES.get(head, head)}.{rest}".strip(".")
             names[other.replace(".", "_")] = names[path.replace(".", "_")] = path
-        flat = {module: module.replace(".", "_") for module in self.factors}
-        return {module: names[name] for module, name in flat.items() if name in names}
+        found = {}
+        for module in self.factors:
+            name = module.replace(".", "_")
+            while name and name not in names:
+                name = name.partition("_")[2]
+            if name:
+                found[module] = names[name]
+        return found
 
     def describe(self, strength: float) -> str:
         """One line: what was found, and with which strength it is used."""

@@ -240,6 +240,8 @@ RENAMES = {
     "peft with its adapter's name": peft_name("base_model.model.", ".default"),
     "bare": peft_name(""),
     "compiled": peft_name("_orig_mod."),
+    "another tool": peft_name("net.dit."),
+    "another flat one": flat_name("lora_dit_"),
 }
 
 
