@@ -152,26 +152,22 @@ class Resolver:
                 self.codes = TRANSFORMS[name]
         if self.codes != "srgb" and r.has_reference:
             self.recipe = replace(self.recipe, pads=True)
-            self.r = replace(r, color_space=r.color_space or "srgb_linear")
+            r = self.r = replace(r, color_space=r.color_space or "srgb_linear")
+        if self.makes_light and r.hdr_keyframes is None:
+            r = self.r = replace(r, hdr_keyframes="2.5" not in self.unmet)
         if r.hdr_keyframes is not None and not self.makes_light:
-            raise UserError(
-                "hdr_keyframes needs an adapter that makes HDR of an SDR clip"
-            )
-        if self.makes_light and r.hdr_keyframes is not False:
-            if "2.5" in self.unmet:
-                raise UserError(f"hdr_keyframes needs {self.unmet['2.5']}: turn it off")
-            if r.generated_keyframes:
-                raise UserError("generated_keyframes needs hdr_keyframes turned off")
+            made = "HDR of an SDR clip"
+            raise UserError(f"hdr_keyframes needs an adapter that makes {made}")
+        if r.hdr_keyframes and r.generated_keyframes:
+            raise UserError("generated_keyframes needs hdr_keyframes turned off")
 
     def faults(self) -> Iterator[str]:
         """What no single field can declare."""
         r, count = self.r, len(DISTILLED_SIGMAS) - 1
-        odd = lambda side: side % SPACE_SCALE or side < 2 * SPACE_SCALE
         settings = [g for g in (r.video_guidance, r.audio_guidance) if g]
-        active = any(g.active for g in settings if isinstance(g, Guidance))
         partial = [g for g in settings if isinstance(g, Mapping)]
         alone, (low, high) = len(self.streams) == 1, r.guidance_interval
-        if self.distilled and (active or partial):
+        if self.distilled and any(g in partial or g.active for g in settings):
             yield "guidance needs a dev model (this one is distilled): remove its settings"
         if r.audio_guidance and self.streams == ("video",):
             yield "audio_guidance needs generated sound, which this adapter does not make"
@@ -188,8 +184,6 @@ class Resolver:
         if r.tile_size and not self.tiled:
             two = "tile_size in two stages needs reference_in_stage_2"
             yield f"{two}, and goes without step_cache and skip_step"
-        if r.tile_size and (len(r.tile_size) != 2 or any(map(odd, r.tile_size))):
-            yield "tile_size is height,width: two multiples of 32 from 64 on, as 1024,1536"
         keyframes = r.generated_keyframes or self.mode == "dfr"
         if r.decode_with_keyframes and not keyframes:
             yield "decode_with_keyframes needs generated_keyframes"
@@ -297,6 +291,8 @@ class Resolver:
         if tile and r.tile_size is None:
             tile = tile if r.width >= r.height else tile[::-1]
             r = self.r = replace(r, tile_size=tile)
+        for side in r.tile_size or ():
+            check_step("tile_size", side, SPACE_SCALE, 2 * SPACE_SCALE, MAX_SIDE)
         if r.num_frames > (most := self.recipe.frames):
             self.notes.append(f"{r.num_frames} frames: an adapter is for up to {most}")
         places, most = r.generated_keyframes, r.num_frames - 1

@@ -297,7 +297,7 @@ class Estimator:
         """A residual block of the upsampler at the stage's size."""
         c = UpsamplerConfig.from_dict(self.config[stage.upsampler])
         size, dim = stage.size, c.mid_channels
-        frames = stage.part.tokens(size) // size.frame_tokens
+        frames = stage.part.all_frames(size)
         padded = (frames + 2 * (not self.gpu)) * size.frame_tokens * dim
         clip = frames, *size.latent_sides
         return held(clip, dim, dim, 2) + UPSAMPLER[self.gpu] * FLOAT * padded

@@ -347,6 +347,7 @@ class Request(Checked):
         "(default: on)",
         needs="video",
         modes="one two",
+        model="2.5",
     )
     # Outputs
     no_audio: bool = ask("video only", False, excludes="audio_only")

@@ -224,14 +224,12 @@ class Run:
 
     def load_conditions(self, job: Job, resume: Optional[Snapshot]) -> list[Loaded]:
         """By stage, the conditionings from input files; none for finished stages."""
-        encoders = self.encoders(job)
+        encoders, loaded = self.encoders(job), [{}] * (resume.stage if resume else 0)
         with self.meter.phase("inputs"):
-            loaded: list[Loaded] = [{} for _ in job.stages]
-            first = resume.stage if resume else 0
-            for found, stage in [*zip(loaded, job.stages)][first:]:
+            for stage in job.stages[len(loaded) :]:
                 conditions = (c for c in stage.all_conditions if not c.carried)
-                found |= {c: c.load(stage.size, encoders) for c in conditions}
-            return loaded
+                loaded.append({c: c.load(stage.size, encoders) for c in conditions})
+        return loaded
 
     def denoise(self, job: int, stage: Stage, at: Snapshot, *inputs: Any) -> Steps:
         """One stage: a Step after each of its steps, and the snapshot at its end. Once, if

@@ -235,7 +235,7 @@ class Planner(Resolver):
 
     def seams(self) -> tuple[int, ...]:
         """Where HDR from codes for light has keyframes: at dfr's places in the clip."""
-        if not self.makes_light or self.r.hdr_keyframes is False:
+        if not self.r.hdr_keyframes:
             return ()
         places = windows.canvas(self.r.num_frames)[1]
         return tuple(frame for frame in places if frame < self.clip_frames)
@@ -312,7 +312,7 @@ class Planner(Resolver):
         part = windows.EnlargedSlice(**vars(part), **how)
         stage = self.slice_stage(n, part, full)
         owned = range(part.seam // part.rate + (part.start > 0), r.num_frames)
-        images = self.images(stage.size, part.rate, part.first, owned)
+        images = self.images(stage.size, part.first, owned)
         video = *images, conditions.SliceKeyframes(part), *self.smaller(part)
         return replace(
             stage,
@@ -341,7 +341,7 @@ class Planner(Resolver):
         rate = windows.conditioned_rate(fps)
         size = replace(full, num_frames=part.num_frames, fps=fps, conditioned_fps=rate)
         size = replace(size, audio_tokens=audio_tokens(part.num_frames, rate))
-        images = self.images(size, part.rate, part.first)
+        images = self.images(size, part.first)
         both = {
             "video": (*images, conditions.SliceKeyframes(part)),
             "audio": (conditions.SliceSound(part),),
@@ -380,8 +380,8 @@ class Planner(Resolver):
         """The conditions of stage `n` by stream, in the reference's order."""
         r, carried_in = self.r, window.carried_in
         owned = window.owned if carried_in else range(r.num_frames)
-        rate = round(size.fps / r.fps)
-        video = list(self.images(size, rate, window.start * rate, owned))
+        first = window.start * round(size.fps / r.fps)
+        video = list(self.images(size, first, owned))
         skip = audio_tokens(window.start, r.fps)
         uses_sound = self.recipe.uses_sound and "audio" in self.clip_streams
         audio = [conditions.KeepAudio(uses_sound)] if row.keeps_audio else []
@@ -434,13 +434,13 @@ class Planner(Resolver):
             elif stream == "video" or ends > start:
                 yield conditions.HoldClip(*part, before)
 
-    def images(self, size: Size, rate: int, first=0, owned=None) -> Iterator[Condition]:
+    def images(self, size: Size, first: int, owned=None) -> Iterator[Condition]:
         """The images of a stage from frame `first` on, at frames of `owned`."""
         r, crf = self.r, 18 if self.checkpoint.version >= (2, 4) else 33
         crf = crf if r.image_crf is None else r.image_crf
         for image in r.images:
             index = image.index(r.num_frames, r.fps)
-            frame = index * rate - first
+            frame = index * round(size.fps / r.fps) - first
             if owned is not None and index not in owned:
                 continue
             source = image.path, image.strength, crf

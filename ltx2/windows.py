@@ -170,9 +170,9 @@ class Whole:
         """What the next stage starts from: latents before this stage, and its own."""
         return made
 
-    def tokens(self, size: Size) -> int:
-        """Tokens of all the latents of which a stage of this size denoises a part."""
-        return size.tokens
+    def all_frames(self, size: Size) -> int:
+        """How many latent frames the video has of which a stage denoises a part."""
+        return size.latent[0]
 
 
 WHOLE = Whole()
@@ -217,9 +217,8 @@ class Slice(Whole):
         """The places of the keyframes that are there before it."""
         return tuple(range(self.length, self.segments * self.length + 1, self.length))
 
-    def tokens(self, size: Size) -> int:
-        frames = latents.latent_frames(self.segments * self.length + 1)
-        return frames * size.frame_tokens
+    def all_frames(self, size: Size) -> int:
+        return latents.latent_frames(self.segments * self.length + 1)
 
     def under(self, video: mx.array) -> mx.array:
         end = self.stop * self.length // TIME_SCALE + 1
