@@ -1,8 +1,9 @@
 """How linear layers are quantized: bits by layer, and rounding by least squares."""
 
+import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -91,7 +92,7 @@ def recipe(name: str | None, how: dict[str, Any], weights: Weights) -> dict[str,
     if not mixed:
         return from_file(Path(name), how, layers(weights, 32))
     high = {"group_size": how["group_size"], "bits": int(mixed[2])}
-    own = {path: high for path in found if mlx_lm_picks(path, found)}
+    own = dict.fromkeys(mlx_lm_picks(found), high)
     if name is None:
         own = {path: v for path, v in own.items() if "transformer_" not in path}
         own |= allocate(weights, how, default_shares)
@@ -104,13 +105,18 @@ def default_shares(kind: str, quarter: int) -> float:
     return share * QUARTERS[quarter] * (SOUND if sound else 1)
 
 
-def mlx_lm_picks(path: str, paths: Mapping[str, Any]) -> bool:
-    """Whether mlx-lm's mixed recipes give a layer more bits: values and a feed-forward's
-    last, in the first and last eighth of the blocks, and in every third."""
-    (n, kind), root = place(path), path.split(".")[0]
-    blocks = 1 + max(place(p)[0] for p in paths if p.split(".")[0] == root)
-    outer = n < blocks // 8 or n >= 7 * blocks // 8 or (n - blocks // 8) % 3 == 2
-    return outer and kind.endswith(("to_v", "net.2", "v_proj", "down_proj"))
+def mlx_lm_picks(paths: Iterable[str]) -> Iterator[str]:
+    """The layers to which mlx-lm's mixed recipes give more bits: values and a feed-
+    forward's last, in the first and last eighth of the blocks, and in every third."""
+    for _, alike in itertools.groupby(sorted(paths), lambda path: path.split(".")[0]):
+        places = {path: place(path) for path in alike}
+        blocks = 1 + max(n for n, _ in places.values())
+        for path, (n, kind) in places.items():
+            outer = (
+                n < blocks // 8 or n >= 7 * blocks // 8 or (n - blocks // 8) % 3 == 2
+            )
+            if outer and kind.endswith(("to_v", "net.2", "v_proj", "down_proj")):
+                yield path
 
 
 def place(path: str) -> tuple[int, str]:
