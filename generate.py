@@ -171,7 +171,8 @@ def make(pipe: Any, jobs: list, names: list[str], resume: Any, args: Any) -> Non
             pass
         return
     left = timing.Remaining(timing.work_of(pipe, jobs))
-    with closing(Progress(args, names, preview, left).watch(stream)) as events:
+    watched = Progress(args, names, preview, left).watch(stream)
+    with outputs.claimed(names), closing(watched) as events:
         for job, output in zip(jobs, names):
             sheet = Sheet(job.size.fps, job.request.color_space)
             seen = sheet.watch(events) if args.save_sheet else events

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Iterable, Optional
+from typing import IO, Iterable, Iterator, Optional
 
 from .base import UserError
 
@@ -33,6 +35,43 @@ def taken(path: Path) -> bool:
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
+@contextmanager
+def claimed(outputs: Iterable[str]) -> Iterator[None]:
+    """Other runs take other names in the meantime; UserError if one has such a name."""
+    with ExitStack() as held:
+        for output in outputs:
+            path = lock_of(output)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not locked(held.enter_context(path.open("w"))):
+                raise UserError(f"another run is writing {output}: change --output")
+            held.callback(path.unlink, missing_ok=True)
+        yield
+
+
+def lock_of(output: str) -> Path:
+    return Path(output).with_name(f".{Path(output).name}.lock")
+
+
+def locked(file: IO) -> bool:
+    """Whether a file is locked now, until it is closed; False if it was before."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a disk without locks
+        return True
+    return True
+
+
+def is_claimed(output: str) -> bool:
+    """Whether another run writes it, which its lock tells, even if that run was killed."""
+    path = lock_of(output)
+    if not path.exists():
+        return False
+    with path.open("a") as file:
+        return not locked(file)
+
+
 @dataclass(frozen=True)
 class Files:
     """What a run may write for each video, next to it files of these `kinds`."""
@@ -56,7 +95,8 @@ class Files:
         for number in count(1):
             found = names(output, videos, number)
             paths = {path for name in found for path in self.of(name)}
-            if not any(map(taken, paths - {Path(kept or "")})):
+            there = any(map(taken, paths - {Path(kept or "")}))
+            if not there and not any(map(is_claimed, found)):
                 return found
 
     def check(self, output: str, inputs: Iterable[str]) -> None:

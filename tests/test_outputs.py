@@ -3,7 +3,7 @@
 import pytest
 
 from ltx2.base import UserError
-from ltx2.outputs import LATENTS, Files, names
+from ltx2.outputs import LATENTS, Files, claimed, names
 
 VIDEO = Files((LATENTS, ".json"), None, "srgb", False)
 LIGHT = Files((LATENTS,), None, "srgb_linear", False)
@@ -50,6 +50,18 @@ def test_latents_that_are_resumed_do_not_take_their_name(folder):
     assert VIDEO.free("a.mp4", 1, "a.latents.safetensors") == ["a.mp4"]
     (folder / "a.mp4").write_text("earlier")
     assert VIDEO.free("a.mp4", 1, "a.latents.safetensors") == ["a-2.mp4"]
+
+
+def test_another_run_takes_another_name(folder):
+    """Also while the first one's file is not there yet, and if that run was killed."""
+    with claimed(["new/a.mp4"]):
+        assert VIDEO.free("new/a.mp4", 1) == ["new/a-2.mp4"]
+        with pytest.raises(UserError, match="another run is writing new/a.mp4: change"):
+            with claimed(["new/a.mp4"]):
+                pass
+    assert not [*(folder / "new").iterdir()]
+    (folder / "new" / ".a.mp4.lock").touch()  # no process holds it
+    assert VIDEO.free("new/a.mp4", 1) == ["new/a.mp4"]
 
 
 def test_a_name_is_replaced_only_if_it_is_no_input(folder):
