@@ -13,9 +13,10 @@ from typing import Any
 
 from generate import DEMO, init_distributed
 from ltx2 import __version__
-from ltx2.base import Parser, UserError, awake, run
+from ltx2.base import Parser, Stopped, awake, run
 from ltx2.options import add_flags
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 EPILOG = """\
 DATA is a folder of clips or pictures, each with its caption in a .txt of the same name,
 or a metadata.jsonl or .csv with file_name and caption. The adapter is a folder that
@@ -59,85 +60,66 @@ def main() -> None:
     args = parser().parse_args()
     import mlx.core as mx
 
-    from ltx2 import adapters, dataset, memory, pipeline, training
+    from ltx2 import adapters, hub, memory, pipeline, training
     from ltx2.conversion import OFFICIAL
 
     init_distributed()
-    folder = Path(args.adapter_path)
-    there = (folder / adapters.ADAPTERS).exists()
-    if there and args.resume_adapter_file is None and not args.plan:
-        raise UserError(
-            f"{folder} has an adapter: add --resume-adapter-file {folder} to continue, or "
-            "use another --adapter-path"
-        )
+    resumed = args.resume_adapter_file
+    if not args.plan:
+        adapters.check_folder(Path(args.adapter_path), resumed)
     default = "mlx_model" if Path("mlx_model").exists() else str(DEMO)
     cpu = mx.default_device().type == mx.cpu
-    pipe = pipeline.load(
-        args.model or default,
-        args.text_encoder,
-        args.kind,
-        args.dtype or ("float32" if cpu else "bfloat16"),
-    )
+    dtype = args.dtype or ("float32" if cpu else "bfloat16")
+    model = args.model or default, args.text_encoder, args.kind, dtype
+    pipe = pipeline.load(*model, low_memory=args.low_memory)
     known = training.Options.__dataclass_fields__
     passed = {k: v for k, v in vars(args).items() if k in known and v is not None}
-    lists = {k: tuple(v) for k, v in passed.items() if isinstance(v, list)}
-    options = training.Options(**passed | lists)
-    trainer = training.Trainer(pipe, options, folder, args.cache, args.low_memory)
-    trainer.fit(dataset.find_clips(args.data, options.reference_data))
+    options = training.Options(**passed)
+    trainer = training.Trainer(pipe, options, args.adapter_path, args.cache)
+    trainer.fit(args.data)
     plan = trainer.plan()
     print(describe(trainer), plan, sep="\n")
     plan.check()
+    if resumed is not None:
+        trainer.resume(resumed)
     if args.plan:
         return
     if args.upload_repo:
-        from ltx2 import hub
-
         hub.create_repository(args.upload_repo)  # fails now, not after the training
     if not args.no_caffeinate:
         awake()
     with memory.limits(plan):
-        trainer.prepare(args.resume_adapter_file)
-        signal.signal(signal.SIGINT, lambda *_: stop(trainer))
-        for report in trainer.train():
-            show(report, trainer.options.iters)
-    print(f"wrote {folder}")
+        trainer.prepare()
+        for number in SIGNALS:
+            signal.signal(number, lambda number, _: stop(trainer, number))
+        for line in trainer.train():
+            print(line, flush=True)
+    print(f"wrote {args.adapter_path}")
     if trainer.step < trainer.options.iters:
-        print(f"continue with --resume-adapter-file {folder}")
+        print(f"continue with --resume-adapter-file {args.adapter_path}")
+        if trainer.stopping != signal.SIGINT:
+            raise Stopped(trainer.stopping)
     elif args.upload_repo and trainer.group.rank() == 0:
         license = OFFICIAL[pipe.checkpoint.generation]
-        adapters.upload(folder, args.upload_repo, license)
+        adapters.upload(trainer.folder, args.upload_repo, license)
 
 
-def stop(trainer: Any) -> None:
-    """The first Ctrl-C ends the training after the current step, a second one at once."""
+def stop(trainer: Any, number: int) -> None:
+    """The first signal ends the training after the current step, a second one at once."""
     if trainer.stopping:
-        raise KeyboardInterrupt
-    trainer.stopping = True
+        raise Stopped(number)
+    trainer.stopping = number
     print("stopping after this step", flush=True)
 
 
 def describe(trainer: Any) -> str:
-    o, c = trainer.options, trainer.pipe.checkpoint
+    o, data = trainer.options, trainer.data
     blocks = "recomputed" if trainer.by_block else "kept for the backward pass"
+    clips = o.batch_size * o.grad_accumulation_steps
     return (
-        f"LTX-2 {c.model_version} ({c.kind}): rank {o.rank}, {o.iters} steps of "
-        f"{o.batch_size * o.grad_accumulation_steps} clips out of "
-        f"{len(trainer.data.items)}, {len(trainer.data.held_out)} held out; blocks are {blocks}"
+        f"{trainer.base}: rank {o.rank}, {o.iters} steps of {clips} clips out of "
+        f"{len(data.items)}, {len(data.held_out)} held out; blocks are {blocks}"
     )
-
-
-def show(report: Any, iters: int) -> None:
-    """A line for the losses, one for the held-out loss."""
-    if report.held_out is not None:
-        print(f"Iter {report.step}: held-out loss {report.held_out:.4f}", flush=True)
-    if report.loss is not None:
-        left = (iters - report.step) / report.per_second
-        print(
-            f"Iter {report.step}: loss {report.loss:.4f}, mean {report.mean:.4f}, "
-            f"learning rate {report.learning_rate:.3g}, {report.per_second:.3g} it/s, "
-            f"{left / 60:.1f} min left, peak {report.peak / 1e9:.2f} GB",
-            flush=True,
-        )
 
 
 if __name__ == "__main__":

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 import mlx.core as mx
 
 from . import hub
+from .base import UserError
 from .conversion import SAMPLE
 from .gradients import Parameters
+from .lora import adapter_file
 
 ADAPTERS, STATE = "adapters.safetensors", "state.safetensors"
-CONFIG = "adapter_config.json"
+CONFIG, LOSSES, CHART = "adapter_config.json", "loss.csv", "loss.png"
 Row = Sequence  # step, loss, held-out loss or None
 COLORS = {"loss": (160, 190, 220), "mean": (20, 80, 160), "held out": (210, 80, 40)}
 
@@ -30,18 +33,30 @@ def official(parameters: Parameters, dtype: mx.Dtype) -> Parameters:
     return found
 
 
+def check_folder(folder: Path, resumed: Optional[str]) -> None:
+    """UserError if a new training would replace files that are not the resumed one's."""
+    own = resumed and adapter_file(resumed).resolve()
+    names = (ADAPTERS, STATE, CONFIG, LOSSES, CHART)
+    there = [name for name in names if (folder / name).exists()]
+    if there and own not in [(folder / name).resolve() for name in (ADAPTERS, STATE)]:
+        raise UserError(
+            f"{folder} has an earlier {there[0]}: add --resume-adapter-file {folder} to "
+            "continue, or use another --adapter-path"
+        )
+
+
 def save_losses(folder: Path, history: Sequence[Row]) -> None:
     """loss.csv and its picture loss.png."""
-    with open(folder / "loss.csv", "w", newline="") as f:
+    with open(folder / LOSSES, "w", newline="") as f:
         csv.writer(f).writerows([("step", "loss", "held_out"), *history])
-    loss = [(n, x) for n, x, _ in history]
+    loss = [(n, x) for n, x, _ in history if math.isfinite(x)]
     half, mean = len(loss) // 40 + 1, []
     for i, (n, _) in enumerate(loss):
         near = [x for _, x in loss[max(i - half, 0) : i + half + 1]]
         mean.append((n, sum(near) / len(near)))
     held_out = [(n, x) for n, _, x in history if x is not None]
     lines = {"loss": loss, "mean": mean, "held out": held_out}
-    draw_chart(folder / "loss.png", {k: line for k, line in lines.items() if line})
+    draw_chart(folder / CHART, {k: line for k, line in lines.items() if line})
 
 
 def draw_chart(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]]) -> None:
@@ -77,9 +92,8 @@ def upload(folder: Path, repo: str, license: tuple[str, str, str]) -> None:
     """Put the adapter into a Hub repository, with a model card; `license` is that of the
     base: its repository, and the name and the text of its license."""
     config = json.loads((folder / CONFIG).read_text())
-    hub.create_repository(repo)
     with tempfile.TemporaryDirectory() as copy:
-        for name in (ADAPTERS, CONFIG, "loss.png"):
+        for name in (ADAPTERS, CONFIG, CHART):
             shutil.copyfile(folder / name, Path(copy, name))
         (Path(copy) / "README.md").write_text(model_card(config, repo, license))
         hub.upload(Path(copy), repo, "Add the LoRA")

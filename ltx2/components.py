@@ -53,6 +53,7 @@ class Components:
         self._exact: set[str] = set()  # of what is loaded, in float32
         self._loras: tuple[LoraFile, ...] = ()  # of the loaded transformer
         self.keep = self._keeps = False  # the transformer, for the next run
+        self._adopted = False  # whether another one is used
         self.fallback: Optional[mx.Dtype] = None  # if a first step is not finite
 
     def component(self, name: str, exact: bool = False) -> nn.Module:
@@ -97,7 +98,7 @@ class Components:
         for name in names:
             self._loaded.pop(name, None)
             if name == "transformer":
-                self._loras = ()
+                self._loras, self._adopted = (), False
         mx.clear_cache()
 
     def _bytes(self, name: str) -> int:
@@ -121,6 +122,7 @@ class Components:
     def adopt(self, transformer: DiT) -> None:
         """Use this transformer, with what is attached to it, until it is freed."""
         self._loaded["transformer"], self._loras = transformer, ()
+        self._adopted = True
 
     def transformer_with(self, loras: tuple[LoraFile, ...], streamed: bool) -> DiT:
         """The transformer with a stage's LoRAs: in memory, or with blocks that are read

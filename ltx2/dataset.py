@@ -7,10 +7,12 @@ are needed. A file that cannot be used is named and skipped.
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
+import io
 import json
 import math
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -20,7 +22,7 @@ from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
 import mlx.core as mx
 
 from . import media
-from .base import LOG, UserError, checked, note, user_path
+from .base import LOG, UserError, checked, note, parse_json, read_text, user_path
 from .cache import ContextCache
 from .guidance import Contexts
 from .hub import File, read_arrays
@@ -49,32 +51,16 @@ PROMPTS_AT_ONCE = 16  # whose hidden states are held together
 
 @dataclass(frozen=True)
 class Clip:
-    """A file of the data, its caption and, for an IC-LoRA, its reference clip."""
+    """A file of the data, its caption and, for an IC-LoRA, its reference clip; then how
+    it is trained on."""
 
     path: Path
     caption: str
     reference: Optional[Path] = None
-
-
-@dataclass(frozen=True)
-class Item:
-    """A clip as it is trained on."""
-
-    clip: Clip
-    size: Size
-    streams: tuple[str, ...]
-    key: str  # of its latents on the disk
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What is read of an item: latents by stream and those of the reference, both with a
-    batch axis, and contexts."""
-
-    item: Item
-    latents: Streams
-    contexts: Contexts
-    reference: Optional[mx.array] = None
+    size: Size = Size(0, 0, 0, 0)
+    streams: tuple[str, ...] = ()
+    key: str = ""  # of its latents on the disk
+    held_out: bool = False
 
 
 # Finding clips
@@ -90,11 +76,7 @@ def find_clips(data: str, references: Optional[str] = None) -> list[Clip]:
         raise UserError(f"{data}: no such folder or list of clips")
     clips = list(_listed(listed) if listed else _captioned(path))
     if references is not None:
-        clips = [replace(c, reference=_same_name(c, references)) for c in clips]
-        for c in clips:
-            if c.reference is None:
-                note(f"{c.path.name} is skipped: no clip of that name in {references}")
-        clips = [c for c in clips if c.reference is not None]
+        clips = [c for clip in clips for c in _with_reference(clip, references)]
     if not clips:
         raise UserError(
             f"{data} has no clips: put a .txt with its caption next to each, or list "
@@ -107,54 +89,60 @@ def _captioned(folder: Path) -> Iterator[Clip]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in PICTURES | VIDEOS | SOUNDS:
             text = path.with_suffix(".txt")
-            caption = _text(text).strip() if text.is_file() else ""
-            if caption:
-                yield Clip(path, " ".join(caption.split()))
-            else:
-                note(f"{path.name} is skipped: it has no caption in {text.name}")
+            with skipping(path):
+                caption = read_text(str(text)).split() if text.is_file() else ()
+                if not caption:
+                    raise UserError(f"it has no caption in {text.name}")
+                yield Clip(path, " ".join(caption))
 
 
 def _listed(path: Path) -> Iterator[Clip]:
     """Rows of a .jsonl, .json or .csv; paths are relative to it."""
     for n, row in enumerate(_rows(path), 1):
-        found = {
-            k: next((row[c] for c in names if str(row.get(c) or "").strip()), None)
-            for k, names in COLUMNS.items()
-        }
-        if found["path"] is None or found["caption"] is None:
-            note(f"row {n} of {path.name} is skipped: it needs file_name and caption")
-            continue
-        where = {
-            k: path.parent / checked(str, found[k], f"{path}, row {n}: {k}")
-            for k in ("path", "reference")
-            if found[k]
-        }
-        caption = checked(str, found["caption"], f"{path}, row {n}: caption")
-        yield Clip(caption=" ".join(caption.split()), **where)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8: save it as UTF-8") from None
+        found = {}
+        with skipping(f"row {n} of {path.name}"):
+            for k, names in COLUMNS.items():
+                value = next((row[c] for c in names if row.get(c)), None)
+                found[k] = checked(Optional[str], value, k)
+            caption = (found["caption"] or "").split()
+            if not found["path"] or not caption:
+                raise UserError("it needs file_name and caption")
+            where = {
+                k: path.parent / found[k] for k in ("path", "reference") if found[k]
+            }
+            yield Clip(caption=" ".join(caption), **where)
 
 
 def _rows(path: Path) -> Iterable[dict[str, Any]]:
-    text = _text(path)
-    lines = [line for line in text.splitlines() if line.strip()]
-    if path.suffix == ".csv":
-        return csv.DictReader(lines)
-    text = text if path.suffix == ".json" else f"[{','.join(lines)}]"
+    text = read_text(str(path))
+    if path.suffix.lower() == ".csv":
+        try:
+            return list(csv.DictReader(io.StringIO(text)))
+        except csv.Error as error:
+            raise UserError(f"{path} is not a valid CSV file: {error}") from None
+    if path.suffix.lower() == ".json":
+        rows = parse_json(f'{{"rows": {text}}}', f"{path}: ")["rows"]
+        return checked(list[dict[str, Any]], rows, str(path))
+    lines = enumerate(text.split("\n"), 1)
+    return [parse_json(x, f"{path}, line {n}: ") for n, x in lines if x.strip()]
+
+
+def _with_reference(clip: Clip, folder: str) -> Iterator[Clip]:
+    found = sorted(user_path(folder).glob(f"{glob.escape(clip.path.stem)}.*"))
+    found = [p for p in found if p.suffix.lower() in PICTURES | VIDEOS]
+    with skipping(clip.path):
+        if not found:
+            raise UserError(f"no clip of that name in {folder}")
+        yield replace(clip, reference=found[0])
+
+
+@contextmanager
+def skipping(what: Path | str) -> Iterator[None]:
+    """Note a mistake in a part of the data, which is then left out."""
     try:
-        return checked(list[dict[str, Any]], json.loads(text), str(path))
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON") from None
-
-
-def _same_name(clip: Clip, folder: str) -> Optional[Path]:
-    found = sorted(user_path(folder).glob(f"{clip.path.stem}.*"))
-    return next((p for p in found if p.suffix.lower() in PICTURES | VIDEOS), None)
+        yield
+    except UserError as error:
+        note(f"{getattr(what, 'name', what)} is skipped: {error}")
 
 
 # Buckets
@@ -199,117 +187,114 @@ def choose_bucket(
     return min(short, key=rank)
 
 
-def fit(clip: Clip, buckets: Sequence[Size], streams: str) -> tuple[Size, list, str]:
-    """A clip's size and streams, and what has to be done to it. UserError if it cannot be
-    used."""
+def fit(clip: Clip, buckets: Sequence[Size], streams: str) -> tuple[Clip, str]:
+    """A clip with its size and streams, and what has to be done to it. UserError if it
+    cannot be used."""
     wants = ("video", "audio") if streams == "both" else (streams,)
-    suffix = clip.path.suffix.lower()
-    if suffix in PICTURES:
+    if clip.path.suffix.lower() in PICTURES:
         height, width = media.load_image(clip.path).shape[:2]
         found = media.Media(width, height, Fraction(STILL_FPS), 1)
     else:
         found = media.probe(clip.path)
-    has = [s for s in wants if getattr(found, f"has_{s}")]
+    has = tuple(s for s in wants if getattr(found, f"has_{s}"))
     if not has:
-        raise UserError(f"{clip.path.name} has no {' and no '.join(wants)}")
+        raise UserError(f"it has no {' and no '.join(wants)}")
     fps, frames = min(float(found.fps or 24), MAX_FPS), found.num_frames
     if "video" not in has or fps != found.fps:
         frames = math.floor(found.duration * fps + 0.01)
     b = choose_bucket(found.width or 1, found.height or 1, frames, buckets)
     sound = audio_tokens(b.num_frames, fps) if "audio" in has else 0
-    size = Size(b.width, b.height, b.num_frames, fps, sound)
     done = f"frames 1 to {b.num_frames} of {frames} at {fps:g} fps"
     if "video" in has:
         done += f", {found.width}x{found.height} to {b.width}x{b.height}"
-    lacks = [s for s in wants if s not in has]
-    return size, has, done + "".join(f", without {s}" for s in lacks)
+    done += "".join(f", without {s}" for s in wants if s not in has)
+    size = replace(b, fps=fps, audio_tokens=sound)
+    return replace(clip, size=size, streams=has), done
 
 
 # Encoding
 
 
 class Dataset:
-    """Items whose latents and contexts are in a folder."""
+    """Clips whose latents and contexts are in a folder."""
 
     def __init__(self, folder: str | Path, pipe: Pipeline, downscale: int = 1):
         """Reference clips have `downscale` times smaller sides."""
         self.folder, self.pipe, self.downscale = Path(folder), pipe, downscale
-        self.items: list[Item] = []
-        self.held_out: list[Item] = []
+        self.clips: list[Clip] = []
+
+    @property
+    def items(self) -> list[Clip]:
+        """Clips to train on."""
+        return [clip for clip in self.clips if not clip.held_out]
+
+    @property
+    def held_out(self) -> list[Clip]:
+        return [clip for clip in self.clips if clip.held_out]
 
     def fit(
         self, clips: Sequence[Clip], buckets: Sequence[Size], streams: str, trigger: str
     ) -> None:
         """Choose each clip's bucket; files that cannot be used are named."""
         for clip in clips:
-            try:
-                size, has, done = fit(clip, buckets, streams)
-                key = self.key(clip, size, has)
-            except (UserError, OSError) as error:
-                note(f"{clip.path.name} is skipped: {error}")
-                continue
-            LOG.info(f"{clip.path.name}: {done}")
-            if trigger:
-                clip = replace(clip, caption=f"{trigger} {clip.caption}")
-            self.items.append(Item(clip, size, tuple(has), key))
+            with skipping(clip.path), media.system_errors("it cannot be opened"):
+                clip, done = fit(clip, buckets, streams)
+                caption = f"{trigger} {clip.caption}".strip()
+                clip = replace(clip, caption=caption, key=self.key(clip))
+                LOG.info(f"{clip.path.name}: {done}")
+                self.clips.append(clip)
         self._check()
 
     @cached_property
     def contexts(self) -> ContextCache:
         return self.pipe.context_cache(self.folder)
 
-    def key(self, clip: Clip, size: Size, streams: Sequence[str]) -> str:
-        """What an item's latents depend on."""
+    def key(self, clip: Clip) -> str:
+        """What a clip's latents depend on."""
         print_of = lambda p: File(p.name, p.stat().st_size, p).fingerprint
         parts = self.pipe.checkpoint.parts
         names = {"video": "vae", "audio": "audio_vae"}
-        depends = [print_of(clip.path), repr(size), list(streams), self.downscale]
-        depends += [first_file(parts[names[s]]).fingerprint for s in streams]
+        depends = [print_of(clip.path), repr(clip.size), clip.streams, self.downscale]
+        depends += [first_file(parts[names[s]]).fingerprint for s in clip.streams]
         depends += [print_of(clip.reference)] if clip.reference else []
         return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
 
-    def path(self, item: Item) -> Path:
-        return self.folder / f"{item.key}.latents.safetensors"
+    def path(self, clip: Clip) -> Path:
+        return self.folder / f"{clip.key}.latents.safetensors"
 
-    def encode(self) -> None:
-        """Encode what is not there yet: captions, then clips, each as a stream."""
-        items = self.items + self.held_out
-        self.encode_captions(list(dict.fromkeys(i.clip.caption for i in items)))
-        encoders, broken = Encoders(InputFiles(), self.pipe.component), []
-        for item in items:
-            try:
-                if not self._is_encoded(item):
-                    self._save(item, encoders)
-            except UserError as error:
-                note(f"{item.clip.path.name} is skipped: {error}")
-                broken.append(item)
+    def encode(self, prompts: Sequence[str] = ()) -> None:
+        """Encode what is not there yet: captions and other prompts, then clips, each as
+        a stream."""
+        captions = dict.fromkeys([*(clip.caption for clip in self.clips), *prompts])
+        missing = [c for c in captions if self.contexts.read(c) is None]
+        for i in range(0, len(missing), PROMPTS_AT_ONCE):
+            self.contexts(missing[i : i + PROMPTS_AT_ONCE], self.pipe.encode_prompts)
+        encoders, clips = Encoders(InputFiles(), self.pipe.component), self.clips
+        self.clips = []
+        for clip in clips:
+            with skipping(clip.path):
+                if not self._is_encoded(clip):
+                    self._save(clip, encoders)
+                self.clips.append(clip)
             encoders.files.clear()
         self.pipe.free("vae", "audio_vae")
-        self.items = [item for item in self.items if item not in broken]
-        self.held_out = [item for item in self.held_out if item not in broken]
         self._check()
 
     def _check(self) -> None:
         if not self.items:
             raise UserError("none of the clips can be used")
 
-    def encode_captions(self, captions: Sequence[str]) -> None:
-        missing = [c for c in captions if not self.contexts.path(c).exists()]
-        for i in range(0, len(missing), PROMPTS_AT_ONCE):
-            self.contexts(missing[i : i + PROMPTS_AT_ONCE], self.pipe.encode_prompts)
-
-    def _save(self, item: Item, encoders: Encoders) -> None:
-        clip, size, arrays = item.clip, item.size, {}
-        if "video" in item.streams:
+    def _save(self, clip: Clip, encoders: Encoders) -> None:
+        size, arrays = clip.size, {}
+        if "video" in clip.streams:
             arrays["video"] = self._video(clip.path, size, encoders)
-        if "audio" in item.streams:
-            seconds = size.num_frames / size.fps
-            sound = encoders.sound(clip.path, 0.0, seconds, size.audio_tokens)
-            arrays["audio"] = sound
+        if "audio" in clip.streams:
+            sound = clip.path, 0.0, size.num_frames / size.fps, size.audio_tokens
+            arrays["audio"] = encoders.sound(*sound)
         if clip.reference:
             smaller = size.divided(self.downscale)
             arrays["reference"] = self._video(clip.reference, smaller, encoders)
-        save_arrays(self.path(item), arrays, {"file": clip.path.name})
+        save_arrays(self.path(clip), arrays, {"file": clip.path.name})
 
     def _video(self, path: Path, size: Size, encoders: Encoders) -> mx.array:
         """Latents (1, f, h, w, C) of a picture or of a clip's first frames."""
@@ -317,27 +302,25 @@ class Dataset:
             return encoders.image(str(path), 0, size)
         x = encoders.clip(str(path), 0, size.num_frames, size)
         if x.shape[1] != size.latent[0]:
-            raise UserError(f"{path.name} ends before frame {size.num_frames}")
+            raise UserError(f"it ends before frame {size.num_frames}")
         return x
 
-    def _is_encoded(self, item: Item) -> bool:
-        """Whether an item's file is there; a damaged one is made again."""
+    def _is_encoded(self, clip: Clip) -> bool:
+        """Whether a clip's file is there; a damaged one is made again."""
         with suppress(UserError):
-            read_arrays(self.path(item))
+            read_arrays(self.path(clip))
             return True
         return False
 
-    def load(self, item: Item) -> Sample:
-        """An item's latents and contexts, from the disk."""
-        arrays = mx.load(str(self.path(item)))
-        reference = arrays.pop("reference", None)
-        return Sample(item, arrays, self.context(item.clip.caption), reference)
+    def load(self, clip: Clip) -> Streams:
+        """A clip's latents by stream and those of its "reference", with a batch axis."""
+        return mx.load(str(self.path(clip)))
 
     def context(self, caption: str) -> Contexts:
         return self.contexts([caption], self.pipe.encode_prompts)[caption]
 
     def hold_out(self, count: int) -> None:
-        """Move so many items, evenly spaced, to those that are not trained on."""
-        places = {(2 * i + 1) * len(self.items) // (2 * count) for i in range(count)}
-        self.held_out = [self.items[i] for i in sorted(places)]
-        self.items = [item for i, item in enumerate(self.items) if i not in places]
+        """Do not train on so many clips, evenly spaced."""
+        places = {(2 * i + 1) * len(self.clips) // (2 * count) for i in range(count)}
+        clips = enumerate(self.clips)
+        self.clips = [replace(c, held_out=i in places) for i, c in clips]

@@ -11,7 +11,8 @@ import math
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Callable, Iterable, Iterator, Mapping, Optional, Sequence
+from functools import partial
+from typing import Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +24,7 @@ from .dit import Block, Both, DiT, Streams, Tokens
 from .guidance import stream_tokens
 from .latents import LatentState
 from .layers import prefetch
-from .lora import Lora, linear_shape
+from .lora import Lora, linear_layers, linear_shape
 
 Parameters = dict[str, mx.array]  # by their names in the transformer
 Losses = tuple[mx.array, Both]  # all, and of the video and the audio
@@ -83,26 +84,21 @@ def make_example(
     sigmas: Mapping[str, float],
     contexts: Both,
 ) -> Example:
-    """Mix the states' tokens with noise (1, n, C) at the sigmas, by stream."""
-    tokens, targets, masks = [], [], []
-    for name in STREAMS:
-        state = states.get(name)
-        trained = state is not None and not state.frozen
-        tokens.append(state and noised_tokens(model, name, state, noise, sigmas))
-        n = state.num_target_tokens if trained else 0
-        targets.append(noise[name] - state.latent[:, :n] if trained else None)
-        masks.append(state.denoise_mask_tokens[:, :n] if trained else None)
-    return Example(tuple(tokens), tuple(targets), tuple(masks), contexts)
-
-
-def noised_tokens(model: DiT, name: str, state: LatentState, noise, sigmas) -> Tokens:
-    """A stream's input; no token is marked as a keyframe, as in the reference."""
-    sigma, x = (0.0, state.latent) if state.frozen else (sigmas[name], None)
-    if x is None:  # tokens that guide need no noise
-        guides = len(state.denoise_mask) - state.num_target_tokens
-        x = state.noised(mx.pad(noise[name], ((0, 0), (0, guides), (0, 0))), sigma)
-    keyframes = mx.zeros(len(state.denoise_mask))
-    return stream_tokens(state, x, sigma, model.rope(name, state.bounds), keyframes)
+    """Mix the states' tokens with noise (1, n, C) at the sigmas, by stream. As in the
+    reference, no token is marked as a keyframe."""
+    tokens, targets, masks = {}, {}, {}
+    for name, state in states.items():
+        x, sigma, count = state.latent, 0.0, len(state.denoise_mask)
+        if not state.frozen:
+            z, n, sigma = noise[name], state.num_target_tokens, sigmas[name]
+            targets[name] = z - x[:, :n]
+            masks[name] = state.denoise_mask_tokens[:, :n]
+            # Tokens that guide need no noise.
+            x = state.noised(mx.pad(z, ((0, 0), (0, count - n), (0, 0))), sigma)
+        ropes = model.rope(name, state.bounds)
+        tokens[name] = stream_tokens(state, x, sigma, ropes, mx.zeros(count))
+    both = (tuple(map(found.get, STREAMS)) for found in (tokens, targets, masks))
+    return Example(*both, contexts)
 
 
 def begin(model: DiT, example: Example) -> tuple[Parameters, Streams]:
@@ -134,20 +130,22 @@ def run(block: Block, flat: Parameters, streams: Streams) -> Parameters:
     return {k: x for k, x in zip(STATES, states) if x is not None}
 
 
-def end(model: DiT, flat: Parameters, streams: Streams, example: Example) -> Losses:
-    """The loss, and the mean squared error of each stream's generated tokens; 0 where
-    all are held."""
-    errors = []
-    velocities = model.velocities(*carried(flat, streams))
-    for v, target, mask in zip(velocities, example.targets, example.masks):
+def end(model: DiT, flat: Parameters, streams: Streams, example: Example) -> Parameters:
+    """The mean squared error of each stream's generated tokens, 0 where all are held, and
+    their sum."""
+    found, velocities = {}, model.velocities(*carried(flat, streams))
+    parts = zip(STREAMS, velocities, example.targets, example.masks)
+    for name, v, target, mask in parts:
         if target is not None:
             n, channels = target.shape[1:]
             squares = mask * (v[:, :n].astype(mx.float32) - target) ** 2
             count = mx.maximum(mask.sum() * channels, 1) * len(v)
-            errors.append(squares.sum() / count)
-        else:
-            errors.append(None)
-    return sum(x for x in errors if x is not None), tuple(errors)
+            found[name] = squares.sum() / count
+    return {"loss": sum(found.values()), **found}
+
+
+def losses(flat: Parameters) -> Losses:
+    return flat["loss"], tuple(map(flat.get, STREAMS))
 
 
 # Gradients
@@ -160,9 +158,28 @@ def put(module: nn.Module, parameters: Parameters, prefix: str = "") -> None:
         module.update(tree_unflatten(named))
 
 
-def dot(outputs: Parameters, cotangents: Parameters) -> mx.array:
-    """Its gradients are the outputs' times the cotangents."""
-    return sum((x * cotangents[k]).sum() for k, x in outputs.items())
+class Stage(NamedTuple):
+    """A part of the model: its module, what its parameters' names begin with, and what
+    it adds to the arrays so far."""
+
+    module: nn.Module
+    prefix: str
+    compute: Callable[[Parameters], Parameters]
+
+    def pull(
+        self, own: Parameters, flat: Parameters, inputs: Sequence[str], cotangents
+    ) -> tuple[Parameters, Parameters]:
+        """Gradients of its own parameters and of some inputs. Both are arguments of what
+        is differentiated: the gradients of what it only closes over would be zero."""
+
+        def dot(own: Parameters, inputs: Parameters) -> mx.array:
+            put(self.module, own, self.prefix)
+            made = self.compute(flat | inputs)
+            return sum((made[k] * x).sum() for k, x in cotangents.items() if k in made)
+
+        found = mx.grad(dot, (0, 1))(own, {k: flat[k] for k in inputs})
+        put(self.module, own, self.prefix)  # in place of the traced ones
+        return found
 
 
 @dataclass
@@ -180,37 +197,43 @@ class Trainee:
 
     def update(self, parameters: Parameters) -> None:
         self.parameters = parameters
-        put(self.model, parameters if self.read is None else self.outer)
+        put(self.model, parameters if self.read is None else self.part(""))
 
-    @property
-    def outer(self) -> Parameters:
-        """Parameters outside of the blocks."""
-        return {k: w for k, w in self.parameters.items() if not k.startswith(BLOCKS)}
+    def part(self, prefix: str) -> Parameters:
+        """Parameters of a block, or with "" those outside of the blocks."""
+        inside = lambda k: k.startswith(prefix or BLOCKS) == bool(prefix)
+        return {k: w for k, w in self.parameters.items() if inside(k)}
 
-    def inner(self, i: int) -> Parameters:
-        """Parameters of a block."""
-        prefix = f"{BLOCKS}{i}."
-        return {k: w for k, w in self.parameters.items() if k.startswith(prefix)}
-
-    def blocks(self, backwards: bool = False) -> Iterator[tuple[int, Block]]:
-        """The blocks with their numbers, each in memory only while it is used."""
+    def blocks(self, backwards: bool = False) -> Iterator[tuple[str, Block]]:
+        """The blocks with their prefixes, each in memory only while it is used."""
         blocks = [*(self.read() if self.read else self.model.transformer_blocks)]
         order = range(len(blocks))[:: -1 if backwards else 1]
         taken = (blocks.pop(-1 if backwards else 0) for _ in order)
         for i, block in zip(order, prefetch(taken)):
-            put(block, self.inner(i), f"{BLOCKS}{i}.")
-            yield i, block
+            put(block, self.part(prefix := f"{BLOCKS}{i}."), prefix)
+            yield prefix, block
+
+    def _stages(self, example: Example, backwards: bool = False) -> Iterator[Stage]:
+        model, (_, streams) = self.model, begin(self.model, example)
+        first = Stage(model, "", lambda _: begin(model, example)[0])
+        last = Stage(model, "", lambda flat: end(model, flat, streams, example))
+        yield last if backwards else first
+        for prefix, block in self.blocks(backwards):
+            yield Stage(block, prefix, partial(run, block, streams=streams))
+        yield first if backwards else last
+
+    def _forward(self, example: Example, evaluate: bool = True) -> list[Parameters]:
+        """What each stage reads, and at the end all that they have computed."""
+        before = [{}]
+        for stage in self._stages(example):
+            before.append(before[-1] | stage.compute(before[-1]))
+            if evaluate:
+                mx.async_eval(before[-1])
+        return before
 
     def loss(self, example: Example) -> Losses:
         """The loss alone."""
-        return end(self.model, *self._states(example), example)
-
-    def _states(self, example: Example) -> tuple[Parameters, Streams]:
-        flat, streams = begin(self.model, example)
-        for _, block in self.blocks():
-            flat |= run(block, flat, streams)
-            mx.async_eval(flat)
-        return flat, streams
+        return losses(self._forward(example)[-1])
 
     @contextmanager
     def untrained(self) -> Iterator[None]:
@@ -227,7 +250,8 @@ class Trainee:
         contexts = tuple(c if old is not None else None for c, old in pairs)
         other = replace(example, contexts=contexts)
         with self.untrained():
-            velocities = self.model.velocities(*carried(*self._states(other)))
+            flat, (_, streams) = self._forward(other)[-1], begin(self.model, other)
+            velocities = self.model.velocities(*carried(flat, streams))
             mx.eval(velocities)
         cut = lambda v, t: None if t is None else v[:, : t.shape[1]].astype(t.dtype)
         return replace(other, targets=tuple(map(cut, velocities, example.targets)))
@@ -239,80 +263,48 @@ class Trainee:
 
         def loss(parameters: Parameters) -> Losses:
             put(self.model, parameters)
-            flat, streams = begin(self.model, example)
-            for block in self.model.transformer_blocks:
-                flat |= run(block, flat, streams)
-            return end(self.model, flat, streams, example)
+            return losses(self._forward(example, evaluate=False)[-1])
 
         found = mx.value_and_grad(loss)(self.parameters)
         put(self.model, self.parameters)  # in place of the traced ones
         return found
 
     def _by_block(self, example: Example) -> tuple[Losses, Parameters]:
-        """As `gradients`. What blocks read is passed to the functions that are
-        differentiated: the gradients of what they only close over would be zero."""
-        model, outer, before = self.model, self.outer, []
-        flat, streams = begin(model, example)
-        for _, block in self.blocks():
-            before.append({k: flat[k] for k in STATES if k in flat})
-            flat |= run(block, flat, streams)
-            mx.async_eval(flat)
-
-        def head(outer: Parameters, flat: Parameters) -> Losses:
-            put(model, outer)
-            return end(model, flat, streams, example)
-
-        losses, (grads, cotangents) = mx.value_and_grad(head, (0, 1))(outer, flat)
-        for i, block in self.blocks(backwards=True):
-            flat |= before.pop()
-            inputs = flat if outer else {k: flat[k] for k in STATES if k in flat}
-            found, back = self._pull(i, block, flat, inputs, streams, cotangents)
+        """As `gradients`; each stage is computed again."""
+        *before, made = self._forward(example)
+        grads, cotangents = {}, {"loss": mx.array(1.0)}
+        outer = self.part("")
+        for stage in self._stages(example, backwards=True):
+            flat = before.pop()
+            if not (flat or outer):
+                break  # nothing trains before the blocks
+            own = self.part(stage.prefix)
+            inputs = [k for k in flat if outer or k in STATES]
+            found, back = stage.pull(own, flat, inputs, cotangents)
             for k, x in back.items():
-                cotangents[k] = x if k in STATES else cotangents[k] + x
-            grads |= found
+                cotangents[k] = x if k in STATES else cotangents.get(k, 0) + x
+            grads |= {k: grads.get(k, 0) + x for k, x in found.items()}
             mx.async_eval(found, cotangents)
-
-        def start(outer: Parameters) -> mx.array:
-            put(model, outer)
-            return dot(begin(model, example)[0], cotangents)
-
-        if outer:
-            for k, x in mx.grad(start)(outer).items():
-                grads[k] = grads[k] + x
-            put(model, outer)
-        return losses, {k: grads[k] for k in self.parameters}
-
-    def _pull(self, i, block: Block, flat, inputs, streams, cotangents):
-        """Gradients of a block's parameters and of its inputs."""
-        prefix, inner = f"{BLOCKS}{i}.", self.inner(i)
-
-        def after(inner: Parameters, inputs: Parameters) -> mx.array:
-            put(block, inner, prefix)
-            return dot(run(block, flat | inputs, streams), cotangents)
-
-        found = mx.grad(after, (0, 1))(inner, inputs)
-        put(block, inner, prefix)
-        return found
+        return losses(made), {k: grads[k] for k in self.parameters}
 
 
 # Parameters and steps
 
 
-def target_layers(model: nn.Module, endings: Sequence[str]) -> dict[str, nn.Module]:
-    """The linear layers whose names are, or end in "." and, one of these."""
-    ends = tuple(f".{ending}" for ending in endings)
-    return {
-        path: layer
-        for path, layer in model.named_modules()
-        if f".{path}".endswith(ends) and linear_shape(layer)
-    }
+def target_layers(
+    model: nn.Module, endings: Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of the linear layers whose names are, or end in "." and, one of
+    these."""
+    ends, layers = tuple(f".{ending}" for ending in endings), linear_layers(model)
+    found = {path: layer for path, layer in layers.items() if f".{path}".endswith(ends)}
+    return {path: linear_shape(layer) for path, layer in found.items()}
 
 
-def new_factors(layers: Mapping[str, nn.Module], rank: int, seed: int) -> Lora:
+def new_factors(layers: Mapping[str, tuple[int, int]], rank: int, seed: int) -> Lora:
     """A LoRA without effect, as PEFT begins: A is uniform within 1/sqrt(in), B zero."""
     factors = {}
-    for path, layer in layers.items():
-        outputs, inputs = linear_shape(layer)
+    for path, (outputs, inputs) in layers.items():
         rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
         a = rng.uniform(-1, 1, (rank, inputs)) / math.sqrt(inputs)
         factors[path] = mx.array(a, mx.float32), mx.zeros((outputs, rank))

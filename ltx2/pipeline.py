@@ -173,7 +173,7 @@ class Pipeline(Components):
         run = Run(self, noises, trace, frozen_from_noise, plan.streamed)
         alone = self.machines.group is None
         self._keeps = self.keep and alone and plan.keeps_transformer
-        if not self._keeps:  # that of an earlier run
+        if not (self._keeps or self._adopted):  # that of an earlier run
             self.free("transformer")
         with memory.limits(plan):
             yield from self._events(run, jobs, contexts, resume)

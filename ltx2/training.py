@@ -7,8 +7,9 @@ import math
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import mlx.core as mx
@@ -18,13 +19,14 @@ from mlx.utils import tree_flatten
 
 from . import __version__, dataset, gradients, latents, media, memory
 from .adapters import ADAPTERS, CONFIG, STATE, official, save_losses
-from .base import Checked, UserError, checked, note, parse_json
+from .base import Checked, UserError, checked, note, parse_json, user_path
 from .chips import this_chip
-from .dit import Block, DiT, StreamedBlocks
-from .gradients import SCHEDULES, TARGETS, Parameters
-from .hub import read_arrays
+from .dataset import Clip
+from .dit import StreamedBlocks
+from .gradients import SCHEDULES, TARGETS, Parameters, factor_parameters
+from .hub import fetch_all, make_folder, read_arrays
 from .latents import LatentState, Size
-from .lora import Lora, attach, linear_shape
+from .lora import Lora, adapter_file, attach
 from .options import ask, check, comma_separated
 from .pipeline import Pipeline, Result
 from .request import Request
@@ -48,7 +50,7 @@ REPEATED = {"default": (), "type": str, "repeat": True}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """How to train. None means the model's default."""
 
     iters: Optional[int] = ask("number of steps (default: 2000)", between=(1, 10**7))
@@ -83,79 +85,13 @@ class Options:
     sample_every: int = ask("steps between samples; 0: off", 250, between=(0, 10**7))
     seed: int = ask("seed of factors, noise and order", 0, between=(0, 2**31))
 
-    def resolved(self, defaults: Mapping[str, float]) -> Options:
+    def resolved(self, defaults: Mapping[str, Any]) -> Options:
         """With the model's defaults. Raises UserError for values that are not possible."""
         known = DEFAULTS | {k: v for k, v in defaults.items() if k in DEFAULTS}
-        known["preserve"] = checked(tuple[str, ...], known["preserve"], "preserve")
         missing = {k: v for k, v in known.items() if getattr(self, k) is None}
         found = replace(self, **missing)
         check(found)
         return found
-
-
-@dataclass
-class Report:
-    """Where a training is: after some steps, losses, speed and memory."""
-
-    step: int
-    loss: Optional[float] = None
-    mean: Optional[float] = None
-    held_out: Optional[float] = None
-    learning_rate: float = 0.0
-    per_second: float = 0.0
-    peak: int = 0
-
-
-@dataclass(frozen=True)
-class Place(Checked):
-    """Where an interrupted training is: its step, and step, loss, held-out loss of all."""
-
-    step: int
-    history: list[tuple[int, Optional[float], Optional[float]]]
-
-    @classmethod
-    def read(cls, metadata: Mapping[str, str], path: str) -> Place:
-        """From a state file's metadata, each value of which is JSON."""
-        text = ", ".join(f"{json.dumps(k)}: {v}" for k, v in metadata.items())
-        return checked(cls, parse_json(f"{{{text}}}", path), path)
-
-
-# The run
-
-
-def draw_example(
-    model,
-    sample: dataset.Sample,
-    options: Options,
-    rng,
-    at: Optional[float] = None,
-    steps: Sequence[float] = (),
-) -> gradients.Example:
-    """A sample with the noise and sigmas of one step; `at` is the quantile of a fixed
-    sigma. With `steps`, the sigma of all streams is one of these half of the time."""
-    states, noise, sigmas = {}, {}, {}
-    size, probability = sample.item.size, options.first_frame_prob
-    for name, x in sample.latents.items():
-        tokens = latents.to_tokens(x)
-        state = LatentState.initial(size.bounds(name), tokens.shape[-1], tokens)
-        draws = rng.standard_normal(1), rng.uniform(size=1), rng.uniform(size=1)
-        if at is not None:
-            draws = np.array([NormalDist().inv_cdf(at)]), draws[1], np.ones(1)
-        sigmas[name] = gradients.sample_sigmas(tokens.shape[1], *draws).item()
-        noise[name] = mx.array(rng.standard_normal(tokens.shape, np.float32))
-        if name == "video":
-            # A picture would have nothing left to generate.
-            if rng.uniform() < probability and x.shape[1] > 1:
-                state = state.hold(x[:, :1])
-            if sample.reference is not None:
-                scale = 1.0, options.reference_downscale
-                state = state.show(sample.reference, size.fps, *scale)
-        states[name] = state
-    if steps and rng.uniform() < 0.5:
-        sigmas = dict.fromkeys(sigmas, float(rng.choice(steps)))
-    pairs = zip(("video", "audio"), sample.contexts)
-    contexts = tuple(c if k in states else None for k, c in pairs)
-    return gradients.make_example(model, states, noise, sigmas, contexts)
 
 
 class Trainer:
@@ -167,29 +103,39 @@ class Trainer:
         options: Options,
         folder: str | Path,
         cache: Optional[str] = None,
-        low_memory: Optional[bool] = None,
     ):
-        self.pipe, self.folder = pipe, Path(folder)
+        self.pipe, self.folder = pipe, user_path(folder)
         self.options = options.resolved(pipe.checkpoint.defaults)
-        self.low_memory, self.group = low_memory, mx.distributed.init()
+        self.group = mx.distributed.init()
         scale = self.options.reference_downscale
-        self.data = dataset.Dataset(cache or self.folder / "cache", pipe, scale)
-        self.step, self.stopping = 0, False
-        self.history: list[tuple] = []  # step, loss, held-out loss
+        self.data = dataset.Dataset(
+            user_path(cache or self.folder / "cache"), pipe, scale
+        )
+        self.stopping = 0  # the number of a signal
+        self.history: list[list] = []  # step, loss, held-out loss
+        self.start: Parameters = {}  # factors and moments of an earlier training
         self.sigmas: Sequence[float] = ()
         if pipe.checkpoint.kind == "distilled":
             self.sigmas = DISTILLED_SIGMAS[:-1]  # all that it is used at
             note("the base is distilled; LoRAs are better trained on the dev model")
 
+    step = property(lambda self: len(self.history))
+
+    @property
+    def base(self) -> str:
+        c = self.pipe.checkpoint
+        return f"LTX-2 {c.model_version} {c.kind}"
+
     # Before any weights are read
 
-    def fit(self, clips: Sequence[dataset.Clip]) -> None:
-        """Choose each clip's bucket, and the clips to hold out."""
+    def fit(self, data: str) -> None:
+        """Find clips, choose each one's bucket, and the clips to hold out."""
         o = self.options
         buckets = [dataset.parse_bucket(text) for text in o.resolution]
         buckets = buckets or dataset.default_buckets(self.pipe.checkpoint.defaults)
+        clips = dataset.find_clips(data, o.reference_data)
         self.data.fit(clips, buckets, o.streams, o.trigger)
-        there = len(self.data.items)
+        there = len(self.data.clips)
         count = min(there // 10, 8) if o.val_clips is None else o.val_clips
         if not 0 <= count < there:
             raise UserError(f"val_clips is {count}, but there are {there} clips")
@@ -198,37 +144,36 @@ class Trainer:
     def plan(self) -> memory.MemoryPlan:
         """The memory of each phase. Blocks are recomputed, or read from the disk, where
         it would not do otherwise."""
-        estimator = memory.Estimator(self.pipe.checkpoint, self.pipe.dtype)
-        bits = (self.pipe.checkpoint.quantization or {}).get("bits", 0)
-        layers = gradients.target_layers(self._transformer(lazy=True), self.endings)
-        if not layers:
-            raise UserError(f"no layer's name ends in {', '.join(self.endings)}")
-        numbers = self.options.rank * sum(sum(map(linear_shape, layers.values()), ()))
-        sizes = [item.size for item in self.data.items + self.data.held_out]
-        encoded = dataset.PROMPTS_AT_ONCE, self.pipe.encoder_files
-        text = {"text": estimator.text(*encoded)}
-        samples = [self.pipe.plan(r).memory.phases for r in self.requests()[:1]]
+        pipe, o = self.pipe, self.options
+        estimator = memory.Estimator(pipe.checkpoint, pipe.dtype)
+        factors = 4 * o.rank * sum(sum(shape) for shape in self.layers.values())
+        text = estimator.text(dataset.PROMPTS_AT_ONCE, pipe.encoder_files)
+        samples = [pipe.plan(r).memory.phases for r in self.requests()[:1]]
 
-        def planned(sizes: list[Size], by_block: bool, low: Optional[bool]):
-            phases = footprints(estimator, sizes, 4 * numbers, by_block, bits)
+        def planned(sizes: list[Size], low: Optional[bool]) -> memory.MemoryPlan:
+            phases = footprints(estimator, sizes, factors, self.by_block)
+            train = phases["train"]
             for needs in samples:
-                sample = [n for k, n in needs.items() if k in ("audio", "video")]
-                more, train = max(n.weights for n in sample), phases["train"]
-                total = train.weights - 3 * 4 * numbers + more  # without gradients
+                more = max(
+                    n.weights for k, n in needs.items() if k in ("audio", "video")
+                )
+                weights = train.weights - FACTORS // 2 * factors + more  # no gradients
                 buffers = max(n.buffers for n in needs.values())
-                phases["sample"] = memory.Footprint(total, buffers, train.streamable)
-            return memory.planned(text | phases, memory.available(), low)
+                sample = memory.Footprint(weights, buffers, train.streamable)
+                phases["sample"] = sample
+            return memory.planned({"text": text} | phases, memory.available(), low)
 
-        self.by_block = self.options.grad_checkpoint
-        plan = planned(sizes, self.by_block, self.low_memory)
+        sizes = [clip.size for clip in self.data.clips]
+        self.by_block = o.grad_checkpoint
+        plan = planned(sizes, pipe.low_memory)
         if plan.streamed or not plan.fits:
             self.by_block = True
-            plan = planned(sizes, self.by_block, self.low_memory)
+            plan = planned(sizes, pipe.low_memory)
         tried = ((s, f) for s in (576, 448, 320, 256, 128, 64) for f in (49, 25, 9, 1))
         advice = "try a lower-bit model (convert.py --quantize)"
         for side, frames in tried if not plan.fits else ():
             small = Size(side, side, frames, 24.0, latents.audio_tokens(frames, 24))
-            if planned([small], True, True).fits:
+            if planned([small], True).fits:
                 advice = f"--resolution {side}x{side}x{frames} would fit"
                 break
         self.memory = replace(plan, suggestion=advice)
@@ -238,120 +183,176 @@ class Trainer:
     def endings(self) -> tuple[str, ...]:
         return self.options.target_modules or TARGETS[self.options.streams]
 
-    def _transformer(self, lazy: bool) -> DiT:
-        return self.pipe.checkpoint.load("transformer", self.pipe.dtype, lazy)
+    @cached_property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of the layers to train."""
+        checkpoint = self.pipe.checkpoint
+        shapes = checkpoint.shapes("transformer", self.pipe.dtype)
+        model = checkpoint.build("transformer", shapes)
+        found = gradients.target_layers(model, self.endings)
+        if not found:
+            raise UserError(f"no layer's name ends in {', '.join(self.endings)}")
+        return found
+
+    def resume(self, name: str) -> None:
+        """Continue an earlier training or, without its state, from its factors or those of
+        any LoRA; only headers are read."""
+        file, o = adapter_file(name), self.options
+        state = file.with_name(STATE)
+        if file.name in (ADAPTERS, STATE) and state.is_file():
+            arrays, metadata = read_arrays(state)
+            rows = parse_json(f'{{"rows": {metadata.get("history")}}}', f"{state}: ")
+            kind = list[tuple[int, Optional[float], Optional[float]]]
+            rows = checked(kind, rows["rows"], f"{state}: history")
+            self.history = [[n, math.nan if x is None else x, y] for n, x, y in rows]
+            parts = "pmv"
+        else:
+            note(f"{name} has no {STATE}: training begins at step 0")
+            lora = Lora.read(file)
+            arrays = {f"p.{k}": w for k, w in factor_parameters(lora).items()}
+            metadata, parts = lora.metadata, "p"
+        base = metadata.get("base_model", self.base)
+        if base != self.base:
+            raise UserError(f"{name} was trained on {base}, this model is {self.base}")
+        found, expected = {k: w.shape for k, w in arrays.items()}, {}
+        for path, (outputs, inputs) in self.layers.items():
+            pair = {"lora_a": (o.rank, inputs), "lora_b": (outputs, o.rank)}
+            for k, shape in pair.items():
+                expected |= {f"{part}.{path}.{k}": shape for part in parts}
+        expected |= {"step": ()} if self.history else {}
+        for k in sorted(expected.keys() | found.keys()):
+            there, fits = found.get(k, "missing"), expected.get(k, "expected")
+            if there != fits:
+                raise UserError(
+                    f"{name} does not fit: {k} is {there}, not {fits}; pass the flags "
+                    "that it was made with"
+                )
+        if o.iters <= self.step:
+            raise UserError(f"{name} has {self.step} steps: pass more --iters")
+        self.start = arrays
 
     # Before the first step
 
-    def prepare(self, resume: Optional[str] = None) -> None:
+    def prepare(self) -> None:
         """Encode clips and prompts, load the transformer and attach the factors."""
+        make_folder(self.folder)
+        fetch_all(self.pipe.checkpoint.files)
+        jobs = map(self.pipe.plan, self.requests())
+        prompts = [*self.options.preserve, *(p for job in jobs for p in job.prompts)]
         for rank in range(self.group.size()):  # others find what is on a common disk
             if rank == self.group.rank():
-                self.data.encode()
-                jobs = map(self.pipe.plan, self.requests())
-                self.data.encode_captions([p for job in jobs for p in job.prompts])
-                self.data.encode_captions(self.options.preserve)
+                self.data.encode(prompts)
             mx.eval(mx.distributed.all_sum(mx.zeros(1)))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        o, model = self.options, self._transformer(lazy=self.memory.streamed)
-        layers = gradients.target_layers(model, self.endings)
-        self.lora = gradients.new_factors(layers, o.rank, o.seed)
-        parameters = gradients.factor_parameters(self.lora)
+        o, streamed = self.options, self.memory.streamed
+        model = self.pipe.checkpoint.load("transformer", self.pipe.dtype, streamed)
+        lora = gradients.new_factors(self.layers, o.rank, o.seed)
+        attach(model, [(lora, 1.0)], apart=True)
+        parameters = factor_parameters(lora)
         self.opt = gradients.optimizer(o.learning_rate)
         self.opt.init(parameters)
-        if resume is not None:
-            parameters = self._resumed(Path(resume), parameters)
-        attach(model, [(self.lora, 1.0)], apart=True)
+        if self.start:
+            parameters = {k: self.start[f"p.{k}"] for k in parameters}
+        if self.history:
+            self.opt.state["step"] = self.start["step"]
+            for k in parameters:
+                self.opt.state[k] = {part: self.start[f"{part}.{k}"] for part in "mv"}
         self.trainee = gradients.Trainee(model, {}, self.by_block)
-        if self.memory.streamed:
-            self.trainee.read = self._read
+        if streamed:
+            read = lambda: list(self.pipe.blocks([(lora, 1.0)], apart=True))
+            self.trainee.read = read  # their weights are not read yet
             blocks = lambda: (block for _, block in self.trainee.blocks())
             model.transformer_blocks = StreamedBlocks(blocks)
         self.trainee.update(parameters)
 
-    def _read(self) -> list[Block]:
-        """The blocks with factors; their weights are not read yet."""
-        return list(self.pipe.blocks([(self.lora, 1.0)], apart=True))
-
-    def _resumed(self, path: Path, new: Parameters) -> Parameters:
-        """The factors of an earlier training, and its step and moments if they are
-        there."""
-        state = (path if path.is_dir() else path.parent) / STATE
-        at = None
-        if state.is_file():
-            arrays, metadata = read_arrays(state)
-            found = {k[2:]: w for k, w in arrays.items() if k.startswith("p.")}
-            at = Place.read(metadata, f"{state}: ")
-        else:
-            note(f"there is no {state}: training begins at step 0")
-            found = gradients.factor_parameters(Lora.read(path))
-        shapes = [{k: w.shape for k, w in p.items()} for p in (found, new)]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                f"{path} has other layers or another rank: pass the flags it was made with"
-            )
-        if at is not None:
-            expected = {f"{k}.{key}": w.shape for key, w in found.items() for k in "mv"}
-            there = {k: w.shape for k, w in arrays.items()}
-            if not (expected | {"step": ()}).items() <= there.items():
-                raise UserError(f"{state} is not complete: start from its adapter")
-            for key in found:
-                self.opt.state[key] = {k: arrays[f"{k}.{key}"] for k in "mv"}
-            self.opt.state["step"] = arrays["step"]
-            self.step = at.step
-            self.history = [
-                [n, math.nan if loss is None else loss, x] for n, loss, x in at.history
-            ]
-        return found
-
     # Training
 
-    def train(self) -> Iterator[Report]:
-        """A report after steps that are to be reported. Randomness depends on the seed
-        and the step only, so that a resumed training is the same bit for bit."""
-        o = self.options
-        losses, since, seconds = [], self.step, 0.0
+    def train(self) -> Iterator[str]:
+        """Train, and yield what is to be reported, a line each. Randomness depends on the
+        seed and the step only, so that a resumed training is the same bit for bit. The
+        steps before an error are saved."""
+        o, first, times = self.options, self.step, []
         mx.reset_peak_memory()
-        while self.step < o.iters and not self._stopped():
-            begun = time.perf_counter()
-            part = SCHEDULES[o.lr_schedule](self.step / o.iters)
-            self.opt.learning_rate = o.learning_rate * part
-            loss, grads = self._batch()
-            old, limit = self.trainee.parameters, o.max_grad_norm
-            new, norm = gradients.step(self.opt, old, grads, limit)
-            self.trainee.update(new)
-            self.step += 1
-            seconds += time.perf_counter() - begun
-            if not math.isfinite(norm):
-                note(f"step {self.step} is skipped: its gradients are not finite")
-            losses.append(loss)
-            self.history.append([self.step, loss, None])
-            last = self.step == o.iters
-            report = Report(self.step)
-            if self.data.held_out and (self.step % o.steps_per_eval == 0 or last):
-                report.held_out = self.history[-1][2] = self.held_out_loss()
-            if self.step % o.steps_per_report == 0 or last:
-                report.loss, losses = sum(losses) / len(losses), []
-                recent = [row[1] for row in self.history[-MEAN_OF:]]
-                report.mean = sum(recent) / len(recent)
-                report.per_second = (self.step - since) / seconds
-                report.learning_rate = o.learning_rate * part
-                report.peak, since, seconds = mx.get_peak_memory(), self.step, 0.0
-            if report.loss is not None or report.held_out is not None:
-                yield report
-            if self.step % o.save_every == 0:
-                self.save(f"{self.step:07d}_{ADAPTERS}")
-            if o.sample_every and self.step % o.sample_every == 0 and not last:
-                self.sample()
-        self.save()
+        try:
+            while self.step < o.iters and not self._stopped():
+                begun = time.perf_counter()
+                self._step()
+                times.append(time.perf_counter() - begun)
+                yield from self._losses(times)
+                if self.step % o.save_every == 0:
+                    self.save(f"{self.step:07d}_{ADAPTERS}")
+                due = o.sample_every and self.step % o.sample_every == 0
+                if due and self.step < o.iters:
+                    self.sample()
+        finally:
+            if self.step > first:
+                self.save()
         if not self.stopping:
             self.sample()
 
-    def _stopped(self) -> bool:
-        """Whether one of the machines is to stop."""
-        stopping = mx.array(self.stopping)
-        self.stopping = mx.distributed.all_max(stopping, group=self.group).item()
+    def _step(self) -> None:
+        rate = SCHEDULES[self.options.lr_schedule](self.step / self.options.iters)
+        self.opt.learning_rate = self.options.learning_rate * rate
+        loss, grads = self._batch()
+        old, limit = self.trainee.parameters, self.options.max_grad_norm
+        new, norm = gradients.step(self.opt, old, grads, limit)
+        self.trainee.update(new)
+        self.history.append([self.step + 1, loss, None])
+        if not math.isfinite(norm):
+            note(f"step {self.step} is skipped: its gradients are not finite")
+
+    def _losses(self, times: list[float]) -> Iterator[str]:
+        """The losses that are due; `times` are the seconds of the steps since the last."""
+        o, losses = self.options, [loss for _, loss, _ in self.history]
+        left = o.iters - self.step
+        if self.data.held_out and (self.step % o.steps_per_eval == 0 or not left):
+            self.history[-1][2] = loss = self.held_out_loss()
+            yield f"Iter {self.step}: held-out loss {loss:.4f}"
+        if self.step % o.steps_per_report == 0 or not left:
+            loss, mean = fmean(losses[-len(times) :]), fmean(losses[-MEAN_OF:])
+            rate, speed = self.opt.learning_rate.item(), len(times) / sum(times)
+            times.clear()
+            yield (
+                f"Iter {self.step}: loss {loss:.4f}, mean {mean:.4f}, "
+                f"learning rate {rate:.3g}, {speed:.3g} it/s, "
+                f"{left / speed / 60:.1f} min left, peak {mx.get_peak_memory() / 1e9:.2f} GB"
+            )
+
+    def _stopped(self) -> int:
+        """The signal by which one of the machines is to stop, or 0."""
+        number = mx.array(self.stopping)
+        self.stopping = mx.distributed.all_max(number, group=self.group).item()
         return self.stopping
+
+    def _example(
+        self, clip: Clip, rng: np.random.Generator, at: Optional[float] = None
+    ) -> gradients.Example:
+        """A clip with the noise and sigmas of one step; `at` is the quantile of a fixed
+        sigma. Of a distilled base, the sigma of all streams is half of the time one of
+        its steps'."""
+        o, size, found = self.options, clip.size, self.data.load(clip)
+        reference = found.pop("reference", None)
+        states, noise, sigmas = {}, {}, {}
+        for name, x in found.items():
+            tokens = latents.to_tokens(x)
+            state = LatentState.initial(size.bounds(name), tokens.shape[-1], tokens)
+            draws = rng.standard_normal(), rng.uniform(), rng.uniform()
+            draws = draws if at is None else (NormalDist().inv_cdf(at), 0.0, 1.0)
+            sigmas[name] = float(gradients.sample_sigmas(tokens.shape[1], *draws))
+            noise[name] = mx.array(rng.standard_normal(tokens.shape, np.float32))
+            if name == "video":
+                # A picture would have nothing left to generate.
+                if rng.uniform() < o.first_frame_prob and x.shape[1] > 1:
+                    state = state.hold(x[:, :1])
+                if reference is not None:
+                    scale = 1.0, o.reference_downscale
+                    state = state.show(reference, size.fps, *scale)
+            states[name] = state
+        if at is None and self.sigmas and rng.uniform() < 0.5:
+            sigmas = dict.fromkeys(sigmas, float(rng.choice(self.sigmas)))
+        pairs = zip(gradients.STREAMS, self.data.context(clip.caption))
+        contexts = tuple(c if k in states else None for k, c in pairs)
+        model = self.trainee.model
+        return gradients.make_example(model, states, noise, sigmas, contexts)
 
     def _batch(self) -> tuple[float, Parameters]:
         """The loss and gradients of a step: the means over its clips, of which each
@@ -362,8 +363,7 @@ class Trainer:
         for i in range(count):
             index = (self.step * count + i) * ranks + self.group.rank()
             rng = np.random.default_rng([o.seed, index])
-            sample, model = self._sample(index), self.trainee.model
-            example = draw_example(model, sample, o, rng, steps=self.sigmas)
+            example = self._example(self._clip(index), rng)
             (loss, _), grads = self.trainee.gradients(example)
             if o.preserve:
                 prompt = o.preserve[rng.integers(len(o.preserve))]
@@ -378,46 +378,38 @@ class Trainer:
             total = mx.distributed.all_sum(mx.array(total)).item() / ranks
         return total, sums
 
-    def _sample(self, index: int) -> dataset.Sample:
+    def _clip(self, index: int) -> Clip:
         """The clip of a number that counts through all epochs, each in another order."""
-        items = self.data.items
-        epoch, place = divmod(index, len(items))
+        clips = self.data.items
+        epoch, place = divmod(index, len(clips))
         order = np.random.default_rng([self.options.seed, 0, epoch])
-        return self.data.load(items[order.permutation(len(items))[place]])
+        return clips[order.permutation(len(clips))[place]]
 
     def held_out_loss(self) -> float:
         """The mean loss of the held-out clips, always with the same noise and sigmas."""
-        items, o, total = self.data.held_out, self.options, 0.0
-        count = max(len(items), 8)
+        clips, seed, losses = self.data.held_out, self.options.seed, []
+        count = max(len(clips), 8)
         for n in range(count):
-            rng = np.random.default_rng([o.seed, HELD_OUT + n])
-            sample, at = self.data.load(items[n % len(items)]), (n + 0.5) / count
-            example = draw_example(self.trainee.model, sample, o, rng, at)
-            total += self.trainee.loss(example)[0].item() / count
-        return total
+            rng = np.random.default_rng([seed, HELD_OUT + n])
+            example = self._example(clips[n % len(clips)], rng, (n + 0.5) / count)
+            losses.append(self.trainee.loss(example)[0].item())
+        return fmean(losses)
 
     # Samples
 
     def requests(self) -> list[Request]:
         """Sample clips of the most common size, with fixed seeds."""
-        o, items = self.options, self.data.items
+        o, clips = self.options, self.data.items
         # A sample has no reference clip.
-        if items[0].clip.reference or not o.sample_every:
+        if clips[0].reference or not o.sample_every:
             return []
-        sizes = [item.size for item in items]
+        sizes = [clip.size for clip in clips]
         size = max(sizes, key=sizes.count)
-        prompts = o.sample_prompt or (items[0].clip.caption,)
-        first = Request(
-            prompts[0],
-            num_frames=size.num_frames,
-            fps=size.fps,
-            width=size.width,
-            height=size.height,
-            audio_only=o.streams == "audio",
-            no_audio=o.streams == "video",
-        )
-        seeds = range(o.seed, o.seed + len(prompts))
-        return [replace(first, prompt=p, seed=n) for p, n in zip(prompts, seeds)]
+        sides = "width", "height", "num_frames", "fps"
+        how = {name: getattr(size, name) for name in sides}
+        how |= {"audio_only": o.streams == "audio", "no_audio": o.streams == "video"}
+        prompts = enumerate(o.sample_prompt or (clips[0].caption,), o.seed)
+        return [Request(prompt, seed=seed, **how) for seed, prompt in prompts]
 
     def sample(self) -> None:
         """Sample clips, to the right of those of the untrained model."""
@@ -439,7 +431,7 @@ class Trainer:
         self.pipe.adopt(self.trainee.model)
         job = self.pipe.plan(request)
         contexts = {prompt: self.data.context(prompt) for prompt in job.prompts}
-        return self.pipe.generate(**vars(request), contexts=contexts)
+        return self.pipe.generate(job, contexts=contexts)
 
     # Files
 
@@ -448,17 +440,16 @@ class Trainer:
         the losses so far."""
         if self.group.rank() > 0:
             return
-        parameters = self.trainee.parameters
+        parameters, state = self.trainee.parameters, self.opt.state
         factors = official(parameters, self.pipe.dtype)
         save_arrays(self.folder / ADAPTERS, factors, self.metadata())
         if copy:
             shutil.copyfile(self.folder / ADAPTERS, self.folder / copy)
-        arrays = {f"p.{k}": w for k, w in parameters.items()}
+        arrays = {f"p.{k}": w for k, w in parameters.items()} | {"step": state["step"]}
         for part in "mv":
-            arrays |= {f"{part}.{k}": self.opt.state[k][part] for k in parameters}
-        arrays["step"] = self.opt.state["step"]
+            arrays |= {f"{part}.{k}": state[k][part] for k in parameters}
         rows = [[n, x if math.isfinite(x) else None, y] for n, x, y in self.history]
-        facts = {"step": str(self.step), "history": json.dumps(rows)}
+        facts = {"base_model": self.base, "history": json.dumps(rows)}
         save_arrays(self.folder / STATE, arrays, facts)
         config = json.dumps(self.config(), indent=1)
         (self.folder / CONFIG).write_text(config + "\n")
@@ -466,12 +457,12 @@ class Trainer:
 
     def metadata(self) -> dict[str, str]:
         """What the adapter's file says about itself; alpha is the rank: a scale of 1."""
-        o, checkpoint = self.options, self.pipe.checkpoint
+        o, version = self.options, self.pipe.checkpoint.model_version
         found = {"format": "pt", "rank": str(o.rank), "alpha": str(o.rank)}
-        found["base_model"] = f"LTX-2 {checkpoint.model_version} {checkpoint.kind}"
-        found |= {"model_version": checkpoint.model_version} | {"steps": str(self.step)}
+        found |= {"base_model": self.base, "model_version": version}
+        found |= {"steps": str(self.step)}
         found |= {"trigger_words": o.trigger} if o.trigger else {}
-        if any(item.clip.reference for item in self.data.items):
+        if any(clip.reference for clip in self.data.clips):
             found["reference_downscale_factor"] = str(o.reference_downscale)
         return found
 
@@ -481,7 +472,7 @@ class Trainer:
         return {
             "fine_tune_type": "lora",
             "lora_parameters": layers,
-            "base_model": self.metadata()["base_model"],
+            "base_model": self.base,
             "load": asdict(self.pipe.origin),
             "base_files": self.pipe.files(),
             "clips": len(self.data.items),
@@ -492,25 +483,24 @@ class Trainer:
 
 
 def footprints(
-    e: memory.Estimator, sizes: Sequence[Size], factors: int, by_block: bool, bits: int
+    e: memory.Estimator, sizes: Sequence[Size], factors: int, by_block: bool
 ) -> dict[str, memory.Footprint]:
-    """What encoding and training hold, for clips of these sizes, so many bytes of factors
-    and a transformer of these bits, or 0 if it is not quantized."""
+    """What encoding and training hold, for clips of these sizes and so many bytes of
+    factors."""
     c, phases = e.dit, {}
     largest = max(sizes, key=lambda s: s.tokens + s.audio_tokens)
     tokens, sound = largest.tokens, largest.audio_tokens
     if tokens:
         weights = e.size["vae.encoder"] + e.size["audio_vae"]
-        phases["encode"] = memory.Footprint(
-            weights, e.convolutions(largest, "encoder", 8)
-        )
+        buffers = e.convolutions(largest, "encoder", 8)
+        phases["encode"] = memory.Footprint(weights, buffers)
     heads = max(c.num_attention_heads, c.audio_num_attention_heads)
     pairs = tokens * (tokens + MAX_TOKENS + 2 * sound) + sound * (sound + MAX_TOKENS)
     state, text = e.per_token(tokens, sound), e.per_token(MAX_TOKENS, MAX_TOKENS)
     scores = heads * pairs * e.item
     block = sum(n * size for n, size in zip(KEPT, (state, text, scores)))
-    if bits and tokens > this_chip().dequantize_from:  # such weights are kept, too
-        block += e.blocks / c.num_layers * 8 / bits * e.item
+    if e.bits and tokens > this_chip().dequantize_from:  # such weights are kept, too
+        block += e.blocks / c.num_layers * 8 / e.bits * e.item
     held = block + (c.num_layers + 1) * state if by_block else c.num_layers * block
     weights = e.size["transformer"] + FACTORS * factors
     buffers = held + DURING * scores

@@ -65,7 +65,7 @@ def test_files_that_cannot_be_used_are_named_and_left_out(
         f"this is {name}" for name in ("a", "b silent", "broken", "short", "still")
     ]
     data = fitted(pipe, tmp_path / "cache", clips)
-    sizes = {i.clip.path.stem: (i.size.width, i.size.num_frames) for i in data.items}
+    sizes = {c.path.stem: (c.size.width, c.size.num_frames) for c in data.clips}
     assert sizes == {
         "a": (64, 17),
         "b silent": (96, 9),
@@ -85,16 +85,19 @@ def test_latents_and_contexts_are_encoded_once(
 ):
     data = fitted(pipe, tmp_path, find_clips(str(folder)))
     data.encode()
-    samples = {i.clip.path.stem: data.load(i) for i in data.items}
-    a, silent, still = (samples[k] for k in ("a", "b silent", "still"))
-    assert a.latents["video"].shape[:4] == (1, 3, 2, 2)
-    assert a.latents["audio"].shape[1] == a.item.size.audio_tokens == 18
-    assert silent.latents.keys() == {"video"} and silent.item.size.fps == 30
-    assert still.latents["video"].shape[1] == 1 and still.item.size.fps == 1
+    found = {c.path.stem: (c.size, data.load(c)) for c in data.clips}
+    size, a = found["a"]
+    assert a["video"].shape[:4] == (1, 3, 2, 2)
+    assert a["audio"].shape[1] == size.audio_tokens == 18
+    size, silent = found["b silent"]
+    assert silent.keys() == {"video"} and size.fps == 30
+    size, still = found["still"]
+    assert still["video"].shape[1] == 1 and size.fps == 1
     frames = list(media.read_video(folder / "a.mp4"))[:17]
     pixels = mx.array(media.resize_and_crop(frames, 64, 64))[None]
-    assert mx.allclose(a.latents["video"], pipe.vae.encode(pixels), atol=1e-4)
-    assert mx.array_equal(a.contexts[0], pipe.encode_prompt("this is a")[0])
+    assert mx.allclose(a["video"], pipe.vae.encode(pixels), atol=1e-4)
+    context = data.context("this is a")[0]
+    assert mx.array_equal(context, pipe.encode_prompt("this is a")[0])
 
     def fail(*_):
         raise AssertionError("encoded again")
@@ -103,9 +106,7 @@ def test_latents_and_contexts_are_encoded_once(
     monkeypatch.setattr(pipeline.Pipeline, "encode_prompts", fail)
     again = fitted(pipe, tmp_path, find_clips(str(folder)))
     again.encode()
-    assert mx.array_equal(
-        again.load(again.items[0]).latents["video"], a.latents["video"]
-    )
+    assert mx.array_equal(again.load(again.clips[0])["video"], a["video"])
     for change in ({"trigger": "sks"}, {"streams": "video"}):
         other = fitted(pipe, tmp_path, find_clips(str(folder)), **change)
         with pytest.raises(AssertionError, match="encoded again"):
@@ -122,7 +123,7 @@ def test_a_clip_that_breaks_while_it_is_read_is_left_out(folder, pipe, notes, tm
     whole = (tmp_path / "clips" / "a.mp4").read_bytes()
     (tmp_path / "clips" / "a.mp4").write_bytes(whole[: len(whole) // 2])
     data.encode()
-    assert [i.clip.path.stem for i in data.items] == ["short"]
+    assert [c.path.stem for c in data.clips] == ["short"]
     assert any(n.startswith("a.mp4 is skipped") for n in notes)
 
 
@@ -132,9 +133,9 @@ def test_a_sound_trains_the_audio_alone(pipe, notes, tmp_path):
     (tmp_path / "tone.txt").write_text("a tone")
     data = fitted(pipe, tmp_path / "cache", find_clips(str(tmp_path)), "audio")
     data.encode()
-    [item] = data.items
-    assert data.load(item).latents.keys() == {"audio"}
-    assert item.size.num_frames == 17
+    [clip] = data.clips
+    assert data.load(clip).keys() == {"audio"}
+    assert clip.size.num_frames == 17
     with pytest.raises(UserError, match="none of the clips"):
         fitted(pipe, tmp_path / "cache", find_clips(str(tmp_path)), "video")
 
@@ -146,9 +147,9 @@ def test_references_are_smaller_clips_of_the_same_names(folder, pipe, notes, tmp
     data = Dataset(tmp_path / "cache", pipe, downscale=2)
     data.fit(clips, [Size(128, 128, 9, 0)], "video", "")
     data.encode()
-    sample = data.load(data.items[0])
-    assert sample.latents["video"].shape[1:4] == (2, 4, 4)
-    assert sample.reference.shape[1:4] == (2, 2, 2)
+    found = data.load(data.clips[0])
+    assert found["video"].shape[1:4] == (2, 4, 4)
+    assert found["reference"].shape[1:4] == (2, 2, 2)
 
 
 # Lists
@@ -175,9 +176,9 @@ def test_lists_have_paths_relative_to_them(notes, tmp_path, name):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "not valid JSON"),
+        ("{", "is not valid JSON"),
         ("[1]", "must be an object"),
-        ('[{"video": 3, "caption": "a"}]', "path must be text"),
+        ('[{"video": 3, "caption": "a"}]', "has no clips"),
         ("[]", "has no clips"),
     ],
 )
