@@ -14,6 +14,8 @@ import split_checkpoint
 from fake_hub import fake_hub  # noqa: F401 (a fixture)
 from safetensors import safe_open
 
+from ltx2 import pipeline
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -55,6 +57,20 @@ def checkpoint(tmp_path_factory) -> Callable[..., Path]:
             else:
                 built[key] = checkpoints.build(name, folder, seed, **changes)
         return built[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def load(checkpoint) -> Callable[..., pipeline.Pipeline]:
+    """`load("ltx-2.3", "dev", ["spatial-x2"])`: a pipeline of small checkpoints."""
+
+    def get(name, kind="distilled", upsamplers=(), low_memory=None, **changes):
+        packed = name == "ltx-2.5"  # has a text encoder, and more latent channels
+        wide = {"in_channels": 20} if packed else {}
+        model, encoder = (str(checkpoint(name, **changes)), str(checkpoint("gemma3")))
+        files = kind, "float32", [str(checkpoint(u, **wide)) for u in upsamplers]
+        return pipeline.load(model, None if packed else encoder, *files, low_memory)
 
     return get
 

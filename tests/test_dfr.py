@@ -28,14 +28,10 @@ QUICK = SIZE | {"num_frames": 41, "temporal_rounds": 1, "sigmas": (1.0, 0.5, 0.0
 
 
 @pytest.fixture(scope="module")
-def load(checkpoint):
+def load(load):
     """`load("dev")`: the small 2.5 with both upsamplers, or with those of `ups`."""
-
-    def load(kind="distilled", ups=("spatial-x2", "temporal-x2"), model="ltx-2.5"):
-        files = [str(checkpoint(up, in_channels=20)) for up in ups]
-        return pipeline.load(str(checkpoint(model)), None, kind, mx.float32, files)
-
-    return load
+    both = "spatial-x2", "temporal-x2"
+    return lambda kind="distilled", ups=both: load("ltx-2.5", kind, ups)
 
 
 # Layout

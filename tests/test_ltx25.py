@@ -35,10 +35,8 @@ def source(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def pipe(checkpoint):
-    up = str(checkpoint("spatial-x2", in_channels=20))
-    folder = str(checkpoint("ltx-2.5"))
-    return pipeline.load(folder, None, "distilled", mx.float32, [up])
+def pipe(load):
+    return load("ltx-2.5", upsamplers=["spatial-x2"])
 
 
 @pytest.fixture

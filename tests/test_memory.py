@@ -13,7 +13,7 @@ from checkpoints import CONFIGS, widths
 from test_pipeline import QuickVocoder, events_to_latents
 
 import generate
-from ltx2 import media, memory, pipeline, text, weights
+from ltx2 import media, memory, text, weights
 from ltx2.base import UserError
 from ltx2.latents import Size
 from ltx2.request import Image, LoraFile, Request, Segment
@@ -34,16 +34,6 @@ MID = {  # about 20 times the weights of the small models
     "vae": {"decoder_base_channels": 16},
 }
 SMALL = {"height": 64, "width": 96, "num_frames": 17}
-
-
-@pytest.fixture
-def load(checkpoint):
-    def load(name, kind="distilled", low_memory=None, upsamplers=(), **changes):
-        model, encoder = str(checkpoint(name, **changes)), str(checkpoint("gemma3"))
-        files = [str(checkpoint(u)) for u in upsamplers]
-        return pipeline.load(model, encoder, kind, mx.float32, files, low_memory)
-
-    return load
 
 
 @pytest.fixture
@@ -155,8 +145,8 @@ def test_a_larger_model_is_predicted(load, request_):
     assert_stages_predicted(pipe, request)
 
 
-def test_memory_does_not_grow_with_the_number_of_windows(checkpoint):
-    pipe = pipeline.load(str(checkpoint("ltx-2.5")), None, "distilled", "float32")
+def test_memory_does_not_grow_with_the_number_of_windows(load):
+    pipe = load("ltx-2.5")
     options = {"height": 128, "width": 192, "stages": "one", "no_audio": True}
     options |= {"chunk_frames": 49, "carry_frames": 25, "sigmas": (1.0, 0.0)}
     peaks = []

@@ -144,10 +144,7 @@ def test_hq_of_a_preset_needs_its_files(planned):
     assert len(job.stages) == 1 and "hq needs --distilled-lora" in job.notes[0]
 
 
-def test_a_named_size_suits_the_upsampler(checkpoint):
-    files = [str(checkpoint("spatial-x1.5"))]
-    pipe = pipeline.load(
-        checkpoint("ltx-2.3"), str(checkpoint("gemma3")), "distilled", None, files
-    )
+def test_a_named_size_suits_the_upsampler(load):
+    pipe = load("ltx-2.3", upsamplers=["spatial-x1.5"])
     r = pipe.plan(Request("a cat", size="720p", num_frames=9, stages="two")).request
     assert (r.width, r.height) == (1248, 672)  # multiples of 96

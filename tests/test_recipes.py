@@ -24,10 +24,8 @@ FRAMES = np.random.default_rng(0).integers(0, 255, (17, 64, 96, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
-def pipe(checkpoint):
-    upsampler = str(checkpoint("spatial-x2", in_channels=20))
-    model = str(checkpoint("ltx-2.5"))
-    return pipeline.load(model, None, "distilled", "float32", [upsampler])
+def pipe(load):
+    return load("ltx-2.5", upsamplers=["spatial-x2"])
 
 
 @pytest.fixture
@@ -179,8 +177,8 @@ def test_tiles_are_turned_with_the_clip(pipe, adapter, tmp_path, sides):
     assert [stage.tile for stage in job.stages] == [tile]
 
 
-def test_alpha_gen_uses_a_dev_model_without_guidance(checkpoint, adapter, clip):
-    dev = pipeline.load(str(checkpoint("ltx-2.5")), None, "dev", "float32")
+def test_alpha_gen_uses_a_dev_model_without_guidance(load, adapter, clip):
+    dev = load("ltx-2.5", "dev")
     job = dev.plan(Request("", seed=10, video=clip, loras=(adapter("alpha-gen-0.9"),)))
     guidance = job.stages[0].guidance["video"]
     assert (guidance.cfg_scale, guidance.stg_scale, guidance.rescale_scale) == (
@@ -194,9 +192,9 @@ def test_alpha_gen_uses_a_dev_model_without_guidance(checkpoint, adapter, clip):
         dev.plan(guided)
 
 
-def test_a_mov_of_a_matte_has_the_clip_as_color(checkpoint, adapter, tmp_path):
+def test_a_mov_of_a_matte_has_the_clip_as_color(load, adapter, tmp_path):
     save_clip(tmp_path / "odd.mkv", FRAMES[:9, :52, :74] // 2, 24)
-    dev = pipeline.load(str(checkpoint("ltx-2.5")), None, "dev", "float32")
+    dev = load("ltx-2.5", "dev")
     options = {"video": str(tmp_path / "odd.mkv"), "sigmas": (1.0, 0.0)}
     result = dev.generate("", loras=(adapter("alpha-gen-0.9"),), **options)
     result.save(tmp_path / "a.mov")
@@ -380,11 +378,9 @@ def test_a_mask_must_be_as_long_as_its_reference(pipe, adapter, clip, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def dub(checkpoint):
+def dub(load):
     """A pipeline of LTX-2.3 with its upsampler."""
-    encoder, upsampler = (str(checkpoint(k)) for k in ("gemma3", "spatial-x2"))
-    model = checkpoint("ltx-2.3")
-    return pipeline.load(model, encoder, "distilled", "float32", [upsampler])
+    return load("ltx-2.3", upsamplers=["spatial-x2"])
 
 
 @pytest.fixture

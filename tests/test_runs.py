@@ -35,9 +35,8 @@ SHORT = SIZE | {"sigmas": (1.0, 0.5, 0.0)}
 
 
 @pytest.fixture(scope="module")
-def pipe(checkpoint):
-    model, encoder = checkpoint("ltx-2-notc"), str(checkpoint("gemma3"))
-    return pipeline.load(model, encoder, "distilled", "float32")
+def pipe(load):
+    return load("ltx-2-notc")
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +170,10 @@ def test_an_interrupted_run_resumes_to_the_same_result(pipe, contexts, tmp_path)
     assert mx.array_equal(resumed["audio"], complete["audio"])
 
 
-def test_latents_of_another_model_are_refused(pipe, contexts, checkpoint):
+def test_latents_of_another_model_are_refused(pipe, contexts, load):
     request = Request("a cat", **SIZE)
     event = next(e for e in pipe.stream(request, contexts=contexts) if e.snapshot)
-    other = pipeline.load(checkpoint("ltx-2.3"), str(checkpoint("gemma3")), "distilled")
+    other = load("ltx-2.3")
     with pytest.raises(UserError, match="with a different model or settings"):
         next(other.stream(contexts=contexts, resume=event.snapshot))
     with pytest.raises(UserError, match="made with another height and width"):
@@ -190,10 +189,9 @@ def test_latents_of_another_model_are_refused(pipe, contexts, checkpoint):
     ],
     ids=lambda o: next(iter(o)),
 )
-def test_every_sampler_resumes_in_the_middle(pipe, contexts, checkpoint, options):
+def test_every_sampler_resumes_in_the_middle(pipe, contexts, load, options):
     if "steps" in options:
-        model, encoder = checkpoint("ltx-2-notc"), str(checkpoint("gemma3"))
-        pipe = pipeline.load(model, encoder, "dev", "float32")
+        pipe = load("ltx-2-notc", "dev")
         contexts = {p: contexts["a cat"] for p in ("a cat", "bad")}
         options = {**options, "negative_prompt": "bad"}
     request = Request("a cat", no_audio=True, **options, **SIZE)
@@ -212,11 +210,8 @@ def test_a_sampler_with_memory_is_not_resumed_in_the_middle(pipe, contexts):
         next(pipe.stream(contexts=contexts, resume=event.snapshot))
 
 
-def test_a_resumed_second_stage_has_the_audio_of_the_first(checkpoint, contexts):
-    files = (checkpoint("gemma3"), checkpoint("spatial-x2-rational"))
-    encoder, upsampler = map(str, files)
-    model = checkpoint("ltx-2-notc")
-    pipe = pipeline.load(model, encoder, "dev", "float32", [upsampler])
+def test_a_resumed_second_stage_has_the_audio_of_the_first(load, checkpoint, contexts):
+    pipe = load("ltx-2-notc", "dev", ["spatial-x2-rational"])
     lora = LoraFile(str(checkpoint("ltx-2-distilled-lora")))
     texts = {p: contexts["a cat"] for p in ("a cat", "bad")}
     request = Request(
@@ -427,10 +422,8 @@ def test_a_rounded_frame_rate_counts_as_the_clips(pipe, tmp_path):
         assert (job.request.num_frames, job.notes) == (9, ())
 
 
-def test_images_keep_their_time_when_the_frame_rate_doubles(checkpoint, tmp_path):
-    upsampler, encoder = str(checkpoint("temporal-x2")), str(checkpoint("gemma3"))
-    model = checkpoint("ltx-2-notc")
-    pipe = pipeline.load(model, encoder, "distilled", "float32", [upsampler])
+def test_images_keep_their_time_when_the_frame_rate_doubles(load, tmp_path):
+    pipe = load("ltx-2-notc", upsamplers=["temporal-x2"])
     media.save_png(tmp_path / "i.png", np.zeros((64, 96, 3), np.uint8))
     images = (Image(str(tmp_path / "i.png"), -1),)
     job = pipe.plan(Request("a", images=images, temporal_upsample=True, **SIZE))
@@ -438,11 +431,8 @@ def test_images_keep_their_time_when_the_frame_rate_doubles(checkpoint, tmp_path
     assert (job.stages[1].size.num_frames, job.stages[1].size.fps) == (33, 48)
 
 
-def test_a_reference_clip_fits_all_stages(checkpoint, tmp_path):
-    upsampler, encoder = str(checkpoint("spatial-x2-rational")), str(
-        checkpoint("gemma3")
-    )
-    pipe = pipeline.load(checkpoint("ltx-2"), encoder, "distilled", None, [upsampler])
+def test_a_reference_clip_fits_all_stages(load, checkpoint, tmp_path):
+    pipe = load("ltx-2", upsamplers=["spatial-x2-rational"])
     with formats.VideoWriter(tmp_path / "clip.mp4", 24) as video:
         video.write(np.zeros((9, 200, 300, 3), np.uint8))
     lora = LoraFile(str(checkpoint("ltx-2-lora2")))  # its reference has half the size
@@ -850,10 +840,9 @@ def test_an_invalid_video_is_not_written(command, monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def guided(checkpoint, contexts):
+def guided(load, contexts):
     """`guided(**options)`: latents of a guided run, and the passes of each model call."""
-    encoder = str(checkpoint("gemma3"))
-    pipe = pipeline.load(checkpoint("ltx-2-notc"), encoder, "dev", "float32")
+    pipe = load("ltx-2-notc", "dev")
     texts = {"a cat": contexts["a cat"], "bad": contexts["a dog"]}
 
     def run(**options):

@@ -12,7 +12,7 @@ from parity import relative_error
 from test_pipeline import latents_of
 
 import generate
-from ltx2 import layers, pipeline
+from ltx2 import layers
 from ltx2.base import UserError, checked
 from ltx2.defaults import NEGATIVE_PROMPT
 from ltx2.guidance import Prompts
@@ -23,18 +23,6 @@ from ltx2.tiles import Span, part
 
 SIZE = {"height": 64, "width": 96, "num_frames": 17, "sigmas": (1.0, 0.5, 0.0)}
 HALVES = Segment(0, 0.35, "a cat"), Segment(0.35, 0.7, "a dog")
-
-
-@pytest.fixture(scope="module")
-def load(checkpoint):
-    """`load("ltx-2.3", "dev")`: a pipeline with its upsamplers."""
-
-    def load(name, kind="distilled", upsamplers=()):
-        files = [str(checkpoint(u, in_channels=20)) for u in upsamplers]
-        encoder = str(checkpoint("gemma3")) if name != "ltx-2.5" else None
-        return pipeline.load(str(checkpoint(name)), encoder, kind, "float32", files)
-
-    return load
 
 
 @pytest.fixture(scope="module")

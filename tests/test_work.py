@@ -13,7 +13,7 @@ import pytest
 from checkpoints import CONFIGS
 from pytest import approx
 
-from ltx2 import pipeline, timing
+from ltx2 import timing
 from ltx2.conditions import Stage
 from ltx2.dit import DiTConfig, Pass
 from ltx2.latents import Size
@@ -84,12 +84,9 @@ def computed(monkeypatch):
         ("ltx-2.5", "distilled", {"no_audio": True}),
     ],
 )
-def test_all_phases_are_counted(checkpoint, computed, name, kind, options):
-    encoder = None if name == "ltx-2.5" else str(checkpoint("gemma3"))
-    upsamplers = [str(checkpoint("spatial-x2"))] if name == "ltx-2.3" else []
-    pipe = pipeline.load(
-        str(checkpoint(name)), encoder, kind, "float32", upsamplers=upsamplers
-    )
+def test_all_phases_are_counted(load, computed, name, kind, options):
+    upsamplers = ["spatial-x2"] if name == "ltx-2.3" else []
+    pipe = load(name, kind, upsamplers)
     size = SIZE | ({"height": 128, "width": 128} if upsamplers else {})
     job = pipe.plan(Request("a dog and a cat", **size, **options))
     counted = operations(job, pipe.checkpoint)
@@ -113,10 +110,9 @@ def test_a_forward_of_the_19b_is_counted():
 
 
 @pytest.fixture
-def planned(checkpoint, monkeypatch):
+def planned(load, monkeypatch):
     """`planned(device, architecture)`: a run's time where a matmul has 1 GFLOP/s."""
-    path, encoder = str(checkpoint("ltx-2.3")), str(checkpoint("gemma3"))
-    pipe = pipeline.load(path, encoder, "distilled", "float32")
+    pipe = load("ltx-2.3")
     job = pipe.plan(Request("a dog", **SIZE))
 
     def plan(device, architecture):
