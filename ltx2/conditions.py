@@ -25,9 +25,9 @@ class Condition:
     """One condition of a stage on one stream."""
 
     encoder: ClassVar[str] = ""  # the component that `load` needs
-    carried: ClassVar[bool] = False  # else made by `load` of input files
-    weighs: ClassVar[bool] = False  # the attention between each two tokens
-    # How many frames are encoded
+    carried: ClassVar[bool] = False  # made from earlier latents, else from input files
+    weighs: ClassVar[bool] = False  # needs a matrix of attention weights
+    # How many frames it encodes together
     num_encoded = property(lambda self: getattr(self, "num_frames", 1))
 
     def tokens(self, size: Size) -> int:
@@ -75,7 +75,7 @@ class GuideImage(ShowImage):
 
 @dataclass(frozen=True)
 class ClipPart(Condition):
-    """The video or the sound of a part of a clip."""
+    """A part of a clip: its video or its sound."""
 
     path: str
     start: int  # its first frame
@@ -84,7 +84,7 @@ class ClipPart(Condition):
     encoder = property(lambda self: "vae" if self.stream == "video" else "audio_vae")
 
     def encoded(self, size: Size, source: Encoders) -> mx.array:
-        """Its latents, not longer than the target."""
+        """Latents, cut to the target's length."""
         if self.stream == "video":
             return source.clip(self.path, self.start, self.num_frames, size)
         tokens = latents.audio_tokens(self.num_frames, size.fps)
@@ -126,11 +126,11 @@ class HoldSound(Condition):
 
     path: str
     start: float
-    skip: int = 0  # tokens of it that belong to earlier windows
+    skip: int = 0  # tokens that belong to earlier windows
     encoder = "audio_vae"
 
     def encoded(self, size: Size, source: Encoders) -> mx.array:
-        """Its latents in the window."""
+        """Latents of the window's part."""
         tokens = self.skip + size.audio_tokens
         seconds = tokens / latents.AUDIO_TOKENS_PER_SECOND + 1
         return source.sound(self.path, self.start, seconds, tokens)[:, self.skip :]
@@ -162,8 +162,10 @@ class ReferenceClip(Condition):
     attention: float
     downscale: int
     slow: int
-    window: Window = WHOLE_CLIP  # whose frames it covers
-    mask: Optional[tuple[str, Size]] = None  # a clip of weights, the size it is read at
+    window: Window = WHOLE_CLIP  # the frames that it covers
+    mask: Optional[tuple[str, Size]] = (
+        None  # a clip of weights, and at which size it is read
+    )
     encoder = "vae"
     weighs = property(lambda self: self.attention != 1 or self.mask is not None)
 
@@ -173,7 +175,7 @@ class ReferenceClip(Condition):
 
     @property
     def skip(self) -> int:
-        """Latents that touch frames which are carried in."""
+        """How many latents touch frames that are carried in."""
         per_latent = latents.TIME_SCALE * self.slow
         carried = self.window.carried_in
         return 1 + (carried + per_latent - 2) // per_latent if carried else 0
@@ -185,7 +187,7 @@ class ReferenceClip(Condition):
         scale, visible = (self.downscale, self.slow), self.attention
         if self.mask:
             path, sides = self.mask
-            # Latents of a size that was enlarged 1.5 times are no whole pixels of it.
+            # After an upsampler of 1.5 a latent may not be whole pixels of the mask.
             if sides.height % smaller.latent[1] or sides.width % smaller.latent[2]:
                 sides = size
             weights = source.weights(path, *frames, sides, smaller, self.slow)
@@ -196,7 +198,7 @@ class ReferenceClip(Condition):
 
 @dataclass(frozen=True)
 class Keyframes(Condition):
-    """Single frames at these places."""
+    """Single frames at these places (frames of the window)."""
 
     frames: tuple[int, ...]
 
@@ -206,7 +208,7 @@ class Keyframes(Condition):
 
 @dataclass(frozen=True)
 class ClipKeyframes(Keyframes):
-    """Guide with single frames of a clip, of which `first` are before the window."""
+    """Guide with single frames of a clip; the window starts at its frame `first`."""
 
     path: str
     first: int
@@ -233,7 +235,7 @@ class Carried(Condition):
 
 
 class NewKeyframes(Carried, Keyframes):
-    """Generate single frames, from those of the stage before."""
+    """Generate single frames, starting from those of the stage before."""
 
     def apply(self, state: LatentState, size: Size, before: Streams) -> LatentState:
         return state.generate_stills(self.frames, size, before.get("keyframes"))
@@ -241,7 +243,7 @@ class NewKeyframes(Carried, Keyframes):
 
 @dataclass(frozen=True)
 class CarriedLatents(Carried):
-    """Hold what the window before carries on: its last latents, in this stage."""
+    """Hold the last latents that the window before made in the same stage."""
 
     stream: str
     stage: str
@@ -262,7 +264,7 @@ class CarriedKeyframes(Carried, Keyframes):
 
 
 def carry_key(stage: str, stream: str) -> str:
-    """The name of what a stage carries to the same stage of the next window."""
+    """The key of what a stage passes to the same stage of the next window."""
     return f"carry.{stage}.{stream}"
 
 
@@ -285,7 +287,7 @@ class PreviousAsReference(Carried):
     """Show the previous stage's smaller video to an IC-LoRA."""
 
     downscale: int
-    part: Whole = WHOLE  # of that video
+    part: Whole = WHOLE  # which part of that video
 
     def tokens(self, size: Size) -> int:
         return size.tokens // self.downscale**2
@@ -298,7 +300,7 @@ class PreviousAsReference(Carried):
 @dataclass(frozen=True)
 class SliceKeyframes(Carried):
     """Guide a slice with the canvas's keyframes, generate one in each segment, and hold
-    what the slice before has made."""
+    the latents of the slice before."""
 
     part: Slice
 
@@ -342,9 +344,9 @@ class Stage:
     upsampler: Optional[str] = None  # brings the previous latents to this size
     conditions: Mapping[str, tuple[Condition, ...]] = field(default_factory=dict)
     final: tuple[str, ...] = ("video", "audio")  # streams that the result takes from it
-    part: Whole = WHOLE  # of the previous latents
+    part: Whole = WHOLE  # which part of the previous latents
     window: Window = WHOLE_CLIP
-    first: bool = True  # of its window, which starts from noise
+    first: bool = True  # the first of its window: starts from noise
     tile: Optional[tuple[int, int]] = None  # latents of a model call: height, width
     prompts: Prompts = Prompts()
 
@@ -353,7 +355,7 @@ class Stage:
 
     @property
     def spans(self) -> list[list[Span]]:
-        """How tiles that a model call sees divide rows and columns, if they do."""
+        """The tiles' rows and columns, [] without tiles; a model call sees one tile."""
         sides = self.size.latent_sides
         if self.part.grid:
             return [equal_spans(side, self.part.grid) for side in sides]
@@ -361,7 +363,7 @@ class Stage:
 
     @property
     def seen(self) -> float:
-        """The part of its tokens that a model call sees."""
+        """The fraction of its tokens that a model call sees."""
         largest = lambda side: max(s.stop - s.start for s in side) / side[-1].stop
         return math.prod(map(largest, self.spans))
 
@@ -374,7 +376,7 @@ class Stage:
 
     @property
     def phase(self) -> str:
-        """Its name in every window."""
+        """Its name without the window's prefix."""
         return self.name.removeprefix(self.window.prefix)
 
     def carry(self, made: Streams) -> Streams:

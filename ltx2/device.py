@@ -22,14 +22,14 @@ from .layers import apply_rope
 from .linear import quantize
 from .memory import available
 
-SECONDS = 0.25  # of each measured rate
-FILE_BYTES = 1 << 28  # read from the disk
+SECONDS = 0.25  # for measuring one rate
+FILE_BYTES = 1 << 28  # size of the file that is read to measure the disk
 BEYOND = 1 << 31  # elements, whose offsets need more than 32 bits
 # The largest error, relative to the largest value. In float32 Winograd's convolutions have
 # 4e-6, TF32 more than 1e-4. MLX's CPU backend adds quantized products in 16 bits.
 LIMITS = {mx.float32: 2e-5, mx.float16: 1e-2, mx.bfloat16: 8e-2}
 HEADS = (64, 128, 256)  # sizes of attention heads
-WIDTH = 4096  # of the measured layer
+WIDTH = 4096  # of the layer that is timed
 RELEASED = 16.7e9  # bytes of the 19B at 4 bits
 UPDATE = "update MLX and macOS; if that does not help, report this table"
 TF32 = "float32 is rounded to 10 bits (TF32): MLX_ENABLE_TF32=0 must be set before MLX runs"
@@ -54,12 +54,12 @@ def name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-# Name, dtype, what computes it, the same on the CPU (None: no other), its inputs
+# Name, dtype, function, the function for the CPU (None: the same), inputs
 Case = tuple
 
 
 def on_cpu(compute: Callable, *inputs: Any) -> mx.array:
-    """The result of MLX's CPU backend in float64, of its convolutions in float32."""
+    """Compute with MLX's CPU backend in float64 (its convolutions: in float32)."""
     with mx.stream(mx.cpu):
         is_float = lambda x: isinstance(x, mx.array) and x.dtype in LIMITS
         y = compute(*(x.astype(mx.float64) if is_float(x) else x for x in inputs))
@@ -74,7 +74,7 @@ def relative_error(ours: mx.array, exact: mx.array) -> float:
 
 
 def judge(check: str, cases: Iterable[Case]) -> list[Row]:
-    """A row for all cases together, or one for each that is wrong."""
+    """One row for all cases, or one for each that is wrong."""
     cases, rows, largest = [*cases], [], (0.0, "")
     for case, dtype, compute, reference, *inputs in cases:
         case, advice = f"{case}, {name(dtype)}", UPDATE
@@ -102,7 +102,7 @@ def draw(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
 
 
 def attention_cases(dim: int) -> Iterator[Case]:
-    """Each kind of mask, many queries and one; heads that share keys, as in Gemma."""
+    """All kinds of masks, many queries and one; heads share keys, as in Gemma."""
     attend = partial(mx.fast.scaled_dot_product_attention, scale=dim**-0.5)
     masked = lambda q, k, v, mask: attend(q, k, v, mask=mask)
     for dtype in LIMITS:
@@ -117,7 +117,7 @@ def attention_cases(dim: int) -> Iterator[Case]:
 
 
 def winograd_cases() -> Iterator[Case]:
-    """Wide ones, for which Metal takes Winograd's F(6, 3)."""
+    """Wide convolutions, which Metal computes by Winograd's F(6, 3)."""
     convolve = partial(conv.conv3d, padding=0), mx.conv3d
     x, w = draw(1, 3, 66, 66, 128), draw(128, 3, 3, 3, 128)
     yield "3x3x3", mx.float32, *convolve, x, w
@@ -126,7 +126,7 @@ def winograd_cases() -> Iterator[Case]:
 
 
 def convolution_cases() -> Iterator[Case]:
-    """Narrow ones, and those of the vocoder, written as plain ones for the CPU."""
+    """Narrow convolutions and the vocoder's; for the CPU without dilation and stride."""
     case = "3x3x3", mx.float32, partial(conv.conv3d, padding=0), mx.conv3d
     yield *case, draw(1, 6, 22, 26, 32), draw(48, 3, 3, 3, 32)
     dilated = lambda x, w: mx.conv1d(x, spread(w, 3))
@@ -140,13 +140,13 @@ def convolution_cases() -> Iterator[Case]:
 
 
 def spread(x: mx.array, step: int) -> mx.array:
-    """Values along the second axis, with zeros between them."""
+    """Insert `step` - 1 zeros between the values along the second axis."""
     rows = [x[:, :, None], mx.zeros((*x.shape[:2], step - 1, x.shape[2]), x.dtype)]
     return mx.concatenate(rows, axis=2).flatten(1, 2)[:, : 1 - step]
 
 
 def layer_cases() -> Iterator[Case]:
-    """Products with many rows and one, norms, rotary embeddings, which are compiled."""
+    """Products with many rows and one, norms, and compiled rotary embeddings."""
     for dtype in LIMITS:
         a, b, c = (draw(*n, dtype=dtype) for n in ((300, 512), (512, 200), (200,)))
         for rows in (300, 1):
@@ -161,13 +161,13 @@ def layer_cases() -> Iterator[Case]:
 
 
 def rotated(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """`apply_rope`, which is compiled: on a CPU that needs a C++ compiler."""
+    """`apply_rope` without `mx.compile`, which needs a C++ compiler on the CPU."""
     a, b = mx.split(x, 2, axis=-1)
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def tf32() -> Row:
-    """Whether float32 products are rounded as on an M5 or a GPU of NVIDIA."""
+    """Whether float32 products are rounded to TF32, as on an M5 or an NVIDIA GPU."""
     inputs = draw(300, 512), draw(512, 300)
     error = relative_error(mx.matmul(*inputs), on_cpu(mx.matmul, *inputs))
     found = f"{'seen' if error > 1e-4 else 'not seen'}, error of float32 {error:.1e}"
@@ -175,7 +175,7 @@ def tf32() -> Row:
 
 
 def quantized_cases(mode: str, bits: int, groups: tuple[int, ...]) -> Iterator[Case]:
-    """Products with one row and with many; the weights before and after."""
+    """Dequantized weights, and products with one row and with many."""
     for group in groups:
         how = {"group_size": group, "bits": bits, "mode": mode}
         for dtype in LIMITS:
@@ -189,7 +189,7 @@ def quantized_cases(mode: str, bits: int, groups: tuple[int, ...]) -> Iterator[C
 
 
 def weights(w: mx.array, *parts: mx.array, **how: Any) -> mx.array:
-    """`w` after quantization; ValueError if it loses more than so many bits do."""
+    """Dequantize `w`'s parts; ValueError if they lost more than these bits usually do."""
     y = unpacked(w.dtype, *parts, **how)
     norm = lambda x: mx.linalg.norm(x.astype(mx.float32)).item()
     lost = norm(y - w) / norm(w)
@@ -211,7 +211,7 @@ def unpacked(dtype: mx.Dtype, *parts: mx.array, **how: Any) -> mx.array:
 
 
 def large_offsets() -> Row:
-    """Elements whose offset in memory needs more than 32 bits."""
+    """Read elements whose offset in memory needs more than 32 bits."""
     check, rows = "offsets beyond 2^31", BEYOND // 1024 + 8
     if available() < 4 * BEYOND:
         return Row(check, "-", f"needs {4 * BEYOND / 1e9:.1f} GB")
@@ -224,8 +224,8 @@ def large_offsets() -> Row:
 
 
 def disk(folder: Path) -> list[Row]:
-    """The rate at which a file is read that is not in memory; tensors are complete when
-    they are used at once and in another order."""
+    """Measure reading a file that is not cached; check that its tensors are complete
+    when they are used at once and in another order."""
     size = min(FILE_BYTES, shutil.disk_usage(folder).free // 4)
     if size < FILE_BYTES // 16:
         return [Row("disk", "-", "the disk is full")]
@@ -253,7 +253,7 @@ def disk(folder: Path) -> list[Row]:
 
 
 def memory() -> Row:
-    """What may be used, and what Metal adds to it."""
+    """How much memory may be used, and Metal's own limits."""
     info, limit = mx.device_info(), available()
     ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found = f"{limit / 1e9:.1f} GB may be used, RAM {ram / 1e9:.1f}"
@@ -268,7 +268,7 @@ def memory() -> Row:
 
 
 def seconds(compute: Callable[[], mx.array]) -> float:
-    """The lesser of two runs after a warm-up."""
+    """The shorter of two runs after a warm-up."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -278,7 +278,7 @@ def seconds(compute: Callable[[], mx.array]) -> float:
 
 
 def matmul_rate(dtype: mx.Dtype) -> float:
-    """FLOPs a second of a square product, as large as takes about SECONDS."""
+    """FLOPs per second of a square product that takes about SECONDS."""
     size, rate = 128, 0.0
     while True:
         a = mx.random.normal((size, size)).astype(dtype)
@@ -290,7 +290,7 @@ def matmul_rate(dtype: mx.Dtype) -> float:
 
 
 def rates() -> list[Row]:
-    """Of products; of attention and a quantized layer, relative to them."""
+    """Rates of products, and of attention and a quantized layer relative to them."""
     found = {name(d): matmul_rate(d) for d in LIMITS}
     best = max(found, key=found.get)
     dtype, rate = getattr(mx, best), found[best]

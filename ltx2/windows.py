@@ -24,16 +24,17 @@ MAX_FPS = 60.0  # of positions in dfr, the reference's
 
 @dataclass(frozen=True)
 class Window:
-    """Frames [start, start + num_frames) of a video; the first `carried_in` are of the
-    window before, the last `carried_out` go to the next, `blended_out` are blended."""
+    """Frames [start, start + num_frames) of a video. The window before made the first
+    `carried_in`; the next one starts with the last `carried_out`, and blends
+    `blended_out` of them."""
 
     start: int
     num_frames: int
     carried_in: int = 0
     carried_out: int = 0
     blended_out: int = 0
-    prefix: str = ""  # of its stages' names and noises
-    given: bool = False  # an input clip's frames, which are not made
+    prefix: str = ""  # of the names of its stages and noises
+    given: bool = False  # frames of an input clip, which are not generated
 
     @property
     def owned(self) -> range:
@@ -43,8 +44,8 @@ class Window:
     own_frames = property(lambda self: self.num_frames - self.carried_in)
 
     def keyframes(self, places: int | tuple[int, ...]) -> tuple[int, ...]:
-        """Where it generates keyframes, by its own frames: evenly in what it owns, one
-        of them at its end if another window follows; or at frames of the video."""
+        """Where it generates keyframes, as frames of the window: a number of them evenly
+        (one at the end if another window follows), or at frames of the video."""
         if not isinstance(places, tuple):
             count, at_end = places, bool(self.carried_out) and places > 0
             even = np.linspace(0, self.own_frames - 1, count - at_end + 2)[1:-1]
@@ -54,7 +55,7 @@ class Window:
         return tuple(frame - self.start for frame in places if frame in self.owned)
 
     def handed_on(self, keyframes: tuple[int, ...]) -> tuple[int, ...]:
-        """Where the next window has these keyframes, by its own frames."""
+        """Where the next window has these keyframes, as its frames."""
         first = self.num_frames - self.carried_out
         return tuple(frame - first for frame in keyframes if frame >= first)
 
@@ -77,8 +78,8 @@ def divide(num_frames: int, chunk: int, carry: int, blend: int) -> list[Window]:
 
 
 def extended(clip: int, total: int, before: bool, chunk: int, carry: int, blend: int):
-    """The windows that make a clip `total` frames long, after its end or `before`, and
-    the clip's own where they do not see all of it."""
+    """The windows that make a clip `total` frames long, after its end or `before`; the
+    clip is one of them unless another one sees all of it."""
     rest = clip - carry
     if total <= chunk or before and rest <= 0:
         return [Window(0, total)]
@@ -94,13 +95,13 @@ def extended(clip: int, total: int, before: bool, chunk: int, carry: int, blend:
 
 
 def carried_tokens(window: Window, fps: float, out: bool = False) -> int:
-    """Audio tokens that are carried into a window, or out of it."""
+    """How many audio tokens are carried into a window, or out of it."""
     frames = window.carried_out if out else window.carried_in
     return max(1, latents.audio_tokens(frames, fps)) if frames else 0
 
 
 def blended(windows: list[Window], decode: Callable) -> Iterator[mx.array]:
-    """The frames (1, n, H, W, 3) of all windows; shared ones are blended by place."""
+    """The frames (1, n, H, W, 3) of all windows; shared frames fade linearly."""
     waiting: deque[mx.array] = deque()  # the last frames of the window before
     for window in windows:
         place, count = 0, len(waiting)
@@ -122,13 +123,13 @@ def blended(windows: list[Window], decode: Callable) -> Iterator[mx.array]:
 
 
 def crossfaded(pieces: list, windows: list, fps: float, rate: int) -> np.ndarray:
-    """The waveforms (samples, channels) of all windows as one. What a window owns is
-    kept, and up to 40 ms more where frames are blended, to fade in (constant power)."""
+    """Join the windows' waveforms (samples, channels). Of each, the sound of its own
+    frames is kept, and up to 40 ms before it to fade in (constant power)."""
     done, waiting, end = [], pieces[0][:0], 0
     extends = any(window.given for window in windows)
     for wave, window in zip(pieces, windows):
         own = min(len(wave), round(window.own_frames / fps * rate))
-        if extends:  # a clip is not 30 ms short as what is made
+        if extends:  # a clip's sound is not 30 ms short, as generated sound is
             own = round(window.start / fps * rate) + len(wave) - end
         end += own
         kept = wave[-(own + min(round(0.04 * rate), len(waiting))) :]
@@ -144,7 +145,7 @@ def crossfaded(pieces: list, windows: list, fps: float, rate: int) -> np.ndarray
 
 
 def canvas(num_frames: int) -> tuple[int, tuple[int, ...]]:
-    """The frames that dfr makes for at least 9, and its keyframes: ends of segments."""
+    """How many frames dfr generates for at least 9, and its keyframes, which end segments."""
     length = min(SEGMENTS, key=lambda s: -(num_frames - 1) % s)
     total = num_frames + -(num_frames - 1) % length
     return total, tuple(range(length, total, length))
@@ -154,12 +155,12 @@ def canvas(num_frames: int) -> tuple[int, tuple[int, ...]]:
 class Whole:
     """A stage that denoises all of the previous stage's latents."""
 
-    keyframes = ()  # places of those that its merged latents have
-    grid = 0  # tiles along a side that model calls see one by one; 0: they see all
-    decoder = ""  # with which keyframes are made at the stage's size
+    keyframes = ()  # where the merged latents have keyframes
+    grid = 0  # tiles along a side, 0: no tiles
+    decoder = ""  # the component that enlarges keyframes to the stage's size, if any
 
     def under(self, video: mx.array) -> mx.array:
-        """A video's latents of the stage's frames."""
+        """The part of a video's latents that covers the stage's frames."""
         return video
 
     def cut(self, before: Streams) -> mx.array:
@@ -171,7 +172,7 @@ class Whole:
         return made
 
     def all_frames(self, size: Size) -> int:
-        """How many latent frames the video has of which a stage denoises a part."""
+        """Latent frames of the complete video at the stage's frame rate."""
         return size.latent[0]
 
 
@@ -189,21 +190,21 @@ class Slice(Whole):
     length: int  # of a segment in pixel frames
     rate: int  # frames for one frame of the first stages
 
-    strength = ANCHOR_STRENGTH  # of given keyframes
+    strength = ANCHOR_STRENGTH  # of the keyframes that guide it
 
-    # The pixel frame, a keyframe, after which it makes new ones, and its first one
+    # The pixel frame after which its latents are new (a keyframe), and its first frame
     seam = property(lambda self: self.start * self.length)
     first = property(lambda self: self.seam - self.length // 2 if self.start else 0)
     num_frames = property(lambda self: self.stop * self.length - self.first + 1)
 
     @property
     def held(self) -> int:
-        """Latents that it holds: the keyframe and what was made up to the seam."""
+        """How many latents it holds: the keyframe and those up to the seam."""
         return 1 + (self.seam - self.first) // TIME_SCALE if self.start else 0
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """Where it generates keyframes, by its own frames: in the middle of segments."""
+        """Where it generates keyframes, as its own frames: in the middle of segments."""
         middles = range(self.length // 2, self.segments * self.length, self.length)
         return tuple(p - self.first for p in middles[self.start : self.stop])
 
@@ -214,7 +215,7 @@ class Slice(Whole):
 
     @property
     def guides(self) -> tuple[int, ...]:
-        """The places of the keyframes that are there before it."""
+        """The frames of the keyframes that can guide it."""
         return tuple(range(self.length, self.segments * self.length + 1, self.length))
 
     def all_frames(self, size: Size) -> int:
@@ -231,7 +232,7 @@ class Slice(Whole):
         return mx.concatenate([self.plane(before), video[:, 1:]], axis=1)
 
     def plane(self, before: Streams) -> mx.array:
-        """The keyframe (1, 1, H, W, C) that it begins with."""
+        """The keyframe (1, 1, H, W, C) that it starts with."""
         return before["slots"][:, self.start - 1 : self.start]
 
     def held_latents(self, before: Streams) -> mx.array:
@@ -247,17 +248,17 @@ class Slice(Whole):
 
     @property
     def anchor_places(self) -> list[tuple[int, int]]:
-        """Its own frames and the numbers of the guides after the seam."""
+        """The guides after the seam: as its own frames, and their numbers."""
         own = range(self.seam + (self.start > 0), self.first + self.num_frames)
         return [(p - self.first, n) for n, p in enumerate(self.guides) if p in own]
 
     def joined(self, before: Streams, name: str, new: mx.array) -> mx.array:
-        """What the slices up to this one have made."""
+        """The latents of all slices up to this one."""
         return mx.concatenate([before[name], new], 1) if self.start else new
 
     def merge(self, before: Streams, made: Streams) -> Streams:
-        """The same canvas with what has been refined so far; after the last slice the
-        refined canvas with twice as many keyframes."""
+        """The same canvas and what is refined so far; after the last slice the refined
+        canvas with twice as many keyframes."""
         refined = self.joined(before, "refined", made["video"][:, self.held :])
         slots = self.joined(before, "slots", made["keyframes"])
         if self.stop < self.segments:
@@ -305,8 +306,8 @@ class EnlargedSlice(Slice):
         return super().cut(before) if self.grid == GRIDS[0] else before["coarse"]
 
     def merge(self, before: Streams, made: Streams) -> Streams:
-        """The same canvas with the coarse result, or with what has been refined so far;
-        after the last slice the refined canvas with the keyframes that guided it."""
+        """The same canvas and the coarse result, or what is refined so far; after the last
+        slice the refined canvas with the keyframes that guided it."""
         if self.grid == GRIDS[0]:
             return before | {"coarse": made["video"]}
         refined = self.joined(before, "refined", made["video"][:, self.held :])
@@ -323,11 +324,11 @@ def slices(segments: int, length: int, rate: int) -> list[Slice]:
 
 
 def slices_of_round(number: int, keyframes: tuple[int, ...]) -> list[Slice]:
-    """The slices of one of dfr's rounds, of a canvas with these keyframes (0: one slice)."""
+    """The slices of dfr's round `number` for a canvas with these keyframes (0: one slice)."""
     rate, count = 2**number, 2 if number else 1  # keyframes to a segment
     return slices(len(keyframes) * rate // count, count * keyframes[0], rate)
 
 
 def conditioned_rate(fps: float) -> float:
-    """The frame rate of dfr's positions: above 30 it is 60."""
+    """The frame rate of dfr's positions: 60 for any rate above 30."""
     return MAX_FPS if fps > 30 else fps
