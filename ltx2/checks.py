@@ -97,7 +97,7 @@ class Tracer:
         return f"{table(*self.rows(other))}\n{self.summary()}"
 
     def html(self, other: Optional[Tracer] = None) -> Iterator[str]:
-        """The same as parts of a page, with a chart of stages that follow each other."""
+        """The same as parts of a page, with charts of stages of the same kind."""
         from . import page
 
         heads, rows = self.rows(other)
@@ -130,14 +130,14 @@ def merged(chunks: list) -> Values:
 
 
 def series(stage: str) -> str:
-    """The stages that a stage's values are drawn with: blocks of a step, layers."""
+    """The name of the chart that shows a stage: blocks of a step, layers of a model."""
     stream = next((s for s in ("audio", "video") if s in stage), "")
     name = re.sub(r"\.block\d+\.\w+$|\.\w+$", "", stage)
     return name if stream in name else f"{name}, {stream}"
 
 
 def trace(pipe: Pipeline, tracer: Tracer, start: Snapshot) -> None:
-    """Trace a run from `start`: its first step, its decode, or anything between."""
+    """Trace a run from `start`, which may be any of its steps, or its decode."""
     from .pipeline import Result
     from .sheet import Sheet
 
@@ -260,7 +260,7 @@ def check_tensor(
 
 
 def difference(ours: mx.array, theirs: mx.array) -> tuple[float, str]:
-    """Frobenius norm of the difference relative to the source's, and a description."""
+    """The relative error (Frobenius norm), and a description of the difference."""
     a, b = (x.flatten().astype(mx.float32) for x in (ours, theirs))
     norms = mx.stack([mx.linalg.norm(x) for x in (a - b, a, b)]).tolist()
     error, size = (norm / max(norms[2], 1e-12) for norm in norms[:2])
@@ -280,7 +280,7 @@ def probe_decoder(vae: VideoVAE, seed: int = 10) -> Report:
     shape, draw = (1, 2, 4, 6, vae.config.latent_channels), seeded_noise(seed)
     latents, other = draw("latents", shape), draw("other", shape)
     noise = {"noise": draw("noise", shape)} if vae.config.timestep_conditioning else {}
-    inputs = {  # and the least change of the picture
+    inputs = {  # and by how much the picture has to change
         "random latent": (latents, noise, 0),
         "another latent": (other, noise, 0.02),
         "zero latent": (mx.zeros(shape), noise, 0.02),
@@ -299,7 +299,7 @@ def probe_decoder(vae: VideoVAE, seed: int = 10) -> Report:
 
 
 def statistics(video: mx.array, first: mx.array) -> dict[str, float]:
-    """Of a video (1, F, H, W, 3) in [0, 1], and its difference from the first one."""
+    """Statistics of a video (1, F, H, W, 3) in [0, 1]; its difference from the first."""
     values = {"brightness": video.mean(), "contrast": mx.std(video)}
     values |= zip(("red", "green", "blue"), video.mean((0, 1, 2, 3)))
     values["clipped"] = mx.logical_or(video == 0, video == 1).mean()
@@ -309,7 +309,7 @@ def statistics(video: mx.array, first: mx.array) -> dict[str, float]:
 
 
 def anomalies(values: dict[str, float], least: float, plain: bool) -> list[str]:
-    """Anomalies of a decoded video; that of a `plain` latent may be flat and static."""
+    """Anomalies of a decoded video; a `plain` latent's may be flat and static."""
     colors = [values[name] for name in ("red", "green", "blue")]
     conditions = {
         "not finite": not math.isfinite(values["contrast"]),

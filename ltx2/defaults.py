@@ -1,4 +1,4 @@
-"""What goes together in a request, and what each model adds to it."""
+"""Check a request against a model, and fill in the model's defaults."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ from .request import PRESETS, SIZES, Request
 from .sampling import DISTILLED_SIGMAS, shifted_sigmas
 from .weights import Checkpoint
 
-NEGATIVE_PROMPT = (  # it begins with tags of the training captions
+NEGATIVE_PROMPT = (  # starts with tags of the training captions
     "has_subtitles, has_blurbox, transition from black, transition to black, "
     "speech_ending_short, low quality, blurry, distorted, flickering, watermark, "
     "text on screen, muffled sound, noise, clipping, silence"
@@ -29,13 +29,13 @@ NEGATIVE_PROMPT = (  # it begins with tags of the training captions
 SIZE = {"height": 512, "width": 768, "num_frames": 121, "fps": 24.0}
 MAX_FRAMES, MAX_SIDE = 2049, 4096
 USUAL_FPS = (24, 25, 30, 50, 60)
-AUTO_DURATION = (1.0, 20.0)  # seconds, the reference's
-SHORTEST_SOUND = 0.033  # seconds: a window of the spectrogram, see audio_vae.log_mel
+AUTO_DURATION = (1.0, 20.0)  # the reference's, in seconds
+SHORTEST_SOUND = 0.033  # in seconds: a window of the spectrogram, see audio_vae.log_mel
 DECODERS = {"conv": "vae", "diffusion": "diffusion_decoder"}
 BOTH = ("video", "audio")
-# What frames are before they become light, by HDR LoRAs' metadata.
+# The encoding of decoded frames, by the metadata of HDR LoRAs.
 TRANSFORMS = {"acescct": "acescct", "logc3": "logc3", "true": "logc3"}
-PARTS = {  # that a job needs for all, for prompts, or for a stream
+PARTS = {  # components that a job needs: always, for prompts, for a stream
     "all": ("transformer",),
     "text": ("connectors",),
     "video": ("vae",),
@@ -53,7 +53,7 @@ class Resolver:
         self.by_name = sides != (self.r.height, self.r.width)
         self.r, self.recipe, notes = follow(self.r, checkpoint.kind)
         self.notes, r = notes + self.notes, self.r
-        self.clip_frames, self.clip_streams = 0, ()  # of the input video
+        self.clip_frames, self.clip_streams = 0, ()  # what is read of the input video
         self.codes = (self.recipe.codes or "acescct") if r.color_space else "srgb"
         video_only = (self.recipe.codes or makes_matte(r)) and not r.audio
         self.streams = BOTH[bool(r.audio_only) : 2 - bool(r.no_audio or video_only)]
@@ -63,11 +63,11 @@ class Resolver:
         simple = r.changes_clip or r.audio_only or not self.distilled or not upsamplers
         self.mode = r.stages or ("one" if simple else "two")
         self.upsampler = upsamplers[0] if upsamplers else None
-        self.scale = Fraction(1)  # by which the first stage is smaller
+        self.scale = Fraction(1)  # the first stage's sides are divided by it
         if self.upsampler and self.mode != "one":
             scale = checkpoint.config[self.upsampler]["spatial_scale"]
             self.scale = Fraction(scale).limit_denominator(4)
-        self.unmet = {}  # what options need of a model and this one is not
+        self.unmet = {}  # what options may need of a model, and this one lacks
         if self.distilled:
             self.unmet["dev"] = "a dev model (this one is distilled)"
         if not checkpoint.config["transformer"].get("use_keyframes_abs_pos_embedding"):
@@ -76,24 +76,24 @@ class Resolver:
 
     @property
     def makes_light(self) -> bool:
-        """Whether it makes codes for light from a clip in sRGB, as sdr-to-hdr does."""
+        """Whether an adapter makes HDR, encoded as ACEScct, of an SDR clip."""
         r = self.r
         shown = r.has_reference and not frames_in(r.video)
         return shown and self.codes == "acescct"
 
     @property
     def tiled(self) -> bool:
-        """Whether stages can be tiled: each with the reference, none with a cache."""
+        """Whether tiles are possible: all stages see the reference, none reuses x0."""
         shown = self.mode == "one" or self.r.reference_in_stage_2
         skips = any(g.skip_step for g in self.guidance.values())
         return shown and not self.r.step_cache and not skips
 
     def fill(self) -> None:
-        """Numbers for a preset, a size by name and a duration; the model's size stays."""
+        """Replace a preset, a size by name and a duration by numbers."""
         r, model = self.r, self.checkpoint
         if r.size is r.preset is r.duration is None:
             return
-        check(r)  # what excludes one of them would be replaced
+        check(r)  # while the options that they exclude can be seen
         found = dict.fromkeys(("preset", "size", "duration"))
         if r.size:
             found["height"], found["width"] = SIZES[r.size]
@@ -124,7 +124,7 @@ class Resolver:
     # Checks
 
     def check(self) -> None:
-        """UserError for whatever does not go together, or needs a missing file."""
+        """UserError for options that cannot be combined, or need a missing file."""
         r = self.r
         check(r, self.mode, self.unmet)
         faults = chain(self.faults(), self.light_faults(), self.stage_faults())
@@ -144,7 +144,7 @@ class Resolver:
         self.check_hdr()
 
     def check_hdr(self) -> None:
-        """How frames encode light, also by a LoRA's metadata."""
+        """Find out how decoded frames are encoded, also by a LoRA's metadata."""
         r = self.r
         for lora in r.loras if r.has_reference else ():
             if name := self.files.lora(lora.path).metadata.get("hdr_transform"):
@@ -162,7 +162,7 @@ class Resolver:
             raise UserError("generated_keyframes needs hdr_keyframes turned off")
 
     def faults(self) -> Iterator[str]:
-        """What no single field can declare."""
+        """Faults that no single field can declare."""
         r, count = self.r, len(DISTILLED_SIGMAS) - 1
         settings = [g for g in (r.video_guidance, r.audio_guidance) if g]
         partial = [g for g in settings if isinstance(g, Mapping)]
@@ -194,7 +194,7 @@ class Resolver:
             yield f"{own}: remove it, or pass sigmas"
 
     def light_faults(self) -> Iterator[str]:
-        """As `faults`, of color_space and EXR files."""
+        """Faults of color_space and EXR files."""
         r = self.r
         files = [x.path for x in r.images] + [r.video] * (r.video is not None)
         are_exr = [bool(frames_in(path)) for path in files]
@@ -208,7 +208,7 @@ class Resolver:
             yield "an adapter that makes HDR needs a clip in SDR"
 
     def stage_faults(self) -> Iterator[str]:
-        """As `faults`, of the stages and the files they need."""
+        """Faults of the stages and the files they need."""
         r, mode, stages, unmet = self.r, self.mode, f"--stages {self.mode}", self.unmet
         lacks = "which this model does not have: add its file with --upsampler"
         if mode == "dfr" and "2.5" in unmet:
@@ -241,7 +241,7 @@ class Resolver:
     # Size, length and rate
 
     def fit_duration(self) -> None:
-        """The most frames the duration head may predict, if nothing else decides."""
+        """Set the longest duration that may be predicted, if nothing else decides it."""
         r, head = self.r, "duration_head"
         fps = SIZE["fps"] if r.fps is None else r.fps
         if r.segments and not r.video and r.num_frames is None:
@@ -260,7 +260,7 @@ class Resolver:
         self.r = replace(r, auto_duration=(low, high), num_frames=frames)
 
     def fit_size(self) -> None:
-        """The size, length and rate that the user, the clip or the model chooses."""
+        """Fill in and check the size, length and rate."""
         multiple = SPACE_SCALE * self.scale.numerator * self.reference_scale()[0]
         multiple *= 2**self.r.spatial_rounds
         # A decoder that reflects its borders needs two latents.
@@ -296,7 +296,7 @@ class Resolver:
         if r.num_frames > (most := self.recipe.frames):
             self.notes.append(f"{r.num_frames} frames: an adapter is for up to {most}")
         places, most = r.generated_keyframes, r.num_frames - 1
-        if not isinstance(places, tuple):  # a number of them
+        if not isinstance(places, tuple):  # how many
             places, most = (places,), max(most - 1, 0)
         for value in places:
             check_range("generated_keyframes", value, 0, most)
@@ -347,12 +347,12 @@ class Resolver:
             )
 
     def padded(self, side: int) -> int:
-        """A side that the model can have."""
+        """The next side that the model can have."""
         multiple, low = self.grid
         return max(-(-side // multiple) * multiple, low)
 
     def fit_clip(self) -> None:
-        """The input video's size, length and rate, as the model can have them."""
+        """Take the size, length and rate of the input video, as far as the model can."""
         r, clip = self.r, self.files.probe(self.r.video)
         if frames_in(r.video):
             if r.fps is None:
@@ -412,7 +412,7 @@ class Resolver:
             )
 
     def reference_scale(self) -> tuple[int, int]:
-        """By how much a reference clip is smaller and slower, by the LoRAs' metadata."""
+        """How many times smaller and slower the LoRAs want a reference clip."""
         loras = [lora for lora in self.r.loras if lora.stage in (None, 1)]
         return self.files.reference_factors(loras if self.r.has_reference else ())
 
@@ -420,7 +420,7 @@ class Resolver:
 
     @cached_property
     def guidance(self) -> dict[str, Guidance]:
-        """The model's guidance, changed by the request's, by stream."""
+        """The model's guidance with the request's changes, by stream."""
         r = self.r
         if self.distilled or self.mode == "dfr":
             return {}
@@ -435,7 +435,7 @@ class Resolver:
             check(guidance[name], label=f"{name} ")
             for block in guidance[name].stg_blocks or ():
                 check_range(f"{name} stg_blocks", block, 0, last)
-        if r.audio:  # is not changed
+        if r.audio:  # its stream is not generated
             del guidance["audio"]
         if len(self.streams) == 1:  # it cannot agree with another stream
             alone = {"modality_scale": 1.0}
@@ -452,7 +452,7 @@ class Resolver:
         return ()
 
     def decoder(self) -> str:
-        """The component that decodes: the lighter one if the model has both."""
+        """The component that decodes the video: by default the lighter one."""
         c, parts = self.checkpoint.config.get("vae", {}), self.checkpoint.components
         has = {"conv": "decoder_blocks" in c, "diffusion": "diffusion_decoder" in parts}
         kind = self.r.video_decoder or ("conv" if has["conv"] else "diffusion")
@@ -490,10 +490,10 @@ def frames_at(clip: media.Media, fps: float) -> int:
 
 
 def default_guidance(checkpoint: Checkpoint, mode: str = "one") -> dict[str, Guidance]:
-    """The dev models' guidance by stream, as the reference's for 48 blocks."""
+    """The reference's guidance of dev models, by stream."""
     last = checkpoint.config["transformer"]["num_layers"] - 1
     blocks = (min(28 if checkpoint.version >= (2, 3) else 29, last),)
-    if mode == "hq":  # without STG, whose block is only the usual one
+    if mode == "hq":  # STG is off, but has its usual block
         video = Guidance(3.0, 0.0, blocks, 3.0, 0.45)
         return {"video": video, "audio": replace(video, cfg_scale=7, rescale_scale=1)}
     video = Guidance(3.0, 1.0, blocks, 3.0, 0.7)

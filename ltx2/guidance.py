@@ -22,10 +22,10 @@ SCALES = (-100, 100)
 class Guidance(Checked):
     """How one stream's prediction is moved away from three weaker ones.
 
-    `cfg_scale` away from the negative prompt's, `stg_scale` from one with self-attention
-    skipped in `stg_blocks` (None: in all), `modality_scale` from one without attention
-    between the streams. `rescale_scale` restores the conditional prediction's standard
-    deviation; with `skip_step` k the model runs in every (k+1)-th step only.
+    `cfg_scale`: from that of the negative prompt; `stg_scale`: from one without
+    self-attention in `stg_blocks` (None: in all); `modality_scale`: from one without
+    attention between the streams. `rescale_scale` restores the conditional prediction's
+    standard deviation; with `skip_step` k the model runs in every (k+1)-th step only.
     """
 
     cfg_scale: float = ask(
@@ -58,7 +58,7 @@ class Guidance(Checked):
         return step % (self.skip_step + 1) != 0
 
     def __call__(self, cond, uncond=None, perturbed=None, isolated=None) -> mx.array:
-        """Combine predictions of x0 (1, T, C); those that no scale uses may be None."""
+        """Combine predictions of x0 (1, T, C); None for those that no scale uses."""
         x = cond
         if self.cfg_scale != 1:
             x = x + (self.cfg_scale - 1) * (cond - uncond)
@@ -76,7 +76,7 @@ NO_GUIDANCE = Guidance()
 
 
 def guidance_passes(guidance: Mapping[str, Guidance]) -> dict[str, Pass]:
-    """The passes of a step by the name of their prediction, all for both streams; in
+    """The passes of a step, each for both streams, by the name of the prediction; in
     "uncond" a stream without guidance keeps the positive prompt."""
     video, audio = (guidance.get(k, NO_GUIDANCE) for k in ("video", "audio"))
     passes = {"cond": Pass(POSITIVE, POSITIVE)}
@@ -95,8 +95,8 @@ def guidance_passes(guidance: Mapping[str, Guidance]) -> dict[str, Pass]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """How a stage reads its prompts: normalized attention guidance, and segments by
-    time: each a prompt and, by stream, its start and end in seconds of positions."""
+    """How a stage reads its prompts: normalized attention guidance, and the segments: the
+    prompt of each, and by stream its start and end in seconds of token positions."""
 
     nag: Optional[Nag] = None
     segments: tuple[str, ...] = ()
@@ -106,7 +106,7 @@ class Prompts:
     count = property(lambda self: max(len(self.segments), 1))
 
     def steering(self, name: str, state: LatentState) -> Steering:
-        """A token reads the segment of its middle; outside of all, the nearest one."""
+        """A token reads the segment at its middle, or the nearest one."""
         if len(self.segments) < 2:
             return Steering(None, self.nag)
         starts, ends = np.array(self.times[name]).T
@@ -131,9 +131,9 @@ class GuidedDenoiser:
     """Computes x0 of the streams: passes combined by guidance, held to clean tokens."""
 
     def __init__(self, transformer: DiT, states: States, texts, stage, agree, trace):
-        """`texts` are `DiT.project_text`'s of prompt and negative prompt. A stage's
-        `step_cache` is the relative change of the tokens below which x0 is reused; `agree`
-        makes several machines decide that alike."""
+        """`texts` are the results of `DiT.project_text` for prompt and negative prompt. x0 is
+        reused while the tokens have changed less than the stage's `step_cache`;
+        `agree` makes several machines decide that alike."""
         self.transformer, self.states, self.trace = transformer, states, trace
         self.guidance = {k: stage.guidance.get(k, NO_GUIDANCE) for k in states}
         self.passes = guidance_passes(stage.guidance)
@@ -159,7 +159,7 @@ class GuidedDenoiser:
         return {k: self.states[k].blend(self.cached_x0[k]) for k in x}
 
     def _predict(self, x: Streams, sigma: float, step: int, skipped) -> Streams:
-        """Guided x0 of what is not skipped; outside of the interval not guided."""
+        """x0 of the streams that are not skipped, guided inside of the interval."""
         low, high = self.interval
         guided = low <= sigma <= high
         passes = self.passes if guided else {"cond": self.passes["cond"]}

@@ -1,7 +1,7 @@
 """Latent shapes, token positions, the latent state and the conditionings on it.
 
 A conditioning is a method of the state: it replaces tokens, appends tokens that only
-guide, or chooses which tokens are generated. Every feature is a chain of them.
+guide, or chooses which tokens are generated. Each feature is a chain of conditionings.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def audio_bounds(tokens: int) -> np.ndarray:
 
 
 def to_tokens(latents: mx.array) -> mx.array:
-    """Latents of video (B, F, H, W, C) or audio (B, T, mel, C) as tokens (B, n, C): by
-    frame, row, column; of audio (B, T, C * mel)."""
+    """Latents of video (B, F, H, W, C) as tokens (B, F * H * W, C), or of audio
+    (B, T, mel, C) as (B, T, C * mel)."""
     if latents.ndim == 5:
         return latents.flatten(1, 3)
     return latents.swapaxes(2, 3).flatten(2)
@@ -202,7 +202,7 @@ class LatentState:
         return replace(self, denoise_mask=inside.astype(np.float32))
 
     def freeze(self, from_noise: bool = False) -> LatentState:
-        """Keep the stream; `from_noise` is what the reference's retake does."""
+        """Keep the stream; `from_noise`: start from noise, as the reference's retake does."""
         mask = np.zeros_like(self.denoise_mask)
         return replace(self, denoise_mask=mask, starts_as_noise=from_noise)
 
@@ -216,8 +216,8 @@ class LatentState:
         initial: Optional[mx.array] = None,
     ) -> LatentState:
         """Append tokens (1, n, C) at their own positions: they guide (strength 1) or
-        are generated (strength 0), from zeros or `initial`. `attention` (n,) weighs that
-        to target tokens; with any, groups do not attend to each other."""
+        are generated (strength 0), from zeros or `initial`. `attention` (n,) weighs
+        attention to target tokens; if used, groups do not attend to each other."""
         n, old = tokens.shape[1], len(self.denoise_mask)
         grown = self.attention
         if grown is not None or attention is not None:
@@ -254,7 +254,7 @@ class LatentState:
     def guide_stills(
         self, stills: mx.array, frames: Sequence[int], fps: float, strength: float = 1.0
     ) -> LatentState:
-        """Guide with single frames (1, K, H, W, C) at their places."""
+        """Guide with single frames (1, K, H, W, C) at these pixel frames."""
         state = self
         for n, frame in enumerate(frames):
             state = state.guide(stills[:, n : n + 1], frame, fps, strength)
@@ -299,7 +299,7 @@ class LatentState:
         return self.append(tokens, bounds, strength, attention)
 
     def show_sound(self, latents: mx.array) -> LatentState:
-        """A sound (1, T, mel, C) for an IC-LoRA, which ends 40 ms before the target begins."""
+        """Show a sound (1, T, mel, C) to an IC-LoRA; it ends 40 ms before the target starts."""
         bounds = audio_bounds(latents.shape[1])
         bounds = bounds - bounds[0, -1, 1] - np.float32(0.04)
         return self.append(to_tokens(latents), bounds)
@@ -310,6 +310,6 @@ States = dict[str, LatentState]  # by stream
 
 
 def divided_evenly(total: int, count: int) -> list[int]:
-    """Where `count` whole parts of a length begin and end, the longer ones first."""
+    """The `count` + 1 boundaries of nearly equal parts of a length, longer ones first."""
     length, longer = divmod(total, count)
     return [n * length + min(n, longer) for n in range(count + 1)]

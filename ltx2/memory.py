@@ -1,7 +1,7 @@
 """Estimate the peak memory of each phase before weights are loaded.
 
-A phase holds weights, whose sizes are in the files' headers, and copies of its widest
-tensor. Of a pair of copies the first was measured on MLX's CPU backend, which stores
+A phase needs its weights, whose sizes are in the files' headers, and some copies of its
+widest tensor. In pairs of copies the first was measured on MLX's CPU backend, which stores
 attention scores and unfolds convolutions; the second is an estimate for GPUs.
 """
 
@@ -31,18 +31,18 @@ from .vocoder import generators
 from .weights import FLOAT32, Checkpoint
 from .work import video_convs
 
-FLOAT = 4  # bytes: encoders and decoders compute in float32
-# Copies of the widest tensor that are alive together, on the CPU and on a GPU.
-UPSAMPLER = (24, 6)  # in addition to its convolutions; on the CPU of the padded clip
+FLOAT = 4  # bytes of float32, in which encoders and decoders compute
+# How many copies of the widest tensor exist at once, on the CPU and on a GPU.
+UPSAMPLER = (24, 6)  # more than its convolutions need; on the CPU of the padded clip
 SPECTRAL = (90, 12)  # the audio VAE and HiFi-GAN
 BIGVGAN = (215, 30)
-TIGHT = 3 / 4  # of the limit
-AHEAD = 2  # of a frame that the diffusion decoder computes ahead
+TIGHT = 3 / 4  # memory is tight above this part of the limit
+AHEAD = 2  # copies of a frame that the diffusion decoder computes ahead
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of weights and buffers; streaming spares the `streamable` ones."""
+    """Bytes of weights and buffers; streaming saves the `streamable` ones."""
 
     weights: int
     buffers: float
@@ -57,12 +57,12 @@ Phases = Mapping[str, Footprint]
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What the phases need, what is available, and whether blocks are streamed."""
+    """What each phase needs, what is available, and whether blocks are streamed."""
 
     phases: Phases
     limit: int
     streamed: bool = False
-    suggestion: str = ""  # what would fit, if this does not
+    suggestion: str = ""  # what to do if it does not fit
 
     @property
     def peak(self) -> tuple[float, str]:
@@ -108,7 +108,7 @@ def planned(phases: Phases, limit: int, low_memory: Optional[bool]) -> MemoryPla
 
 
 def joined(plans: Iterable[MemoryPlan], low_memory: Optional[bool]) -> MemoryPlan:
-    """The plan for doing several jobs together."""
+    """The plan for several jobs in one run."""
     phases: dict[str, Footprint] = {}
     for plan in plans:
         for phase, need in plan.phases.items():
@@ -117,7 +117,7 @@ def joined(plans: Iterable[MemoryPlan], low_memory: Optional[bool]) -> MemoryPla
 
 
 def suggest_smaller(r: Request, fits: Callable[[Request], bool]) -> str:
-    """A video in windows, or a shorter or smaller one, that fits; or what else helps."""
+    """Find what fits: windows, a shorter or a smaller video; else say what may help."""
     if r.num_frames > 97 and fits(replace(r, chunk_frames=97)):
         return "it fits in windows: --chunk-frames 97"
     for part in (1, 2, 4):
@@ -142,8 +142,8 @@ def available() -> int:
 
 @contextmanager
 def limits(plan: MemoryPlan) -> Iterator[None]:
-    """Make MLX wait at the plan's limit. Only where it is tight, wire what is needed:
-    much wired memory that came and went has crashed macOS (mlx issue 3186)."""
+    """Make MLX wait at the plan's limit. Wire memory only where it is tight: wiring and
+    releasing much of it has crashed macOS (mlx issue 3186)."""
     peak, before = plan.peak[0], mx.set_memory_limit(plan.limit)
     tight = mx.metal.is_available() and peak > TIGHT * plan.limit
     wired = mx.set_wired_limit(int(min(peak, plan.limit))) if tight else 0
@@ -156,12 +156,12 @@ def limits(plan: MemoryPlan) -> Iterator[None]:
 
 
 class Estimator:
-    """Estimates what stages of a model need; its headers are read once."""
+    """Estimates what a model's phases need; its headers are read once."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, gpu=None):
         self.config, self.dtype = checkpoint.config, dtype
         self.gpu = mx.default_device().type != mx.cpu if gpu is None else gpu
-        # The CPU computes in float32 some of what has 16 bits.
+        # With 16 bits the CPU computes some tensors in float32.
         self.item = dtype.size if self.gpu else max(dtype.size, 3)
         self.size, self.streamable = {}, {}
         for name in checkpoint.components:
@@ -169,14 +169,14 @@ class Estimator:
             layers = layer_sizes({k: w.nbytes for k, w in tensors.items()})
             self.size[name] = sum(layers.values())
             self.streamable[name] = streamable(layers, self.gpu)
-            if name == "vae":  # decodes without its other half
+            if name == "vae":  # one half is used at a time
                 self.vae = checkpoint.build(name, tensors)
                 for half, other in (("vae.encoder", "decoder."), ("vae", "encoder.")):
                     used = (w for k, w in tensors.items() if not k.startswith(other))
                     self.size[half] = sum(w.nbytes for w in used)
             if name == "transformer":
                 self.blocks = self.size[name] - layers[""]
-        # Of the connectors' tensors that are cast, one at a time is there twice.
+        # The connectors' tensors are cast one at a time: the largest exists twice.
         text = mx.float32 if dtype == mx.float32 else mx.bfloat16
         stored = (f.header[k] for f, k in checkpoint.parts["connectors"].values())
         sizes = (math.prod(s) * (DTYPES[k] != text) * DTYPES[k].size for k, s in stored)
@@ -187,7 +187,7 @@ class Estimator:
         self.connectors = c.video, c.audio
 
     def __call__(self, job: Any, loras: Callable[[str], int], shards=1) -> Phases:
-        """A job's phases after the text; `loras` gives a file's bytes."""
+        """The phases of a job after the text; `loras` returns the bytes of a file."""
         stages, decoder = job.stages, job.decoder
         contexts, phases = self.contexts(len(job.prompts)), {}
         if encoded := [self.encoding(*item) for item in job.encoded]:
@@ -197,7 +197,7 @@ class Estimator:
         for stage in stages:
             factors = sum(loras(file.path) for file in stage.loras)
             need, phase = self.stage(stage, factors, contexts, shards), stage.phase
-            if stage.upsampler and stage.part.decoder:  # and makes keyframes
+            if stage.upsampler and stage.part.decoder:  # also enlarges keyframes
                 encode = self.convolutions(stage.size, "encoder")
                 decode = self.decoding(decoder, stage.size.divided(2))
                 weights = need.weights + self.size["vae.encoder"]
@@ -226,11 +226,11 @@ class Estimator:
         return self.neighborhoods(size, ahead)
 
     def per_token(self, video: int, audio: int) -> int:
-        """Bytes of a state of so many tokens of each stream."""
+        """Bytes of a hidden state for this many tokens of each stream."""
         return (video * self.dit.video_dim + audio * self.dit.audio_dim) * self.item
 
     def dequantized(self, rows: int) -> int:
-        """Bytes of a block that is dequantized ahead, and of the next one."""
+        """Bytes of a block that is dequantized ahead, and of the quantized next one."""
         if not self.bits or rows < this_chip().dequantize_from:
             return 0
         ahead = 8 * (self.dit.video_dim**2 + self.dit.audio_dim**2) * self.dtype.size
@@ -244,7 +244,7 @@ class Estimator:
         return prompts * MAX_TOKENS * width * self.item
 
     def text(self, prompts: int, encoder: list[File]) -> Footprint:
-        """The encoder's layers are streamed; prompts are connected one by one."""
+        """The text phase: layers are streamed, prompts go through the connectors singly."""
         if encoder:
             unused, sizes = "vision|multi_modal|lm_head", {}
             for f, k in [(file, key) for file in encoder for key in file.keys]:
@@ -268,7 +268,7 @@ class Estimator:
         return "audio_vae", self.spectra(size.audio_tokens)
 
     def stage(self, stage: Stage, loras: int, contexts: int, shards: int) -> Footprint:
-        """With so many bytes of LoRA factors and contexts."""
+        """A stage with these bytes of LoRA factors and contexts."""
         (tokens, sound), passes = stage.tokens, guidance_passes(stage.guidance)
         segments, nag = stage.prompts.count, stage.prompts.nag is not None
         texts = 7.2 * segments - 0.7 + max(3 * ("uncond" in passes), 4.3 * nag)
@@ -294,7 +294,7 @@ class Estimator:
         return Footprint(weights, buffers, int(spared))
 
     def upsampling(self, stage: Stage) -> float:
-        """A residual block of the upsampler at the stage's size."""
+        """Bytes of a residual block of the upsampler at the stage's size."""
         c = UpsamplerConfig.from_dict(self.config[stage.upsampler])
         size, dim = stage.size, c.mid_channels
         frames = stage.part.all_frames(size)
@@ -303,8 +303,8 @@ class Estimator:
         return held(clip, dim, dim, 2) + UPSAMPLER[self.gpu] * FLOAT * padded
 
     def neighborhoods(self, size: Size, ahead: int) -> float:
-        """The diffusion decoder's last blocks: the frames that their windows span, the
-        scores of a row of groups, and the frames computed `ahead`."""
+        """Bytes of the diffusion decoder's last blocks: of the frames that their windows
+        span, the scores of a row of groups, and the frames computed `ahead`."""
         c = self.config["diffusion_decoder"]
         groups = [group_size(kernel) for kernel in c["stage5_kernel"]]
         spans = [a + b - 1 for a, b in zip(groups, c["stage5_kernel"])]
@@ -317,7 +317,7 @@ class Estimator:
         return frames * places * channels * self.item + scores
 
     def convolutions(self, size: Size, half: str, frames: int = 1) -> float:
-        """The frames that convolutions of half a VAE keep, and the widest one."""
+        """Bytes of the frames that the convolutions keep, and of the widest convolution."""
         convs, up = [*video_convs(self.vae, size, half, frames)], half == "decoder"
         ahead = 1 + self.gpu  # a GPU computes one while the next one is prepared
         kept = at_work = 0
@@ -330,13 +330,13 @@ class Estimator:
         return kept + at_work
 
     def spectra(self, tokens: int) -> float:
-        """The audio VAE: its widest level has all mel bins."""
+        """Bytes of the audio VAE: its widest level has all mel bins."""
         c = self.config["audio_vae"]["model"]["params"]["ddconfig"]
         widest = c["ch"] * MEL_BINS * MEL_FRAMES_PER_TOKEN * tokens
         return SPECTRAL[self.gpu] * FLOAT * widest
 
     def sound(self, tokens: int) -> float:
-        """The audio VAE's decoder, or the vocoder if it has wider tensors."""
+        """Bytes of the audio VAE's decoder, or of the vocoder if it has wider tensors."""
         buffers, frames = [self.spectra(tokens)], MEL_FRAMES_PER_TOKEN * tokens
         for _, c, (_, *lengths) in generators(self.config["vocoder"], frames):
             channels = c["upsample_initial_channel"]
@@ -347,7 +347,7 @@ class Estimator:
 
 
 def layer_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by the number of the layer, those of other tensors under ""."""
+    """Bytes by number of the layer; of tensors outside of layers under ""."""
     layers = {"": 0}
     for key, size in sizes.items():
         number = re.search(r"(?:^|\.)(?:layers|transformer_blocks)\.(\d+)\.", key)
@@ -357,6 +357,6 @@ def layer_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def streamable(layers: Mapping[str, int], gpu: bool) -> int:
-    """Bytes that streaming spares: all layers but one, on a GPU but two."""
+    """Bytes that streaming saves: all layers but one, on a GPU but two."""
     numbered = [size for name, size in layers.items() if name]
     return max(sum(numbered) - (1 + gpu) * max(numbered, default=0), 0)

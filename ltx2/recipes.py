@@ -10,7 +10,7 @@ from .options import is_set
 from .request import Request
 
 NAME = r"ltx-2\.[35]-22b-(?:ic-)?lora-(.+)-\d+(?:\.\d+)*\.safetensors"
-# The reference's own settings for dev weights: without guidance.
+# The reference's settings of this adapter for dev models: no guidance.
 PLAIN = {"cfg_scale": 1.0, "stg_scale": 0.0, "rescale_scale": 0.7}
 
 
@@ -18,18 +18,20 @@ PLAIN = {"cfg_scale": 1.0, "stg_scale": 0.0, "rescale_scale": 0.7}
 class Recipe:
     """What an adapter was made for."""
 
-    trigger: str = ""  # words in the prompts of its training
-    defaults: Mapping[str, Any] = ()  # of options that are not set
-    frames: int = 2049  # the most it was made for
-    kind: str = "distilled"  # of the base
-    scale: int = 1  # from the clip's sides to the result's
-    tile: Optional[tuple[int, int]] = None  # sides of tiles, of a wide clip
+    trigger: str = ""  # words that were in all prompts of its training
+    defaults: Mapping[str, Any] = ()  # for options that are not set
+    frames: int = 2049  # at most
+    kind: str = "distilled"  # the kind of model that it needs
+    scale: int = 1  # the result's sides, relative to the clip's
+    tile: Optional[tuple[int, int]] = (
+        None  # for a wide clip; swapped for an upright one
+    )
     no_prompt: bool = False  # the prompt may be empty
     uses_sound: bool = False  # the clip's sound is a reference, too
-    extra: int = 0  # frames that are made and cut off again
-    pads: bool = False  # a clip whose sides do not suit the model
-    codes: str = ""  # what frames are before they are decoded to light, of color.SPACES
-    matte: bool = False  # its result is the clip's alpha
+    extra: int = 0  # frames that are generated and cut off
+    pads: bool = False  # clips of any even sides are padded
+    codes: str = ""  # encoding of its HDR frames, of color.SPACES
+    matte: bool = False  # its result is the clip's alpha channel
     advice: str = ""
 
 
@@ -69,13 +71,13 @@ def find(path: str) -> Optional[Recipe]:
 
 
 def makes_matte(r: Request) -> bool:
-    """Whether the result is the alpha of the request's clip."""
+    """Whether the result is the alpha channel of the request's clip."""
     return any((recipe := find(x.path)) and recipe.matte for x in r.loras)
 
 
 def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
-    """The request as its adapters' cards ask for where it says nothing, what else they
-    ask for together, and notes. Raises UserError for an adapter that cannot be used."""
+    """Fill in what the adapters' cards ask for: the request, all recipes as one, and
+    notes. Raises UserError for an adapter that cannot be used."""
     all_of, shown, notes = Recipe(), r.has_reference, []
     found = [(Path(x.path).name, find(x.path)) for x in r.loras]
     if r.has_reference and found and not any(recipe for _, recipe in found):
@@ -96,7 +98,7 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
             modes = Request.__dataclass_fields__[k].metadata.get("modes", mode)
             if not is_set(r, k) and mode in modes.split():
                 changes[k] = value
-        if kind == "distilled":  # has no guidance to set
+        if kind == "distilled":  # has no guidance
             changes.pop("video_guidance", None)
         if recipe.trigger and not re.search(rf"\b{recipe.trigger}\b", r.prompt, re.I):
             changes["prompt"] = f"{recipe.trigger} {r.prompt}".strip()

@@ -1,4 +1,4 @@
-"""A run in its parts: events, text, conditions, denoising and decoding."""
+"""The steps of a run: encode text and inputs, denoise, decode; and their events."""
 
 import time
 import zlib
@@ -32,7 +32,7 @@ from .windows import Window, blended, carried_tokens, crossfaded
 
 
 def seeded_noise(seed: int) -> Noise:
-    """Normals that depend on the seed and the name only, the same on every machine."""
+    """Normals that depend only on the seed and the name, on every machine."""
 
     def noise(name: str, shape: tuple[int, ...]) -> mx.array:
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -46,15 +46,15 @@ def seeded_noise(seed: int) -> Noise:
 
 @dataclass(kw_only=True)
 class Event:
-    """Something that happened; what a kind of event does not have is None."""
+    """Something that happened; fields that this kind of event lacks are None."""
 
     phase: str = ""
     job: int = 0  # the number of the request
     step: Optional[int] = None
     steps: Optional[int] = None
     snapshot: Optional[Snapshot] = None
-    denoised: Optional[Streams] = None  # latents that a step estimates, with batch axis
-    frames: Optional[np.ndarray] = None  # (n, H, W, 3) uint8, of HDR float32
+    denoised: Optional[Streams] = None  # x0 as latents, with batch axis
+    frames: Optional[np.ndarray] = None  # (n, H, W, 3) uint8, or float32 if HDR
 
 
 class Phase(Event):
@@ -62,7 +62,7 @@ class Phase(Event):
 
 
 class Step(Event):
-    """A denoising step is done: a snapshot, and what it estimates as the end."""
+    """A denoising step is done: a snapshot, and the x0 it predicted."""
 
 
 class Frames(Event):
@@ -83,7 +83,7 @@ class Result(Event):
     audio_latents: Optional[mx.array] = None  # (T, mel bins, C)
     waveform: Optional[np.ndarray] = None  # (samples, 2) float32
     sample_rate: Optional[int] = None
-    sound_file: Optional[str] = None  # that the waveform is all of
+    sound_file: Optional[str] = None  # the file of which the waveform is all
     phases: dict[str, tuple[float, float]] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -93,8 +93,8 @@ class Result(Event):
 
 
 def save(path: str, r: Request, fps, events, codec=None, metadata=True) -> Result:
-    """Write frames as they are decoded and sound as long as they are, or a wav. A matte
-    has the clip's frames as color where the format has alpha."""
+    """Write frames as they come, with sound of their length, or a .wav. A format with
+    alpha takes a matte as alpha, and the clip's frames as color."""
     made = lambda result: changed(result.metadata, name_only) if metadata else None
     if r.audio_only:
         result = next(e for e in events if isinstance(e, Result))
@@ -121,11 +121,11 @@ def save(path: str, r: Request, fps, events, codec=None, metadata=True) -> Resul
 
 
 class NotFinite(Exception):
-    """A first step gave values that are not finite."""
+    """The first step predicted values that are not finite."""
 
 
 class Meter:
-    """Seconds and peak bytes by phase, without those `kept` for the next run."""
+    """Seconds and peak bytes by phase, without the bytes `kept` for the next run."""
 
     def __init__(self) -> None:
         self.kept = 0
@@ -142,7 +142,7 @@ class Meter:
 
 
 def finished(job: Job, at: Snapshot) -> Snapshot:
-    """A run after its last stage: the streams of the result, by window."""
+    """The snapshot after the last stage: only the streams of the result, by window."""
     latents = {k: x for k, x in at.kept.items() if not k.startswith("carry.")}
     latents = latents or dict(at.latents)  # resumed after its last stage
     for window, places in job.keyframes.items():
@@ -157,7 +157,7 @@ def finished(job: Job, at: Snapshot) -> Snapshot:
 
 @dataclass
 class Run:
-    """The steps of a run that `Pipeline.stream` puts in order."""
+    """The steps of a run; `Pipeline.stream` calls them in order."""
 
     model: Components
     noises: Sequence[Optional[Noise]]  # by the number of the job
@@ -167,7 +167,7 @@ class Run:
     meter: Meter = field(default_factory=Meter)
 
     def noise_of(self, n: int, job: Job) -> Noise:
-        """Noise as float32 arrays, by name and shape."""
+        """The noise callback of a job, with its results checked and in float32."""
         if (made := self.noises[n]) is None:
             return seeded_noise(job.request.seed)
 
@@ -180,7 +180,7 @@ class Run:
         return noise
 
     def encode_text(self, jobs: list[Job], contexts: Optional[TextContexts]):
-        """Contexts by prompt, each encoded once unless there are some, and by file."""
+        """Contexts by prompt, encoded unless `contexts` has them, and by contexts file."""
         files = {job.request.contexts_file for job in jobs} - {None}
         found = {path: self.model.inputs.contexts(path) for path in files}
         prompts = list(dict.fromkeys(p for job in jobs for p in job.texts))
@@ -191,7 +191,7 @@ class Run:
         return (contexts or {}) | found
 
     def texts(self, job: Job, stage: Stage, contexts: TextContexts) -> list[Contexts]:
-        """A stage's contexts: its prompt's or segments', and the negative prompt's."""
+        """A stage's contexts: of its prompt or segments, then of the negative prompt."""
         prompts = stage.prompts.segments or job.request.prompts
         parts = zip(*(contexts[prompt] for prompt in prompts))
         join = lambda x: None if x[0] is None else mx.concatenate(x, axis=1)
@@ -199,7 +199,7 @@ class Run:
         return [tuple(map(join, parts)), *(contexts[prompt] for prompt in negative)]
 
     def predict_duration(self, job: Job, contexts: TextContexts) -> Job:
-        """The job with the duration that its prompt needs, if the model predicts it."""
+        """Plan the job again with the duration that the model predicts, if it does."""
         r, model = job.request, self.model
         if r.auto_duration is None or not contexts:
             return job
@@ -215,7 +215,7 @@ class Run:
         return plan(shorter, model.checkpoint, self.model.inputs)
 
     def encoders(self, job: Job) -> Encoders:
-        """What encodes a job's input files."""
+        """The encoders of a job's input files."""
         sees = "acescct" if job.codes == "acescct" else "srgb"
         spaces = sees, formats.exr_space(job.request.color_space or "srgb")
         component = partial(self.model.component, exact=job.codes != "srgb")
@@ -223,7 +223,7 @@ class Run:
         return Encoders(*facts, *spaces)
 
     def load_conditions(self, job: Job, resume: Optional[Snapshot]) -> list[Loaded]:
-        """By stage, the conditionings from input files; none for finished stages."""
+        """Encode input files: the conditionings of each stage that is not done yet."""
         encoders, loaded = self.encoders(job), [{}] * (resume.stage if resume else 0)
         with self.meter.phase("inputs"):
             for stage in job.stages[len(loaded) :]:
@@ -272,7 +272,7 @@ class Run:
                 yield Step(phase=stage.name, job=job, **count, **what)
             for k, v in x.items():
                 traced(trace, k, v)
-                if not states[k].frozen:  # given, as silence may be
+                if not states[k].frozen:  # an input, which may be silent
                     check_latents(f"{stage.name}, {k}", v)
             latents = stage.part.merge(before, self.latents(stage, states, x))
             final = (k for k in stage.final if k in latents)
@@ -282,7 +282,7 @@ class Run:
             return replace(at, **after, latents=latents, kept=kept)
 
     def states(self, stage: Stage, at: Snapshot, before: Streams, loaded: Loaded):
-        """The streams at the stage's start: from zeros or latents before, conditioned."""
+        """The streams at the stage's start, from zeros or earlier latents, conditioned."""
         source = before | {k: x for k, x in at.kept.items() if "carry." in k}
         source.setdefault("smaller", at.latents.get("video"))
         source["final_audio"] = at.kept.get("audio")
@@ -314,11 +314,11 @@ class Run:
         """The previous latents at the stage's size."""
         if stage.upsampler is None:
             return latents
-        # Normalized latents in and out; only the statistics are read of the VAE.
+        # Latents are normalized before and after; of the VAE only statistics are read.
         vae = self.model.checkpoint.load("vae", mx.float32, lazy=True)
         upsample = self.model.component(stage.upsampler)
         enlarged = lambda x: vae.normalize(upsample(vae.denormalize(x)))
-        again = ("keyframes",) if stage.slots else ()  # if they are generated again
+        again = ("keyframes",) if stage.slots else ()  # are generated again
         larger = {k: enlarged(latents[k]) for k in ("video", *again)}
         mx.eval(larger)
         self.model.free(stage.upsampler)
@@ -331,7 +331,7 @@ class Run:
 
     def latents(self, stage: Stage, states: States, tokens: Streams) -> Streams:
         """Tokens as latents, without those that only guide; "keyframes" are generated
-        single frames (1, K, H, W, C). A frozen stream is what it was given."""
+        single frames (1, K, H, W, C). A frozen stream keeps its input exactly."""
         given = {k: state.latent for k, state in states.items() if state.frozen}
         tokens = tokens | given
         latents = {k: x[:, : states[k].num_target_tokens] for k, x in tokens.items()}
@@ -350,7 +350,7 @@ class Run:
         return latents
 
     def decode(self, n: int, job: Job, latents: Streams) -> Iterator[Event]:
-        """Audio, then frames as they are decoded, then the result."""
+        """Decode the audio, then frame by frame the video, then yield the result."""
         size, first = job.size, job.windows[0].prefix
         streams = [s for s in job.streams if first + s in latents]
         result = Result(request=job.request, fps=size.fps, job=n)
@@ -373,7 +373,7 @@ class Run:
             with self.meter.phase("video"):
                 for frames in blended(job.parts, decode):
                     frames = frames[0, : size.num_frames - guard.frames]
-                    if not len(frames):  # they are only there to be cut off
+                    if not len(frames):  # the rest is cut off
                         break
                     frames = frames[:, : size.height, : size.width]
                     guard.update(frames)
@@ -391,7 +391,7 @@ class Run:
         yield result
 
     def decode_audio(self, job: Job, latents: Streams, result: Result) -> None:
-        """The waveform: that of an input file unchanged, or decoded."""
+        """Set the waveform: an input file's, unchanged, or the decoded one."""
         r, model, size = job.request, self.model, job.size
         if job.soundtrack:
             path, start = job.soundtrack
@@ -402,7 +402,7 @@ class Run:
             return
         pieces, rate = [], model.vocoder.sample_rate
         for window in job.parts:
-            if window.given:  # of a clip that is extended, silence without sound
+            if window.given:  # the clip that is extended, or silence
                 seconds = window.num_frames / size.fps
                 piece = np.zeros((round(seconds * rate), 2), np.float32)
                 if model.inputs.probe(r.video).has_audio:
@@ -423,7 +423,7 @@ class Run:
     def decode_video(self, n: int, job: Job, latents: Streams, window: Window):
         """Frames (1, n, H, W, 3) in [0, 1] of a window."""
         r = job.request
-        if window.given:  # of a clip that is extended
+        if window.given:  # the clip that is extended
             clip = frames_of(r.video, 0, window.num_frames, r.fps)
             seen = self.encoders(job).seen(r.video, clip, job.size)
             return (x / 2 + 0.5 for x in seen)

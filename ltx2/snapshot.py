@@ -21,13 +21,13 @@ HISTORY = "gradient_estimation"  # a sampler that keeps state between steps
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's state, and all that resuming it needs. Arrays have a batch axis."""
+    """The state of a run, and what is needed to resume it. Arrays have a batch axis."""
 
     request: Request
     stages: list[dict[str, Any]]  # as planned, see `as_json`
     load: Load
     files: dict[str, str]  # the model's, with their fingerprints
-    stage: int = 0  # the current one
+    stage: int = 0  # the current stage
     step: int = 0  # how many of its steps are done
     tokens: Streams = field(default_factory=dict)  # (1, T, C) of the current stage
     guided: Streams = field(default_factory=dict)  # its last prediction, for skip_step
@@ -37,7 +37,7 @@ class Snapshot:
     ARRAYS = ("tokens", "guided", "latents", "kept")
 
     def check_request(self, request: Request) -> None:
-        """UserError if a planned request is another one, but for a predicted length."""
+        """UserError if a planned request differs, except in a predicted length."""
         plain = lambda r: json.loads(json.dumps(dataclasses.asdict(r)))
         mine, other = plain(self.request), plain(request)
         length = {"num_frames", "auto_duration"}
@@ -59,7 +59,7 @@ class Snapshot:
             raise UserError(f"{keep}: resume only between stages")
 
     def save(self, path: Union[str, Path]) -> None:
-        """Write a safetensors file, which takes its name when it is complete."""
+        """Write a safetensors file; it gets its name when it is complete."""
         state = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         arrays = {}
         for part in self.ARRAYS:
@@ -86,5 +86,5 @@ class Snapshot:
 
 
 def as_json(job: Job) -> list[dict[str, Any]]:
-    """A job's stages as they are saved, for comparison."""
+    """A job's stages as JSON, to be saved and compared."""
     return json.loads(json.dumps([dataclasses.asdict(stage) for stage in job.stages]))

@@ -1,4 +1,4 @@
-"""The table of stages, and from a request to a job."""
+"""Plan a job: a request's stages by the table of modes, with their conditions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .sampling import DISTILLED_SIGMAS, REFINE_SIGMAS
 from .weights import Checkpoint
 from .windows import Slice, Whole, Window
 
-OWN = None  # a distilled model's schedule, or a dev model's by its steps
+OWN = None  # the model's schedule: fixed if it is distilled, else by the steps
 
 
 class Row(NamedTuple):
@@ -30,15 +30,15 @@ class Row(NamedTuple):
     sigmas: Optional[tuple[float, ...]]
     sampler: str
     guided: bool
-    distilled_lora: float  # times its strength; 0: without
-    upsampler: Optional[str]  # the axis it first enlarges
+    distilled_lora: float  # its strength is multiplied by this; 0: without it
+    upsampler: Optional[str]  # the axis that is enlarged first
     final: tuple[str, ...]  # streams that the result takes from it
-    keyframes: bool = True  # generates keyframes
-    keeps_audio: bool = False  # of the stage before
+    keyframes: bool = True  # also generates keyframes
+    keeps_audio: bool = False  # freezes the audio of the stage before
 
 
 Rows, Places, Loras = tuple[Row, ...], tuple[int, ...], tuple[LoraFile, ...]
-ANCESTRAL = "ancestral"  # euler, before LTX-2.5
+ANCESTRAL = "ancestral"  # before LTX-2.5: euler
 VIDEO, AUDIO = ("video", "keyframes"), ("audio",)
 ALL = VIDEO + AUDIO
 # fmt: off
@@ -50,10 +50,10 @@ MODES = {
     "two with a reference": (
         Row("small", OWN, "euler", True, 0, None, ()),
         Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ALL)),
-    "two of a dub": (  # whose reference has sound, in stage 2 too
+    "two of a dub": (  # the reference has sound; stage 2 sees it too
         Row("small", OWN, "euler", True, 0, None, ()),
         Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ALL, True, True)),
-    "two of a dev model": (  # whose refining does not improve the sound
+    "two of a dev model": (  # stage 2 would not improve the sound
         Row("small", OWN, "euler", True, 0, None, AUDIO),
         Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", VIDEO, True, True)),
     "hq": (
@@ -65,28 +65,28 @@ MODES = {
 }
 DOUBLED = Row("doubled", REFINE_SIGMAS, "euler", False, 1, "temporal", VIDEO, False)
 # fmt: on
-HDR_FPS = 30.0  # the highest rate of positions in HDR, the reference's
-DETAIL = 0.5  # the reference's strength of a detailing LoRA
+HDR_FPS = 30.0  # the reference's highest frame rate of positions in HDR
+DETAIL = 0.5  # the reference's factor for a detailing LoRA
 SLICE_SIGMAS, SLICE_SAMPLER = DISTILLED_SIGMAS[4:], "euler_half_ancestral"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request made definite: all that will be done and what it takes."""
+    """A planned request: everything that will be done, and the memory it needs."""
 
     request: Request  # with size, length and rate filled in
     stages: tuple[Stage, ...]
-    prompts: tuple[str, ...]  # of all segments and, if it is read, the negative one
-    decoder: str  # the component that makes the pixels
-    notes: tuple[str, ...]  # what was changed about the inputs
-    extra: int = 0  # frames at the end that are made and cut off
+    prompts: tuple[str, ...]  # the segments' and, if one is used, the negative one
+    decoder: str  # the component that decodes the video
+    notes: tuple[str, ...]  # what the user should know of the inputs and defaults
+    extra: int = 0  # frames at the end that are generated and cut off
     codes: str = "srgb"  # what decoded frames are, of color.SPACES
-    parts: tuple[Window, ...] = ()  # its windows, and a clip that is extended
+    parts: tuple[Window, ...] = ()  # the windows, and the clip that they extend
     memory: Optional[MemoryPlan] = field(default=None, compare=False)
 
     @property
     def negative_prompt(self) -> Optional[str]:
-        """The one that is used, None if nothing reads it."""
+        """The negative prompt, None if none is used."""
         count = len(self.request.prompts)
         return self.prompts[count] if len(self.prompts) > count else None
 
@@ -99,7 +99,7 @@ class Job:
 
     @property
     def size(self) -> Size:
-        """Of the result."""
+        """The size of the result."""
         r = self.request
         rate = 2 ** (r.temporal_rounds + r.temporal_upsample)
         frames = (r.num_frames - 1) * rate + 1
@@ -108,19 +108,19 @@ class Job:
 
     @property
     def windows(self) -> list[Window]:
-        """The windows it is made in."""
+        """The windows that are generated."""
         return [window for window in self.parts if not window.given]
 
     @property
     def keyframes(self) -> dict[Window, tuple[int, ...]]:
-        """The frames of the result that are keyframes after each window's last stage."""
+        """By window, the frames of the result at which its last stage has keyframes."""
         last = {s.window: s.part.keyframes or s.slots for s in self.stages}
         count = self.size.num_frames
         inside = lambda frames: tuple(n for n in frames if n < count)
         return {w: inside(w.start + n for n in places) for w, places in last.items()}
 
     def planes(self, window: Window) -> dict[Window, tuple[int, ...]]:
-        """The keyframes that a window is decoded with: those carried into it, its own."""
+        """The keyframes that a window is decoded with, by the window that made them."""
         r, n = self.request, self.windows.index(window)
         used = r.decode_with_keyframes or r.stages == "dfr"
         if not used or self.decoder != "diffusion_decoder":
@@ -137,7 +137,7 @@ class Job:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The components that it needs, but for the text encoder."""
+        """The components that it needs, without the text encoder."""
         kinds = "all", *("text",) * bool(self.texts), *self.streams
         parts = [p for kind in kinds for p in PARTS[kind]]
         parts += [s.upsampler for s in self.stages if s.upsampler]
@@ -149,7 +149,7 @@ class Job:
 
     @property
     def soundtrack(self) -> Optional[tuple[str, float]]:
-        """The file whose sound the result has, and where it starts, in seconds."""
+        """The file whose sound the result gets, and from which second, if any."""
         r = self.request
         if r.audio or r.no_audio or "audio" in self.streams:
             return r.audio and (r.audio, r.audio_start)
@@ -187,7 +187,7 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
 
 
 class Planner(Resolver):
-    """The stages of a request whose defaults are filled in."""
+    """Lays out the stages of a request whose defaults are filled in."""
 
     def stages(self) -> Iterator[Stage]:
         """The stages by the rows of the mode."""
@@ -220,8 +220,8 @@ class Planner(Resolver):
             handed = window.handed_on(keyframes)
 
     def prompts(self, first: int, size: Size, pace: float) -> Prompts:
-        """How a stage from frame `first` on reads the prompts. Positions of video have
-        another rate than seconds; those of its sound have `pace` of them a second."""
+        """How a stage that starts at frame `first` reads the prompts. A second of the
+        result is size.fps / size.rate of video positions, and `pace` of the sound's."""
         r, start, end = self.r, first / size.fps, (first + size.num_frames) / size.fps
         nag = Nag(r.nag_scale, r.nag_tau, r.nag_alpha) if r.nag_scale != 1 else None
         found = {
@@ -234,14 +234,14 @@ class Planner(Resolver):
         return Prompts(nag, tuple(found.values()), times)
 
     def seams(self) -> tuple[int, ...]:
-        """Where HDR from codes for light has keyframes: at dfr's places in the clip."""
+        """The frames at which HDR of an SDR clip has keyframes: dfr's."""
         if not self.r.hdr_keyframes:
             return ()
         places = windows.canvas(self.r.num_frames)[1]
         return tuple(frame for frame in places if frame < self.clip_frames)
 
     def full_size(self, frames: int) -> Size:
-        """The size of the result with so many frames."""
+        """The size of a last stage with this many frames."""
         r = self.r
         sound = audio_tokens(frames, r.fps) * ("audio" in self.streams)
         shown = r.height, r.width
@@ -276,7 +276,7 @@ class Planner(Resolver):
     def window(
         self, rows: Rows, full: Size, window: Window, own: Places, handed: Places = ()
     ) -> Iterator[Stage]:
-        """A window's stages, with its `own` keyframes and those `handed` on to it."""
+        """A window's stages, with its `own` keyframes and those `handed` over to it."""
         r = self.r
         small, doubled = full.divided(self.scale), full.doubled()
         sizes = {"small": small, "full": full, "doubled": doubled}
@@ -326,11 +326,11 @@ class Planner(Resolver):
 
     @property
     def ancestral(self) -> str:
-        """The ancestral sampler, which models before LTX-2.5 do without."""
+        """The ancestral sampler; euler before LTX-2.5."""
         return "euler_ancestral" if self.checkpoint.version >= (2, 5) else "euler"
 
     def smaller(self, part: Whole = conditions.WHOLE) -> Iterator[Condition]:
-        """The previous stage's video as the detailing LoRA's reference."""
+        """The previous stage's video as a reference, if there is a detailing LoRA."""
         if self.r.detailing_lora:
             factor, _ = self.files.reference_factors([self.r.detailing_lora])
             yield conditions.PreviousAsReference(max(factor, 2), part)
@@ -362,7 +362,8 @@ class Planner(Resolver):
         )
 
     def loras(self, n: Optional[int], distilled: float, detail=False) -> Loras:
-        """Stage `n`'s LoRAs, the distilled one by a factor; a reference's in stage 1."""
+        """The LoRAs of stage `n`. Those of a reference are for stage 1, unless stage 2 also
+        has the reference; `distilled` is the factor of the distilled one's strength."""
         r = self.r
         general = n != 2 or not r.has_reference or r.reference_in_stage_2
         loras = [x for x in r.loras if x.stage == n or general and x.stage is None]
@@ -418,7 +419,7 @@ class Planner(Resolver):
         return {stream: tuple(both[stream]) for stream in self.streams}
 
     def of_clip(self, window: Window) -> Iterator[conditions.ClipPart]:
-        """What a window has of a clip that is changed, by stream."""
+        """The parts of a retaken or extended clip that a window holds, by stream."""
         r, start, frames = self.r, window.start, self.clip_frames - window.start
         if not r.changes_clip or frames < window.carried_in:
             return
@@ -435,7 +436,8 @@ class Planner(Resolver):
                 yield conditions.HoldClip(*part, before)
 
     def images(self, size: Size, first: int, owned=None) -> Iterator[Condition]:
-        """The images of a stage from frame `first` on, at frames of `owned`."""
+        """The images of a stage that starts at its frame `first`; those at request frames
+        in `owned`, if that is not None."""
         r, crf = self.r, 18 if self.checkpoint.version >= (2, 4) else 33
         crf = crf if r.image_crf is None else r.image_crf
         for image in r.images:

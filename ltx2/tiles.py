@@ -1,4 +1,4 @@
-"""Tiles of a large video: each model call sees a part of the picture and all the sound."""
+"""Tiles of a large video: a model call sees a part of the picture and all the sound."""
 
 from dataclasses import replace
 from itertools import product
@@ -10,12 +10,12 @@ import numpy as np
 from .latents import LatentState, Size, States, Streams, divided_evenly
 
 Denoiser = Callable[[Streams, float, int], Streams]
-OVERLAP = 10  # cells, the reference's
+OVERLAP = 10  # the reference's, in cells (rows or columns of latents)
 Part = tuple[LatentState, np.ndarray, np.ndarray]
 
 
 class Span(NamedTuple):
-    """Cells [start, stop) of a side, and how many of them are shared before and after."""
+    """Cells [start, stop) of a side; its neighbors share `before` and `after` of them."""
 
     start: int
     stop: int
@@ -24,7 +24,7 @@ class Span(NamedTuple):
 
     @property
     def weights(self) -> np.ndarray:
-        """The share of each cell: with its neighbors' it is 1."""
+        """The weight of each cell; those of all spans sum to 1."""
         weights = np.ones(self.stop - self.start, np.float32)
         rise = lambda n: np.arange(1, n + 1, dtype=np.float32) / (n + 1)
         weights[: self.before] *= rise(self.before)
@@ -33,8 +33,8 @@ class Span(NamedTuple):
 
 
 def spans(side: int, size: int) -> list[Span]:
-    """Divide a side of cells into spans of `size` that overlap by about a half, as the
-    reference does: the first and the last at the edges, the others between them."""
+    """Divide a side of cells into spans of `size`, evenly from edge to edge, that overlap
+    by about a half, as the reference does."""
     if side <= size:
         return [Span(0, side, 0, 0)]
     overlap, count = size // 2, 2
@@ -48,8 +48,8 @@ def spans(side: int, size: int) -> list[Span]:
 
 
 def equal_spans(side: int, count: int) -> list[Span]:
-    """Divide a side of cells into `count` spans that overlap by OVERLAP, or by what a
-    short side allows, as in the reference's dfr; of fewer cells it is not divided."""
+    """Divide a side of cells into `count` spans that overlap by OVERLAP, or less if the
+    side is short, as in the reference's dfr; fewer than `count` cells are one span."""
     if side < count:
         return [Span(0, side, 0, 0)]
     shared = min(OVERLAP, side - count)
@@ -63,7 +63,7 @@ def equal_spans(side: int, count: int) -> list[Span]:
 
 def part(state: LatentState, size: Size, rows: Span, columns: Span) -> Part:
     """The state of a tile, with the appended tokens that touch it and positions from its
-    own corner; its tokens' indices in the whole state; its weights by cell."""
+    corner; its tokens' indices in the complete state; the weights of its cells."""
     frames, height, width = size.latent
     cells = np.arange(frames * height * width).reshape(frames, height, width)
     own = cells[:, rows.start : rows.stop, columns.start : columns.stop].ravel()
@@ -88,8 +88,8 @@ def part(state: LatentState, size: Size, rows: Span, columns: Span) -> Part:
 
 
 class TiledDenoiser:
-    """Computes x0 with a denoiser for each tile: the weighted sum for the video, the mean
-    for the sound and for appended tokens that several tiles have."""
+    """Computes x0 with one denoiser per tile: the weighted sum of the video, the mean of
+    the sound and of appended tokens that several tiles have."""
 
     def __init__(
         self,
@@ -98,8 +98,8 @@ class TiledDenoiser:
         size: Size,
         sides: Iterable[list[Span]],
     ):
-        """`make` makes the denoiser of a tile's states; `sides` divide rows, columns."""
-        video, self.cached_x0 = states["video"], {}  # nothing is kept for other steps
+        """`make(states)` is a denoiser; `sides` are the spans of rows and of columns."""
+        video, self.cached_x0 = states["video"], {}  # no prediction is reused
         parts = [part(video, size, *pair) for pair in product(*sides)]
         seen = np.zeros(len(video.denoise_mask), np.float32)
         for _, index, _ in parts:
@@ -110,7 +110,7 @@ class TiledDenoiser:
             appended = 1 / seen[index[len(weights) :]]
             weights = mx.array(np.append(weights, appended))[None, :, None]
             self.parts.append((states | {"video": state}, mx.array(index), weights))
-        self.make = make  # for each call again: the tables of all tiles would be large
+        self.make = make  # in each step: the rope tables of all tiles would be large
 
     def __call__(self, x: Streams, sigma: float, step: int) -> Streams:
         total = {k: mx.zeros_like(v) for k, v in x.items()} | {"video": self.unseen}

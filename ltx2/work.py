@@ -1,4 +1,4 @@
-"""Count what the phases of a run compute, from configurations and headers."""
+"""Count the floating-point operations of a run's phases, from configs and headers."""
 
 import math
 import re
@@ -12,14 +12,14 @@ from .text import MAX_TOKENS
 from .vae import LATENTS_PER_CHUNK, Conv3d, ResBlocks, VideoVAE, frames_at_once
 from .weights import Checkpoint, Weights
 
-# Where a weight of the audio VAE or vocoder is used for a token: 46 places in 2.0, 35 from
-# 2.3 on, by their convolutions.
+# How often a weight of the audio VAE or vocoder is used for a token, on average: 46 times
+# in 2.0, 35 from 2.3 on.
 SOUND_PLACES = 40
 
 
 class Conv(NamedTuple):
-    """A 3x3x3 convolution of the video VAE: (frames, rows, columns) at a time, channels
-    in and out, channels of the residual that waits for it, frames of the whole clip."""
+    """A 3x3x3 convolution of the video VAE: (frames, rows, columns) of a call, channels
+    in and out, channels of the residual that waits for it, frames of all calls."""
 
     size: tuple[int, int, int]
     dim_in: int
@@ -33,7 +33,7 @@ class Conv(NamedTuple):
 
 
 def video_convs(vae: VideoVAE, size: Size, half: str, frames: int) -> Iterator[Conv]:
-    """The convolutions of a half of the video VAE; `frames` are those to encode."""
+    """The convolutions of half a video VAE; `frames` is how many are encoded."""
     up, model, patch = half == "decoder", vae[half], vae.config.patch_size
     (total, rows, columns), at_once = size.latent, LATENTS_PER_CHUNK
     if not up:
@@ -63,11 +63,11 @@ def video_convs(vae: VideoVAE, size: Size, half: str, frames: int) -> Iterator[C
     yield conv(model.conv_out)
 
 
-# Floating-point operations: 2 for each weight at each place where it is used
+# Floating-point operations: 2 for each use of a weight
 
 
 def counted(weights: Weights, places: Mapping[str, float]) -> float:
-    """Operations of weights at the places of the first pattern in their names."""
+    """Operations of weights; each is used as often as the first pattern in its name says."""
     total = 0.0
     for key, w in weights.items():
         if w.ndim > 1 and key.endswith("weight"):
@@ -77,7 +77,7 @@ def counted(weights: Weights, places: Mapping[str, float]) -> float:
 
 
 def forward(c: DiTConfig, video: float, audio: float, keys: int, cross: bool) -> float:
-    """Operations of a block for so many tokens of each stream and keys of the text."""
+    """Operations of a block for these tokens of each stream and keys of the text."""
     total = 0.0
     for tokens, dim in ((video, c.video_dim), (audio, c.audio_dim)):
         # q, k, v, out; q, out of the text's attention; the feed-forward's two
@@ -89,7 +89,7 @@ def forward(c: DiTConfig, video: float, audio: float, keys: int, cross: bool) ->
 
 
 def step(c: DiTConfig, stage: Stage, passes: list[Pass]) -> float:
-    """Operations of a call of the transformer with these passes, over all tiles."""
+    """Operations of a step with these passes, over all tiles."""
     (video, audio), total = stage.tokens, 0.0
     segments = stage.prompts.count + (stage.prompts.nag is not None)
     for n, p in enumerate(passes):
@@ -103,7 +103,7 @@ def step(c: DiTConfig, stage: Stage, passes: list[Pass]) -> float:
 
 
 def denoising(c: DiTConfig, stage: Stage) -> float:
-    """Operations of a stage's steps; none of them are counted as cached."""
+    """Operations of a stage's steps, as if none were cached."""
     passes, total = guidance_passes(stage.guidance), 0.0
     guided, plain = (step(c, stage, [*p]) for p in (passes.values(), [passes["cond"]]))
     low, high = stage.guidance_interval
@@ -135,9 +135,9 @@ def diffusing(c: dict[str, Any], weights: Weights, size: Size) -> float:
 
 
 def operations(job: Any, checkpoint: Checkpoint) -> dict[str, float]:
-    """A job's operations by phase, in the order of a run; stages have their own names.
-    Left out are upsamplers and encoders of sound, below 2 % of a stage, and the text
-    encoder, which takes longer to be read."""
+    """A job's operations by phase, in the order of a run, of stages by name. Not counted:
+    upsamplers and audio encoders, below 2 % of a stage, and the text encoder, whose
+    time is spent on reading it."""
     config, shapes = checkpoint.config, checkpoint.shapes
     dit = DiTConfig.from_dict(config["transformer"])
     sizes = {stage.window: stage.size for stage in job.stages}.values()
