@@ -131,7 +131,7 @@ def check_output(
     names = {} if sound_only else {path: choose(path, codec, space)}
     names |= {p: "exr" for p in frames_next_to(path, names.get(path, ""), space)}
     for encoder in (FORMATS[name].encoder for name in names.values()):
-        if not media.has_encoder(encoder):
+        if encoder not in media.encoders():
             raise UserError(f"{path}: this ffmpeg has no {encoder}, use another codec")
     for file in names or [path]:
         media.check_output(file, media.OF_FRAMES * (names.get(file) == "exr"))
@@ -215,7 +215,7 @@ class VideoWriter:
                 sound, data = self._sound_options(self.num_frames / fps)
                 options = f"-i picture {sound} -map 1:v -c:v copy {kind.container}"
                 media.mux(self.path, folder, options, self.metadata, data)
-                found = media.probe(f"{folder}/new").num_frames
+                found = media.count_frames(f"{folder}/new")
             else:
                 found = self._finish_folder(Path(folder, "new"))
             if found != self.num_frames:

@@ -1,6 +1,7 @@
 """Read and write images, video and sound: all uses of Pillow and ffmpeg."""
 
 import fcntl
+import functools
 import glob
 import io
 import json
@@ -175,10 +176,11 @@ def run_ffmpeg(problem: str, *options: str, data=b"", folder: str = ".") -> byte
         return process.communicate(data)[0]
 
 
-def has_encoder(name: str) -> bool:
-    """Whether ffmpeg can write this codec."""
+@functools.cache
+def encoders() -> frozenset[str]:
+    """The names of what ffmpeg can write."""
     listing = run_ffmpeg("ffmpeg does not run", "-encoders").decode()
-    return f" {name} " in listing
+    return frozenset(re.findall(r"^ [VAS][\w.]{5} (\w+)", listing, re.MULTILINE))
 
 
 def input_option(path: PathLike) -> str:
@@ -262,6 +264,15 @@ def _packets(path: PathLike, options: str) -> dict[str, tuple[dict[str, str], li
     return streams
 
 
+def times_shown(packets: list) -> list[int]:
+    """When a video's frames are displayed, in ticks."""
+    return [int(time) for _, time, _, hidden in packets if not hidden]
+
+
+def count_frames(path: PathLike) -> int:
+    return len(times_shown(_packets(path, "-an -c copy")["video"][1]))
+
+
 def probe(path: PathLike) -> Media:
     """Measure the first video and sound of a file by reading all their packets."""
     streams, found = _packets(path, "-c copy"), {}
@@ -274,7 +285,7 @@ def probe(path: PathLike) -> Media:
         elapsed = (int(packets[-1][0]) - int(packets[0][0])) * tick
         mean = (len(packets) - 1) / elapsed if elapsed else nominal
         found["fps"] = frame_rate(nominal if abs(mean / nominal - 1) < 0.05 else mean)
-        shown = [int(time) for _, time, _, hidden in packets if not hidden]
+        shown = times_shown(packets)
         found["num_frames"] = len(shown)
         found["start"] = max(0, min(shown, default=0)) * tick
     if "audio" in streams:

@@ -177,6 +177,7 @@ def test_what_cannot_be_written_is_refused_early(tmp_path, name, codec, space, r
 
 
 def test_a_missing_encoder_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(media, "encoders", media.encoders.__wrapped__)  # not cached
     monkeypatch.setattr(media, "run_ffmpeg", lambda *_: b" V....D libx264 \n")
     formats.check_output(tmp_path / "a.mp4")
     with pytest.raises(UserError, match="this ffmpeg has no prores_ks"):
