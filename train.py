@@ -72,10 +72,7 @@ def main() -> None:
     dtype = args.dtype or ("float32" if cpu else "bfloat16")
     model = args.model or default, args.text_encoder, args.kind, dtype
     pipe = pipeline.load(*model, low_memory=args.low_memory)
-    known = training.Options.__dataclass_fields__
-    passed = {k: v for k, v in vars(args).items() if k in known and v is not None}
-    options = training.Options(**passed)
-    trainer = training.Trainer(pipe, options, args.adapter_path, args.cache)
+    trainer = training.Trainer(pipe, vars(args), args.adapter_path, args.cache)
     trainer.fit(args.data)
     plan = trainer.plan()
     print(describe(trainer), plan, sep="\n")

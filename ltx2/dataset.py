@@ -72,14 +72,16 @@ def find_clips(data: str, references: Optional[str] = None) -> list[Clip]:
     path = user_path(data)
     lists = [path] if path.is_file() else [path / name for name in LISTS]
     listed = next((p for p in lists if p.is_file()), None)
-    if not path.exists():
+    if not (listed or path.is_dir()):
         raise UserError(f"{data}: no such folder or list of clips")
     clips = list(_listed(listed) if listed else _captioned(path))
     if references is not None:
+        if not user_path(references).is_dir():
+            raise UserError(f"{references}: no such folder of reference clips")
         clips = [c for clip in clips for c in _with_reference(clip, references)]
     if not clips:
         raise UserError(
-            f"{data} has no clips: put a .txt with its caption next to each, or list "
+            f"{data} has no clips to train on: put a .txt with its caption next to each, or list "
             "them in metadata.jsonl with file_name and caption"
         )
     return clips

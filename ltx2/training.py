@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -24,19 +23,16 @@ from .chips import this_chip
 from .dataset import Clip
 from .dit import StreamedBlocks
 from .gradients import SCHEDULES, TARGETS, Parameters, factor_parameters
-from .hub import fetch_all, make_folder, read_arrays
-from .latents import LatentState, Size
+from .hub import check_space, fetch_all, make_folder, read_arrays
+from .latents import SPACE_SCALE, LatentState, Size
 from .lora import Lora, adapter_file, attach
-from .options import ask, check, comma_separated
+from .options import ask, check, check_range, comma_separated
 from .pipeline import Pipeline, Result
 from .request import Request
 from .sampling import DISTILLED_SIGMAS
 from .text import MAX_TOKENS
 from .weights import save_arrays
 
-# The reference's, unless a model's config.json has others.
-DEFAULTS: dict[str, Any] = {"iters": 2000, "batch_size": 1, "learning_rate": 1e-4}
-DEFAULTS |= {"lr_schedule": "linear", "rank": 32, "preserve": ()}
 MEAN_OF = 100  # steps in the running mean of the loss
 HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
 # Copies that a block keeps for its backward pass, of the states of all tokens, of those of
@@ -44,22 +40,20 @@ HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
 # differentiated), and of the scores while it is differentiated: measured on the CPU.
 KEPT, DURING = (38, 5, 1.2), 1.3
 FACTORS = 6  # float32 copies of the factors: gradients, moments, what a step makes
-
-
 REPEATED = {"default": (), "type": str, "repeat": True}
 
 
 @dataclass(frozen=True)
 class Options(Checked):
-    """How to train. None means the model's default."""
+    """How to train: the reference's defaults."""
 
-    iters: Optional[int] = ask("number of steps (default: 2000)", between=(1, 10**7))
-    batch_size: Optional[int] = ask("clips per batch (default: 1)", between=(1, 1024))
+    iters: int = ask("number of steps", 2000, between=(1, 10**7))
+    batch_size: int = ask("clips per batch", 1, between=(1, 1024))
     grad_accumulation_steps: int = ask("batches per step", 1, between=(1, 1024))
-    learning_rate: Optional[float] = ask("(default: 1e-4)", between=(0, 1))
-    lr_schedule: Optional[str] = ask("(default: linear)", choices=tuple(SCHEDULES))
+    learning_rate: float = ask("of the first step", 1e-4, between=(1e-9, 1))
+    lr_schedule: str = ask("of the learning rate", "linear", choices=tuple(SCHEDULES))
     max_grad_norm: float = ask("of gradients; 0 is off", 1.0, between=(0, 1e9))
-    rank: Optional[int] = ask("rank of the LoRA (default: 32)", between=(1, 1024))
+    rank: int = ask("rank of the LoRA", 32, between=(1, 1024))
     streams: str = ask("streams to train", "both", choices=tuple(TARGETS))
     target_modules: tuple[str, ...] = ask(
         "ends of layers' names (default: attention)", (), type=comma_separated
@@ -69,12 +63,13 @@ class Options(Checked):
         "WxHxF, a size to fit clips to; repeatable (default: the model's)", **REPEATED
     )
     reference_data: Optional[str] = ask("folder of reference clips, for an IC-LoRA")
-    reference_downscale: int = ask("how much smaller it is", 1, between=(1, 9))
-    trigger: str = ask("word to put before each caption", "")
-    preserve: Optional[tuple[str, ...]] = ask(
+    reference_downscale: int = ask(
+        "how much smaller it is", 1, between=(1, 9), needs="reference_data"
+    )
+    trigger: str = ask("word before each caption (default: none)", "")
+    preserve: tuple[str, ...] = ask(
         "prompt whose videos must not change; repeatable (default: the model's)",
-        type=str,
-        repeat=True,
+        **REPEATED,
     )
     val_clips: Optional[int] = ask("clips held out (default: a tenth, up to 8)")
     grad_checkpoint: bool = ask("recompute blocks, which saves memory", False)
@@ -85,11 +80,12 @@ class Options(Checked):
     sample_every: int = ask("steps between samples; 0: off", 250, between=(0, 10**7))
     seed: int = ask("seed of factors, noise and order", 0, between=(0, 2**31))
 
-    def resolved(self, defaults: Mapping[str, Any]) -> Options:
-        """With the model's defaults. Raises UserError for values that are not possible."""
-        known = DEFAULTS | {k: v for k, v in defaults.items() if k in DEFAULTS}
-        missing = {k: v for k, v in known.items() if getattr(self, k) is None}
-        found = replace(self, **missing)
+    @classmethod
+    def of(cls, model: Mapping[str, Any], passed: Mapping[str, Any]) -> Options:
+        """Those that are passed (not None), else the model's defaults, checked."""
+        given = {**model, **{k: v for k, v in passed.items() if v is not None}}
+        names = cls.__dataclass_fields__
+        found = cls(**{k: v for k, v in given.items() if k in names})
         check(found)
         return found
 
@@ -100,17 +96,19 @@ class Trainer:
     def __init__(
         self,
         pipe: Pipeline,
-        options: Options,
+        options: Mapping[str, Any],
         folder: str | Path,
         cache: Optional[str] = None,
     ):
         self.pipe, self.folder = pipe, user_path(folder)
-        self.options = options.resolved(pipe.checkpoint.defaults)
+        self.options = o = Options.of(pipe.checkpoint.defaults, options)
         self.group = mx.distributed.init()
-        scale = self.options.reference_downscale
-        self.data = dataset.Dataset(
-            user_path(cache or self.folder / "cache"), pipe, scale
-        )
+        streams = ("video", "audio") if o.streams == "both" else (o.streams,)
+        parts = {"video": "vae", "audio": "audio_vae"}
+        pipe.checkpoint.check("transformer", "connectors", *(parts[s] for s in streams))
+        pipe.check_text_encoder()
+        cache = user_path(cache or self.folder / "cache")
+        self.data = dataset.Dataset(cache, pipe, o.reference_downscale)
         self.stopping = 0  # the number of a signal
         self.history: list[list] = []  # step, loss, held-out loss
         self.start: Parameters = {}  # factors and moments of an earlier training
@@ -133,12 +131,19 @@ class Trainer:
         o = self.options
         buckets = [dataset.parse_bucket(text) for text in o.resolution]
         buckets = buckets or dataset.default_buckets(self.pipe.checkpoint.defaults)
+        if o.reference_data and o.streams == "audio":
+            raise UserError("--reference-data cannot be combined with --streams audio")
+        step = SPACE_SCALE * o.reference_downscale
+        if any(side % step for b in buckets for side in (b.width, b.height)):
+            raise UserError(
+                f"--reference-downscale {o.reference_downscale} needs a --resolution "
+                f"with sides that are multiples of {step}"
+            )
         clips = dataset.find_clips(data, o.reference_data)
         self.data.fit(clips, buckets, o.streams, o.trigger)
         there = len(self.data.clips)
         count = min(there // 10, 8) if o.val_clips is None else o.val_clips
-        if not 0 <= count < there:
-            raise UserError(f"val_clips is {count}, but there are {there} clips")
+        check_range("val_clips", count, 0, there - 1)
         self.data.hold_out(count)
 
     def plan(self) -> memory.MemoryPlan:
@@ -146,18 +151,19 @@ class Trainer:
         it would not do otherwise."""
         pipe, o = self.pipe, self.options
         estimator = memory.Estimator(pipe.checkpoint, pipe.dtype)
-        factors = 4 * o.rank * sum(sum(shape) for shape in self.layers.values())
         text = estimator.text(dataset.PROMPTS_AT_ONCE, pipe.encoder_files)
         samples = [pipe.plan(r).memory.phases for r in self.requests()[:1]]
 
         def planned(sizes: list[Size], low: Optional[bool]) -> memory.MemoryPlan:
-            phases = footprints(estimator, sizes, factors, self.by_block)
+            phases = footprints(estimator, sizes, self.nbytes, self.by_block)
             train = phases["train"]
             for needs in samples:
                 more = max(
                     n.weights for k, n in needs.items() if k in ("audio", "video")
                 )
-                weights = train.weights - FACTORS // 2 * factors + more  # no gradients
+                weights = (
+                    train.weights - FACTORS // 2 * self.nbytes + more
+                )  # no gradients
                 buffers = max(n.buffers for n in needs.values())
                 sample = memory.Footprint(weights, buffers, train.streamable)
                 phases["sample"] = sample
@@ -191,8 +197,16 @@ class Trainer:
         model = checkpoint.build("transformer", shapes)
         found = gradients.target_layers(model, self.endings)
         if not found:
-            raise UserError(f"no layer's name ends in {', '.join(self.endings)}")
+            names = ", ".join(TARGETS["both"])
+            raise UserError(
+                f"no linear layer's name ends in {', '.join(self.endings)}: try {names}"
+            )
         return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors in float32."""
+        return 4 * self.options.rank * sum(map(sum, self.layers.values()))
 
     def resume(self, name: str) -> None:
         """Continue an earlier training or, without its state, from its factors or those of
@@ -236,6 +250,8 @@ class Trainer:
     def prepare(self) -> None:
         """Encode clips and prompts, load the transformer and attach the factors."""
         make_folder(self.folder)
+        copies = 3 + (self.options.iters // self.options.save_every + 1) / 2
+        check_space({self.folder: int(copies * self.nbytes)})
         fetch_all(self.pipe.checkpoint.files)
         jobs = map(self.pipe.plan, self.requests())
         prompts = [*self.options.preserve, *(p for job in jobs for p in job.prompts)]
@@ -442,9 +458,8 @@ class Trainer:
             return
         parameters, state = self.trainee.parameters, self.opt.state
         factors = official(parameters, self.pipe.dtype)
-        save_arrays(self.folder / ADAPTERS, factors, self.metadata())
-        if copy:
-            shutil.copyfile(self.folder / ADAPTERS, self.folder / copy)
+        for name in filter(None, (ADAPTERS, copy)):
+            save_arrays(self.folder / name, factors, self.metadata())
         arrays = {f"p.{k}": w for k, w in parameters.items()} | {"step": state["step"]}
         for part in "mv":
             arrays |= {f"{part}.{k}": state[k][part] for k in parameters}
@@ -491,7 +506,7 @@ def footprints(
     largest = max(sizes, key=lambda s: s.tokens + s.audio_tokens)
     tokens, sound = largest.tokens, largest.audio_tokens
     if tokens:
-        weights = e.size["vae.encoder"] + e.size["audio_vae"]
+        weights = e.size["vae.encoder"] + e.size.get("audio_vae", 0)
         buffers = e.convolutions(largest, "encoder", 8)
         phases["encode"] = memory.Footprint(weights, buffers)
     heads = max(c.num_attention_heads, c.audio_num_attention_heads)

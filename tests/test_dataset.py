@@ -173,13 +173,22 @@ def test_lists_have_paths_relative_to_them(notes, tmp_path, name):
     assert name == "mine.json" or any("row 2" in n for n in notes)
 
 
+def test_captions_and_lists_are_read_in_several_encodings(notes, tmp_path):
+    for name, codec in (("a", "utf-16"), ("b", "latin-1"), ("c", "utf-8-sig")):
+        (tmp_path / f"{name}.mp4").touch()
+        (tmp_path / f"{name}.txt").write_text("ein Bär", codec)
+    assert {c.caption for c in find_clips(str(tmp_path))} == {"ein Bär"}
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.mp4,é\n", "utf-8-sig")
+    assert [c.caption for c in find_clips(str(tmp_path))] == ["é"]
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ("{", "is not valid JSON"),
         ("[1]", "must be an object"),
-        ('[{"video": 3, "caption": "a"}]', "has no clips"),
-        ("[]", "has no clips"),
+        ('[{"video": 3, "caption": "a"}]', "has no clips to train on"),
+        ("[]", "has no clips to train on"),
     ],
 )
 def test_a_list_that_is_wrong_is_refused(tmp_path, text, message):

@@ -596,6 +596,57 @@ def test_a_plan_reads_no_weights(run, monkeypatch):
         run()
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--rank 0", "rank must be between 1 and 1024"),
+        ("--learning-rate nan", "learning_rate must be a finite number"),
+        ("--val-clips 9", "val_clips must be between 0 and 3"),
+        ("--target-modules to_x", "no linear layer's name ends in to_x: try to_q"),
+        ("--text-encoder .", "text encoder . has no config.json"),
+        ("--reference-downscale 2", "needs reference_data"),
+        ("--reference-data nowhere", "nowhere: no such folder of reference clips"),
+        ("--reference-data . --streams audio", "combined with --streams audio"),
+        ("--reference-data . --reference-downscale 3", "multiples of 96"),
+        ("--data /dev/null", "no such folder or list"),
+        ("--adapter-path taken", "taken has an earlier adapter_config.json"),
+        ("--adapter-path taken/adapter_config.json", "cannot be written"),
+        ("--resume-adapter-file nowhere", "nowhere: no such file"),
+    ],
+)
+def test_a_mistake_is_refused_before_weights_are_read(
+    run, monkeypatch, tmp_path, flags, message
+):
+    def fail(*_):
+        raise AssertionError("weights are read")
+
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(weights, "evaluate", fail)
+    monkeypatch.setattr("ltx2.components.TextEncoder", fail)
+    with pytest.raises(UserError, match=message):
+        run(*flags.split())
+
+
+def test_an_error_keeps_the_steps_before_it(run, monkeypatch):
+    def full(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(training.Trainer, "sample", full)
+    monkeypatch.setattr(training.Trainer, "requests", lambda _: [])
+    with pytest.raises(OSError):
+        run("--iters", "4", "--sample-every", "3")
+    folder, _ = run("--iters", "4", "--resume-adapter-file", "adapter")
+    assert len((folder / "loss.csv").read_text().splitlines()) == 5
+
+
+def test_losses_that_are_not_finite_are_left_out_of_the_picture(tmp_path):
+    rows = [[1, float("nan"), None], [2, 1.5, 0.5]]
+    adapters.save_losses(tmp_path, rows)
+    assert (tmp_path / "loss.csv").read_text().split()[1:] == ["1,nan,", "2,1.5,0.5"]
+    assert media.load_image(tmp_path / "loss.png").std() > 0
+
+
 def test_two_machines_average_their_gradients(run, clips, cache, checkpoint, tmp_path):
     flags = ["--iters", "2"]
     single, _ = run(*flags, "--batch-size", "2", to="single")
