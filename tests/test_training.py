@@ -632,9 +632,8 @@ def test_an_error_keeps_the_steps_before_it(run, monkeypatch):
     def full(*_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(training.Trainer, "sample", full)
-    monkeypatch.setattr(training.Trainer, "requests", lambda _: [])
-    with pytest.raises(OSError):
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(training.Trainer, "sample", full)
         run("--iters", "4", "--sample-every", "3")
     folder, _ = run("--iters", "4", "--resume-adapter-file", "adapter")
     assert len((folder / "loss.csv").read_text().splitlines()) == 5
