@@ -42,6 +42,7 @@ COLUMNS = {  # of lists, as the Hub, the reference's trainer and mlx-examples na
     "caption": ("caption", "prompt", "text"),
     "reference": ("reference_video", "ref_media_path", "reference"),
 }
+ENCODERS = {"video": "vae", "audio": "audio_vae"}
 MAX_FPS = 120.0
 STILL_FPS = 1.0  # a picture lasts a second, as in the reference's training
 SIDES = ((576, 576), (768, 448), (448, 768))
@@ -255,9 +256,8 @@ class Dataset:
         """What a clip's latents depend on."""
         print_of = lambda p: File(p.name, p.stat().st_size, p).fingerprint
         parts = self.pipe.checkpoint.parts
-        names = {"video": "vae", "audio": "audio_vae"}
         depends = [print_of(clip.path), repr(clip.size), clip.streams, self.downscale]
-        depends += [first_file(parts[names[s]]).fingerprint for s in clip.streams]
+        depends += [first_file(parts[ENCODERS[s]]).fingerprint for s in clip.streams]
         depends += [print_of(clip.reference)] if clip.reference else []
         return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
 

@@ -98,7 +98,8 @@ def make_example(
         ropes = model.rope(name, state.bounds)
         tokens[name] = stream_tokens(state, x, sigma, ropes, mx.zeros(count))
     both = (tuple(map(found.get, STREAMS)) for found in (tokens, targets, masks))
-    return Example(*both, contexts)
+    pairs = zip(STREAMS, contexts)
+    return Example(*both, tuple(c if k in states else None for k, c in pairs))
 
 
 def begin(model: DiT, example: Example) -> tuple[Parameters, Streams]:

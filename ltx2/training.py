@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
@@ -22,7 +22,7 @@ from .base import Checked, UserError, checked, note, parse_json, user_path
 from .chips import this_chip
 from .dataset import Clip
 from .dit import StreamedBlocks
-from .gradients import SCHEDULES, TARGETS, Parameters, factor_parameters
+from .gradients import SCHEDULES, STREAMS, TARGETS, Parameters, factor_parameters
 from .hub import check_space, fetch_all, make_folder, read_arrays
 from .latents import SPACE_SCALE, LatentState, Size
 from .lora import Lora, adapter_file, attach
@@ -39,7 +39,9 @@ HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
 # the text and of the scores of its attentions (which are not fused while they are
 # differentiated), and of the scores while it is differentiated: measured on the CPU.
 KEPT, DURING = (38, 5, 1.2), 1.3
-FACTORS = 6  # float32 copies of the factors: gradients, moments, what a step makes
+# Float32 copies of the factors: moments, gradients and what a step makes, which are not
+# there while samples are made.
+FACTORS = 6, 3
 REPEATED = {"default": (), "type": str, "repeat": True}
 
 
@@ -93,19 +95,14 @@ class Options(Checked):
 class Trainer:
     """Trains one adapter in a folder."""
 
-    def __init__(
-        self,
-        pipe: Pipeline,
-        options: Mapping[str, Any],
-        folder: str | Path,
-        cache: Optional[str] = None,
-    ):
+    def __init__(self, pipe: Pipeline, options: Mapping, folder: str, cache=None):
+        """`options` are of `Options`; `cache` is a folder, if not one in `folder`."""
         self.pipe, self.folder = pipe, user_path(folder)
         self.options = o = Options.of(pipe.checkpoint.defaults, options)
         self.group = mx.distributed.init()
-        streams = ("video", "audio") if o.streams == "both" else (o.streams,)
-        parts = {"video": "vae", "audio": "audio_vae"}
-        pipe.checkpoint.check("transformer", "connectors", *(parts[s] for s in streams))
+        streams = STREAMS if o.streams == "both" else (o.streams,)
+        encoders = [dataset.ENCODERS[s] for s in streams]
+        pipe.checkpoint.check("transformer", "connectors", *encoders)
         pipe.check_text_encoder()
         cache = user_path(cache or self.folder / "cache")
         self.data = dataset.Dataset(cache, pipe, o.reference_downscale)
@@ -149,39 +146,29 @@ class Trainer:
     def plan(self) -> memory.MemoryPlan:
         """The memory of each phase. Blocks are recomputed, or read from the disk, where
         it would not do otherwise."""
-        pipe, o = self.pipe, self.options
+        pipe, factors = self.pipe, self.nbytes
         estimator = memory.Estimator(pipe.checkpoint, pipe.dtype)
         text = estimator.text(dataset.PROMPTS_AT_ONCE, pipe.encoder_files)
         samples = [pipe.plan(r).memory.phases for r in self.requests()[:1]]
 
-        def planned(sizes: list[Size], low: Optional[bool]) -> memory.MemoryPlan:
-            phases = footprints(estimator, sizes, self.nbytes, self.by_block)
-            train = phases["train"]
-            for needs in samples:
-                more = max(
-                    n.weights for k, n in needs.items() if k in ("audio", "video")
-                )
-                weights = (
-                    train.weights - FACTORS // 2 * self.nbytes + more
-                )  # no gradients
-                buffers = max(n.buffers for n in needs.values())
-                sample = memory.Footprint(weights, buffers, train.streamable)
-                phases["sample"] = sample
+        def planned(sizes: list[Size], by_block: bool, low: Optional[bool]):
+            phases = footprints(estimator, sizes, factors, by_block, samples)
             return memory.planned({"text": text} | phases, memory.available(), low)
 
-        sizes = [clip.size for clip in self.data.clips]
-        self.by_block = o.grad_checkpoint
-        plan = planned(sizes, pipe.low_memory)
+        def fits(side: int, frames: int) -> bool:
+            sound = latents.audio_tokens(frames, 24)
+            return planned([Size(side, side, frames, 24, sound)], True, True).fits
+
+        sizes, low = [clip.size for clip in self.data.clips], pipe.low_memory
+        self.by_block = self.options.grad_checkpoint
+        plan = planned(sizes, self.by_block, low)
         if plan.streamed or not plan.fits:
-            self.by_block = True
-            plan = planned(sizes, pipe.low_memory)
-        tried = ((s, f) for s in (576, 448, 320, 256, 128, 64) for f in (49, 25, 9, 1))
+            self.by_block, plan = True, planned(sizes, True, low)
         advice = "try a lower-bit model (convert.py --quantize)"
-        for side, frames in tried if not plan.fits else ():
-            small = Size(side, side, frames, 24.0, latents.audio_tokens(frames, 24))
-            if planned([small], True).fits:
-                advice = f"--resolution {side}x{side}x{frames} would fit"
-                break
+        if not plan.fits:
+            tried = itertools.product((576, 448, 320, 256, 128, 64), (49, 25, 9, 1))
+            found = (f"{s}x{s}x{n} would fit" for s, n in tried if fits(s, n))
+            advice = f"--resolution {small}" if (small := next(found, "")) else advice
         self.memory = replace(plan, suggestion=advice)
         return self.memory
 
@@ -234,13 +221,13 @@ class Trainer:
             for k, shape in pair.items():
                 expected |= {f"{part}.{path}.{k}": shape for part in parts}
         expected |= {"step": ()} if self.history else {}
-        for k in sorted(expected.keys() | found.keys()):
+        if wrong := expected.items() ^ found.items():
+            k, _ = min(wrong)
             there, fits = found.get(k, "missing"), expected.get(k, "expected")
-            if there != fits:
-                raise UserError(
-                    f"{name} does not fit: {k} is {there}, not {fits}; pass the flags "
-                    "that it was made with"
-                )
+            raise UserError(
+                f"{name} does not fit: {k} is {there}, not {fits}; pass the flags that it "
+                "was made with"
+            )
         if o.iters <= self.step:
             raise UserError(f"{name} has {self.step} steps: pass more --iters")
         self.start = arrays
@@ -269,9 +256,9 @@ class Trainer:
         if self.start:
             parameters = {k: self.start[f"p.{k}"] for k in parameters}
         if self.history:
+            moments = lambda k: {part: self.start[f"{part}.{k}"] for part in "mv"}
+            self.opt.state |= {k: moments(k) for k in parameters}
             self.opt.state["step"] = self.start["step"]
-            for k in parameters:
-                self.opt.state[k] = {part: self.start[f"{part}.{k}"] for part in "mv"}
         self.trainee = gradients.Trainee(model, {}, self.by_block)
         if streamed:
             read = lambda: list(self.pipe.blocks([(lora, 1.0)], apart=True))
@@ -365,9 +352,7 @@ class Trainer:
             states[name] = state
         if at is None and self.sigmas and rng.uniform() < 0.5:
             sigmas = dict.fromkeys(sigmas, float(rng.choice(self.sigmas)))
-        pairs = zip(gradients.STREAMS, self.data.context(clip.caption))
-        contexts = tuple(c if k in states else None for k, c in pairs)
-        model = self.trainee.model
+        model, contexts = self.trainee.model, self.data.context(clip.caption)
         return gradients.make_example(model, states, noise, sigmas, contexts)
 
     def _batch(self) -> tuple[float, Parameters]:
@@ -498,10 +483,14 @@ class Trainer:
 
 
 def footprints(
-    e: memory.Estimator, sizes: Sequence[Size], factors: int, by_block: bool
+    e: memory.Estimator,
+    sizes: Sequence[Size],
+    factors: int,
+    by_block: bool,
+    samples: Sequence[memory.Phases] = (),
 ) -> dict[str, memory.Footprint]:
-    """What encoding and training hold, for clips of these sizes and so many bytes of
-    factors."""
+    """What encoding, training and samples with these phases hold, for clips of these
+    sizes and so many bytes of factors."""
     c, phases = e.dit, {}
     largest = max(sizes, key=lambda s: s.tokens + s.audio_tokens)
     tokens, sound = largest.tokens, largest.audio_tokens
@@ -517,7 +506,12 @@ def footprints(
     if e.bits and tokens > this_chip().dequantize_from:  # such weights are kept, too
         block += e.blocks / c.num_layers * 8 / e.bits * e.item
     held = block + (c.num_layers + 1) * state if by_block else c.num_layers * block
-    weights = e.size["transformer"] + FACTORS * factors
-    buffers = held + DURING * scores
-    phases["train"] = memory.Footprint(weights, buffers, e.streamable["transformer"])
+    model, spared = e.size["transformer"], e.streamable["transformer"]
+    weights, buffers = model + FACTORS[0] * factors, held + DURING * scores
+    phases["train"] = memory.Footprint(weights, buffers, spared)
+    for needs in samples:
+        decoders = (n.weights for k, n in needs.items() if k in ("audio", "video"))
+        weights = model + FACTORS[1] * factors + max(decoders)
+        buffers = max(n.buffers for n in needs.values())
+        phases["sample"] = memory.Footprint(weights, buffers, spared)
     return phases
