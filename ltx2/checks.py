@@ -423,14 +423,6 @@ def write_trace(
     print(f"wrote {args.html}")
 
 
-def print_quality(args: argparse.Namespace) -> None:
-    from . import pipeline, quality
-
-    names = args.model, args.against
-    pipes = [pipeline.load(n, args.text_encoder, dtype=args.dtype) for n in names]
-    quality.report(*pipes, vars(args), SIZE)
-
-
 def main() -> None:
     args = parser().parse_args()
     if getattr(args, "html", None):
@@ -438,7 +430,11 @@ def main() -> None:
 
         check_output(args.html)
     if args.check == "quality":
-        return print_quality(args)
+        from . import pipeline, quality
+
+        how = {"text_encoder": args.text_encoder, "dtype": args.dtype}
+        pipes = (pipeline.load(name, **how) for name in (args.model, args.against))
+        return quality.report(*pipes, vars(args), SIZE)
     if args.check == "trace":
         return print_trace(args)
     if args.check == "device":

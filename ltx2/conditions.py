@@ -384,7 +384,7 @@ class Stage:
         if not self.window.carried_out:
             return {}
         frames = latents.latent_frames(self.window.carried_out)
-        tokens = carried_tokens(self.window, self.size.fps, out=True)
+        tokens = carried_tokens(self.window.carried_out, self.size.fps)
         tails = {"video": made["video"][:, -frames:]}
         if "audio" in made:
             tails["audio"] = made["audio"][:, -tokens:]

@@ -96,15 +96,14 @@ def video_bounds(
 
     With `causal`, the first latent frame covers one pixel frame, like the encoder's.
     """
+    time, row, column = np.indices((frames, height, width)).reshape(3, -1)
     edges = np.arange(frames + 1, dtype=np.float32) * TIME_SCALE
     if causal:
         edges = np.maximum(edges - (TIME_SCALE - 1), 0)
-    sides = (edges / np.float32(fps), np.arange(height + 1), np.arange(width + 1))
-    starts, ends = (s[:-1] for s in sides), (s[1:] for s in sides)
-    grids = [np.meshgrid(*edges, indexing="ij") for edges in (starts, ends)]
-    bounds = np.stack(grids, axis=-1).reshape(3, -1, 2).astype(np.float32)
-    bounds[1:] *= SPACE_SCALE
-    return bounds
+    edges = edges / np.float32(fps)
+    starts = edges[time], row * SPACE_SCALE, column * SPACE_SCALE
+    ends = edges[time + 1], (row + 1) * SPACE_SCALE, (column + 1) * SPACE_SCALE
+    return np.stack([starts, ends], axis=-1).astype(np.float32)
 
 
 def audio_bounds(tokens: int) -> np.ndarray:

@@ -359,7 +359,8 @@ class Run:
             [latents[w.prefix + stream][0, skip(w) :] for w in job.windows]
         )
         if "audio" in streams:
-            result.audio_latents = own("audio", lambda w: carried_tokens(w, size.fps))
+            tokens = lambda window: carried_tokens(window.carried_in, size.fps)
+            result.audio_latents = own("audio", tokens)
         if "audio" in streams or job.soundtrack:
             yield Phase(phase="audio", job=n, step=0, steps=0)
             with self.meter.phase("audio"):

@@ -94,9 +94,8 @@ def extended(clip: int, total: int, before: bool, chunk: int, carry: int, blend:
     return [seen, replace(first, carried_in=carry), *others]
 
 
-def carried_tokens(window: Window, fps: float, out: bool = False) -> int:
-    """How many audio tokens are carried into a window, or out of it."""
-    frames = window.carried_out if out else window.carried_in
+def carried_tokens(frames: int, fps: float) -> int:
+    """How many audio tokens are carried on with this many frames."""
     return max(1, latents.audio_tokens(frames, fps)) if frames else 0
 
 
