@@ -311,10 +311,8 @@ class Resolver:
             height, width, _ = self.files.image(image.path).shape
             aspect = width * r.height / (height * r.width)
             if (cut := 1 - min(aspect, 1 / aspect)) > 0.1:
-                self.notes.append(
-                    f"{image.path}: {width}x{height} cropped to {r.width}x{r.height}, "
-                    f"{cut:.0%} of it is cut off"
-                )
+                cropped = f"cropped to {r.width}x{r.height}, {cut:.0%} of it is cut off"
+                self.notes.append(f"{image.path}: {width}x{height} {cropped}")
         if r.audio:
             self.check_sound()
 
@@ -325,13 +323,11 @@ class Resolver:
         seconds, length = self.files.probe(r.audio).audio_duration, r.num_frames / r.fps
         rest = seconds - r.audio_start
         if rest < SHORTEST_SOUND:
-            raise UserError(
-                f"{r.audio} has no sound at {r.audio_start:g} s, only {seconds:.2f} s"
-            )
+            short = f"has no sound at {r.audio_start:g} s, only {seconds:.2f} s"
+            raise UserError(f"{r.audio} {short}")
         if abs(rest - length) > max(1, length / 2):
-            self.notes.append(
-                f"{r.audio}: {rest:.1f} s of sound for {length:.1f} s of video"
-            )
+            heard = f"{rest:.1f} s of sound for {length:.1f} s of video"
+            self.notes.append(f"{r.audio}: {heard}")
 
     def check_segments(self) -> None:
         """UserError unless the segments follow each other through the video."""

@@ -48,10 +48,11 @@ class Guidance(Checked):
     )
 
     @property
-    def active(self) -> bool:
-        """Whether any guidance is on."""
-        scales = (self.cfg_scale, self.stg_scale, self.modality_scale)
-        return scales != (1, 0, 1)
+    def strengths(self) -> tuple[float, float, float]:
+        """How far it moves away from each of the weaker predictions; 0: not at all."""
+        return self.cfg_scale - 1, self.stg_scale, self.modality_scale - 1
+
+    active = property(lambda self: any(self.strengths))
 
     def skips(self, step: int) -> bool:
         """Whether this step reuses the last prediction."""
@@ -60,12 +61,9 @@ class Guidance(Checked):
     def __call__(self, cond, uncond=None, perturbed=None, isolated=None) -> mx.array:
         """Combine predictions of x0 (1, T, C); None for those that no scale uses."""
         x = cond
-        if self.cfg_scale != 1:
-            x = x + (self.cfg_scale - 1) * (cond - uncond)
-        if self.stg_scale != 0:
-            x = x + self.stg_scale * (cond - perturbed)
-        if self.modality_scale != 1:
-            x = x + (self.modality_scale - 1) * (cond - isolated)
+        for strength, weaker in zip(self.strengths, (uncond, perturbed, isolated)):
+            if strength:
+                x = x + strength * (cond - weaker)
         if self.rescale_scale:
             ratio = mx.std(cond, ddof=1) / mx.std(x, ddof=1)
             x = x * (self.rescale_scale * ratio + 1 - self.rescale_scale)
@@ -79,15 +77,16 @@ def guidance_passes(guidance: Mapping[str, Guidance]) -> dict[str, Pass]:
     """The passes of a step, each for both streams, by the name of the prediction; in
     "uncond" a stream without guidance keeps the positive prompt."""
     video, audio = (guidance.get(k, NO_GUIDANCE) for k in ("video", "audio"))
+    cfg, stg, modality = map(any, zip(video.strengths, audio.strengths))
     passes = {"cond": Pass(POSITIVE, POSITIVE)}
-    if video.cfg_scale != 1 or audio.cfg_scale != 1:
+    if cfg:
         text = (NEGATIVE if k in guidance else POSITIVE for k in ("video", "audio"))
         passes["uncond"] = Pass(*text)
-    if video.stg_scale != 0 or audio.stg_scale != 0:
+    if stg:
         blocks = lambda g: ALL_BLOCKS if g.stg_blocks is None else g.stg_blocks
         skipped = (blocks(g) if g.stg_scale else NO_BLOCKS for g in (video, audio))
         passes["perturbed"] = Pass(POSITIVE, POSITIVE, *skipped)
-    if video.modality_scale != 1 or audio.modality_scale != 1:
+    if modality:
         all_blocks = {"skip_a2v": ALL_BLOCKS, "skip_v2a": ALL_BLOCKS}
         passes["isolated"] = Pass(POSITIVE, POSITIVE, **all_blocks)
     return passes

@@ -38,10 +38,8 @@ class Snapshot:
 
     def check_request(self, request: Request) -> None:
         """UserError if a planned request differs, except in a predicted length."""
-        plain = lambda r: json.loads(json.dumps(dataclasses.asdict(r)))
-        mine, other = plain(self.request), plain(request)
-        length = {"num_frames", "auto_duration"}
-        changed = [k for k in mine if k not in length and mine[k] != other[k]]
+        mine, length = vars(self.request), {"num_frames", "auto_duration"}
+        changed = [k for k in mine if mine[k] != vars(request)[k] and k not in length]
         if changed:
             made = f"the saved latents were made with another {' and '.join(changed)}"
             raise UserError(f"{made}: resume with the same request, or with none")
