@@ -73,12 +73,12 @@ def main() -> None:
     model = args.model or default, args.text_encoder, args.kind, dtype
     pipe = pipeline.load(*model, low_memory=args.low_memory)
     trainer = training.Trainer(pipe, vars(args), args.adapter_path, args.cache)
+    if resumed is not None:
+        trainer.resume(resumed)
     trainer.fit(args.data)
     plan = trainer.plan()
     print(describe(trainer), plan, sep="\n")
     plan.check()
-    if resumed is not None:
-        trainer.resume(resumed)
     if args.plan:
         return
     if args.upload_repo:
