@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import sys
@@ -381,8 +382,11 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def some_contexts(pipe, prompts):
-    """Random ones, which take no time: test_dataset has the text encoder's."""
+probe_once = functools.cache(media.probe)
+
+
+def some_contexts(pipe, prompts, trace=None):
+    """Random ones, which take no time: test_dataset and test_readme have the encoder's."""
     c, found = TextConfig.from_dict(pipe.checkpoint.config["transformer"]), {}
     for prompt in prompts:
         key = mx.random.key(len(prompt))
@@ -395,9 +399,10 @@ def some_contexts(pipe, prompts):
 def run(checkpoint, clips, cache, monkeypatch, capsys, tmp_path):
     """`run("--iters", "3", to="a")`: the folder of the adapter, and what was printed."""
 
-    def call(*flags, to="adapter", model="ltx-2", encode=some_contexts):
+    def call(*flags, to="adapter", model="ltx-2"):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(Pipeline, "encode_prompts", encode)
+        monkeypatch.setattr(Pipeline, "encode_prompts", some_contexts)
+        monkeypatch.setattr(media, "probe", probe_once)
         argv = ["train.py", "--model", str(checkpoint(model)), "--data", str(clips)]
         if model != "ltx-2.5":  # which has its own
             argv += ["--text-encoder", str(checkpoint("gemma3"))]
@@ -488,8 +493,7 @@ def test_damaged_latents_are_made_again(run):
 
 def test_the_adapter_is_an_official_lora(run, checkpoint, monkeypatch, capsys):
     flags = "--iters 2 --trigger sks --save-every 1 --sample-every 2 --kind distilled"
-    own = {"encode": Pipeline.encode_prompts}
-    folder, _ = run(*flags.split(), "--learning-rate", "0.2", "--cache", "own", **own)
+    folder, _ = run(*flags.split(), "--learning-rate", "0.2")
     lora = Lora.read(folder)
     model = load(checkpoint("ltx-2"))
     lora.check(model)
