@@ -150,7 +150,7 @@ def trace(pipe: Pipeline, tracer: Tracer, start: Snapshot) -> None:
             tracer.sheet = sheet.draw(event.waveform, event.sample_rate)
         if event.frames is not None:
             tracer("video.frames", mx.array(event.frames) / 255)
-        elif getattr(event, "step", None) == 0 and not event.snapshot:
+        elif event.step == 0 and not event.snapshot:
             LOG.info(f"{event.phase} ...")
 
 
