@@ -251,20 +251,21 @@ class Slice(Whole):
         own = range(self.seam + (self.start > 0), self.first + self.num_frames)
         return [(p - self.first, n) for n, p in enumerate(self.guides) if p in own]
 
-    def joined(self, before: Streams, name: str, new: mx.array) -> mx.array:
-        """The latents of all slices up to this one."""
-        return mx.concatenate([before[name], new], 1) if self.start else new
-
     def merge(self, before: Streams, made: Streams) -> Streams:
         """The same canvas and what is refined so far; after the last slice the refined
-        canvas with twice as many keyframes."""
-        refined = self.joined(before, "refined", made["video"][:, self.held :])
-        slots = self.joined(before, "slots", made["keyframes"])
+        canvas with its keyframes."""
+        new = {"refined": made["video"][:, self.held :]}
+        new |= {"slots": made["keyframes"]} if self.slots else {}
+        if self.start:
+            new = {k: mx.concatenate([before[k], x], axis=1) for k, x in new.items()}
         if self.stop < self.segments:
-            return before | {"refined": refined, "slots": slots}
-        # (1, K, 2, H, W, C): a new keyframe before each of the canvas's
-        keyframes = mx.stack([slots, before["keyframes"]], axis=2).flatten(1, 2)
-        return {"video": refined, "keyframes": keyframes}
+            return before | new
+        return {"video": new["refined"], "keyframes": self.all_keyframes(before | new)}
+
+    def all_keyframes(self, canvas: Streams) -> mx.array:
+        """All keyframes (1, K, H, W, C): a new one before each of the canvas's."""
+        both = canvas["slots"], canvas["keyframes"]
+        return mx.stack(both, axis=2).flatten(1, 2)
 
     def sound(self, audio: mx.array, tokens: int) -> mx.array:
         """Audio latents (1, tokens, mel, C) of its frames, sampled from the canvas's."""
@@ -305,15 +306,12 @@ class EnlargedSlice(Slice):
         return super().cut(before) if self.grid == GRIDS[0] else before["coarse"]
 
     def merge(self, before: Streams, made: Streams) -> Streams:
-        """The same canvas and the coarse result, or what is refined so far; after the last
-        slice the refined canvas with the keyframes that guided it."""
         if self.grid == GRIDS[0]:
             return before | {"coarse": made["video"]}
-        refined = self.joined(before, "refined", made["video"][:, self.held :])
-        if self.stop < self.segments:
-            return before | {"refined": refined}
-        stills = before["keyframes"][:, : len(self.keyframes)]
-        return {"video": refined, "keyframes": stills}
+        return super().merge(before, made)
+
+    def all_keyframes(self, canvas: Streams) -> mx.array:
+        return canvas["keyframes"][:, : len(self.keyframes)]  # those that guided it
 
 
 def slices(segments: int, length: int, rate: int) -> list[Slice]:
