@@ -211,7 +211,9 @@ class Trainee:
         order = range(len(blocks))[:: -1 if backwards else 1]
         taken = (blocks.pop(-1 if backwards else 0) for _ in order)
         for i, block in zip(order, prefetch(taken)):
-            put(block, self.part(prefix := f"{BLOCKS}{i}."), prefix)
+            prefix = f"{BLOCKS}{i}."
+            if self.read is not None:  # else `update` has set them
+                put(block, self.part(prefix), prefix)
             yield prefix, block
 
     def _stages(self, example: Example, backwards: bool = False) -> Iterator[Stage]:
