@@ -8,6 +8,7 @@ import math
 import shutil
 import tempfile
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Mapping, Optional, Sequence
 
 import mlx.core as mx
@@ -52,8 +53,7 @@ def save_losses(folder: Path, history: Sequence[Row]) -> None:
     loss = [(n, x) for n, x, _ in history if math.isfinite(x)]
     half, mean = len(loss) // 40 + 1, []
     for i, (n, _) in enumerate(loss):
-        near = [x for _, x in loss[max(i - half, 0) : i + half + 1]]
-        mean.append((n, sum(near) / len(near)))
+        mean.append((n, fmean(x for _, x in loss[max(i - half, 0) : i + half + 1])))
     held_out = [(n, x) for n, _, x in history if x is not None]
     lines = {"loss": loss, "mean": mean, "held out": held_out}
     draw_chart(folder / CHART, {k: line for k, line in lines.items() if line})
@@ -64,27 +64,24 @@ def draw_chart(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]]) -> 
     from PIL import Image, ImageDraw  # late, it takes 20 ms
 
     width, height, edge = 960, 540, 50
-    points = [p for line in lines.values() for p in line]
-    steps = max((n for n, _ in points), default=1)
+    points = [point for line in lines.values() for point in line]
+    last = max((n for n, _ in points), default=1)
     values = sorted(x for _, x in points) or [0.0]
     low, high = values[0], values[int(0.99 * (len(values) - 1))]  # without outliers
+    right = lambda n: edge + n / last * (width - 2 * edge)
+    part = lambda x: (min(x, high) - low) / (high - low or 1)
+    down = lambda x: height - edge - part(x) * (height - 2 * edge)
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
-
-    def place(n: float, x: float) -> tuple[float, float]:
-        up = (min(x, high) - low) / (high - low or 1)
-        right, down = n / steps * (width - 2 * edge), (1 - up) * (height - 2 * edge)
-        return edge + right, edge + down
-
-    for part in range(5):
-        x = low + (high - low) * part / 4
-        draw.line([place(0, x), place(steps, x)], "lightgray")
-        draw.text((4, place(0, x)[1] - 6), f"{x:.3g}", "black")
-        step = steps * part // 4
-        draw.text((place(step, low)[0], height - edge + 8), str(step), "black")
-    for i, (name, line) in enumerate(lines.items()):
-        draw.line([place(*p) for p in line], COLORS[name], 1 if name == "loss" else 3)
-        draw.text((edge + 90 * i, 20), name, COLORS[name])
+    for n in range(5):
+        x, step = low + (high - low) * n / 4, last * n // 4
+        draw.line([(edge, down(x)), (width - edge, down(x))], "lightgray")
+        draw.text((4, down(x) - 6), f"{x:.3g}", "black")
+        draw.text((right(step), height - edge + 8), str(step), "black")
+    for n, (name, line) in enumerate(lines.items()):
+        places = [(right(step), down(x)) for step, x in line]
+        draw.line(places, COLORS[name], 1 if name == "loss" else 3)
+        draw.text((edge + 90 * n, 20), name, COLORS[name])
     image.save(path)
 
 

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import math
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -82,8 +82,8 @@ def find_clips(data: str, references: Optional[str] = None) -> list[Clip]:
         clips = [c for clip in clips for c in _with_reference(clip, references)]
     if not clips:
         raise UserError(
-            f"{data} has no clips to train on: put a .txt with its caption next to each, or list "
-            "them in metadata.jsonl with file_name and caption"
+            f"{data} has no clips to train on: put a .txt with its caption next to each, "
+            "or list them in metadata.jsonl with file_name and caption"
         )
     return clips
 
@@ -110,10 +110,8 @@ def _listed(path: Path) -> Iterator[Clip]:
             caption = (found["caption"] or "").split()
             if not found["path"] or not caption:
                 raise UserError("it needs file_name and caption")
-            where = {
-                k: path.parent / found[k] for k in ("path", "reference") if found[k]
-            }
-            yield Clip(caption=" ".join(caption), **where)
+            clip, shown = path.parent / found["path"], found["reference"]
+            yield Clip(clip, " ".join(caption), shown and path.parent / shown)
 
 
 def _rows(path: Path) -> Iterable[dict[str, Any]]:
@@ -155,8 +153,8 @@ def parse_bucket(text: str) -> Size:
     """WxHxF, the value of --resolution."""
     form = "WxHxF (--resolution 768x512x49)"
     w, h, f = map(int, match_groups(form, r"(\d+)x(\d+)x(\d+)", text))
-    for name, side in (("width", w), ("height", h)):
-        check_step(f"--resolution {text}: {name}", side, SPACE_SCALE, SPACE_SCALE, 4096)
+    for side in (w, h):
+        check_step(f"--resolution {text}: side", side, SPACE_SCALE, SPACE_SCALE, 4096)
     check_step(f"--resolution {text}: frames", f, TIME_SCALE, 1, 1001, plus=1)
     return Size(w, h, f, 0)
 
@@ -182,12 +180,9 @@ def choose_bucket(
         raise UserError(
             f"it has {frames} frames, fewer than the {least} of the shortest bucket"
         )
-
-    def rank(b: Size) -> tuple:
-        off = abs(math.log(width / height * b.height / b.width))
-        return round(off, 6), -b.num_frames, -b.width * b.height
-
-    return min(short, key=rank)
+    off = lambda b: abs(math.log(width / height * b.height / b.width))
+    order = lambda b: (round(off(b), 6), -b.num_frames, -b.width * b.height)
+    return min(short, key=order)
 
 
 def fit(clip: Clip, buckets: Sequence[Size], streams: str) -> tuple[Clip, str]:
@@ -275,7 +270,9 @@ class Dataset:
         self.clips = []
         for clip in clips:
             with skipping(clip.path):
-                if not self._is_encoded(clip):
+                try:
+                    read_arrays(self.path(clip))
+                except UserError:  # it is missing or damaged
                     self._save(clip, encoders)
                 self.clips.append(clip)
             encoders.files.clear()
@@ -307,16 +304,9 @@ class Dataset:
             raise UserError(f"it ends before frame {size.num_frames}")
         return x
 
-    def _is_encoded(self, clip: Clip) -> bool:
-        """Whether a clip's file is there; a damaged one is made again."""
-        with suppress(UserError):
-            read_arrays(self.path(clip))
-            return True
-        return False
-
     def load(self, clip: Clip) -> Streams:
         """A clip's latents by stream and those of its "reference", with a batch axis."""
-        return mx.load(str(self.path(clip)))
+        return read_arrays(self.path(clip))[0]
 
     def context(self, caption: str) -> Contexts:
         return self.contexts([caption], self.pipe.encode_prompts)[caption]

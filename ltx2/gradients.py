@@ -98,8 +98,7 @@ def make_example(
         ropes = model.rope(name, state.bounds)
         tokens[name] = stream_tokens(state, x, sigma, ropes, mx.zeros(count))
     both = (tuple(map(found.get, STREAMS)) for found in (tokens, targets, masks))
-    pairs = zip(STREAMS, contexts)
-    return Example(*both, tuple(c if k in states else None for k, c in pairs))
+    return Example(*both, contexts)
 
 
 def begin(model: DiT, example: Example) -> tuple[Parameters, Streams]:
@@ -249,8 +248,6 @@ class Trainee:
 
     def preserved(self, example: Example, contexts: Both) -> Example:
         """With another text, for which the base's velocities are to stay."""
-        pairs = zip(contexts, example.contexts)
-        contexts = tuple(c if old is not None else None for c, old in pairs)
         other = replace(example, contexts=contexts)
         with self.untrained():
             flat, (_, streams) = self._forward(other)[-1], begin(self.model, other)
