@@ -52,7 +52,7 @@ class Record:
         o = {k: checked(kind, found[k], f"{path}: {k}") for k, kind in kinds.items()}
         files, version = o["model"].get("files"), o["versions"].get("reference")
         files = checked(dict[str, str], files, f"{path}: model.files")
-        return cls(o["request"], o["load"], files, version)
+        return cls(recorded(o["request"]), o["load"], files, version)
 
     def find(
         self, path: str, nearby: list[Path], but: Container[str], trust: bool
@@ -82,6 +82,11 @@ class Record:
         return replace(self, load=load, request=located(self.request, locate, but))
 
 
+def recorded(r: Request) -> Request:
+    """A request that was read; earlier versions set hdr_keyframes in all of them."""
+    return r if r.color_space and r.has_reference else replace(r, hdr_keyframes=None)
+
+
 def read_json(path: str) -> dict[str, Any]:
     """The object in a .json file; UserError for any other."""
     media.check_file(path)
@@ -99,7 +104,7 @@ def read_config(path: str) -> tuple[dict[str, Any], Request]:
     )
     complete = checked(Load, {"model": ""} | load, f"{path}: load")
     request = checked(Request, {"prompt": ""} | request, f"{path}: request")
-    return {k: v for k, v in asdict(complete).items() if k in load}, request
+    return {k: v for k, v in asdict(complete).items() if k in load}, recorded(request)
 
 
 def provenance(model: Any, job: Any, seconds: Mapping[str, float]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Union
 from .base import UserError, checked, parse_json
 from .hub import read_arrays
 from .latents import Streams
-from .record import Load
+from .record import Load, recorded
 from .request import Request
 from .stages import Job
 from .weights import save_arrays
@@ -79,8 +79,8 @@ class Snapshot:
         count = sum(map(len, streams.values()))
         if not count or shapes != {k: [*x.shape] for k, x in arrays.items()}:
             raise UserError(f"{path} does not contain saved latents")
-        state |= streams
-        return checked(cls, state, f"{path}: ")
+        found = checked(cls, state | streams, f"{path}: ")
+        return dataclasses.replace(found, request=recorded(found.request))
 
 
 def as_json(job: Job) -> list[dict[str, Any]]:

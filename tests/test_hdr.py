@@ -19,6 +19,7 @@ from ltx2.base import UserError
 from ltx2.conditions import ClipKeyframes
 from ltx2.diffusion_decoder import DiffusionDecoder
 from ltx2.inputs import Encoders, InputFiles
+from ltx2.record import read_config
 from ltx2.request import Image, LoraFile, Request
 from ltx2.vae import VideoVAE
 
@@ -238,6 +239,12 @@ def test_the_autoencoder_sees_codes_of_light():
 def test_what_cannot_be_light_is_refused(pipe, request_for, options, reason):
     with pytest.raises(UserError, match=reason):
         pipe.plan(request_for(frames=FRAMES[:9], **options))
+
+
+def test_recordings_of_earlier_versions_may_have_keyframes_of_hdr(tmp_path):
+    path = tmp_path / "made.json"
+    path.write_text('{"request": {"prompt": "a cat", "hdr_keyframes": true}}')
+    assert read_config(str(path))[1] == Request("a cat")
 
 
 @pytest.mark.parametrize("on", [True, False])
