@@ -75,7 +75,7 @@ def main() -> None:
     trainer = training.Trainer(pipe, vars(args), args.adapter_path, args.cache)
     if resumed is not None:
         trainer.resume(resumed)
-    trainer.fit(args.data)
+    trainer.data.find(args.data)
     plan = trainer.plan()
     print(describe(trainer), plan, sep="\n")
     plan.check()

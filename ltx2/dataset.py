@@ -28,7 +28,7 @@ from .guidance import Contexts
 from .hub import File, read_arrays
 from .inputs import Encoders, InputFiles
 from .latents import SPACE_SCALE, TIME_SCALE, Size, Streams, audio_tokens
-from .options import check_step, match_groups
+from .options import check_range, check_step, match_groups
 from .parts import first_file
 from .pipeline import Pipeline
 from .weights import save_arrays
@@ -216,9 +216,9 @@ def fit(clip: Clip, buckets: Sequence[Size], streams: str) -> tuple[Clip, str]:
 class Dataset:
     """Clips whose latents and contexts are in a folder."""
 
-    def __init__(self, folder: str | Path, pipe: Pipeline, downscale: int = 1):
-        """Reference clips have `downscale` times smaller sides."""
-        self.folder, self.pipe, self.downscale = Path(folder), pipe, downscale
+    def __init__(self, folder: str | Path, pipe: Pipeline, options: Any):
+        """`options` are those of training."""
+        self.folder, self.pipe, self.options = Path(folder), pipe, options
         self.clips: list[Clip] = []
 
     @property
@@ -230,18 +230,34 @@ class Dataset:
     def held_out(self) -> list[Clip]:
         return [clip for clip in self.clips if clip.held_out]
 
-    def fit(
-        self, clips: Sequence[Clip], buckets: Sequence[Size], streams: str, trigger: str
-    ) -> None:
-        """Choose each clip's bucket; files that cannot be used are named."""
-        for clip in clips:
+    def find(self, data: str) -> None:
+        """Find clips, choose each one's bucket, and those to hold out, evenly spaced;
+        files that cannot be used are named."""
+        o = self.options
+        buckets = [parse_bucket(text) for text in o.resolution]
+        buckets = buckets or default_buckets(self.pipe.checkpoint.defaults)
+        if o.reference_data and o.streams == "audio":
+            raise UserError("--reference-data cannot be combined with --streams audio")
+        step = SPACE_SCALE * o.reference_downscale
+        if any(side % step for b in buckets for side in (b.width, b.height)):
+            raise UserError(
+                f"--reference-downscale {o.reference_downscale} needs a --resolution "
+                f"with sides that are multiples of {step}"
+            )
+        for clip in find_clips(data, o.reference_data):
             with skipping(clip.path), media.system_errors("it cannot be opened"):
-                clip, done = fit(clip, buckets, streams)
-                caption = f"{trigger} {clip.caption}".strip()
+                clip, done = fit(clip, buckets, o.streams)
+                caption = f"{o.trigger} {clip.caption}".strip()
                 clip = replace(clip, caption=caption, key=self.key(clip))
                 LOG.info(f"{clip.path.name}: {done}")
                 self.clips.append(clip)
         self._check()
+        there = len(self.clips)
+        count = min(there // 10, 8) if o.val_clips is None else o.val_clips
+        check_range("val_clips", count, 0, there - 1)
+        for i in range(count):
+            place = (2 * i + 1) * there // (2 * count)
+            self.clips[place] = replace(self.clips[place], held_out=True)
 
     @cached_property
     def contexts(self) -> ContextCache:
@@ -251,7 +267,8 @@ class Dataset:
         """What a clip's latents depend on."""
         print_of = lambda p: File(p.name, p.stat().st_size, p).fingerprint
         parts = self.pipe.checkpoint.parts
-        depends = [print_of(clip.path), repr(clip.size), clip.streams, self.downscale]
+        depends = [print_of(clip.path), repr(clip.size), clip.streams]
+        depends += [self.options.reference_downscale]
         depends += [first_file(parts[ENCODERS[s]]).fingerprint for s in clip.streams]
         depends += [print_of(clip.reference)] if clip.reference else []
         return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
@@ -291,7 +308,7 @@ class Dataset:
             sound = clip.path, 0.0, size.num_frames / size.fps, size.audio_tokens
             arrays["audio"] = encoders.sound(*sound)
         if clip.reference:
-            smaller = size.divided(self.downscale)
+            smaller = size.divided(self.options.reference_downscale)
             arrays["reference"] = self._video(clip.reference, smaller, encoders)
         save_arrays(self.path(clip), arrays, {"file": clip.path.name})
 
@@ -310,9 +327,3 @@ class Dataset:
 
     def context(self, caption: str) -> Contexts:
         return self.contexts([caption], self.pipe.encode_prompts)[caption]
-
-    def hold_out(self, count: int) -> None:
-        """Do not train on so many clips, evenly spaced."""
-        places = {(2 * i + 1) * len(self.clips) // (2 * count) for i in range(count)}
-        clips = enumerate(self.clips)
-        self.clips = [replace(c, held_out=i in places) for i, c in clips]

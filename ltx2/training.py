@@ -24,12 +24,13 @@ from .dataset import Clip
 from .dit import StreamedBlocks
 from .gradients import SCHEDULES, STREAMS, TARGETS, Parameters, factor_parameters
 from .hub import check_space, fetch_all, make_folder, read_arrays
-from .latents import SPACE_SCALE, LatentState, Size
+from .latents import LatentState, Size
 from .lora import Lora, adapter_file, attach
-from .options import ask, check, check_range, comma_separated
+from .options import ask, check, comma_separated
 from .pipeline import Pipeline, Result
 from .request import Request
 from .sampling import DISTILLED_SIGMAS
+from .stages import Job
 from .text import MAX_TOKENS
 from .weights import save_arrays
 
@@ -105,7 +106,7 @@ class Trainer:
         pipe.checkpoint.check("transformer", "connectors", *encoders)
         pipe.check_text_encoder()
         cache = user_path(cache or self.folder / "cache")
-        self.data = dataset.Dataset(cache, pipe, o.reference_downscale)
+        self.data = dataset.Dataset(cache, pipe, o)
         self.stopping = 0  # the number of a signal
         self.history: list[list] = []  # step, loss, held-out loss
         self.start: Parameters = {}  # factors and moments of an earlier training
@@ -123,33 +124,13 @@ class Trainer:
 
     # Before any weights are read
 
-    def fit(self, data: str) -> None:
-        """Find clips, choose each one's bucket, and the clips to hold out."""
-        o = self.options
-        buckets = [dataset.parse_bucket(text) for text in o.resolution]
-        buckets = buckets or dataset.default_buckets(self.pipe.checkpoint.defaults)
-        if o.reference_data and o.streams == "audio":
-            raise UserError("--reference-data cannot be combined with --streams audio")
-        step = SPACE_SCALE * o.reference_downscale
-        if any(side % step for b in buckets for side in (b.width, b.height)):
-            raise UserError(
-                f"--reference-downscale {o.reference_downscale} needs a --resolution "
-                f"with sides that are multiples of {step}"
-            )
-        clips = dataset.find_clips(data, o.reference_data)
-        self.data.fit(clips, buckets, o.streams, o.trigger)
-        there = len(self.data.clips)
-        count = min(there // 10, 8) if o.val_clips is None else o.val_clips
-        check_range("val_clips", count, 0, there - 1)
-        self.data.hold_out(count)
-
     def plan(self) -> memory.MemoryPlan:
         """The memory of each phase. Blocks are recomputed, or read from the disk, where
         it would not do otherwise."""
         pipe, factors = self.pipe, self.nbytes
         estimator = memory.Estimator(pipe.checkpoint, pipe.dtype)
         text = estimator.text(dataset.PROMPTS_AT_ONCE, pipe.encoder_files)
-        samples = [pipe.plan(r).memory.phases for r in self.requests()[:1]]
+        samples = [job.memory.phases for job in self.samples[:1]]
 
         def planned(sizes: list[Size], by_block: bool, low: Optional[bool]):
             phases = footprints(estimator, sizes, factors, by_block, samples)
@@ -240,11 +221,10 @@ class Trainer:
         copies = 3 + (self.options.iters // self.options.save_every + 1) / 2
         check_space({self.folder: int(copies * self.nbytes)})
         fetch_all(self.pipe.checkpoint.files)
-        jobs = map(self.pipe.plan, self.requests())
-        prompts = [*self.options.preserve, *(p for job in jobs for p in job.prompts)]
+        prompts = [prompt for job in self.samples for prompt in job.prompts]
         for rank in range(self.group.size()):  # others find what is on a common disk
             if rank == self.group.rank():
-                self.data.encode(prompts)
+                self.data.encode([*prompts, *self.options.preserve])
             mx.eval(mx.distributed.all_sum(mx.zeros(1)))
         o, streamed = self.options, self.memory.streamed
         model = self.pipe.checkpoint.load("transformer", self.pipe.dtype, streamed)
@@ -398,39 +378,37 @@ class Trainer:
 
     # Samples
 
-    def requests(self) -> list[Request]:
-        """Sample clips of the most common size, with fixed seeds."""
+    @cached_property
+    def samples(self) -> list[Job]:
+        """Clips of the most common size, with fixed seeds; none with reference clips."""
         o, clips = self.options, self.data.items
-        # A sample has no reference clip.
         if clips[0].reference or not o.sample_every:
             return []
         sizes = [clip.size for clip in clips]
         size = max(sizes, key=sizes.count)
-        sides = "width", "height", "num_frames", "fps"
-        how = {name: getattr(size, name) for name in sides}
+        how = {k: getattr(size, k) for k in ("width", "height", "num_frames", "fps")}
         how |= {"audio_only": o.streams == "audio", "no_audio": o.streams == "video"}
         prompts = enumerate(o.sample_prompt or (clips[0].caption,), o.seed)
-        return [Request(prompt, seed=seed, **how) for seed, prompt in prompts]
+        return [self.pipe.plan(Request(p, seed=n, **how)) for n, p in prompts]
 
     def sample(self) -> None:
         """Sample clips, to the right of those of the untrained model."""
         folder = self.folder / "samples"
-        for n, request in enumerate(() if self.group.rank() else self.requests(), 1):
+        for n, job in enumerate(() if self.group.rank() else self.samples, 1):
             folder.mkdir(exist_ok=True)
+            if job.request.audio_only:
+                self._generate(job).save(folder / f"{self.step:07d}-{n}.wav")
+                continue
             base = folder / f"{0:07d}-{n}.mp4"
-            if not base.exists() and not request.audio_only:
+            if not base.exists():
                 with self.trainee.untrained():
-                    self._generate(request).save(base)
-            result = self._generate(request)
-            if result.frames is not None:
-                frames = np.stack([*media.read_video(base)])
-                result.frames = np.concatenate([frames, result.frames], axis=2)
-            suffix = ".wav" if request.audio_only else ".mp4"
-            result.save(folder / f"{self.step:07d}-{n}{suffix}")
+                    self._generate(job).save(base)
+            result, before = self._generate(job), np.stack([*media.read_video(base)])
+            result.frames = np.concatenate([before, result.frames], axis=2)
+            result.save(folder / f"{self.step:07d}-{n}.mp4")
 
-    def _generate(self, request: Request) -> Result:
+    def _generate(self, job: Job) -> Result:
         self.pipe.adopt(self.trainee.model)
-        job = self.pipe.plan(request)
         contexts = {prompt: self.data.context(prompt) for prompt in job.prompts}
         return self.pipe.generate(job, contexts=contexts)
 

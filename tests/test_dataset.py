@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ltx2 import dataset, formats, media, pipeline
+from ltx2 import dataset, formats, media, pipeline, training
 from ltx2.base import UserError
 from ltx2.dataset import Dataset, choose_bucket, find_clips
 from ltx2.latents import Size
@@ -51,9 +51,11 @@ def pipe(checkpoint):
     return pipeline.load(checkpoint("ltx-2"), encoder, dtype="float32")
 
 
-def fitted(pipe, cache, clips, streams="both", trigger="", **options) -> Dataset:
-    data = Dataset(cache, pipe, **options)
-    data.fit(clips, BUCKETS, streams, trigger)
+def found(pipe, cache, folder, **options) -> Dataset:
+    sizes = tuple(f"{b.width}x{b.height}x{b.num_frames}" for b in BUCKETS)
+    options = {"resolution": sizes, "val_clips": 0} | options
+    data = Dataset(cache, pipe, training.Options.of({}, options))
+    data.find(str(folder))
     return data
 
 
@@ -64,7 +66,7 @@ def test_files_that_cannot_be_used_are_named_and_left_out(
     assert [c.caption for c in clips] == [
         f"this is {name}" for name in ("a", "b silent", "broken", "short", "still")
     ]
-    data = fitted(pipe, tmp_path / "cache", clips)
+    data = found(pipe, tmp_path / "cache", folder)
     sizes = {c.path.stem: (c.size.width, c.size.num_frames) for c in data.clips}
     assert sizes == {
         "a": (64, 17),
@@ -83,15 +85,15 @@ def test_files_that_cannot_be_used_are_named_and_left_out(
 def test_latents_and_contexts_are_encoded_once(
     folder, pipe, notes, tmp_path, monkeypatch
 ):
-    data = fitted(pipe, tmp_path, find_clips(str(folder)))
+    data = found(pipe, tmp_path, folder)
     data.encode()
-    found = {c.path.stem: (c.size, data.load(c)) for c in data.clips}
-    size, a = found["a"]
+    loaded = {c.path.stem: (c.size, data.load(c)) for c in data.clips}
+    size, a = loaded["a"]
     assert a["video"].shape[:4] == (1, 3, 2, 2)
     assert a["audio"].shape[1] == size.audio_tokens == 18
-    size, silent = found["b silent"]
+    size, silent = loaded["b silent"]
     assert silent.keys() == {"video"} and size.fps == 30
-    size, still = found["still"]
+    size, still = loaded["still"]
     assert still["video"].shape[1] == 1 and size.fps == 1
     frames = list(media.read_video(folder / "a.mp4"))[:17]
     pixels = mx.array(media.resize_and_crop(frames, 64, 64))[None]
@@ -104,11 +106,11 @@ def test_latents_and_contexts_are_encoded_once(
 
     monkeypatch.setattr(pipeline.Pipeline, "component", fail)
     monkeypatch.setattr(pipeline.Pipeline, "encode_prompts", fail)
-    again = fitted(pipe, tmp_path, find_clips(str(folder)))
+    again = found(pipe, tmp_path, folder)
     again.encode()
     assert mx.array_equal(again.load(again.clips[0])["video"], a["video"])
     for change in ({"trigger": "sks"}, {"streams": "video"}):
-        other = fitted(pipe, tmp_path, find_clips(str(folder)), **change)
+        other = found(pipe, tmp_path, folder, **change)
         with pytest.raises(AssertionError, match="encoded again"):
             other.encode()
 
@@ -119,7 +121,7 @@ def test_a_clip_that_breaks_while_it_is_read_is_left_out(folder, pipe, notes, tm
         for suffix in (".mp4", ".txt"):
             data = (folder / (name + suffix)).read_bytes()
             (tmp_path / "clips" / (name + suffix)).write_bytes(data)
-    data = fitted(pipe, tmp_path / "cache", find_clips(str(tmp_path / "clips")))
+    data = found(pipe, tmp_path / "cache", tmp_path / "clips")
     whole = (tmp_path / "clips" / "a.mp4").read_bytes()
     (tmp_path / "clips" / "a.mp4").write_bytes(whole[: len(whole) // 2])
     data.encode()
@@ -131,25 +133,26 @@ def test_a_sound_trains_the_audio_alone(pipe, notes, tmp_path):
     tone = np.sin(np.arange(16000) / 9)[:, None].astype(np.float32)
     media.write_wav(tmp_path / "tone.wav", tone, 16000)
     (tmp_path / "tone.txt").write_text("a tone")
-    data = fitted(pipe, tmp_path / "cache", find_clips(str(tmp_path)), "audio")
+    data = found(pipe, tmp_path / "cache", tmp_path, streams="audio")
     data.encode()
     [clip] = data.clips
     assert data.load(clip).keys() == {"audio"}
     assert clip.size.num_frames == 17
     with pytest.raises(UserError, match="none of the clips"):
-        fitted(pipe, tmp_path / "cache", find_clips(str(tmp_path)), "video")
+        found(pipe, tmp_path / "cache", tmp_path, streams="video")
 
 
 def test_references_are_smaller_clips_of_the_same_names(folder, pipe, notes, tmp_path):
     write_clip(tmp_path / "a.mp4", 17, 128, 128)
     clips = find_clips(str(folder), str(tmp_path))
     assert [c.path.stem for c in clips] == ["a"]
-    data = Dataset(tmp_path / "cache", pipe, downscale=2)
-    data.fit(clips, [Size(128, 128, 9, 0)], "video", "")
+    options = {"resolution": ("128x128x9",), "streams": "video"}
+    options |= {"reference_data": str(tmp_path), "reference_downscale": 2}
+    data = found(pipe, tmp_path / "cache", folder, **options)
     data.encode()
-    found = data.load(data.clips[0])
-    assert found["video"].shape[1:4] == (2, 4, 4)
-    assert found["reference"].shape[1:4] == (2, 2, 2)
+    arrays = data.load(data.clips[0])
+    assert arrays["video"].shape[1:4] == (2, 4, 4)
+    assert arrays["reference"].shape[1:4] == (2, 2, 2)
 
 
 # Lists
