@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from ltx2 import __version__
-from ltx2.base import Parser, UserError, note, run, user_path
+from ltx2.base import Parser, UserError, awake, note, run, user_path
 from ltx2.options import name_and_file
 
 EPILOG = """\
@@ -82,6 +82,7 @@ def main() -> None:
 
     from ltx2 import hub
 
+    awake()
     folder, repo = user_path(args.mlx_path).resolve(), args.upload_repo
     if repo:
         hub.create_repository(repo)  # fails now, not after hours of work

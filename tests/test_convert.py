@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import ModelCard, errors
 from mlx.utils import tree_flatten
 
-from ltx2 import conversion, hub, weights
+from ltx2 import base, conversion, hub, weights
 from ltx2 import quantization as rounding
 from ltx2.base import UserError
 from ltx2.conversion import Conversion, quantization
@@ -550,10 +550,12 @@ def test_four_bits_are_spent_by_layer(checkpoint, tmp_path, capsys, monkeypatch)
     weights.open_model(str(tmp_path / "plain")).load("transformer")
 
 
-def test_kind_and_dtype_from_the_command_line(checkpoint, tmp_path):
+def test_kind_and_dtype_from_the_command_line(checkpoint, tmp_path, monkeypatch):
     args = ("--kind", "distilled", "--dtype", "float32", "--text-encoder", "here")
-    model = tmp_path / "model"
+    model, kept = tmp_path / "model", []
+    monkeypatch.setattr(base, "awake", lambda: kept.append("awake"))
     assert convert("--hf-path", checkpoint("ltx-2"), "--mlx-path", model, *args) == 0
+    assert kept == ["awake"]
     source = weights.open_model(str(model))
     assert (source.kind, source.text_encoder) == ("distilled", "here")
     assert source.weights("connectors").popitem()[1].dtype == mx.float32
