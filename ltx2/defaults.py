@@ -183,7 +183,7 @@ class Resolver:
             yield "contexts_file is used instead of the prompt: remove one of them"
         if r.tile_size and not self.tiled:
             two = "tile_size in two stages needs reference_in_stage_2"
-            yield f"{two}, and goes without step_cache and skip_step"
+            yield f"{two}; it cannot be combined with step_cache or skip_step"
         keyframes = r.generated_keyframes or self.mode == "dfr"
         if r.decode_with_keyframes and not keyframes:
             yield "decode_with_keyframes needs generated_keyframes"
@@ -282,10 +282,11 @@ class Resolver:
         check_step("width", r.width, step, low, high)
         sides = self.padded(r.width), self.padded(r.height)
         if sides != (r.width, r.height):
-            padded = f"padded to {sides[0]}x{sides[1]}, and cut back"
+            padded = f"padded to {sides[0]}x{sides[1]}, and the result is cropped"
             self.notes.append(f"{r.width}x{r.height} is {padded}")
         if self.recipe.extra:
-            self.notes.append(f"{self.recipe.extra} more frames are made, and cut off")
+            extra = f"{self.recipe.extra} more frames"
+            self.notes.append(f"{extra} are generated and cut off")
         check_step("num_frames", r.num_frames, TIME_SCALE, 1, MAX_FRAMES, plus=1)
         tile = self.recipe.tile if r.has_reference and self.tiled else None
         if tile and r.tile_size is None:
@@ -294,7 +295,9 @@ class Resolver:
         for side in r.tile_size or ():
             check_step("tile_size", side, SPACE_SCALE, 2 * SPACE_SCALE, MAX_SIDE)
         if r.num_frames > (most := self.recipe.frames):
-            self.notes.append(f"{r.num_frames} frames: an adapter is for up to {most}")
+            self.notes.append(
+                f"{r.num_frames} frames: an adapter is made for at most {most}"
+            )
         places, most = r.generated_keyframes, r.num_frames - 1
         if not isinstance(places, tuple):  # how many
             places, most = (places,), max(most - 1, 0)
@@ -352,7 +355,7 @@ class Resolver:
         r, clip = self.r, self.files.probe(self.r.video)
         if frames_in(r.video):
             if r.fps is None:
-                raise UserError(f"{r.video}: EXR files say no frame rate: pass fps")
+                raise UserError(f"{r.video}: EXR files have no frame rate: pass fps")
             clip = replace(clip, fps=media.frame_rate(r.fps))
         if not clip.has_video:
             raise UserError(f"{r.video} has no video: pass a sound with --audio")

@@ -342,7 +342,7 @@ def test_a_folder_of_exr_frames_is_a_reference_or_is_changed(
     job = pipe.plan(shown)
     assert (job.size.num_frames, job.codes) == (9, "acescct")
     assert not any(stage.slots for stage in job.stages)  # only of a clip in SDR
-    with pytest.raises(UserError, match="say no frame rate: pass fps"):
+    with pytest.raises(UserError, match="have no frame rate: pass fps"):
         pipe.plan(replace(shown, fps=None))
     retake = {"retake": (0.1, 0.3), "retake_streams": ("video",), "fps": 24.0}
     result = pipe.generate(Request("a cat", seed=10, stages="one", **clip, **retake))

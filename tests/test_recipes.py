@@ -160,7 +160,7 @@ def test_notes_say_what_an_adapter_was_not_made_for(pipe, adapter, tmp_path):
     job = pipe.plan(
         Request("a cat", seed=10, video=video, loras=(adapter("deblur-0.9"),))
     )
-    assert "129 frames: an adapter is for up to 121" in job.notes
+    assert "129 frames: an adapter is made for at most 121" in job.notes
     notes = pipe.plan(
         Request("", seed=10, video=video, loras=(adapter("alpha-gen-0.9"),))
     ).notes
