@@ -64,6 +64,13 @@ class Clip:
     held_out: bool = False
 
 
+def of_streams(size: Size, streams: Sequence[str]) -> Size:
+    """What these streams have of a clip."""
+    width, height = (size.width, size.height) if "video" in streams else (0, 0)
+    sound = size.audio_tokens if "audio" in streams else 0
+    return replace(size, width=width, height=height, audio_tokens=sound)
+
+
 # Finding clips
 
 

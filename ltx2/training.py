@@ -18,9 +18,9 @@ from mlx.utils import tree_flatten
 
 from . import __version__, dataset, gradients, latents, media, memory
 from .adapters import ADAPTERS, CONFIG, STATE, official, save_losses
-from .base import Checked, UserError, checked, note, parse_json, user_path
+from .base import Checked, OutputError, UserError, checked, note, parse_json, user_path
 from .chips import this_chip
-from .dataset import Clip
+from .dataset import Clip, of_streams
 from .dit import StreamedBlocks
 from .gradients import SCHEDULES, STREAMS, TARGETS, Parameters, factor_parameters
 from .hub import check_space, fetch_all, make_folder, read_arrays
@@ -35,6 +35,7 @@ from .text import MAX_TOKENS
 from .weights import save_arrays
 
 MEAN_OF = 100  # steps in the running mean of the loss
+MOST_SKIPPED = 10  # steps in a row
 HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
 # Copies that a block keeps for its backward pass, of the states of all tokens, of those of
 # the text and of the scores of its attentions (which are not fused while they are
@@ -101,13 +102,14 @@ class Trainer:
         self.pipe, self.folder = pipe, user_path(folder)
         self.options = o = Options.of(pipe.checkpoint.defaults, options)
         self.group = mx.distributed.init()
-        streams = STREAMS if o.streams == "both" else (o.streams,)
-        encoders = [dataset.ENCODERS[s] for s in streams]
+        self.streams = STREAMS if o.streams == "both" else (o.streams,)
+        encoders = [dataset.ENCODERS[s] for s in self.streams]
         pipe.checkpoint.check("transformer", "connectors", *encoders)
         pipe.check_text_encoder()
         cache = user_path(cache or self.folder / "cache")
         self.data = dataset.Dataset(cache, pipe, o)
         self.stopping = 0  # the number of a signal
+        self.skipped = 0  # steps, the last ones
         self.history: list[list] = []  # step, loss, held-out loss
         self.start: Parameters = {}  # factors and moments of an earlier training
         self.sigmas: Sequence[float] = ()
@@ -137,10 +139,12 @@ class Trainer:
             return memory.planned({"text": text} | phases, memory.available(), low)
 
         def fits(side: int, frames: int) -> bool:
-            sound = latents.audio_tokens(frames, 24)
-            return planned([Size(side, side, frames, 24, sound)], True, True).fits
+            size = Size(side, side, frames, 24, latents.audio_tokens(frames, 24))
+            return planned([of_streams(size, self.streams)], True, True).fits
 
-        sizes, low = [clip.size for clip in self.data.clips], pipe.low_memory
+        sizes, low = [
+            of_streams(c.size, c.streams) for c in self.data.clips
+        ], pipe.low_memory
         self.by_block = self.options.grad_checkpoint
         plan = planned(sizes, self.by_block, low)
         if plan.streamed or not plan.fits:
@@ -217,7 +221,7 @@ class Trainer:
 
     def prepare(self) -> None:
         """Encode clips and prompts, load the transformer and attach the factors."""
-        make_folder(self.folder)
+        make_folder(self.folder / ("samples" if self.samples else ""))
         copies = 3 + (self.options.iters // self.options.save_every + 1) / 2
         check_space({self.folder: int(copies * self.nbytes)})
         fetch_all(self.pipe.checkpoint.files)
@@ -280,8 +284,14 @@ class Trainer:
         new, norm = gradients.step(self.opt, old, grads, limit)
         self.trainee.update(new)
         self.history.append([self.step + 1, loss, None])
-        if not math.isfinite(norm):
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped:
             note(f"step {self.step} is skipped: its gradients are not finite")
+        if self.skipped == MOST_SKIPPED:
+            raise OutputError(
+                f"{MOST_SKIPPED} steps in a row had no finite gradients: test the model "
+                "with python -m ltx2.checks, or pass a lower --learning-rate"
+            )
 
     def _losses(self, times: list[float]) -> Iterator[str]:
         """The losses that are due; `times` are the seconds of the steps since the last."""
@@ -395,7 +405,6 @@ class Trainer:
         """Sample clips, to the right of those of the untrained model."""
         folder = self.folder / "samples"
         for n, job in enumerate(() if self.group.rank() else self.samples, 1):
-            folder.mkdir(exist_ok=True)
             if job.request.audio_only:
                 self._generate(job).save(folder / f"{self.step:07d}-{n}.wav")
                 continue
@@ -469,13 +478,14 @@ def footprints(
 ) -> dict[str, memory.Footprint]:
     """What encoding, training and samples with these phases hold, for clips of these
     sizes and so many bytes of factors."""
-    c, phases = e.dit, {}
-    largest = max(sizes, key=lambda s: s.tokens + s.audio_tokens)
+    c, largest = e.dit, max(sizes, key=lambda s: s.tokens + s.audio_tokens)
     tokens, sound = largest.tokens, largest.audio_tokens
+    weights = buffers = 0
     if tokens:
-        weights = e.size["vae.encoder"] + e.size.get("audio_vae", 0)
-        buffers = e.convolutions(largest, "encoder", 8)
-        phases["encode"] = memory.Footprint(weights, buffers)
+        weights, buffers = e.size["vae.encoder"], e.convolutions(largest, "encoder", 8)
+    if sound:
+        weights, buffers = weights + e.size["audio_vae"], max(buffers, e.spectra(sound))
+    phases = {"encode": memory.Footprint(weights, buffers)}
     heads = max(c.num_attention_heads, c.audio_num_attention_heads)
     pairs = tokens * (tokens + MAX_TOKENS + 2 * sound) + sound * (sound + MAX_TOKENS)
     state, text = e.per_token(tokens, sound), e.per_token(MAX_TOKENS, MAX_TOKENS)

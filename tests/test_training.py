@@ -24,8 +24,8 @@ from test_parallel import ROOT, launch
 
 import generate
 import train
-from ltx2 import adapters, gradients, latents, media, memory, training, weights
-from ltx2.base import UserError
+from ltx2 import adapters, dataset, gradients, latents, media, memory, training, weights
+from ltx2.base import OutputError, UserError
 from ltx2.conversion import OFFICIAL, quant_predicate
 from ltx2.gradients import Trainee, make_example
 from ltx2.linear import quantize
@@ -656,6 +656,21 @@ def test_an_error_keeps_the_steps_before_it(run, monkeypatch):
         run("--iters", "4", "--sample-every", "3")
     folder, _ = run("--iters", "4", "--resume-adapter-file", "adapter")
     assert len((folder / "loss.csv").read_text().splitlines()) == 5
+
+
+def test_a_training_ends_whose_gradients_are_never_finite(run, monkeypatch):
+    same = lambda opt, parameters, *_: (parameters, float("nan"))
+    monkeypatch.setattr(gradients, "step", same)
+    with pytest.raises(OutputError, match="10 steps in a row had no finite gradients"):
+        run("--iters", "12")
+
+
+def test_what_is_planned_for_a_sound_has_no_picture():
+    size = latents.Size(64, 32, 9, 24, 10)
+    of = lambda *streams: dataset.of_streams(size, streams)
+    assert (of("audio").tokens, of("audio").audio_tokens) == (0, 10)
+    assert (of("video").tokens, of("video").audio_tokens) == (4, 0)
+    assert of("video", "audio") == size
 
 
 def test_losses_that_are_not_finite_are_left_out_of_the_picture(tmp_path):
