@@ -243,8 +243,10 @@ class Trainee:
         trained = self.parameters
         zero = lambda k, w: mx.zeros_like(w) if k.endswith("lora_b") else w
         self.update({k: zero(k, w) for k, w in trained.items()})
-        yield
-        self.update(trained)
+        try:
+            yield
+        finally:
+            self.update(trained)
 
     def preserved(self, example: Example, contexts: Both) -> Example:
         """With another text, for which the base's velocities are to stay."""
