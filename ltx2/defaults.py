@@ -261,6 +261,7 @@ class Resolver:
 
     def fit_size(self) -> None:
         """Fill in and check the size, length and rate."""
+        note = self.notes.append
         multiple = SPACE_SCALE * self.scale.numerator * self.reference_scale()[0]
         multiple *= 2**self.r.spatial_rounds
         # A decoder that reflects its borders needs two latents.
@@ -283,10 +284,9 @@ class Resolver:
         sides = self.padded(r.width), self.padded(r.height)
         if sides != (r.width, r.height):
             padded = f"padded to {sides[0]}x{sides[1]}, and the result is cropped"
-            self.notes.append(f"{r.width}x{r.height} is {padded}")
+            note(f"{r.width}x{r.height} is {padded}")
         if self.recipe.extra:
-            extra = f"{self.recipe.extra} more frames"
-            self.notes.append(f"{extra} are generated and cut off")
+            note(f"{self.recipe.extra} more frames are generated and cut off")
         check_step("num_frames", r.num_frames, TIME_SCALE, 1, MAX_FRAMES, plus=1)
         tile = self.recipe.tile if r.has_reference and self.tiled else None
         if tile and r.tile_size is None:
@@ -295,9 +295,7 @@ class Resolver:
         for side in r.tile_size or ():
             check_step("tile_size", side, SPACE_SCALE, 2 * SPACE_SCALE, MAX_SIDE)
         if r.num_frames > (most := self.recipe.frames):
-            self.notes.append(
-                f"{r.num_frames} frames: an adapter is made for at most {most}"
-            )
+            note(f"{r.num_frames} frames: an adapter is made for at most {most}")
         places, most = r.generated_keyframes, r.num_frames - 1
         if not isinstance(places, tuple):  # how many
             places, most = (places,), max(most - 1, 0)
@@ -306,7 +304,7 @@ class Resolver:
         check_range("fps", r.fps, 1, 120)
         if not r.conditioned_fps and min(abs(r.fps - x) for x in USUAL_FPS) > 0.1:
             usual = ", ".join(map(str, USUAL_FPS))
-            self.notes.append(f"{r.fps:g} fps is unusual: models are made for {usual}")
+            note(f"{r.fps:g} fps is unusual: models are made for {usual}")
         self.check_segments()
         for image in r.images:
             image.index(r.num_frames, r.fps)
@@ -315,7 +313,7 @@ class Resolver:
             aspect = width * r.height / (height * r.width)
             if (cut := 1 - min(aspect, 1 / aspect)) > 0.1:
                 cropped = f"cropped to {r.width}x{r.height}, {cut:.0%} of it is cut off"
-                self.notes.append(f"{image.path}: {width}x{height} {cropped}")
+                note(f"{image.path}: {width}x{height} {cropped}")
         if r.audio:
             self.check_sound()
 
