@@ -123,11 +123,10 @@ class Job:
         """The keyframes that a window is decoded with, by the window that made them."""
         r, n = self.request, self.windows.index(window)
         used = r.decode_with_keyframes or r.stages == "dfr"
-        if not used or self.decoder != "diffusion_decoder":
-            return {}
-        of = [(w, self.keyframes[w]) for w in self.windows[max(n - 1, 0) : n + 1]]
-        found = {w: tuple(f for f in all_ if f >= window.start) for w, all_ in of}
-        return {w: frames for w, frames in found.items() if frames}
+        used = used and self.decoder == "diffusion_decoder"
+        near = self.windows[max(n - 1, 0) : n + 1] if used else ()
+        found = {w: [f for f in self.keyframes[w] if f >= window.start] for w in near}
+        return {w: tuple(frames) for w, frames in found.items() if frames}
 
     @property
     def frames_ahead(self) -> int:
@@ -337,7 +336,7 @@ class Planner(Resolver):
 
     def slice_stage(self, n: int, part: Slice, full: Size) -> Stage:
         """A slice of one of dfr's rounds, which double the frame rate."""
-        fps, streams = full.fps * part.rate, full.audio_tokens > 0
+        fps = full.fps * part.rate
         rate = windows.conditioned_rate(fps)
         size = replace(full, num_frames=part.num_frames, fps=fps, conditioned_fps=rate)
         size = replace(size, audio_tokens=audio_tokens(part.num_frames, rate))
@@ -354,7 +353,7 @@ class Planner(Resolver):
             SLICE_SIGMAS[0],
             loras=self.loras(None, 1),
             upsampler=None if part.start else "temporal_upsampler",
-            conditions=both if streams else {"video": both["video"]},
+            conditions={stream: both[stream] for stream in self.streams},
             final=VIDEO,
             part=part,
             first=False,
