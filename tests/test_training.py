@@ -226,8 +226,9 @@ def test_every_factor_learns_also_outside_of_the_blocks(g, name):
         d = grads[key] / mx.linalg.norm(grads[key])
         values = []
         for eps in (-1e-2, 1e-2):
-            changed = trainee.parameters | {key: trainee.parameters[key] + eps * d}
-            values.append(Trainee(model, changed).loss(e)[0].item())
+            gradients.put(model, {key: trainee.parameters[key] + eps * d})
+            values.append(trainee.loss(e)[0].item())
+        gradients.put(model, {key: trainee.parameters[key]})
         slope = (values[1] - values[0]) / 2e-2
         assert slope == pytest.approx(
             mx.linalg.norm(grads[key]).item(), rel=0.05, abs=2e-3
