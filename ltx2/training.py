@@ -8,7 +8,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from statistics import NormalDist, fmean
+from statistics import NormalDist, fmean, mode
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import mlx.core as mx
@@ -295,12 +295,13 @@ class Trainer:
 
     def _losses(self, times: list[float]) -> Iterator[str]:
         """The losses that are due; `times` are the seconds of the steps since the last."""
-        o, losses = self.options, [loss for _, loss, _ in self.history]
-        left = o.iters - self.step
+        o, left = self.options, self.options.iters - self.step
         if self.data.held_out and (self.step % o.steps_per_eval == 0 or not left):
             self.history[-1][2] = loss = self.held_out_loss()
             yield f"Iter {self.step}: held-out loss {loss:.4f}"
         if self.step % o.steps_per_report == 0 or not left:
+            recent = self.history[-max(MEAN_OF, len(times)) :]
+            losses = [loss for _, loss, _ in recent]
             loss, mean = fmean(losses[-len(times) :]), fmean(losses[-MEAN_OF:])
             rate, speed = self.opt.learning_rate.item(), len(times) / sum(times)
             times.clear()
@@ -394,8 +395,7 @@ class Trainer:
         o, clips = self.options, self.data.items
         if clips[0].reference or not o.sample_every:
             return []
-        sizes = [clip.size for clip in clips]
-        size = max(sizes, key=sizes.count)
+        size = mode(clip.size for clip in clips)
         how = {k: getattr(size, k) for k in ("width", "height", "num_frames", "fps")}
         how |= {"audio_only": o.streams == "audio", "no_audio": o.streams == "video"}
         prompts = enumerate(o.sample_prompt or (clips[0].caption,), o.seed)
@@ -447,7 +447,7 @@ class Trainer:
         o, version = self.options, self.pipe.checkpoint.model_version
         found = {"format": "pt", "rank": str(o.rank), "alpha": str(o.rank)}
         found |= {"base_model": self.base, "model_version": version}
-        found |= {"steps": str(self.step)}
+        found["steps"] = str(self.step)
         found |= {"trigger_words": o.trigger} if o.trigger else {}
         if any(clip.reference for clip in self.data.clips):
             found["reference_downscale_factor"] = str(o.reference_downscale)
