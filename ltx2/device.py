@@ -1,4 +1,4 @@
-"""Is this machine in order? Kernels against the CPU in float64, rates, memory, disk.
+"""Is this machine in order? Kernels against numpy, rates, memory and disk.
 This is `python -m ltx2.checks device`."""
 
 import fcntl
@@ -10,7 +10,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -54,33 +54,26 @@ def name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-# Name, dtype, function, the function for the CPU (None: the same), inputs
-Case = tuple
+Pair = tuple[mx.array, np.ndarray]  # what MLX computes, and exact values
+Case = tuple  # name, dtype, what computes a Pair, its arguments
 
 
-def on_cpu(compute: Callable, *inputs: Any) -> mx.array:
-    """Compute with MLX's CPU backend in float64 (its convolutions: in float32)."""
-    with mx.stream(mx.cpu):
-        is_float = lambda x: isinstance(x, mx.array) and x.dtype in LIMITS
-        y = compute(*(x.astype(mx.float64) if is_float(x) else x for x in inputs))
-        mx.eval(y)
-        return y
-
-
-def relative_error(ours: mx.array, exact: mx.array) -> float:
-    exact, ours = np.array(exact), np.array(ours.astype(mx.float32))
-    error = np.abs(ours - exact).max() / np.abs(exact).max()
+def relative_error(ours: mx.array, exact: np.ndarray) -> float:
+    error = np.abs(exact64(ours) - exact).max() / np.abs(exact).max()
     return error if np.isfinite(error) else math.inf
+
+
+def exact64(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32), np.float64)
 
 
 def judge(check: str, cases: Iterable[Case]) -> list[Row]:
     """One row for all cases, or one for each that is wrong."""
     cases, rows, largest = [*cases], [], (0.0, "")
-    for case, dtype, compute, reference, *inputs in cases:
+    for case, dtype, compute, *inputs in cases:
         case, advice = f"{case}, {name(dtype)}", UPDATE
         try:
-            exact = on_cpu(reference or compute, *inputs)
-            error = relative_error(compute(*inputs), exact)
+            error = relative_error(*compute(*inputs))
         except (RuntimeError, ValueError) as failed:
             found = f"{case}: {' '.join(str(failed).split())[:80]}"
             rows.append(Row(check, "wrong", found, advice))
@@ -94,117 +87,197 @@ def judge(check: str, cases: Iterable[Case]) -> list[Row]:
     return rows or [Row(check, "ok", f"{len(cases)} cases, largest error {largest[1]}")]
 
 
-RANDOM = np.random.default_rng(0)
+class Draw:
+    """Normals of a seed, in a dtype."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(0)
+
+    def __call__(self, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+        return mx.array(self.rng.standard_normal(shape, np.float32)).astype(dtype)
 
 
-def draw(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
-    return mx.array(RANDOM.standard_normal(shape, np.float32)).astype(dtype)
+# Attention
 
 
 def attention_cases(dim: int) -> Iterator[Case]:
     """All kinds of masks, many queries and one; heads share keys, as in Gemma."""
-    attend = partial(mx.fast.scaled_dot_product_attention, scale=dim**-0.5)
-    masked = lambda q, k, v, mask: attend(q, k, v, mask=mask)
-    for dtype in LIMITS:
-        q = 3 * draw(1, 2, 150, dim, dtype=dtype)
-        k, v = (draw(1, 1, 150, dim, dtype=dtype) for _ in range(2))
-        yield "no mask", dtype, masked, None, q[:, :, :100], k, v, None
-        added = draw(1, 1, 100, 150, dtype=dtype)
-        for kind, mask in ("added", added), ("boolean", added > 0):
-            yield f"{kind} mask", dtype, masked, None, q[:, :, :100], k, v, mask
-        yield "causal", dtype, masked, None, q, k, v, "causal"
-        yield "one query", dtype, masked, None, q[:, :, :1], k, v, None
+    draw, keys = Draw(), 150
+    for kind in ("no mask", "added mask", "boolean mask", "causal", "one query"):
+        for dtype in LIMITS:
+            queries = {"one query": 1, "causal": keys}.get(kind, 100)
+            q = 3 * draw(1, 2, queries, dim, dtype=dtype)
+            k, v = (draw(1, 1, keys, dim, dtype=dtype) for _ in range(2))
+            mask = kind if kind == "causal" else None
+            if "mask" in kind and kind != "no mask":
+                mask = draw(1, 1, queries, keys, dtype=dtype)
+                mask = mask > 0 if kind == "boolean mask" else mask
+            yield kind, dtype, attention, q, k, v, mask
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> Pair:
+    scale = 1 / math.sqrt(q.shape[-1])
+    ours = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    q, k, v = (exact64(x) for x in (q, k, v))
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    scores = q @ k.swapaxes(2, 3) * scale
+    if isinstance(mask, str):
+        scores = np.where(np.tri(*scores.shape[2:], dtype=bool), scores, -np.inf)
+    elif mask is not None and mask.dtype == mx.bool_:
+        scores = np.where(np.array(mask), scores, -np.inf)
+    elif mask is not None:
+        scores = scores + exact64(mask)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return ours, weights / weights.sum(-1, keepdims=True) @ v
+
+
+# Convolutions and products in float32
+
+
+def convolution(size: tuple, out: int, taps: tuple, step: int = 1) -> Pair:
+    """A convolution of (1, *size), and exact values at some places of its output."""
+    draw = Draw()
+    x, w = draw(1, *size), draw(out, *taps, size[-1])
+    if len(taps) == 3:
+        y = conv.conv3d(x, w, padding=0)
+    else:
+        y = mx.conv2d(x, w) if len(taps) == 2 else mx.conv1d(x, w, dilation=step)
+    places = np.stack([draw.rng.integers(0, n, 64) for n in y.shape[1:-1]], 1)
+    return y[0][tuple(map(mx.array, places.T))], exact_at(x, w, places, step)
 
 
 def winograd_cases() -> Iterator[Case]:
     """Wide convolutions, which Metal computes by Winograd's F(6, 3)."""
-    convolve = partial(conv.conv3d, padding=0), mx.conv3d
-    x, w = draw(1, 3, 66, 66, 128), draw(128, 3, 3, 3, 128)
-    yield "3x3x3", mx.float32, *convolve, x, w
-    yield "1x3x3", mx.float32, *convolve, x[:, :1], w[:, :1]
-    yield "3x3", mx.float32, mx.conv2d, None, draw(1, 66, 130, 128), w[:, 0]
+    yield "3x3x3", mx.float32, convolution, (3, 66, 66, 128), 128, (3, 3, 3)
+    yield "1x3x3", mx.float32, convolution, (1, 66, 66, 128), 128, (1, 3, 3)
+    yield "3x3", mx.float32, convolution, (66, 130, 128), 128, (3, 3)
 
 
 def convolution_cases() -> Iterator[Case]:
-    """Narrow convolutions and the vocoder's; for the CPU without dilation and stride."""
-    case = "3x3x3", mx.float32, partial(conv.conv3d, padding=0), mx.conv3d
-    yield *case, draw(1, 6, 22, 26, 32), draw(48, 3, 3, 3, 32)
-    dilated = lambda x, w: mx.conv1d(x, spread(w, 3))
-    case = "7, dilated", mx.float32, partial(mx.conv1d, dilation=3), dilated
-    yield *case, draw(1, 2000, 64), draw(64, 7, 64)
-    case = "depthwise", mx.float32, partial(mx.conv1d, groups=32), None
-    yield *case, draw(1, 500, 32), draw(32, 12, 1)
-    transposed = lambda x, w: mx.conv1d(spread(x, 8), w[:, ::-1], padding=15)
-    case = "transposed", mx.float32, partial(mx.conv_transpose1d, stride=8), transposed
-    yield *case, draw(1, 200, 64), draw(32, 16, 64)
+    """Narrow ones, and those of the vocoder."""
+    draw, float32 = Draw(), mx.float32
+    yield "3x3x3", float32, convolution, (6, 22, 26, 32), 48, (3, 3, 3)
+    yield "7, dilated", float32, convolution, (2000, 64), 64, (7,), 3
+    yield "depthwise", float32, depthwise, draw(1, 500, 32), draw(32, 12, 1)
+    yield "transposed", float32, transposed, draw(1, 200, 64), draw(32, 16, 64)
 
 
-def spread(x: mx.array, step: int) -> mx.array:
-    """Insert `step` - 1 zeros between the values along the second axis."""
-    rows = [x[:, :, None], mx.zeros((*x.shape[:2], step - 1, x.shape[2]), x.dtype)]
-    return mx.concatenate(rows, axis=2).flatten(1, 2)[:, : 1 - step]
+def depthwise(x: mx.array, w: mx.array) -> Pair:
+    dense = mx.where(mx.eye(len(w))[:, None] == 1, w, 0)
+    y = mx.conv1d(x, w, groups=len(w))[0]
+    return y, exact_at(x, dense, np.arange(len(y))[:, None], 1)
+
+
+def transposed(x: mx.array, w: mx.array) -> Pair:
+    y = mx.conv_transpose1d(x, w, stride=8)[0]
+    exact = np.zeros(y.shape)
+    for tap in range(w.shape[1]):
+        exact[tap::8][: x.shape[1]] += (exact64(x) @ exact64(w)[:, tap].T)[0]
+    return y, exact
+
+
+def exact_at(x: mx.array, w: mx.array, places: np.ndarray, step: int) -> np.ndarray:
+    """The outputs (places, O) of a convolution at `places` (places, axes)."""
+    taps = np.indices(w.shape[1:-1]).reshape(places.shape[1], -1)
+    seen = exact64(x)[0][tuple(np.moveaxis(places[:, :, None] + step * taps, 1, 0))]
+    return np.einsum("ptc,otc->po", seen, exact64(w).reshape(len(w), -1, w.shape[-1]))
 
 
 def layer_cases() -> Iterator[Case]:
     """Products with many rows and one, norms, and compiled rotary embeddings."""
+    matmul = lambda a, b: (mx.matmul(a, b), exact64(a) @ exact64(b))
+    addmm = lambda a, b, c: (mx.addmm(c, a, b), exact64(a) @ exact64(b) + exact64(c))
     for dtype in LIMITS:
-        a, b, c = (draw(*n, dtype=dtype) for n in ((300, 512), (512, 200), (200,)))
+        draw = partial(Draw(), dtype=dtype)
+        b, bias = draw(512, 200), draw(200)
         for rows in (300, 1):
-            yield f"matmul, {rows} rows", dtype, mx.matmul, None, a[:rows], b
-            yield f"addmm, {rows} rows", dtype, mx.addmm, None, c, a[:rows], b
-        x, w = draw(3, 2560, dtype=dtype), draw(2560, dtype=dtype)
-        yield "rms_norm", dtype, partial(mx.fast.rms_norm, eps=1e-6), None, x, w
-        layer_norm = partial(mx.fast.layer_norm, weight=None, bias=None, eps=1e-6)
-        yield "layer_norm", dtype, layer_norm, None, x
-        x, cos, sin = (draw(1, 3, 40, n, dtype=dtype) for n in (64, 32, 32))
-        yield "apply_rope", dtype, apply_rope, rotated, x, cos[0], sin[0]
+            a = draw(rows, 512)
+            yield f"matmul, {rows} rows", dtype, matmul, a, b
+            yield f"addmm, {rows} rows", dtype, addmm, a, b, bias
+        yield "rms_norm", dtype, norm, draw(3, 2560), draw(2560)
+        tables = draw(3, 40, 32), draw(3, 40, 32)
+        yield "layer_norm", dtype, norm, draw(3, 2560)
+        yield "apply_rope", dtype, rope, draw(3, 40, 64), *tables
 
 
-def rotated(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """`apply_rope` without `mx.compile`, which needs a C++ compiler on the CPU."""
-    a, b = mx.split(x, 2, axis=-1)
-    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+def norm(x: mx.array, w: Optional[mx.array] = None) -> Pair:
+    """The RMS norm with weights, or the layer norm."""
+    y = exact64(x) - exact64(x).mean(1, keepdims=True) * (w is None)
+    y = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-6)
+    if w is None:
+        return mx.fast.layer_norm(x, None, None, 1e-6), y
+    return mx.fast.rms_norm(x, w, 1e-6), y * exact64(w)
+
+
+def rope(x: mx.array, cos: mx.array, sin: mx.array) -> Pair:
+    (a, b), c, s = np.split(exact64(x), 2, axis=-1), exact64(cos), exact64(sin)
+    exact = np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+    return apply_rope(x[None], cos, sin)[0], exact
 
 
 def tf32() -> Row:
     """Whether float32 products are rounded to TF32, as on an M5 or an NVIDIA GPU."""
-    inputs = draw(300, 512), draw(512, 300)
-    error = relative_error(mx.matmul(*inputs), on_cpu(mx.matmul, *inputs))
+    a, b = Draw()(300, 512), Draw()(512, 300)
+    error = relative_error(mx.matmul(a, b), exact64(a) @ exact64(b))
     found = f"{'seen' if error > 1e-4 else 'not seen'}, error of float32 {error:.1e}"
     return judged("TF32", error <= 1e-4, found, TF32)
 
 
+# Quantized products
+
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def fp8(codes: np.ndarray) -> np.ndarray:
+    """E4M3: a sign, four bits of exponent, three of mantissa."""
+    codes = codes.astype(np.int64)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
+    return np.where(codes & 128, -size, size)
+
+
+def decoded(parts: list[mx.array], group_size: int, bits: int, mode: str) -> np.ndarray:
+    """The weights (N, K) in a quantized matrix, in numpy."""
+    packed = np.array(parts[0])
+    stream = np.unpackbits(packed.view(np.uint8), axis=1, bitorder="little")
+    codes = stream.reshape(len(packed), -1, bits) @ (1 << np.arange(bits))
+    spread = lambda x: np.repeat(x, group_size, axis=1)
+    if mode == "affine":
+        return codes * spread(exact64(parts[1])) + spread(exact64(parts[2]))
+    scales = np.array(parts[1])
+    scales = fp8(scales) if mode == "nvfp4" else 2.0 ** (scales.astype(float) - 127)
+    if bits == 8:
+        return fp8(codes) * spread(scales)
+    return np.where(codes & 8, -FP4[codes & 7], FP4[codes & 7]) * spread(scales)
+
+
 def quantized_cases(mode: str, bits: int, groups: tuple[int, ...]) -> Iterator[Case]:
     """Dequantized weights, and products with one row and with many."""
+    draw = Draw()
     for group in groups:
         how = {"group_size": group, "bits": bits, "mode": mode}
         for dtype in LIMITS:
             w, x = draw(96, 256, dtype=dtype), draw(40, 256, dtype=dtype)
-            parts = mx.quantize(w, **how)
-            case = f"groups of {group}"
-            yield case, dtype, partial(weights, **how), None, w, *parts
-            both = partial(mx.quantized_matmul, **how), partial(product, **how)
+            yield f"groups of {group}", dtype, weights, w, how
             for rows in (1, 40):
-                yield f"{case}, {rows} rows", dtype, *both, x[:rows], *parts
+                case = f"groups of {group}, {rows} rows"
+                yield case, dtype, product, x[:rows], w, how
 
 
-def weights(w: mx.array, *parts: mx.array, **how: Any) -> mx.array:
-    """Dequantize `w`'s parts; ValueError if they lost more than these bits usually do."""
-    y = unpacked(w.dtype, *parts, **how)
-    norm = lambda x: mx.linalg.norm(x.astype(mx.float32)).item()
-    lost = norm(y - w) / norm(w)
+def weights(w: mx.array, how: dict[str, Any]) -> Pair:
+    parts = mx.quantize(w, **how)
+    exact = decoded(parts, **how)
+    lost = np.linalg.norm(exact - exact64(w)) / np.linalg.norm(exact)
     if lost > (0.04 if how["mode"] == "mxfp8" else 2.4 / 2 ** how["bits"]):
         raise ValueError(f"quantizing loses {lost:.2f}")
-    return y
+    return mx.dequantize(*parts, **how, dtype=w.dtype), exact
 
 
-def product(x: mx.array, *parts: mx.array, **how: Any) -> mx.array:
-    return x @ unpacked(x.dtype, *parts, **how).T
-
-
-def unpacked(dtype: mx.Dtype, *parts: mx.array, **how: Any) -> mx.array:
-    made = mx.float32 if dtype == mx.float64 else dtype  # for which MLX has no kernel
-    return mx.dequantize(*parts, **how, dtype=made).astype(dtype)
+def product(x: mx.array, w: mx.array, how: dict[str, Any]) -> Pair:
+    parts = mx.quantize(w, **how)
+    exact = exact64(x) @ decoded(parts, **how).T
+    return mx.quantized_matmul(x, *parts, **how), exact
 
 
 # Large arrays, files, memory
@@ -229,7 +302,7 @@ def disk(folder: Path) -> list[Row]:
     size = min(FILE_BYTES, shutil.disk_usage(folder).free // 4)
     if size < FILE_BYTES // 16:
         return [Row("disk", "-", "the disk is full")]
-    tensors = {str(i): draw(size // 32, 1) + i for i in range(8)}
+    tensors = {str(i): Draw()(size // 32, 1) + i for i in range(8)}
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".safetensors") as file:
         if hasattr(fcntl, "F_NOCACHE"):  # macOS
             fcntl.fcntl(file, fcntl.F_NOCACHE, 1)
