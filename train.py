@@ -13,10 +13,9 @@ from typing import Any
 
 from generate import DEMO, init_distributed
 from ltx2 import __version__
-from ltx2.base import Parser, Stopped, awake, run
+from ltx2.base import Parser, Stopped, UserError, awake, run
 from ltx2.options import add_flags
 
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 EPILOG = """\
 DATA is a folder of clips or pictures, each with its caption in a .txt of the same name,
 or a metadata.jsonl or .csv with file_name and caption. The adapter is a folder that
@@ -75,23 +74,22 @@ def main() -> None:
     trainer = training.Trainer(pipe, vars(args), args.adapter_path, args.cache)
     if resumed is not None:
         trainer.resume(resumed)
-    trainer.data.find(args.data)
-    plan = trainer.plan()
-    print(describe(trainer), plan, sep="\n")
-    plan.check()
-    if args.plan:
-        return
-    if args.upload_repo:
-        hub.create_repository(args.upload_repo)  # fails now, not after the training
-    if not args.no_caffeinate:
-        awake()
-    with memory.limits(plan):
-        trainer.prepare()
-        for number in SIGNALS:
-            signal.signal(number, lambda number, _: stop(trainer, number))
-        for line in trainer.train():
-            print(line, flush=True)
-    print(f"wrote {args.adapter_path}")
+    if trainer.step < trainer.options.iters:
+        trainer.data.find(args.data)
+        plan = trainer.plan()
+        print(describe(trainer), plan, sep="\n")
+        plan.check()
+        if args.plan:
+            return
+        if args.upload_repo:
+            hub.create_repository(args.upload_repo)  # fails now, not after the training
+        if not args.no_caffeinate:
+            awake()
+        with memory.limits(plan):
+            train(trainer)
+        print(f"wrote {args.adapter_path}")
+    elif not args.upload_repo:
+        raise UserError(f"{resumed} has {trainer.step} steps: pass more --iters")
     if trainer.step < trainer.options.iters:
         print(f"continue with --resume-adapter-file {args.adapter_path}")
         if trainer.stopping != signal.SIGINT:
@@ -99,6 +97,15 @@ def main() -> None:
     elif args.upload_repo and trainer.group.rank() == 0:
         license = OFFICIAL[pipe.checkpoint.generation]
         adapters.upload(trainer.folder, args.upload_repo, license)
+
+
+def train(trainer: Any) -> None:
+    """Train until all steps are done or a signal ends it."""
+    trainer.prepare()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: stop(trainer, number))
+    for line in trainer.train():
+        print(line, flush=True)
 
 
 def stop(trainer: Any, number: int) -> None:

@@ -89,6 +89,7 @@ def upload(folder: Path, repo: str, license: tuple[str, str, str]) -> None:
     """Put the adapter into a Hub repository, with a model card; `license` is that of the
     base: its repository, and the name and the text of its license."""
     config = json.loads((folder / CONFIG).read_text())
+    hub.create_repository(repo)
     with tempfile.TemporaryDirectory() as copy:
         for name in (ADAPTERS, CONFIG, CHART):
             shutil.copyfile(folder / name, Path(copy, name))

@@ -213,8 +213,6 @@ class Trainer:
                 f"{name} does not fit: {k} is {there}, not {fits}; pass the flags that it "
                 "was made with"
             )
-        if o.iters <= self.step:
-            raise UserError(f"{name} has {self.step} steps: pass more --iters")
         self.start = arrays
 
     # Before the first step

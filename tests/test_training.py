@@ -551,6 +551,12 @@ def test_the_adapter_is_uploaded_with_a_card(run, fake_hub):
     run("--iters", "1", "--trigger", "sks", "--upload-repo", "me/mine")
     names = ["README.md", "adapter_config.json", "adapters.safetensors", "loss.png"]
     assert fake_hub.uploaded == ("me/mine", names)
+    again = "--iters", "1", "--resume-adapter-file", "adapter"
+    with pytest.raises(UserError, match="adapter has 1 steps: pass more --iters"):
+        run(*again)
+    fake_hub.uploaded = None  # as if the upload had failed
+    run(*again, "--upload-repo", "me/mine")
+    assert fake_hub.uploaded == ("me/mine", names)
 
 
 def test_the_card_names_base_license_and_trigger():
