@@ -54,21 +54,27 @@ class Options(Checked):
     iters: int = ask("number of steps", 2000, between=(1, 10**7))
     batch_size: int = ask("clips per batch", 1, between=(1, 1024))
     grad_accumulation_steps: int = ask("batches per step", 1, between=(1, 1024))
-    learning_rate: float = ask("of the first step", 1e-4, between=(1e-9, 1))
-    lr_schedule: str = ask("of the learning rate", "linear", choices=tuple(SCHEDULES))
-    max_grad_norm: float = ask("of gradients; 0 is off", 1.0, between=(0, 1e9))
+    learning_rate: float = ask("at the first step", 1e-4, between=(1e-9, 1))
+    lr_schedule: str = ask(
+        "how the learning rate falls", "linear", choices=tuple(SCHEDULES)
+    )
+    max_grad_norm: float = ask("largest norm; 0 is off", 1.0, between=(0, 1e9))
     rank: int = ask("rank of the LoRA", 32, between=(1, 1024))
     streams: str = ask("streams to train", "both", choices=tuple(TARGETS))
     target_modules: tuple[str, ...] = ask(
-        "ends of layers' names (default: attention)", (), type=comma_separated
+        "layers to train, by the ends of their names (default: attention)",
+        (),
+        type=comma_separated,
     )
-    first_frame_prob: float = ask("of image-to-video", 0.1, between=(0, 1))
+    first_frame_prob: float = ask(
+        "share of the steps in which the first frame is given", 0.1, between=(0, 1)
+    )
     resolution: tuple[str, ...] = ask(
         "WxHxF, a size to fit clips to; repeatable (default: the model's)", **REPEATED
     )
     reference_data: Optional[str] = ask("folder of reference clips, for an IC-LoRA")
     reference_downscale: int = ask(
-        "how much smaller it is", 1, between=(1, 9), needs="reference_data"
+        "how many times smaller they are", 1, between=(1, 9), needs="reference_data"
     )
     trigger: str = ask("word before each caption (default: none)", "")
     preserve: tuple[str, ...] = ask(
@@ -80,7 +86,7 @@ class Options(Checked):
     steps_per_report: int = ask("steps between reports", 10, between=(1, 10**7))
     steps_per_eval: int = ask("steps between held-out losses", 200, between=(1, 10**7))
     save_every: int = ask("steps between saved adapters", 250, between=(1, 10**7))
-    sample_prompt: tuple[str, ...] = ask("of a sample clip; repeatable", **REPEATED)
+    sample_prompt: tuple[str, ...] = ask("prompt of a sample; repeatable", **REPEATED)
     sample_every: int = ask("steps between samples; 0: off", 250, between=(0, 10**7))
     seed: int = ask("seed of factors, noise and order", 0, between=(0, 2**31))
 
