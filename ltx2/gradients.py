@@ -31,9 +31,6 @@ Losses = tuple[mx.array, Both]  # all, and of the video and the audio
 
 STREAMS = ("video", "audio")
 BLOCKS = "transformer_blocks."
-STATES = ("x0", "x1")
-# Of a StreamContext: computed before the blocks, also from parameters that train.
-CARRIED = ("ada", "embedded", "prompt_ada", "cross_ada", "cross_gate")
 
 # Endings of the names of layers, by the streams that are trained; the reference's.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -101,39 +98,30 @@ def make_example(
     return Example(*both, contexts)
 
 
-def begin(model: DiT, example: Example) -> tuple[Parameters, Streams]:
-    """What the blocks read: arrays that parameters may change, and the rest."""
+def present(both: Both) -> Parameters:
+    """By stream, without those that are absent."""
+    return {k: x for k, x in zip(STREAMS, both) if x is not None}
+
+
+def begin(model: DiT, example: Example) -> tuple[Parameters, Streams, Both]:
+    """The first states by stream, and the streams and texts that the blocks read."""
     [texts] = model.project_text([example.contexts])
     states, streams = model.embed(*example.tokens)
-    flat = {}
-    for n, s in enumerate(streams):
-        if s is not None:
-            flat |= {f"x{n}": states[n], f"text{n}": texts[n]}
-            flat |= {f"{k}{n}": getattr(s, k) for k in CARRIED}
-    return {k: x for k, x in flat.items() if x is not None}, streams
+    return present(states), streams, texts
 
 
-def carried(flat: Parameters, streams: Streams) -> tuple[Both, Streams]:
-    """The states and the streams' contexts with the arrays of `flat`."""
-    contexts = []
-    for n, s in enumerate(streams):
-        found = {k: flat[f"{k}{n}"] for k in CARRIED if f"{k}{n}" in flat}
-        contexts.append(s and replace(s, **found))
-    return tuple(map(flat.get, STATES)), tuple(contexts)
-
-
-def run(block: Block, flat: Parameters, streams: Streams) -> Parameters:
+def run(block: Block, states: Parameters, streams: Streams, texts: Both) -> Parameters:
     """The states after a block."""
-    states, streams = carried(flat, streams)
-    texts = block.text_keys_values(streams, (flat.get("text0"), flat.get("text1")))
-    states = block(states, streams, texts)
-    return {k: x for k, x in zip(STATES, states) if x is not None}
+    read = block.text_keys_values(streams, texts)
+    return present(block(tuple(map(states.get, STREAMS)), streams, read))
 
 
-def end(model: DiT, flat: Parameters, streams: Streams, example: Example) -> Parameters:
+def end(
+    model: DiT, example: Example, states: Parameters, streams: Streams, texts: Both
+) -> Parameters:
     """The mean squared error of each stream's generated tokens, 0 where all are held, and
     their sum."""
-    found, velocities = {}, model.velocities(*carried(flat, streams))
+    found, velocities = {}, model.velocities(tuple(map(states.get, STREAMS)), streams)
     parts = zip(STREAMS, velocities, example.targets, example.masks)
     for name, v, target, mask in parts:
         if target is not None:
@@ -144,8 +132,8 @@ def end(model: DiT, flat: Parameters, streams: Streams, example: Example) -> Par
     return {"loss": sum(found.values()), **found}
 
 
-def losses(flat: Parameters) -> Losses:
-    return flat["loss"], tuple(map(flat.get, STREAMS))
+def losses(found: Parameters) -> Losses:
+    return found["loss"], tuple(map(found.get, STREAMS))
 
 
 # Gradients
@@ -158,28 +146,19 @@ def put(module: nn.Module, parameters: Parameters, prefix: str = "") -> None:
         module.update(tree_unflatten(named))
 
 
+def part(parameters: Parameters, prefix: str) -> Parameters:
+    """Those of a block, or with "" those outside of the blocks."""
+    inside = lambda k: k.startswith(prefix or BLOCKS) == bool(prefix)
+    return {k: w for k, w in parameters.items() if inside(k)}
+
+
 class Stage(NamedTuple):
     """A part of the model: its module, what its parameters' names begin with, and what
-    it adds to the arrays so far."""
+    it makes of states, streams and texts."""
 
     module: nn.Module
     prefix: str
-    compute: Callable[[Parameters], Parameters]
-
-    def pull(
-        self, own: Parameters, flat: Parameters, inputs: Sequence[str], cotangents
-    ) -> tuple[Parameters, Parameters]:
-        """Gradients of its own parameters and of some inputs. Both are arguments of what
-        is differentiated: the gradients of what it only closes over would be zero."""
-
-        def dot(own: Parameters, inputs: Parameters) -> mx.array:
-            put(self.module, own, self.prefix)
-            made = self.compute(flat | inputs)
-            return sum((made[k] * x).sum() for k, x in cotangents.items() if k in made)
-
-        found = mx.grad(dot, (0, 1))(own, {k: flat[k] for k in inputs})
-        put(self.module, own, self.prefix)  # in place of the traced ones
-        return found
+    compute: Callable[[Parameters, Streams, Both], Parameters]
 
 
 @dataclass
@@ -197,12 +176,7 @@ class Trainee:
 
     def update(self, parameters: Parameters) -> None:
         self.parameters = parameters
-        put(self.model, parameters if self.read is None else self.part(""))
-
-    def part(self, prefix: str) -> Parameters:
-        """Parameters of a block, or with "" those outside of the blocks."""
-        inside = lambda k: k.startswith(prefix or BLOCKS) == bool(prefix)
-        return {k: w for k, w in self.parameters.items() if inside(k)}
+        put(self.model, parameters if self.read is None else part(parameters, ""))
 
     def blocks(self, backwards: bool = False) -> Iterator[tuple[str, Block]]:
         """The blocks with their prefixes, each in memory only while it is used."""
@@ -212,26 +186,28 @@ class Trainee:
         for i, block in zip(order, prefetch(taken)):
             prefix = f"{BLOCKS}{i}."
             if self.read is not None:  # else `update` has set them
-                put(block, self.part(prefix), prefix)
+                put(block, part(self.parameters, prefix), prefix)
             yield prefix, block
 
     def _stages(self, example: Example, backwards: bool = False) -> Iterator[Stage]:
-        model, (_, streams) = self.model, begin(self.model, example)
-        first = Stage(model, "", lambda _: begin(model, example)[0])
-        last = Stage(model, "", lambda flat: end(model, flat, streams, example))
-        yield last if backwards else first
+        """The blocks and the output layers; backwards also what comes before them."""
+        model = self.model
+        last = Stage(model, "", partial(end, model, example))
+        if backwards:
+            yield last
         for prefix, block in self.blocks(backwards):
-            yield Stage(block, prefix, partial(run, block, streams=streams))
-        yield first if backwards else last
+            yield Stage(block, prefix, partial(run, block))
+        yield Stage(model, "", lambda states, *_: states) if backwards else last
 
     def _forward(self, example: Example, evaluate: bool = True) -> list[Parameters]:
-        """What each stage reads, and at the end all that they have computed."""
-        before = [{}]
+        """The states before each stage, and at the end the losses."""
+        states, *read = begin(self.model, example)
+        found = [states]
         for stage in self._stages(example):
-            before.append(before[-1] | stage.compute(before[-1]))
+            found.append(stage.compute(found[-1], *read))
             if evaluate:
-                mx.async_eval(before[-1])
-        return before
+                mx.async_eval(found[-1])
+        return found
 
     def loss(self, example: Example) -> Losses:
         """The loss alone."""
@@ -252,8 +228,9 @@ class Trainee:
         """With another text, for which the base's velocities are to stay."""
         other = replace(example, contexts=contexts)
         with self.untrained():
-            flat, (_, streams) = self._forward(other)[-1], begin(self.model, other)
-            velocities = self.model.velocities(*carried(flat, streams))
+            states, streams = self._forward(other)[-2], begin(self.model, other)[1]
+            both = tuple(map(states.get, STREAMS))
+            velocities = self.model.velocities(both, streams)
             mx.eval(velocities)
         cut = lambda v, t: None if t is None else v[:, : t.shape[1]].astype(t.dtype)
         return replace(other, targets=tuple(map(cut, velocities, example.targets)))
@@ -275,19 +252,35 @@ class Trainee:
         """As `gradients`; each stage is computed again."""
         *before, made = self._forward(example)
         grads, cotangents = {}, {"loss": mx.array(1.0)}
-        outer = self.part("")
+        outer, fixed = part(self.parameters, ""), begin(self.model, example)
+        start = lambda: begin(self.model, example) if outer else fixed
         for stage in self._stages(example, backwards=True):
-            flat = before.pop()
-            if not (flat or outer):
-                break  # nothing trains before the blocks
-            own = self.part(stage.prefix)
-            inputs = [k for k in flat if outer or k in STATES]
-            found, back = stage.pull(own, flat, inputs, cotangents)
-            for k, x in back.items():
-                cotangents[k] = x if k in STATES else cotangents.get(k, 0) + x
-            grads |= {k: grads.get(k, 0) + x for k, x in found.items()}
-            mx.async_eval(found, cotangents)
+            states = before.pop() if before else {}
+            own = outer | part(self.parameters, stage.prefix)
+            if states or own:
+                found, cotangents = self._pull(stage, start, own, states, cotangents)
+                grads |= {k: grads.get(k, 0) + x for k, x in found.items()}
+                mx.async_eval(found, cotangents)
         return losses(made), {k: grads[k] for k in self.parameters}
+
+    def _pull(self, stage: Stage, start: Callable, own, states, cotangents):
+        """Gradients of parameters, the stage's and those outside of the blocks, which
+        decide what `start` gives, and of its states (none: the first ones). Both must be
+        arguments: the gradients of what a function only closes over are zero."""
+
+        def assign(own: Parameters) -> None:
+            put(self.model, part(own, ""))
+            put(stage.module, part(own, stage.prefix), stage.prefix)
+
+        def dot(own: Parameters, states: Parameters) -> mx.array:
+            assign(own)
+            first, *read = start()
+            made = stage.compute(states or first, *read)
+            return sum((made[k] * x).sum() for k, x in cotangents.items())
+
+        found = mx.grad(dot, (0, 1))(own, states)
+        assign(own)  # in place of the traced ones
+        return found
 
 
 # Parameters and steps
