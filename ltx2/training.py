@@ -26,8 +26,9 @@ from .gradients import SCHEDULES, STREAMS, TARGETS, Parameters, factor_parameter
 from .hub import check_space, fetch_all, make_folder, read_arrays
 from .latents import LatentState, Size
 from .lora import Lora, adapter_file, attach
-from .options import ask, check, comma_separated
+from .options import ask, check, comma_separated, located
 from .pipeline import Pipeline, Result
+from .record import name_only
 from .request import Request
 from .sampling import DISTILLED_SIGMAS
 from .stages import Job
@@ -72,7 +73,9 @@ class Options(Checked):
     resolution: tuple[str, ...] = ask(
         "WxHxF, a size to fit clips to; repeatable (default: the model's)", **REPEATED
     )
-    reference_data: Optional[str] = ask("folder of reference clips, for an IC-LoRA")
+    reference_data: Optional[str] = ask(
+        "folder of reference clips, for an IC-LoRA", metavar="PATH"
+    )
     reference_downscale: int = ask(
         "how many times smaller they are", 1, between=(1, 9), needs="reference_data"
     )
@@ -458,17 +461,18 @@ class Trainer:
         return found
 
     def config(self) -> dict[str, Any]:
+        """How the adapter was made; an upload does not tell where files were."""
         o = self.options
         layers = {"rank": o.rank, "scale": 1.0, "dropout": 0.0, "keys": self.endings}
         return {
             "fine_tune_type": "lora",
             "lora_parameters": layers,
             "base_model": self.base,
-            "load": asdict(self.pipe.origin),
+            "load": asdict(located(self.pipe.origin, name_only)),
             "base_files": self.pipe.files(),
             "clips": len(self.data.items),
             "steps": self.step,
-            "options": asdict(o),
+            "options": asdict(located(o, name_only)),
             "versions": {"ltx2": __version__, "mlx": mx.__version__},
         }
 

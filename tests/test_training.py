@@ -507,6 +507,7 @@ def test_the_adapter_is_an_official_lora(run, checkpoint, monkeypatch, capsys):
     assert "diffusion_model.transformer_blocks.1.attn2.to_out.0.lora_A.weight" in keys
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["lora_parameters"]["rank"] == 2 and config["steps"] == 2
+    assert config["load"]["model"] == "ltx-2.safetensors"  # without its folder
     assert (folder / "0000001_adapters.safetensors").is_file()
     # A sample is to the right of the untrained model's.
     before, after = (
