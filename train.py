@@ -13,7 +13,7 @@ from typing import Any
 
 from generate import DEMO, init_distributed
 from ltx2 import __version__
-from ltx2.base import Parser, Stopped, UserError, awake, run
+from ltx2.base import Parser, Stopped, UserError, awake, run, user_path
 from ltx2.options import add_flags
 
 EPILOG = """\
@@ -65,7 +65,7 @@ def main() -> None:
     init_distributed()
     resumed = args.resume_adapter_file
     if not args.plan:
-        adapters.check_folder(Path(args.adapter_path), resumed)
+        adapters.check_folder(user_path(args.adapter_path), resumed)
     default = "mlx_model" if Path("mlx_model").exists() else str(DEMO)
     cpu = mx.default_device().type == mx.cpu
     dtype = args.dtype or ("float32" if cpu else "bfloat16")

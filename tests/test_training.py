@@ -636,7 +636,7 @@ def test_a_plan_reads_no_weights(run, monkeypatch):
         ("--reference-data . --streams audio", "combined with --streams audio"),
         ("--reference-data . --reference-downscale 3", "multiples of 96"),
         ("--data /dev/null", "no such folder or list"),
-        ("--adapter-path taken", "taken has an earlier adapter_config.json"),
+        ("--adapter-path ~/taken", "taken has an earlier adapter_config.json"),
         ("--adapter-path taken/adapter_config.json", "cannot be written"),
         ("--resume-adapter-file nowhere", "nowhere: no such file"),
     ],
@@ -649,6 +649,7 @@ def test_a_mistake_is_refused_before_weights_are_read(
 
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "adapter_config.json").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(weights, "evaluate", fail)
     monkeypatch.setattr("ltx2.components.TextEncoder", fail)
     with pytest.raises(UserError, match=message):
