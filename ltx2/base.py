@@ -46,10 +46,11 @@ class OutputError(Exception):
 # Data from outside
 
 
-def parse_json(text: Union[str, bytes], path: str) -> dict[str, Any]:
-    """The JSON object in `text`; UserError with its `path` if there is none."""
+def parse_json(text: Union[str, bytes], path: str, kind: Any = dict) -> Any:
+    """The JSON in `text`, an object or what `checked` takes as `kind`; UserError with its
+    `path` for anything else."""
     try:
-        return checked(dict, json.loads(text), path)
+        return checked(kind, json.loads(text), path)
     except (ValueError, RecursionError):
         raise UserError(f"{path.removesuffix(': ')} is not valid JSON") from None
 

@@ -129,8 +129,7 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
         except csv.Error as error:
             raise UserError(f"{path} is not a valid CSV file: {error}") from None
     if path.suffix.lower() == ".json":
-        rows = parse_json(f'{{"rows": {text}}}', f"{path}: ")["rows"]
-        return checked(list[dict[str, Any]], rows, str(path))
+        return parse_json(text, str(path), list[dict[str, Any]])
     lines = enumerate(text.split("\n"), 1)
     return [parse_json(x, f"{path}, line {n}: ") for n, x in lines if x.strip()]
 

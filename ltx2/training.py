@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from . import __version__, dataset, gradients, latents, media, memory
 from .adapters import ADAPTERS, CONFIG, STATE, official, save_losses
-from .base import Checked, OutputError, UserError, checked, note, parse_json, user_path
+from .base import Checked, OutputError, UserError, note, parse_json, user_path
 from .chips import this_chip
 from .dataset import Clip, of_streams
 from .dit import StreamedBlocks
@@ -196,9 +196,8 @@ class Trainer:
         state = file.with_name(STATE)
         if file.name in (ADAPTERS, STATE) and state.is_file():
             arrays, metadata = read_arrays(state)
-            rows = parse_json(f'{{"rows": {metadata.get("history")}}}', f"{state}: ")
             kind = list[tuple[int, Optional[float], Optional[float]]]
-            rows = checked(kind, rows["rows"], f"{state}: history")
+            rows = parse_json(metadata.get("history", ""), f"{state}: history", kind)
             self.history = [[n, math.nan if x is None else x, y] for n, x, y in rows]
             parts = "pmv"
         else:
