@@ -10,7 +10,7 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Iterable, Iterator, Mapping, Optional
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import mlx.core as mx
 
@@ -37,6 +37,13 @@ UPSAMPLER = (24, 6)  # more than its convolutions need; on the CPU of the padded
 SPECTRAL = (90, 12)  # the audio VAE and HiFi-GAN
 BIGVGAN = (215, 30)
 TIGHT = 3 / 4  # memory is tight above this part of the limit
+# Copies that a block of the transformer keeps for its backward pass, of the states of all
+# tokens, of those of the text and of the scores of its attentions (which are not fused while
+# they are differentiated), and of the scores while it is differentiated: on the CPU.
+KEPT, DURING = (38, 5, 1.2), 1.3
+# Float32 copies of the factors: moments, gradients and what a step makes, which are not
+# there while samples are made.
+FACTORS = 6, 3
 AHEAD = 2  # copies of a frame that the diffusion decoder computes ahead
 
 
@@ -292,6 +299,44 @@ class Estimator:
             spared += max(buffers, before) - max(buffers, before - block)
             buffers = max(buffers, before)
         return Footprint(weights, buffers, int(spared))
+
+    def training(
+        self,
+        sizes: Sequence[Size],
+        factors: int,
+        by_block: bool,
+        samples: Sequence[Phases] = (),
+    ) -> dict[str, Footprint]:
+        """What encoding, training and samples with these phases hold, for clips of these
+        sizes and so many bytes of factors."""
+        largest = max(sizes, key=lambda s: s.tokens + s.audio_tokens)
+        tokens, sound = largest.tokens, largest.audio_tokens
+        weights = buffers = 0
+        if tokens:
+            weights = self.size["vae.encoder"]
+            buffers = self.convolutions(largest, "encoder", 8)
+        if sound:
+            weights += self.size["audio_vae"]
+            buffers = max(buffers, self.spectra(sound))
+        phases, c = {"encode": Footprint(weights, buffers)}, self.dit
+        heads = max(c.num_attention_heads, c.audio_num_attention_heads)
+        pairs = tokens * (tokens + MAX_TOKENS + 2 * sound)
+        scores = heads * (pairs + sound * (sound + MAX_TOKENS)) * self.item
+        state = self.per_token(tokens, sound)
+        block = KEPT[0] * state + KEPT[1] * self.per_token(MAX_TOKENS, MAX_TOKENS)
+        block += KEPT[2] * scores
+        if self.bits and tokens > this_chip().dequantize_from:  # such weights, too
+            block += self.blocks / c.num_layers * 8 / self.bits * self.item
+        kept = block + (c.num_layers + 1) * state if by_block else c.num_layers * block
+        model, spared = self.size["transformer"], self.streamable["transformer"]
+        weights, buffers = model + FACTORS[0] * factors, kept + DURING * scores
+        phases["train"] = Footprint(weights, buffers, spared)
+        for needs in samples:
+            decoders = (n.weights for k, n in needs.items() if k in ("audio", "video"))
+            weights = model + FACTORS[1] * factors + max(decoders)
+            buffers = max(n.buffers for n in needs.values())
+            phases["sample"] = Footprint(weights, buffers, spared)
+        return phases
 
     def upsampling(self, stage: Stage) -> float:
         """Bytes of a residual block of the upsampler at the stage's size."""

@@ -19,7 +19,6 @@ from mlx.utils import tree_flatten
 from . import __version__, dataset, gradients, latents, media, memory
 from .adapters import ADAPTERS, CONFIG, STATE, official, save_losses
 from .base import Checked, OutputError, UserError, note, parse_json, user_path
-from .chips import this_chip
 from .dataset import Clip, of_streams
 from .dit import StreamedBlocks
 from .gradients import SCHEDULES, STREAMS, TARGETS, Parameters, factor_parameters
@@ -32,19 +31,11 @@ from .record import name_only
 from .request import Request
 from .sampling import DISTILLED_SIGMAS
 from .stages import Job
-from .text import MAX_TOKENS
 from .weights import save_arrays
 
 MEAN_OF = 100  # steps in the running mean of the loss
 MOST_SKIPPED = 10  # steps in a row
 HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
-# Copies that a block keeps for its backward pass, of the states of all tokens, of those of
-# the text and of the scores of its attentions (which are not fused while they are
-# differentiated), and of the scores while it is differentiated: measured on the CPU.
-KEPT, DURING = (38, 5, 1.2), 1.3
-# Float32 copies of the factors: moments, gradients and what a step makes, which are not
-# there while samples are made.
-FACTORS = 6, 3
 REPEATED = {"default": (), "type": str, "repeat": True}
 
 
@@ -144,7 +135,7 @@ class Trainer:
         samples = [job.memory.phases for job in self.samples[:1]]
 
         def planned(sizes: list[Size], by_block: bool, low: Optional[bool]):
-            phases = footprints(estimator, sizes, factors, by_block, samples)
+            phases = estimator.training(sizes, factors, by_block, samples)
             return memory.planned({"text": text} | phases, memory.available(), low)
 
         def fits(side: int, frames: int) -> bool:
@@ -474,39 +465,3 @@ class Trainer:
             "options": asdict(located(o, name_only)),
             "versions": {"ltx2": __version__, "mlx": mx.__version__},
         }
-
-
-def footprints(
-    e: memory.Estimator,
-    sizes: Sequence[Size],
-    factors: int,
-    by_block: bool,
-    samples: Sequence[memory.Phases] = (),
-) -> dict[str, memory.Footprint]:
-    """What encoding, training and samples with these phases hold, for clips of these
-    sizes and so many bytes of factors."""
-    c, largest = e.dit, max(sizes, key=lambda s: s.tokens + s.audio_tokens)
-    tokens, sound = largest.tokens, largest.audio_tokens
-    weights = buffers = 0
-    if tokens:
-        weights, buffers = e.size["vae.encoder"], e.convolutions(largest, "encoder", 8)
-    if sound:
-        weights, buffers = weights + e.size["audio_vae"], max(buffers, e.spectra(sound))
-    phases = {"encode": memory.Footprint(weights, buffers)}
-    heads = max(c.num_attention_heads, c.audio_num_attention_heads)
-    pairs = tokens * (tokens + MAX_TOKENS + 2 * sound) + sound * (sound + MAX_TOKENS)
-    state, text = e.per_token(tokens, sound), e.per_token(MAX_TOKENS, MAX_TOKENS)
-    scores = heads * pairs * e.item
-    block = sum(n * size for n, size in zip(KEPT, (state, text, scores)))
-    if e.bits and tokens > this_chip().dequantize_from:  # such weights are kept, too
-        block += e.blocks / c.num_layers * 8 / e.bits * e.item
-    held = block + (c.num_layers + 1) * state if by_block else c.num_layers * block
-    model, spared = e.size["transformer"], e.streamable["transformer"]
-    weights, buffers = model + FACTORS[0] * factors, held + DURING * scores
-    phases["train"] = memory.Footprint(weights, buffers, spared)
-    for needs in samples:
-        decoders = (n.weights for k, n in needs.items() if k in ("audio", "video"))
-        weights = model + FACTORS[1] * factors + max(decoders)
-        buffers = max(n.buffers for n in needs.values())
-        phases["sample"] = memory.Footprint(weights, buffers, spared)
-    return phases

@@ -722,5 +722,5 @@ def test_training_holds_the_memory_that_is_planned(checkpoint, by_block):
     mx.eval(trainee.gradients(e))
     size = latents.Size(8 * 32, 8 * 32, 33, 24, 40)
     estimator = memory.Estimator(source, mx.float32)
-    planned = training.footprints(estimator, [size], 0, by_block)["train"].buffers
+    planned = estimator.training([size], 0, by_block)["train"].buffers
     assert 0.7 < (mx.get_peak_memory() - before) / planned < 1.15
