@@ -74,19 +74,14 @@ def of_streams(size: Size, streams: Sequence[str]) -> Size:
 # Finding clips
 
 
-def find_clips(data: str, references: Optional[str] = None) -> list[Clip]:
-    """The clips of a list, or of a folder with a list or with captions in .txt files.
-    `references` is a folder of clips with the same names."""
+def find_clips(data: str) -> list[Clip]:
+    """The clips of a list, or of a folder with a list or with captions in .txt files."""
     path = user_path(data)
     lists = [path] if path.is_file() else [path / name for name in LISTS]
     listed = next((p for p in lists if p.is_file()), None)
     if not (listed or path.is_dir()):
         raise UserError(f"{data}: no such folder or list of clips")
     clips = list(_listed(listed) if listed else _captioned(path))
-    if references is not None:
-        if not user_path(references).is_dir():
-            raise UserError(f"{references}: no such folder of reference clips")
-        clips = [c for clip in clips for c in _with_reference(clip, references)]
     if not clips:
         raise UserError(
             f"{data} has no clips to train on: put a .txt with its caption next to each, "
@@ -134,13 +129,13 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
     return [parse_json(x, f"{path}, line {n}: ") for n, x in lines if x.strip()]
 
 
-def _with_reference(clip: Clip, folder: str) -> Iterator[Clip]:
+def find_reference(clip: Clip, folder: str) -> Path:
+    """The clip of the same name in a folder of reference clips."""
     found = sorted(user_path(folder).glob(f"{glob.escape(clip.path.stem)}.*"))
     found = [p for p in found if p.suffix.lower() in PICTURES | VIDEOS]
-    with skipping(clip.path):
-        if not found:
-            raise UserError(f"no clip of that name in {folder}")
-        yield replace(clip, reference=found[0])
+    if not found:
+        raise UserError(f"no clip of that name in {folder}")
+    return found[0]
 
 
 @contextmanager
@@ -250,8 +245,13 @@ class Dataset:
                 f"--reference-downscale {o.reference_downscale} needs a --resolution "
                 f"with sides that are multiples of {step}"
             )
-        for clip in find_clips(data, o.reference_data):
+        references = o.reference_data
+        if references and not user_path(references).is_dir():
+            raise UserError(f"{references}: no such folder of reference clips")
+        for clip in find_clips(data):
             with skipping(clip.path), media.system_errors("it cannot be opened"):
+                if references:
+                    clip = replace(clip, reference=find_reference(clip, references))
                 clip, done = fit(clip, buckets, o.streams)
                 caption = f"{o.trigger} {clip.caption}".strip()
                 clip = replace(clip, caption=caption, key=self.key(clip))

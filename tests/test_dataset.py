@@ -144,11 +144,10 @@ def test_a_sound_trains_the_audio_alone(pipe, notes, tmp_path):
 
 def test_references_are_smaller_clips_of_the_same_names(folder, pipe, notes, tmp_path):
     write_clip(tmp_path / "a.mp4", 17, 128, 128)
-    clips = find_clips(str(folder), str(tmp_path))
-    assert [c.path.stem for c in clips] == ["a"]
     options = {"resolution": ("128x128x9",), "streams": "video"}
     options |= {"reference_data": str(tmp_path), "reference_downscale": 2}
     data = found(pipe, tmp_path / "cache", folder, **options)
+    assert [c.path.stem for c in data.clips] == ["a"]
     data.encode()
     arrays = data.load(data.clips[0])
     assert arrays["video"].shape[1:4] == (2, 4, 4)
