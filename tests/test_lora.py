@@ -228,11 +228,6 @@ def peft_name(prefix, adapter=""):
 RENAMES = {
     "official": peft_name("diffusion_model."),
     "with the file's prefix": peft_name("model.diffusion_model."),
-    "DDP": peft_name("module."),
-    "net": peft_name("net."),
-    "dit": peft_name("dit."),
-    "unet": peft_name("unet."),
-    "lora_dit": flat_name("lora_dit_"),
     "ComfyUI": comfy_name,
     "diffusers": diffusers_name,
     "diffusers, long ago": lambda module, part: (
