@@ -133,11 +133,11 @@ class Lora:
             names[other.replace(".", "_")] = names[path.replace(".", "_")] = path
         found = {}
         for module in self.factors:
-            name = module.replace(".", "_")
-            while name and name not in names:
-                name = name.partition("_")[2]
+            name, between = module, "." if "." in module else "_"
+            while name and name.replace(".", "_") not in names:
+                name = name.partition(between)[2]
             if name:
-                found[module] = names[name]
+                found[module] = names[name.replace(".", "_")]
         return found
 
     def describe(self, strength: float) -> str:

@@ -439,6 +439,13 @@ def test_a_module_with_two_names_is_refused(plain, loras):
         replace(loras[0], factors=both).check(plain)
 
 
+def test_another_models_name_is_not_taken_for_one_of_ours(plain, loras):
+    path = "transformer_blocks.0.attn1.to_q"
+    other = {f"single_{path}": loras[0].factors[path]}  # fits by its shape
+    with pytest.raises(UserError, match="single_.* this model has no such layer"):
+        replace(loras[0], factors=other).check(plain)
+
+
 @pytest.mark.parametrize("name", ["me/lora", "me/lora/it.safetensors"])
 def test_a_lora_of_the_hub_is_downloaded_once(fake_hub, checkpoint, name):
     shutil.rmtree(fake_hub.repo)
