@@ -15,7 +15,7 @@ from .exr import frames_in
 from .guidance import Guidance
 from .inputs import InputFiles
 from .latents import SPACE_SCALE, TIME_SCALE, Size
-from .options import check, check_range, check_step
+from .options import check, check_choice, check_range, check_step
 from .recipes import follow, makes_matte
 from .request import PRESETS, SIZES, Request
 from .sampling import DISTILLED_SIGMAS, shifted_sigmas
@@ -33,6 +33,8 @@ AUTO_DURATION = (1.0, 20.0)  # the reference's, in seconds
 SHORTEST_SOUND = 0.033  # in seconds: a window of the spectrogram, see audio_vae.log_mel
 DECODERS = {"conv": "vae", "diffusion": "diffusion_decoder"}
 BOTH = ("video", "audio")
+# The encoding of decoded frames, by the metadata of HDR LoRAs.
+TRANSFORMS = {"acescct": "acescct", "logc3": "logc3", "true": "logc3"}
 PARTS = {  # components that a job needs: always, for prompts, for a stream
     "all": ("transformer",),
     "text": ("connectors",),
@@ -49,8 +51,7 @@ class Resolver:
         self.r, self.notes, sides = r, [], (r.height, r.width)
         self.fill()
         self.by_name = sides != (self.r.height, self.r.width)
-        metadata = lambda path: files.lora(path).metadata
-        self.r, self.recipe, notes = follow(self.r, checkpoint.kind, metadata)
+        self.r, self.recipe, notes = follow(self.r, checkpoint.kind)
         self.notes, r = notes + self.notes, self.r
         self.clip_frames, self.clip_streams = 0, ()  # what is read of the input video
         self.codes = (self.recipe.codes or "acescct") if r.color_space else "srgb"
@@ -143,8 +144,12 @@ class Resolver:
         self.check_hdr()
 
     def check_hdr(self) -> None:
-        """Fill in what HDR needs."""
+        """Find out how decoded frames are encoded, also by a LoRA's metadata."""
         r = self.r
+        for lora in r.loras if r.has_reference else ():
+            if name := self.files.lora(lora.path).metadata.get("hdr_transform"):
+                check_choice(f"hdr_transform of {lora.path}", name, tuple(TRANSFORMS))
+                self.codes = TRANSFORMS[name]
         if self.codes != "srgb" and r.has_reference:
             self.recipe = replace(self.recipe, pads=True)
             r = self.r = replace(r, color_space=r.color_space or "srgb_linear")

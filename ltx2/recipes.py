@@ -3,10 +3,10 @@
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional
+from typing import Any, Mapping, Optional
 
 from .base import UserError
-from .options import check_choice, is_set
+from .options import is_set
 from .request import Request
 
 NAME = r"ltx-2\.[35]-22b-(?:ic-)?lora-(.+)-\d+(?:\.\d+)*\.safetensors"
@@ -39,8 +39,6 @@ ONE = {"stages": "one"}
 NIGHT = ONE | {"fps": 24.0}
 WINDOWS = ONE | {"chunk_frames": 97, "carry_frames": 17}
 DUB = {"stages": "two", "reference_in_stage_2": True}
-# The encoding of decoded frames, by the metadata of HDR LoRAs.
-TRANSFORMS = {"acescct": "acescct", "logc3": "logc3", "true": "logc3"}
 LIGHT = {"color_space": "srgb_linear"}
 MATTE = ONE | {"video_guidance": PLAIN}
 SLOW = "add --conditioned-fps, the rate / the speed (1 to 0.025): 48 is half of 24"
@@ -72,38 +70,24 @@ def find(path: str) -> Optional[Recipe]:
     return RECIPES.get(match[1]) if match else None
 
 
-def codes_of(path: str, metadata: Mapping[str, str]) -> str:
-    """How the frames of an HDR adapter are encoded, by its metadata; "" of any other."""
-    flag = "true" if metadata.get("use_hdr_transform") else ""
-    if name := metadata.get("hdr_transform") or flag:
-        check_choice(f"hdr_transform of {path}", name, tuple(TRANSFORMS))
-    return TRANSFORMS.get(name, "")
-
-
 def makes_matte(r: Request) -> bool:
     """Whether the result is the alpha channel of the request's clip."""
     return any((recipe := find(x.path)) and recipe.matte for x in r.loras)
 
 
-def follow(
-    r: Request, kind: str, metadata: Callable[[str], Mapping[str, str]]
-) -> tuple[Request, Recipe, list[str]]:
-    """Fill in what the adapters' cards ask for, and what their `metadata` by path says:
-    the request, all recipes as one, and notes. Raises UserError for an adapter that
-    cannot be used."""
+def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
+    """Fill in what the adapters' cards ask for: the request, all recipes as one, and
+    notes. Raises UserError for an adapter that cannot be used."""
     all_of, shown, notes = Recipe(), r.has_reference, []
-    found = [(x.path, find(x.path)) for x in r.loras]
+    found = [(Path(x.path).name, find(x.path)) for x in r.loras]
     if r.has_reference and found and not any(recipe for _, recipe in found):
-        name = Path(found[0][0]).name
-        notes = [f"{name} is unknown: its card may ask for --stages one"]
-    for path, known in found:
-        name, codes = Path(path).name, codes_of(path, metadata(path)) if shown else ""
-        if not (recipe := known or codes and Recipe("", LIGHT)):
+        notes = [f"{found[0][0]} is unknown: its card may ask for --stages one"]
+    for name, recipe in found:
+        if recipe is None:
             continue
-        recipe = replace(recipe, codes=codes or recipe.codes)
         if (recipe.codes or recipe.matte) and not shown:
             raise UserError(f"{name} changes a clip: add --video")
-        if known and recipe.codes and not r.contexts_file:
+        if recipe.codes and not r.contexts_file:
             if not r.prompt:
                 raise UserError(f"{name} needs its text embeddings: add --contexts")
             notes.append(f"{name} was made for its text embeddings (--contexts)")
