@@ -150,6 +150,8 @@ class Resolver:
             if name := self.files.lora(lora.path).metadata.get("hdr_transform"):
                 check_choice(f"hdr_transform of {lora.path}", name, tuple(TRANSFORMS))
                 self.codes = TRANSFORMS[name]
+                if not r.audio:  # HDR adapters make no sound
+                    self.streams = ("video",)
         if self.codes != "srgb" and r.has_reference:
             self.recipe = replace(self.recipe, pads=True)
             r = self.r = replace(r, color_space=r.color_space or "srgb_linear")
