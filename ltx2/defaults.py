@@ -147,7 +147,9 @@ class Resolver:
         """Find out how decoded frames are encoded, also by a LoRA's metadata."""
         r = self.r
         for lora in r.loras if r.has_reference else ():
-            if name := self.files.lora(lora.path).metadata.get("hdr_transform"):
+            found = self.files.lora(lora.path).metadata
+            flag = "true" if found.get("use_hdr_transform") else ""
+            if name := found.get("hdr_transform") or flag:
                 check_choice(f"hdr_transform of {lora.path}", name, tuple(TRANSFORMS))
                 self.codes = TRANSFORMS[name]
                 if not r.audio:  # HDR adapters make no sound

@@ -213,6 +213,8 @@ def test_the_adapter_of_2_3_gives_logc3_of_an_sdr_clip_in_two_stages(
     options |= {"metadata": {"hdr_transform": "true"}, "prompt": "a cat"}
     request = request_for("mine.safetensors", **options)
     assert pipe.plan(request).streams == ("video",)  # no sound, as any HDR adapter
+    other = options | {"metadata": {"use_hdr_transform": "1"}}
+    assert pipe.plan(request_for("mine.safetensors", **other)).codes == "logc3"
     result = pipe.generate(**vars(request))
     assert result.request.color_space == "srgb_linear"
     assert result.frames.dtype == np.float32
