@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import fcntl
 import functools
 import json
 import logging
@@ -17,7 +18,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
 from pathlib import Path, PurePath
-from typing import Any, Callable, ClassVar, Iterable, Iterator, Literal, Optional, Union
+from typing import (
+    IO,
+    Any,
+    Callable,
+    ClassVar,
+    Iterable,
+    Iterator,
+    Literal,
+    Optional,
+    Union,
+)
 
 import mlx.core as mx
 
@@ -135,6 +146,18 @@ def read_text(path: str) -> str:
 def user_path(name: Union[str, PurePath]) -> Path:
     """A path from ~ on; that of a user who does not exist stays as it is."""
     return Path(os.path.expanduser(name))
+
+
+def lock(file: IO) -> Optional[bool]:
+    """Lock an open file until it is closed, without waiting: whether that was possible;
+    None on a disk that has no locks, as some network drives."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 class Checked:

@@ -1,6 +1,5 @@
 """Read and write images, video and sound: all uses of Pillow and ffmpeg."""
 
-import fcntl
 import functools
 import glob
 import io
@@ -25,7 +24,7 @@ import pillow_heif
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageCms, ImageOps
 
-from .base import UserError, hann_sinc, note, parse_json
+from .base import UserError, hann_sinc, lock, note, parse_json
 
 PathLike, Metadata = str | Path, dict[str, Any]
 
@@ -390,16 +389,15 @@ def workspace(path: PathLike, folder: str = "") -> Iterator[str]:
         raise UserError(f"{path}: has other files in it: pass a new folder")
     name = f".{path.name[:100]}-"
     for leftover in path.parent.glob(f"{glob.escape(name)}????????.partial"):
-        with suppress(OSError), open(leftover / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if its run lives
-            shutil.rmtree(leftover)
+        with suppress(OSError), open(leftover / "lock") as file:
+            if lock(file):  # else its run lives
+                shutil.rmtree(leftover)
     with system_errors(problem):
         if not path.parent.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
         made = tempfile.TemporaryDirectory(".partial", name, path.parent)
-    with made as hidden, open(f"{hidden}/lock", "w") as lock:
-        with suppress(OSError):  # some network drives have no locks
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with made as hidden, open(f"{hidden}/lock", "w") as file:
+        lock(file)
         yield hidden
         if os.path.exists(f"{hidden}/new"):
             with system_errors(problem):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, Iterable, Iterator, Optional
+from typing import Iterable, Iterator, Optional
 
-from .base import UserError
+from .base import UserError, lock
 
 LATENTS, PREVIEW, SHEET = ".latents.safetensors", ".preview.png", "-sheet.png"
 
@@ -42,7 +41,7 @@ def claimed(outputs: Iterable[str]) -> Iterator[None]:
         for output in outputs:
             path = lock_of(output)
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not locked(held.enter_context(path.open("w"))):
+            if lock(held.enter_context(path.open("w"))) is False:
                 raise UserError(f"another run is writing {output}: change --output")
             held.callback(path.unlink, missing_ok=True)
         yield
@@ -52,24 +51,13 @@ def lock_of(output: str) -> Path:
     return Path(output).with_name(f".{Path(output).name}.lock")
 
 
-def locked(file: IO) -> bool:
-    """Whether a file is locked now, until it is closed; False if it was before."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a disk without locks
-        return True
-    return True
-
-
 def is_claimed(output: str) -> bool:
     """Whether another run writes it, which its lock tells, even if that run was killed."""
     path = lock_of(output)
     if not path.exists():
         return False
     with path.open("a") as file:
-        return not locked(file)
+        return lock(file) is False
 
 
 @dataclass(frozen=True)
