@@ -33,7 +33,8 @@ class TextEncoder:
         # Late, because it takes seconds and lowers the limit of open files.
         from mlx_lm.utils import load_model
 
-        config = parse_json((folder / "config.json").read_bytes(), "config.json: ")
+        folder = Path(folder)
+        config = read_config(folder)
         self.encode, self.bos = _tokenizer(folder)
         with layers.no_random_weights():
             model, _ = load_model(folder, lazy=True, model_config=_for_mlx_lm(config))
@@ -87,6 +88,11 @@ class TextEncoder:
 
     def apply_layer(self, layer: nn.Module, x: mx.array) -> mx.array:
         return layer(x, "causal", None)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A text encoder's config.json."""
+    return parse_json((folder / "config.json").read_bytes(), f"{folder}/config.json: ")
 
 
 def _tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], int]:
@@ -218,7 +224,7 @@ def enhance(folder: Path, prompt: str, seed: int, max_tokens: int = 400) -> str:
     from mlx_lm import generate, load
     from mlx_lm.sample_utils import make_sampler
 
-    config = parse_json((folder / "config.json").read_bytes(), "config.json: ")
+    config = read_config(folder)
     sizes = config.get("text_config", config)
     count, pattern = sizes["num_hidden_layers"], sizes.get("sliding_window_pattern", 6)
     if count < pattern:  # as the demo's, which only encodes
