@@ -75,15 +75,17 @@ def test_a_long_prompt_is_truncated_with_one_note(encoder, caplog):
 
 @pytest.mark.cpu
 def test_low_memory_gives_the_same_bits_in_less_memory(checkpoint, encoder):
-    low_memory = TextEncoder(checkpoint("gemma3"), mx.float32, low_memory=True)
     size = sum(w.nbytes for _, w in tree_flatten(encoder.model.parameters()["layers"]))
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    short = low_memory(["a"])
-    mx.eval(short)
-    # Two of seven layers and the embeddings (0.52), of a busy computer once 0.61.
-    assert mx.get_peak_memory() - before < 0.65 * size
-    assert equal(short[0], encoder(["a"])[0])
+    peaks = []
+    for _ in range(3):  # a busy computer frees buffers late, once in many runs
+        low_memory = TextEncoder(checkpoint("gemma3"), mx.float32, low_memory=True)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        short = low_memory(["a"])
+        mx.eval(short)
+        peaks.append(mx.get_peak_memory() - before)
+        assert equal(short[0], encoder(["a"])[0])
+    assert min(peaks) < 0.6 * size  # two of seven layers, and the embeddings
 
 
 def new_rope(full="linear"):
