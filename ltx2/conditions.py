@@ -163,9 +163,8 @@ class ReferenceClip(Condition):
     downscale: int
     slow: int
     window: Window = WHOLE_CLIP  # the frames that it covers
-    mask: Optional[tuple[str, Size]] = (
-        None  # a clip of weights, and at which size it is read
-    )
+    # A clip of weights, and at which size it is read
+    mask: Optional[tuple[str, Size]] = None
     encoder = "vae"
     weighs = property(lambda self: self.attention != 1 or self.mask is not None)
 

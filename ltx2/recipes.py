@@ -23,9 +23,8 @@ class Recipe:
     frames: int = 2049  # at most
     kind: str = "distilled"  # the kind of model that it needs
     scale: int = 1  # the result's sides, relative to the clip's
-    tile: Optional[tuple[int, int]] = (
-        None  # for a wide clip; swapped for an upright one
-    )
+    # Sides of tiles for a wide clip, swapped for an upright one
+    tile: Optional[tuple[int, int]] = None
     no_prompt: bool = False  # the prompt may be empty
     uses_sound: bool = False  # the clip's sound is a reference, too
     extra: int = 0  # frames that are generated and cut off

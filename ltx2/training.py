@@ -142,9 +142,8 @@ class Trainer:
             size = Size(side, side, frames, 24, latents.audio_tokens(frames, 24))
             return planned([of_streams(size, self.streams)], True, True).fits
 
-        sizes, low = [
-            of_streams(c.size, c.streams) for c in self.data.clips
-        ], pipe.low_memory
+        sizes = [of_streams(c.size, c.streams) for c in self.data.clips]
+        low = pipe.low_memory
         self.by_block = self.options.grad_checkpoint
         plan = planned(sizes, self.by_block, low)
         if plan.streamed or not plan.fits:
