@@ -70,6 +70,8 @@ class Conversion:
         if self.dequantize and not quantized:
             raise UserError("the model is not quantized: remove --dequantize")
         self._files = [(adapter_file(path), strength) for path, strength in self.loras]
+        for path, _ in self._files:
+            Lora.verified(path)
         self.text_encoder = self.source.encoder(self.text_encoder)
         folder = user_path(self.text_encoder)
         if self.source.version < GEMMA_4 and folder.is_dir():

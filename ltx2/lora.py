@@ -98,6 +98,17 @@ class Lora:
             factors[module] = a, b
         return cls(path.name, factors, metadata, alphas)
 
+    @classmethod
+    def verified(cls, path: str | Path) -> Lora:
+        """As `read`; UserError if a value is not finite. None of them stays in memory."""
+        lora, file = cls.read(path), adapter_file(str(path))
+        tensors, _ = hub.read_arrays(file)
+        while tensors:
+            key, tensor = tensors.popitem()
+            if not mx.isfinite(tensor).all().item():
+                raise UserError(f"LoRA {file}: {key} has NaN or infinite values")
+        return lora
+
     @property
     def nbytes(self) -> int:
         """The bytes of all factors."""

@@ -192,7 +192,7 @@ class Trainer:
             parts = "pmv"
         else:
             note(f"{name} has no {STATE}: training begins at step 0")
-            lora = Lora.read(file)
+            lora = Lora.verified(file)
             arrays = {f"p.{k}": w for k, w in factor_parameters(lora).items()}
             metadata, parts = lora.metadata, "p"
         base = metadata.get("base_model", self.base)

@@ -14,6 +14,7 @@ from streams import inputs, load, quantized
 from ltx2 import lora, weights
 from ltx2.base import UserError
 from ltx2.dit import Pass
+from ltx2.inputs import InputFiles
 from ltx2.linear import quantize
 from ltx2.lora import FusedLinear, Lora, LoRALinear, linear_shape
 
@@ -411,6 +412,17 @@ def test_a_file_that_is_not_a_lora_is_refused(tmp_path, content, message):
         mx.save_safetensors(str(path), content)
     with pytest.raises(UserError, match=f"strange.safetensors.*{message}"):
         Lora.read(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_named_before_anything_is_loaded(tmp_path, value):
+    """A trainer wrote NaN into the B of all gates: the videos were black."""
+    gate = "diffusion_model.blocks.0.attn1.to_gate_logits.lora_{}.weight"
+    bad = {gate.format("A"): A, gate.format("B"): mx.where(mx.arange(2) == 1, value, B)}
+    mx.save_safetensors(str(tmp_path / "gates.safetensors"), pair() | bad)
+    message = r"gates.safetensors: .*to_gate_logits.lora_B.weight has NaN or infinite"
+    with pytest.raises(UserError, match=message):
+        InputFiles().lora(str(tmp_path / "gates.safetensors"))
 
 
 @pytest.mark.parametrize(
