@@ -25,6 +25,8 @@ from .memory import available
 SECONDS = 0.25  # for measuring one rate
 FILE_BYTES = 1 << 28  # size of the file that is read to measure the disk
 BEYOND = 1 << 31  # elements, whose offsets need more than 32 bits
+# Rows of quantized products: MLX before 0.32 lost the first ones from 32768 on.
+ROWS = 40000
 # The largest error, relative to the largest value. In float32 Winograd's convolutions have
 # 4e-6, TF32 more than 1e-4. MLX's CPU backend adds quantized products in 16 bits.
 LIMITS = {mx.float32: 2e-5, mx.float16: 1e-2, mx.bfloat16: 8e-2}
@@ -263,6 +265,8 @@ def quantized_cases(mode: str, bits: int, groups: tuple[int, ...]) -> Iterator[C
             for rows in (1, 40):
                 case = f"groups of {group}, {rows} rows"
                 yield case, dtype, product, x[:rows], w, how
+        x, w = draw(ROWS, 128), draw(32, 128)
+        yield f"groups of {group}, {ROWS} rows", mx.float32, product, x, w, how
 
 
 def weights(w: mx.array, how: dict[str, Any]) -> Pair:

@@ -109,6 +109,19 @@ def test_a_slightly_wrong_or_infinite_product_is_found(monkeypatch, fault):
     assert states(judge("", device.quantized_cases("affine", 4, (64,)))) == {"wrong"}
 
 
+def test_a_product_that_is_wrong_only_for_the_tokens_of_a_clip_is_found(monkeypatch):
+    """As MLX's was before 0.32: the first rows of more than 32768."""
+    multiply = mx.quantized_matmul
+
+    def fault(x, *parts, **how):
+        lost = mx.arange(len(x))[:, None] < len(x) - 32768
+        return mx.where(lost, 0, multiply(x, *parts, **how))
+
+    monkeypatch.setattr(mx, "quantized_matmul", fault)
+    rows = judge("", device.quantized_cases("affine", 4, (64,)))
+    assert [(r.state, "40000 rows" in r.found) for r in rows] == [("wrong", True)]
+
+
 def test_a_kernel_that_does_not_exist_is_a_row(monkeypatch):
     def missing(*_, **__):
         raise RuntimeError("[conv] not\nimplemented")
