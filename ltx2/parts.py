@@ -14,6 +14,7 @@ from .layers import Component
 from .upsampler import LatentUpsampler, UpsamplerConfig
 
 GENERATIONS = {(2, 0): "2.0", (2, 3): "2.3", (2, 5): "2.5"}  # since model_version
+SUPPORTED = "LTX-2, LTX-2.3 and LTX-2.5 are supported"
 GEMMA_4 = (2, 4)  # the first version that packs its own text encoder
 KINDS = ("dev", "distilled")
 
@@ -112,6 +113,9 @@ def sections(f: File) -> dict[str, Any]:
         return {"gemma": f.json_metadata("gemma_config")}
     config = {"duration_head": {}} | f.json_metadata("config")
     with config_errors(f.name):
+        transformer = checked(dict, config.get("transformer", {}), "transformer")
+        if transformer.get("_class_name") == "Transformer3DModel":
+            raise UserError(f"this is LTX-Video, an older model: {SUPPORTED}")
         video = checked(dict, config.get("vae", {}), "vae")
         if video.get("_class_name") == "CausalDiffusionVAE":
             output = {"model_output_type": video.get("model_output_type")}
@@ -251,7 +255,7 @@ def parse_version(model_version: str) -> tuple[int, ...]:
     numbers = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", model_version)
     version = tuple(int(n or 0) for n in numbers.groups()) if numbers else ()
     if version < (2,):
-        raise UserError(f"unsupported model_version {model_version!r}")
+        raise UserError(f"unsupported model_version {model_version!r}: {SUPPORTED}")
     return version
 
 

@@ -251,7 +251,12 @@ Q_BIAS = "model.diffusion_model.transformer_blocks.0.attn1.to_q.bias"
         (block_scale, "transformer", "block-scaled fp8"),
         (put("config", "{}"), "", "has no configuration of the transformer"),
         (put("config", "not json"), "", "config is not valid JSON"),
-        (put("model_version", "0.9.8"), "", "unsupported model_version '0.9.8'"),
+        (put("model_version", "0.9.8"), "", "'0.9.8': LTX-2, .* are supported"),
+        (
+            configure("transformer", "_class_name", "Transformer3DModel"),
+            "",
+            "this is LTX-Video, an older model: LTX-2, LTX-2.3 and LTX-2.5 are supported",
+        ),
         (put("model_version", "2.3.0"), "", "configured as 2.0"),
         (put("model_version", "latest"), "", "unsupported model_version"),
     ],
