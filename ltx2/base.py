@@ -148,6 +148,13 @@ def user_path(name: Union[str, PurePath]) -> Path:
     return Path(os.path.expanduser(name))
 
 
+def listed(folder: Path, pattern: str = "*") -> list[Path]:
+    """Paths in a folder by name, without what macOS puts there: .DS_Store, and on disks
+    that have no room for a file's attributes a ._ file with them."""
+    aside = "._", ".DS_Store"
+    return [p for p in sorted(folder.glob(pattern)) if not p.name.startswith(aside)]
+
+
 def lock(file: IO) -> Optional[bool]:
     """Lock an open file until it is closed, without waiting: whether that was possible;
     None on a disk that has no locks, as some network drives."""

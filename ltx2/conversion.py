@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from . import __version__, media
 from . import quantization as rounding
-from .base import UserError, user_path
+from .base import UserError, listed, user_path
 from .hub import DTYPES, converted_config, folder_files, gigabytes
 from .linear import QuantizedLinear, layer_format, layer_formats, quantize
 from .lora import Lora, adapter_file, attach
@@ -262,10 +262,10 @@ def check_target(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} is not a converted model; refusing to overwrite it")
     own = ["config.json", "README.md", "LICENSE.md", "LICENSE"]
     own += [config.json().get("text_encoder")]
-    own += [".DS_Store", ".cache", ".gitattributes"]  # of the Finder and the Hub
+    own += [".cache", ".gitattributes"]  # of the Hub
     names = "|".join(map(re.escape, COMPONENTS))
     part = re.compile(rf"({names})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-    for path in sorted(folder.iterdir()):
+    for path in listed(folder):
         if not part.fullmatch(path.name) and path.name not in own:
             raise UserError(f"{folder} also holds {path.name}: move it away first")
 

@@ -22,7 +22,16 @@ from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
 import mlx.core as mx
 
 from . import media
-from .base import LOG, UserError, checked, note, parse_json, read_text, user_path
+from .base import (
+    LOG,
+    UserError,
+    checked,
+    listed,
+    note,
+    parse_json,
+    read_text,
+    user_path,
+)
 from .cache import ContextCache
 from .guidance import Contexts
 from .hub import File, read_arrays
@@ -91,7 +100,7 @@ def find_clips(data: str) -> list[Clip]:
 
 
 def _captioned(folder: Path) -> Iterator[Clip]:
-    for path in sorted(folder.iterdir()):
+    for path in listed(folder):
         if path.suffix.lower() in PICTURES | VIDEOS | SOUNDS:
             text = path.with_suffix(".txt")
             with skipping(path):

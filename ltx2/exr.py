@@ -14,7 +14,7 @@ from typing import Iterator
 import numpy as np
 
 from . import color, media
-from .base import UserError
+from .base import UserError, listed
 
 FORMAT = rb"Video: exr, (gray|gbrp|gbrap)f(16|32)([lb]e).*? (\d+)x(\d+)"
 PLANES = {b"gray": [0, 0, 0], b"gbrp": [2, 0, 1], b"gbrap": [2, 0, 1]}  # of R, G, B
@@ -22,7 +22,7 @@ PLANES = {b"gray": [0, 0, 0], b"gbrp": [2, 0, 1], b"gbrap": [2, 0, 1]}  # of R, 
 
 def frames_in(path: media.PathLike) -> list[Path]:
     """An EXR file, or the EXR files of a folder by name; none for anything else."""
-    found = [Path(path)] if os.path.isfile(path) else sorted(Path(path).glob("*"))
+    found = [Path(path)] if os.path.isfile(path) else listed(Path(path))
     return [file for file in found if file.suffix.lower() == ".exr"]
 
 

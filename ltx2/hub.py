@@ -21,7 +21,7 @@ from typing import Any, Iterable, Iterator, Optional
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
-from .base import LOG, UserError, note, parse_json, user_path
+from .base import LOG, UserError, listed, note, parse_json, user_path
 
 DEFAULT_FILES = (  # where there are several checkpoints
     "ltx-2-19b-distilled.safetensors",
@@ -33,7 +33,7 @@ FOLDERS = (
     "diffusion_models text_encoders vae latent_upscale_models model_patches loras "
     "checkpoints"
 ).split()
-ASIDE = ["*.DS_Store", ".cache/*", ".git/*"]  # never uploaded
+ASIDE = ["*.DS_Store", "._*", "*/._*", ".cache/*", ".git/*"]  # never uploaded
 INSTEAD = ", take the original .safetensors file"
 DTYPES = {
     "BF16": mx.bfloat16,
@@ -329,7 +329,7 @@ def model_files(names: Iterable[str]) -> list[str]:
 
 def folder_files(folder: Path, repo: str = "") -> list[File]:
     patterns = ["*", *(f"{sub}/{inner}" for sub in FOLDERS for inner in ("*", "*/*"))]
-    paths = (path for pattern in patterns for path in folder.glob(pattern))
+    paths = (path for pattern in patterns for path in listed(folder, pattern))
     names = model_files(p.relative_to(folder).as_posix() for p in paths if p.is_file())
     return [File(n, (folder / n).stat().st_size, folder / n, repo) for n in names]
 

@@ -24,7 +24,7 @@ import pillow_heif
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageCms, ImageOps
 
-from .base import UserError, hann_sinc, lock, note, parse_json
+from .base import UserError, hann_sinc, listed, lock, note, parse_json
 
 PathLike, Metadata = str | Path, dict[str, Any]
 
@@ -385,7 +385,7 @@ def workspace(path: PathLike, folder: str = "") -> Iterator[str]:
     path, problem = Path(path), f"{path}: cannot be written"
     if path.is_dir() and not folder:
         raise UserError(f"{path}: is a folder: pass the name of a file")
-    if path.is_dir() and not all(re.fullmatch(folder, k) for k in os.listdir(path)):
+    if path.is_dir() and not all(re.fullmatch(folder, p.name) for p in listed(path)):
         raise UserError(f"{path}: has other files in it: pass a new folder")
     name = f".{path.name[:100]}-"
     for leftover in path.parent.glob(f"{glob.escape(name)}????????.partial"):

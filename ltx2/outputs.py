@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Iterable, Iterator, Optional
 
-from .base import UserError, lock
+from .base import UserError, listed, lock
 
 LATENTS, PREVIEW, SHEET = ".latents.safetensors", ".preview.png", "-sheet.png"
 
@@ -31,7 +31,7 @@ def names(output: str, videos: int, number: int = 1) -> list[str]:
 
 def taken(path: Path) -> bool:
     """Whether there is something at `path`; an empty folder is nothing."""
-    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    return path.exists() and not (path.is_dir() and not listed(path))
 
 
 @contextmanager

@@ -40,6 +40,19 @@ def pytest_runtest_setup(item) -> None:
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
 
 
+@pytest.fixture
+def usb_disk() -> Callable[[Path], None]:
+    """Adds to a folder what macOS does on a disk that has no room for attributes."""
+
+    def add(folder: Path) -> None:
+        for path in [p for p in folder.rglob("*") if p.is_file()]:
+            header = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(4072)
+            path.with_name(f"._{path.name}").write_bytes(header)
+        (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+
+    return add
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Callable[..., Path]:
     """`checkpoint("ltx-2.3")`: a path; each is built once (`checkpoints.build`)."""

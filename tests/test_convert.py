@@ -721,11 +721,22 @@ def test_what_arrived_is_compared_and_sent_again(
     assert "uploading to me/it as me" in out and "files, unchanged" in out
 
 
-def test_files_of_the_finder_are_not_uploaded(fake_hub, quantized, tmp_path):
+def test_files_of_macos_are_passed_over(
+    fake_hub, checkpoint, quantized, tmp_path, usb_disk
+):
     copy = shutil.copytree(quantized, tmp_path / "copy")
-    (copy / ".DS_Store").write_text("of the Finder")
+    shutil.copytree(checkpoint("gemma3"), copy / "text_encoder")
+    names = {str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file()}
+    usb_disk(copy)
+    model = weights.open_model(str(copy))
+    weights.check_text_encoder(str(copy / "text_encoder"), model)
+    assert {*model.components} == {*weights.open_model(str(quantized)).components}
     assert convert("--mlx-path", copy, "--upload-repo", "me/it") == 0
-    assert not (fake_hub.uploads / "me/it" / ".DS_Store").exists()
+    sent = fake_hub.uploads / "me/it"
+    assert {str(p.relative_to(sent)) for p in sent.rglob("*") if p.is_file()} == names
+    shutil.rmtree(copy / "text_encoder")
+    arguments = ("--hf-path", checkpoint("ltx-2"), "--mlx-path", copy, "--overwrite")
+    assert convert(*arguments) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Clips for training: found, fitted to buckets, encoded once, broken ones skipped."""
 
 import json
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -57,6 +58,13 @@ def found(pipe, cache, folder, **options) -> Dataset:
     data = Dataset(cache, pipe, training.Options.of({}, options))
     data.find(str(folder))
     return data
+
+
+def test_files_of_macos_are_passed_over(folder, notes, tmp_path, usb_disk):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    usb_disk(copy)
+    captions = [[c.caption for c in find_clips(str(f))] for f in (folder, copy)]
+    assert captions[0] == captions[1] and not any("._" in text for text in notes)
 
 
 def test_files_that_cannot_be_used_are_named_and_left_out(

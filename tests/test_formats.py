@@ -7,7 +7,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from ltx2 import color, formats, media
+from ltx2 import color, exr, formats, media
 from ltx2.base import UserError
 
 RNG = np.random.default_rng(0)
@@ -157,6 +157,15 @@ def test_a_failure_leaves_an_earlier_folder_as_it_was(tmp_path):
             video.write(NOISE[:1])
             raise KeyboardInterrupt
     assert {p: p.read_bytes() for p in (tmp_path / "a").iterdir()} == earlier
+
+
+def test_files_of_macos_are_no_frames(tmp_path, usb_disk):
+    folder = tmp_path / "a"
+    with formats.VideoWriter(folder, 24) as video:
+        video.write(NOISE)
+    usb_disk(folder)
+    assert exr.probe(folder).num_frames == len(NOISE)
+    formats.check_output(folder)
 
 
 @pytest.mark.parametrize(
