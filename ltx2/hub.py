@@ -34,7 +34,7 @@ FOLDERS = (
     "checkpoints"
 ).split()
 ASIDE = ["*.DS_Store", "._*", "*/._*", ".cache/*", ".git/*"]  # never uploaded
-INSTEAD = ", take the original .safetensors file"
+INSTEAD = ": take the original .safetensors file, not another tool's conversion"
 DTYPES = {
     "BF16": mx.bfloat16,
     "F16": mx.float16,
@@ -85,7 +85,7 @@ class File:
         """A JSON object in the metadata."""
         if key not in self.metadata:
             what = f"no {key} in its metadata"
-            raise UserError(f"{self.name} is not an LTX-2 file ({what})")
+            raise UserError(f"{self.name} is not an LTX-2 file ({what}){INSTEAD}")
         return parse_json(self.metadata[key], f"{self.name}, {key}: ")
 
     @cached_property
@@ -202,7 +202,7 @@ def invalid(path: Path, error: str) -> str:
     if start.startswith(b"version https://git-lfs"):
         return "is a git-lfs pointer, not the file itself: run git lfs pull"
     if start.startswith(b"GGUF"):
-        return f"is a GGUF file, which is not supported{INSTEAD}"
+        return f"is a GGUF file, which is not read{INSTEAD}"
     if re.search("not fully covered|header length", error) or len(start) < 8:
         return "is truncated or damaged: download it again"
     return f"is not a safetensors file ({error.rpartition(': ')[2]})"
@@ -315,7 +315,7 @@ def found_instead(files: list[File]) -> str:
     weights = [f for f in files if f.name.endswith(".safetensors")]
     problems = [f": {f.problem}" for f in weights if f.problem]
     others = ", ".join(f.name for f in weights) or "other files"
-    return problems[0] if problems else f", only {others}"
+    return problems[0] if problems else f", only {others}{INSTEAD}"
 
 
 def model_files(names: Iterable[str]) -> list[str]:
