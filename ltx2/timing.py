@@ -41,10 +41,10 @@ class TimePlan:
         rows.append(("all", *map(sum, list(zip(*rows))[1:])))
         heads = ("phase", "TFLOP", "seconds")
         rate = f"{self.rate / 1e12:.3g} TFLOP/s"
-        how = f"a matmul reaches {rate} here; reading files adds"
+        how = f"computed from {rate}, measured here; without reading files"
         if self.low != self.high:
             heads = (*heads[:2], "s from", "to")
-            how += f"; nothing was measured for {self.where}: a range"
+            how += f"; a range, as {self.where} was never timed"
         return f"{table(heads, [row[: len(heads)] for row in rows])}\n{how}"
 
 
