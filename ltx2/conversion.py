@@ -19,7 +19,15 @@ from .hub import DTYPES, converted_config, folder_files, gigabytes
 from .linear import QuantizedLinear, layer_format, layer_formats, quantize
 from .lora import Lora, adapter_file, attach
 from .quantization import quant_predicate, quantization  # noqa: F401, names of the API
-from .weights import COMPONENTS, FLOAT32, GEMMA_4, Checkpoint, Weights, shard_names
+from .weights import (
+    COMPONENTS,
+    FLOAT32,
+    GEMMA_4,
+    Checkpoint,
+    Weights,
+    check_text_encoder,
+    shard_names,
+)
 
 SHARD = 5 * 10**9  # bytes a file, at most
 LICENSE = "https://github.com/Lightricks/LTX-2/blob/main/LICENSE"
@@ -75,6 +83,7 @@ class Conversion:
         self.text_encoder = self.source.encoder(self.text_encoder)
         folder = user_path(self.text_encoder)
         if self.source.version < GEMMA_4 and folder.is_dir():
+            check_text_encoder(str(folder), self.source)
             self.text_encoder = str(folder.resolve())  # from any working directory
 
     def weights(self, name: str) -> Weights:

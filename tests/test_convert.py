@@ -436,6 +436,19 @@ def test_a_text_encoder_elsewhere_is_found_from_any_folder(
     assert weights.open_model(str(tmp_path / "model")).text_encoder == str(gemma)
 
 
+def test_a_text_encoder_that_does_not_fit_is_refused(
+    small, quantized, checkpoint, tmp_path, capsys
+):
+    other = shutil.copytree(checkpoint("gemma3"), tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 2
+    (other / "config.json").write_text(json.dumps(config))
+    args = ("--hf-path", small, "--mlx-path", tmp_path / "model", "--text-encoder")
+    assert "was trained with another size" in refused(capsys, *args, other)
+    assert "has no tokenizer" in refused(capsys, *args, quantized)
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize("name", ["style-lora.safetensors", "notes", ".git", "loras"])
 def test_a_folder_with_other_files_is_not_replaced(quantized, tmp_path, capsys, name):
     model = Path(shutil.copytree(quantized, tmp_path / "model"))
