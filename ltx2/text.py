@@ -103,11 +103,15 @@ def _tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], int]:
         if "model" not in json.loads(path.read_bytes()):
             raise UserError("tokenizer.json has no model")
         tokenizer = Tokenizer.from_file(str(path))
-        return lambda text: tokenizer.encode(text).ids, tokenizer.token_to_id("<bos>")
-    from sentencepiece import SentencePieceProcessor
+        encode, bos = lambda x: tokenizer.encode(x).ids, tokenizer.token_to_id("<bos>")
+    else:
+        from sentencepiece import SentencePieceProcessor
 
-    pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    return pieces.encode, pieces.bos_id()
+        pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        encode, bos = pieces.encode, pieces.bos_id()
+    if bos != 2:  # all prompts would give the same video, in silence
+        raise UserError(f"its tokenizer is not Gemma's: <bos> is {bos}, not 2")
+    return encode, bos
 
 
 @dataclass

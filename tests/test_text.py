@@ -197,6 +197,19 @@ def test_a_damaged_encoder_is_one_line(copy, checkpoint, file, change):
     assert "\n" not in str(error.value)
 
 
+def test_a_tokenizer_of_another_model_is_refused(copy):
+    """Else all prompts give the same video."""
+    text = (copy / "tokenizer.json").read_text()
+    (copy / "tokenizer.json").write_text(text.replace("<bos>", "<s>"))
+    with pytest.raises(UserError, match="its tokenizer is not Gemma's: <bos> is None"):
+        TextEncoder(copy)
+    (copy / "tokenizer.json").unlink()
+    other = sentencepiece_model(json.loads(text.replace('"<bos>"', '"<none>"')))
+    (copy / "tokenizer.model").write_bytes(other)
+    with pytest.raises(UserError, match="its tokenizer is not Gemma's"):
+        TextEncoder(copy)
+
+
 # Features and connectors
 
 
