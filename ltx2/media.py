@@ -77,6 +77,8 @@ def load_image(path: PathLike) -> np.ndarray:
     damage = OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error
     try:
         with Image.open(path) as file:
+            if file.format in ("GIF", "PNG", "WEBP") and file.n_frames > 1:
+                note(f"{path}: is animated; its first frame is used")
             image = ImageOps.exif_transpose(file)
         profile = image.info.get("icc_profile")
         if image.mode == "F":

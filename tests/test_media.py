@@ -169,6 +169,20 @@ def test_formats_of_cameras_and_editors_are_read(tmp_path, mode, suffix):
     assert np.abs(image.astype(int) - smooth).mean() < 3
 
 
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_of_an_animated_picture_the_first_frame_is_used_with_a_note(
+    tmp_path, caplog, suffix
+):
+    one, two = map(Image.fromarray, clip(2))
+    one.save(tmp_path / f"still.{suffix}")
+    still = media.load_image(tmp_path / f"still.{suffix}")
+    assert not caplog.records
+    one.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[two])
+    image = media.load_image(tmp_path / f"a.{suffix}")
+    assert f"a.{suffix}: is animated; its first frame is used" in caplog.text
+    assert np.abs(image.astype(int) - still).mean() < 3
+
+
 def test_transparency_is_ignored_with_a_note_where_there_is_any(tmp_path, caplog):
     pixels = Image.fromarray(clip(1)[0])
     for name, alpha in (("clear", 128), ("opaque", 255)):
