@@ -101,8 +101,8 @@ class Checkpoint(FolderConfig):
             problems = [text for held, text in self.problems if held & {*missing}]
             reasons = f" (not used: {'; '.join(problems[:3])})" if problems else ""
             raise UserError(
-                f"missing model parts: {', '.join(missing)}{reasons}; place their files "
-                "next to the others, or pass --part NAME=FILE"
+                f"missing model parts: {', '.join(missing)}{reasons}; pass a folder that "
+                "holds all files, or --part NAME=FILE"
             )
 
     def check(self, *names: str) -> None:

@@ -564,7 +564,7 @@ def test_a_missing_part_is_named_with_the_file_that_was_not_used(parts):
     tensors, metadata = mx.load(str(audio), return_metadata=True)
     audio.unlink()
     shutil.copy(video, audio)  # one of them is a copy of the other
-    message = "missing model parts: audio_vae, vocoder; place"
+    message = "missing model parts: audio_vae, vocoder; pass a folder that holds all"
     with pytest.raises(UserError, match=message):
         weights.open_model(str(parts)).check(*COMPONENTS)
     mx.save_safetensors(str(audio), tensors)
