@@ -16,6 +16,7 @@ import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path, PurePath
 from typing import (
@@ -288,7 +289,11 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> None:
-        raise UserError(f"{message} (--help lists all flags)")
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        like = unknown and get_close_matches(unknown[1], flags, 2, 0.8)
+        hint = f": did you mean {' or '.join(like)}?" if like else ""
+        raise UserError(f"{message}{hint} (--help lists all flags)")
 
 
 # What MLX's error has in it, what has happened, and what helps.

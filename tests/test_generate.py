@@ -146,7 +146,9 @@ REFUSED = {
     "--model FILES/noise.bin": "noise.bin",
     "--model FILES": "",
     "--text-encoder FILES": "has no config.json",
-    "--magic": "unrecognized arguments: --magic",
+    "--magic": "unrecognized arguments: --magic (--help",
+    "--frames 9": "--frames 9: did you mean --keyframes or --num-frames?",
+    "--negative_prompt=x": "did you mean --negative-prompt?",
 }
 
 
