@@ -89,27 +89,22 @@ DETAILS = {
 
 def parser() -> argparse.ArgumentParser:
     """All flags. One that is not passed is None: defaults are the request's."""
-    p, groups = base.Parser(description=__doc__, epilog=EPILOG), {}
+    p = base.Parser(description=__doc__, epilog=EPILOG)
     p.add_argument("--version", action="version", version=f"ltx2 {__version__}")
-
-    def group(title: str) -> Any:
-        if title not in groups:
-            groups[title] = p.add_argument_group(title)
-        return groups[title]
-
-    titles = {k: title for title, ks in Request.GROUPS.items() for k in ks.split()}
-    add_flags(lambda k: group(titles.get(k, "sampling")).add_argument, Request)
-    guidance = group("guidance (--audio-... for the sound)").add_argument
-    add_flags(lambda k: guidance, Guidance)
-    add_flags(lambda k: guidance, Guidance, "audio_")
-
+    guidance = "guidance (--audio-... for the sound)"
+    titles = "output", "sampling", "inputs", guidance, "model", "run"
+    add = {title: p.add_argument_group(title).add_argument for title in titles}
+    places = {k: title for title, ks in Request.GROUPS.items() for k in ks.split()}
+    add_flags(lambda k: add[places.get(k, "sampling")], Request)
+    add_flags(lambda k: add[guidance], Guidance)
+    add_flags(lambda k: add[guidance], Guidance, "audio_")
     for title, flags in FLAGS.items():
         for flag, help in flags.items():
             name, _, metavar = flag.partition(" ")
             how = {"metavar": metavar} if metavar else {}
             how |= DETAILS.get(name, {})
             how |= {} if how else {"action": "store_true"}
-            group(title).add_argument(f"--{name}", help=help, **how)
+            add[title](f"--{name}", help=help, **how)
     return p
 
 

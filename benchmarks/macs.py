@@ -70,8 +70,8 @@ def header(name: str, tensors: Mapping[str, mx.array]) -> hub.File:
     """A file of such tensors that is only its header."""
     names = {dtype: kind for kind, dtype in hub.DTYPES.items() if kind != "F8_E4M3"}
     f = hub.File(name, sum(w.nbytes for w in tensors.values()), sha256="0" * 64)
-    found = {key: (names[w.dtype], w.shape) for key, w in tensors.items()}
-    f.header = {"__metadata__": {"format": "mlx"}, **found}
+    f.header = {key: (names[w.dtype], w.shape) for key, w in tensors.items()}
+    f.metadata = {"format": "mlx"}
     return f
 
 
@@ -83,7 +83,7 @@ def released(name: str) -> weights.Checkpoint:
     source = layouts.model(config, *files)
     source.kind = "distilled"
     for f in source.files:
-        shapes = (f.header[key][1] for key in f.keys)
+        shapes = (shape for _, shape in f.header.values())
         f.size, f.sha256 = 2 * sum(map(math.prod, shapes)), "0" * 64
     return source
 

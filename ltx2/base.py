@@ -14,22 +14,12 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path, PurePath
-from typing import (
-    IO,
-    Any,
-    Callable,
-    ClassVar,
-    Iterable,
-    Iterator,
-    Literal,
-    Optional,
-    Union,
-)
+from typing import IO, Any, ClassVar, Literal, Optional, Union
 
 import mlx.core as mx
 

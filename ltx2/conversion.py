@@ -77,6 +77,8 @@ class Conversion:
             raise UserError("the model is already quantized: use --dequantize first")
         if self.dequantize and not quantized:
             raise UserError("the model is not quantized: remove --dequantize")
+        stored = self.quantization or self.source.quantization  # in the folder
+        self.stored = None if self.dequantize else stored
         self._files = [(adapter_file(path), strength) for path, strength in self.loras]
         for path, _ in self._files:
             Lora.verified(path)
@@ -162,7 +164,7 @@ class Conversion:
     def config(self) -> dict[str, Any]:
         """The contents of config.json."""
         source, dtype, encoder = self.source, self.dtype, self.own_encoder
-        q = self.quantization or (None if self.dequantize else source.quantization)
+        q = self.stored
         files = [f for f in source.files if f.role]
         origin = source.provenance or {
             "source": files[0].repo or "local files",
@@ -189,8 +191,7 @@ class Conversion:
     @property
     def hub_name(self) -> str:
         """As mlx-community names models: LTX-2.3-22b-distilled-4bit."""
-        stored = None if self.dequantize else self.source.quantization
-        q = layer_formats(self.quantization or stored).get("")
+        q = layer_formats(self.stored).get("")
         how = FLOATS[self.dtype and str(self.dtype)[9:]]
         if q:
             how = f"{q['bits']}bit" if q["mode"] == "affine" else q["mode"]
@@ -198,8 +199,7 @@ class Conversion:
 
     def summary(self) -> str:
         """How the weights are quantized, and how well, in a sentence of the card."""
-        stored = None if self.dequantize else self.source.quantization
-        how = layer_formats(self.quantization or stored)
+        how = layer_formats(self.stored)
         if not how:
             return "The weights are not quantized."
         several = lambda key: ", ".join(sorted({str(f[key]) for f in how.values()}))

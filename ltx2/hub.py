@@ -13,7 +13,6 @@ import tempfile
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Optional
@@ -44,6 +43,7 @@ DTYPES = {
     "U8": mx.uint8,
     "F8_E4M3": mx.uint8,  # as mx.load returns it
 }
+Header = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape by name
 TRANSFORMER = re.compile(r"\b(transformer_blocks\.0\.attn1|patchify_proj)\.")  # keys
 
 
@@ -64,22 +64,22 @@ class File:
             self.sha256 = target
 
     @cached_property
-    def header(self) -> dict[str, Any]:
-        """Dtype and shape of each tensor, and "__metadata__"; no tensor is read."""
+    def _headers(self) -> tuple[Header, dict[str, str]]:
         if self.path:
             return read_header(self.path)
         with hub_api(self.repo) as api:
             remote = api.parse_safetensors_file_metadata(self.repo, self.name)
         tensors = {k: (t.dtype, tuple(t.shape)) for k, t in remote.tensors.items()}
-        return {"__metadata__": remote.metadata, **tensors}
+        return tensors, remote.metadata or {}
 
-    @property
-    def keys(self) -> list[str]:
-        return [key for key in self.header if key != "__metadata__"]
+    @cached_property
+    def header(self) -> Header:
+        """Dtype and shape of each tensor; no tensor is read."""
+        return self._headers[0]
 
-    @property
+    @cached_property
     def metadata(self) -> dict[str, str]:
-        return self.header["__metadata__"] or {}
+        return self._headers[1]
 
     def json_metadata(self, key: str) -> dict[str, Any]:
         """A JSON object in the metadata."""
@@ -92,12 +92,12 @@ class File:
     def problem(self) -> str:
         """Why the tensors cannot be read, or ""."""
         try:
-            dtypes = {self.header[key][0] for key in self.keys}
+            dtypes = {dtype for dtype, _ in self.header.values()}
         except Unreachable:
             raise
         except UserError as error:
             return str(error)
-        if any(key.endswith("weight_scale_2") for key in self.keys):
+        if any(key.endswith("weight_scale_2") for key in self.header):
             return f"{self.name}: nvfp4 weights are not supported"
         unsupported = ", ".join(sorted(dtypes - DTYPES.keys()))
         return unsupported and f"{self.name}: unsupported dtype {unsupported}"
@@ -110,7 +110,7 @@ class File:
             return ""
         folder = self.name.partition("/")[0] if "/" in self.name else ""
         try:  # by its name on the Hub: headers of remote files take time
-            text = " ".join(self.keys) if self.path else self.name
+            text = " ".join(self.header) if self.path else self.name
         except UserError:  # reported if a part is missing
             return "part"
         if folder == "loras" or "lora" in text:
@@ -126,8 +126,7 @@ class File:
 
     def zeros(self) -> dict[str, mx.array]:
         """Zeros, lazily, with the shapes and dtypes of the tensors."""
-        tensors = {key: self.header[key] for key in self.keys}
-        return {k: mx.zeros(shape, DTYPES[t]) for k, (t, shape) in tensors.items()}
+        return {k: mx.zeros(shape, DTYPES[t]) for k, (t, shape) in self.header.items()}
 
     def fetch(self) -> Path:
         """Download the file if needed; an interrupted download is resumed."""
@@ -167,8 +166,8 @@ class File:
 # Headers
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """A safetensors file's header, checked against the file's size."""
+def read_header(path: Path) -> tuple[Header, dict[str, str]]:
+    """Tensors and metadata of a safetensors file, checked against the file's size."""
     try:
         with safe_open(path, framework="numpy"), open(path, "rb") as f:
             text = f.read(int.from_bytes(f.read(8), "little"))
@@ -179,8 +178,7 @@ def read_header(path: Path) -> dict[str, Any]:
     if len(header) < len(pairs):
         raise UserError(f"{path} has duplicate tensor names")
     metadata = header.pop("__metadata__", {})
-    tensors = {k: (t["dtype"], tuple(t["shape"])) for k, t in header.items()}
-    return {"__metadata__": metadata, **tensors}
+    return {k: (t["dtype"], tuple(t["shape"])) for k, t in header.items()}, metadata
 
 
 def read_arrays(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
@@ -188,7 +186,7 @@ def read_arrays(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     other file."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    metadata = read_header(Path(path))["__metadata__"]
+    metadata = read_header(Path(path))[1]
     try:
         return mx.load(str(path), "safetensors"), metadata
     except RuntimeError as error:  # of dtypes
@@ -378,8 +376,8 @@ def cache_folder() -> Path:
 
 def listing(files: list[File]) -> str:
     """One line a file: size, name, whether it is to be downloaded."""
-    note = lambda f: "" if f.path else "  to be downloaded"
-    return "\n".join(f"{gigabytes(f.size):>12}  {f.name}{note(f)}" for f in files)
+    missing = lambda f: "" if f.path else "  to be downloaded"
+    return "\n".join(f"{gigabytes(f.size):>12}  {f.name}{missing(f)}" for f in files)
 
 
 def gigabytes(size: int) -> str:
@@ -415,15 +413,16 @@ def check_space(needed: dict[Path, int]) -> None:
 def upload(folder: Path, repo: str, message: str = "Add the converted model") -> int:
     """Put a folder into a repository, which sends what is not there yet, and compare what
     arrived with it. The number of files; UserError if one differs."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    options = {"repo_id": repo, "folder_path": folder, "ignore_patterns": ASIDE}
     with hub_api(repo) as api:
-        options = {"repo_id": repo, "folder_path": folder, "ignore_patterns": ASIDE}
         api.upload_folder(commit_message=message, **options)
         there = api.model_info(repo, files_metadata=True).siblings
     arrived = {f.rfilename: f for f in there}
-    sent = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    sent = {path.relative_to(folder).as_posix(): path for path in sent}
-    sent = {k: p for k, p in sent.items() if not any(fnmatch(k, a) for a in ASIDE)}
-    wrong = [k for k, path in sent.items() if not is_same(path, arrived.get(k))]
+    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    sent = sorted(filter_repo_objects(files, ignore_patterns=ASIDE))
+    wrong = [name for name in sent if not is_same(folder / name, arrived.get(name))]
     if wrong:
         raise UserError(
             f"{repo} differs from {folder}: {', '.join(wrong[:5])}; run the same command "

@@ -254,10 +254,10 @@ class Estimator:
         """The text phase: layers are streamed, prompts go through the connectors singly."""
         if encoder:
             unused, sizes = "vision|multi_modal|lm_head", {}
-            for f, k in [(file, key) for file in encoder for key in file.keys]:
-                kind, shape = f.header[k]
-                size = self.dtype.size if "F" in kind else DTYPES[kind].size
-                sizes[k] = math.prod(shape) * size * (not re.search(unused, k))
+            for f in encoder:
+                for k, (kind, shape) in f.header.items():
+                    size = self.dtype.size if "F" in kind else DTYPES[kind].size
+                    sizes[k] = math.prod(shape) * size * (not re.search(unused, k))
             layers = layer_sizes(sizes)
             gemma = sum(layers.values()) - streamable(layers, self.gpu)
         else:

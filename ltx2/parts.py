@@ -74,11 +74,13 @@ def read_parts(f: File) -> Parts:
     if f.problem:
         raise UserError(f.problem)
     if f.role == "upsampler":
-        section, tensors = f.json_metadata("config"), {key: (f, key) for key in f.keys}
+        section, tensors = f.json_metadata("config"), {
+            key: (f, key) for key in f.header
+        }
         name = upsampler_name(f, section)
         return {(name, ""): Part(f, name, section, tensors)}
     config, parts = sections(f), {}
-    for key in f.keys:
+    for key in f.header:
         places = map_key(key, "diffusion_decoder" in config)
         if places is None:
             raise UserError(f"{f.name}: unexpected tensor {key}")
@@ -198,7 +200,7 @@ def claims(f: File) -> set[str]:
     if f.role == "upsampler":
         return {*UPSAMPLERS}
     try:
-        return {component for key in f.keys for component, _ in map_key(key) or ()}
+        return {component for key in f.header for component, _ in map_key(key) or ()}
     except UserError:
         return {*COMPONENTS}
 

@@ -1,6 +1,7 @@
 """How linear layers are quantized: bits by layer, and rounding by least squares."""
 
 import itertools
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -112,9 +113,8 @@ def mlx_lm_picks(paths: Iterable[str]) -> Iterator[str]:
         places = {path: place(path) for path in alike}
         blocks = 1 + max(n for n, _ in places.values())
         for path, (n, kind) in places.items():
-            outer = (
-                n < blocks // 8 or n >= 7 * blocks // 8 or (n - blocks // 8) % 3 == 2
-            )
+            first, last = blocks // 8, 7 * blocks // 8
+            outer = not first <= n < last or (n - first) % 3 == 2
             if outer and kind.endswith(("to_v", "net.2", "v_proj", "down_proj")):
                 yield path
 
@@ -151,34 +151,28 @@ def allocate(weights: Weights, how: dict[str, Any], shares: Shares) -> dict[str,
     (`MEAN_BITS` for 4), or as many as `how` alone leads to. They start from a bit less.
     """
     blocks = {k: w for k, w in weights.items() if k.startswith("transformer_blocks.")}
-    group, least = how["group_size"], max(how["bits"] - 1, 2)
+    group, least = how["group_size"], max([2, *(b for b in ERROR if b < how["bits"])])
     found = layers(blocks, group)
     alike = groups(found)
     numbers = {key: sum(found[p].size for p in paths) for key, paths in alike.items()}
-    most = (MEAN_BITS + how["bits"] - 4) * sum(w.size for w in blocks.values())
-
-    def size(bits: int) -> float:
-        """Of the blocks with so many bits in all layers, in bits."""
-        scales = sum(2 * w.size * w.itemsize * 8 / group for w in found.values())
-        rest = sum(8 * w.nbytes for w in blocks.values())
-        rest -= sum(8 * w.nbytes - bits * w.size for w in found.values())
-        return scales + rest
-
-    room = max(most, size(how["bits"])) - size(least)
-    bits, levels = dict.fromkeys(alike, least), sorted(b for b in ERROR if b >= least)
-
-    def gain(key: tuple[str, int]) -> float:
-        """For each bit that a kind's next level costs; 0 if it does not fit."""
-        now, more = levels.index(bits[key]), levels[levels.index(bits[key]) + 1 :]
-        cost = (more[0] - levels[now]) * numbers[key] if more else room + 1
-        if cost > room:
-            return 0.0
-        return shares(*key) * (ERROR[levels[now]] - ERROR[more[0]]) / cost
-
-    while alike and gain(best := max(alike, key=gain)):
-        now = bits[best]
-        bits[best] = levels[levels.index(now) + 1]
-        room -= (bits[best] - now) * numbers[best]
+    bits, total = dict.fromkeys(alike, least), sum(numbers.values())
+    size = lambda weights: 8 * sum(w.nbytes for w in weights.values())
+    fixed = (
+        size(blocks) - size(found) + 2 * size(found) / group
+    )  # other weights, scales
+    most = (MEAN_BITS + how["bits"] - 4) * sum(w.size for w in blocks.values()) - fixed
+    room = max(most, how["bits"] * total) - least * total
+    levels = sorted(b for b in ERROR if b >= least)
+    higher = dict(zip(levels, [*levels[1:], math.inf]))  # which never fits
+    cost = lambda key: (higher[bits[key]] - bits[key]) * numbers[key]
+    error = lambda key: ERROR[bits[key]] - ERROR[higher[bits[key]]]
+    gain = lambda key: shares(*key) * error(key) / cost(key)
+    while fits := [key for key in alike if cost(key) <= room]:
+        best = max(fits, key=gain)
+        if not gain(best):
+            break
+        room -= cost(best)
+        bits[best] = higher[bits[best]]
     return {
         path: {"group_size": group, "bits": bits[key]}
         for key, paths in alike.items()

@@ -31,6 +31,9 @@ class Load(Checked):
     text_encoder: Optional[str] = field(default=None, metadata=FILE)
 
 
+KINDS = {"request": Request, "load": Load}  # of what a record holds
+
+
 @dataclass(frozen=True)
 class Record:
     """What a file says of how it was made."""
@@ -47,7 +50,7 @@ class Record:
         found = read_json(path) if is_json else media.read_metadata(path)
         if not {"request", "load", "model"} <= found.keys():
             raise UserError(f"{path} does not say how it was made")
-        kinds = {"request": Request, "load": Load, "model": dict, "versions": dict}
+        kinds = {**KINDS, "model": dict, "versions": dict}
         found = {"versions": {}} | found
         o = {k: checked(kind, found[k], f"{path}: {k}") for k, kind in kinds.items()}
         files, version = o["model"].get("files"), o["versions"].get("reference")
@@ -97,11 +100,9 @@ def read_config(path: str) -> tuple[dict[str, Any], Request]:
     """How to load a model and the request, from the .json of a result or one that a
     user wrote with some of its values; UserError for others."""
     found = read_json(path)
-    if not {"request", "load"} & found.keys():
+    if not KINDS.keys() & found.keys():
         raise UserError(f'{path} has no "request" and no "load"')
-    request, load = (
-        checked(dict, found.get(k, {}), f"{path}: {k}") for k in ("request", "load")
-    )
+    request, load = (checked(dict, found.get(k, {}), f"{path}: {k}") for k in KINDS)
     complete = checked(Load, {"model": ""} | load, f"{path}: load")
     request = checked(Request, {"prompt": ""} | request, f"{path}: request")
     return {k: v for k, v in asdict(complete).items() if k in load}, recorded(request)
@@ -132,12 +133,8 @@ def provenance(model: Any, job: Any, seconds: Mapping[str, float]) -> dict[str, 
 
 def changed(metadata: Mapping[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
     """The metadata of a result with other paths."""
-    moved = lambda kind, k: asdict(located(kind(**metadata[k]), place))
-    return {
-        **metadata,
-        "request": moved(Request, "request"),
-        "load": moved(Load, "load"),
-    }
+    moved = lambda k, kind: asdict(located(kind(**metadata[k]), place))
+    return {**metadata, **{k: moved(k, kind) for k, kind in KINDS.items()}}
 
 
 def name_only(path: str) -> str:

@@ -133,7 +133,7 @@ class Request(Checked):
 
     prompt: str = ask("what the video shows and what is heard", dataclasses.MISSING)
     negative_prompt: Optional[str] = ask(
-        "what to avoid, with guidance or NAG (default: common faults)", metavar="TEXT"
+        "what to avoid, with guidance or NAG (default: common faults)"
     )
     height: Optional[int] = ask("height in pixels (default: 512, or the clip's)")
     width: Optional[int] = ask("width in pixels (default: 768, or the clip's)")
@@ -208,7 +208,6 @@ class Request(Checked):
     step_cache: float = ask(
         "reuse the prediction until latents change by this fraction, 0 is off",
         0.0,
-        metavar="FRACTION",
         between=(0, 1),
     )
     nag_scale: float = ask(
@@ -238,7 +237,6 @@ class Request(Checked):
         "which frames (24,48 or 24,)",
         0,
         type=places,
-        metavar="N",
         **MORE_FRAMES,
         model="2.5",
     )
@@ -304,13 +302,10 @@ class Request(Checked):
         modes="one",
     )
     reference_strength: float = ask(
-        "how closely to keep the reference, 0 to 1", 1.0, metavar="STRENGTH", **WEIGHT
+        "how closely to keep the reference, 0 to 1", 1.0, **WEIGHT
     )
     reference_attention: float = ask(
-        "how much the video attends to the reference, 0 to 1",
-        1.0,
-        metavar="WEIGHT",
-        **WEIGHT,
+        "how much the video attends to the reference, 0 to 1", 1.0, **WEIGHT
     )
     attention_mask: Optional[str] = ask(
         "clip or picture that says where the reference counts, from black (nowhere) to "
@@ -368,7 +363,6 @@ class Request(Checked):
         "number added to the brightness, for weights that another tool converted and that "
         "decode too dark; released weights need none",
         0.0,
-        metavar="BIAS",
         between=(-1, 1),
         excludes="audio_only",
     )

@@ -50,9 +50,8 @@ class Sheet:
         width, height = self.tiles[0][1].size if self.tiles else (0, -LABEL - GAP)
         columns = min(COLUMNS, len(self.tiles))
         rows = max(1, -(-len(self.tiles) // COLUMNS))
-        across = (
-            max(NARROW, columns * (width + GAP) - GAP) if columns else COLUMNS * SIDE
-        )
+        across = columns * (width + GAP) - GAP if columns else COLUMNS * SIDE
+        across = max(NARROW, across)
         below = GAP + rows * (height + LABEL + GAP)
         lanes = 0 if waveform is None else waveform.shape[1] * LANE + LABEL + GAP
         sheet = Image.new("RGB", (across + 2 * GAP, below + lanes), PAPER)
@@ -83,9 +82,7 @@ def draw_waveform(
     right = np.append(left[1:], GAP + width) - 1
     for n, wave in enumerate(waveform.T):
         middle, scale = top + (n + 0.5) * LANE, (LANE / 2 - 2) / max(peak, 1e-9)
-        low, high = (
-            middle - scale * f.reduceat(wave, first) for f in (np.fmin, np.fmax)
-        )
-        for bar in zip(left, high, right, low):
-            pen.rectangle(bar, WAVE)
+        heights = (middle - scale * f.reduceat(wave, first) for f in (np.fmax, np.fmin))
+        for x0, x1, y0, y1 in zip(left, right, *heights):
+            pen.rectangle((x0, y0, x1, y1), WAVE)
     return peak

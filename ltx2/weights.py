@@ -56,9 +56,7 @@ class Checkpoint(FolderConfig):
     parts: dict[str, Tensors] = field(init=False)
     others: list[File]  # config.json and the license
     problems: Sequence[parts.Problem] = ()
-    opened: dict[str, Any] = field(
-        default_factory=dict
-    )  # how: model, upsamplers, parts
+    opened: dict[str, Any] = field(default_factory=dict)  # what `open_model` was given
 
     def __post_init__(self, found: Parts):
         parts.parse_version(self.model_version)
@@ -265,7 +263,7 @@ def converted(files: list[File], chosen: Parts) -> Checkpoint:
                 raise UserError(f.problem)
             shards = shard_names(shard[1], int(shard[2] or 1))
             expected.update(islice(shards, len(files)))  # of more, one is missing
-            for key in f.keys:
+            for key in f.header:
                 parts.add_tensor(own, config, shard[1], key, (f, key))
     held = {part.component for part in own.values()}
     for name, (section, _) in COMPONENTS.items():
@@ -350,7 +348,7 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
         if re.fullmatch(r"model.*\.safetensors", file):
             if f.problem:
                 raise UserError(f"{where}: {f.problem}")
-            shapes |= {key: f.header[key][1] for key in f.keys}
+            shapes |= {key: shape for key, (_, shape) in f.header.items()}
     prefix = "language_model.model." if "text_config" in config else "model."
     first, count = f"{prefix}layers.0.", sizes.get("num_hidden_layers") or 0
     leaves = [key.removeprefix(first) for key in shapes if key.startswith(first)]

@@ -43,8 +43,7 @@ class FakeHub:
         return SimpleNamespace(siblings=siblings, sha="c0ffee")
 
     def parse_safetensors_file_metadata(self, repo, name):
-        header = hub.read_header(self.repo / name)
-        metadata = header.pop("__metadata__")
+        header, metadata = hub.read_header(self.repo / name)
         tensors = {
             k: SimpleNamespace(dtype=t, shape=list(s)) for k, (t, s) in header.items()
         }

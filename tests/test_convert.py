@@ -223,7 +223,7 @@ def test_config_records_the_source(checkpoint, tmp_path):
     )
     Conversion(source, text_encoder="gemma").write(folder)
     config = json.loads((folder / "config.json").read_text())
-    metadata = json.loads(hub.read_header(official)["__metadata__"]["config"])
+    metadata = json.loads(hub.read_header(official)[1]["config"])
     assert {key: config[key] for key in metadata} == metadata
     assert config["spatial_upsampler"]["mid_channels"] == 32
     assert (config["model_type"], config["model_version"]) == ("ltx2", "2.0.0")

@@ -53,7 +53,7 @@ def released(layout: str, config: str, version: str = "") -> File:
     sections = dict(CONFIGS[config])
     if "2.5" in layout and "video" not in layout:
         del sections["vae"]  # split files describe what they hold
-    f.header = {"__metadata__": {"config": json.dumps(sections)}, **tensors}
+    f.header, f.metadata = tensors, {"config": json.dumps(sections)}
     if version:
         f.metadata["model_version"] = version
     return f
@@ -75,7 +75,7 @@ def test_every_tensor_has_one_parameter(config):
     source = model(config)
     for name in source.components:
         source.build(name, source.shapes(name))
-    assert sum(len(f.keys) for f in source.files) == MODELS[config][1]
+    assert sum(len(f.header) for f in source.files) == MODELS[config][1]
     assert mx.get_peak_memory() - before < 1 << 20
 
 
