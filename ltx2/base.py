@@ -49,8 +49,7 @@ class OutputError(Exception):
 
 
 def parse_json(text: Union[str, bytes], path: str, kind: Any = dict) -> Any:
-    """The JSON in `text`, an object or what `checked` takes as `kind`; UserError with its
-    `path` for anything else."""
+    """The JSON in `text`, `checked` as `kind`; UserError names its `path`."""
     try:
         return checked(kind, json.loads(text), path)
     except (ValueError, RecursionError):
@@ -147,8 +146,7 @@ def listed(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def lock(file: IO) -> Optional[bool]:
-    """Lock an open file until it is closed, without waiting: whether that was possible;
-    None on a disk that has no locks, as some network drives."""
+    """Lock an open file, if no other process has; None on a disk without locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,6 +1,4 @@
-"""Diagnostics: trace a run, compare weights with their source, decode known latents,
-test the machine.
-See `python -m ltx2.checks --help`."""
+"""Diagnostics: trace a run, compare weights, decode known latents, test the machine."""
 
 from __future__ import annotations
 
@@ -187,8 +185,7 @@ def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
 
 
 def compare(converted: Checkpoint, source: Checkpoint) -> Report:
-    """Compare a converted model with its source. Faults: tensors that are missing, extra
-    or different, and layers whose error exceeds that of quantizing the source."""
+    """Compare a converted model's tensors and quantization with its source."""
     if converted.provenance is None or source.quantization:
         raise UserError("compare needs a converted folder, then its unquantized source")
     rows, faults, errors = [], [], defaultdict(list)
@@ -238,8 +235,7 @@ def differences(
 def check_tensor(
     stored: list[mx.array], w: mx.array, quantization: Optional[dict[str, Any]]
 ) -> tuple[Optional[float], Optional[str]]:
-    """Quantization error and fault of the tensors that store `w`: itself, perhaps in
-    another dtype, or a quantized weight with scales and biases."""
+    """Error and fault of what stores `w`: a tensor, or a quantized one's parts."""
     if not stored:
         return None, "is missing"
     if mx.issubdtype(stored[-1].dtype, mx.floating):
@@ -272,12 +268,11 @@ def difference(ours: mx.array, theirs: mx.array) -> tuple[float, str]:
 # Known latents
 
 
-def probe_decoder(vae: VideoVAE, seed: int = 10) -> Report:
-    """Decode synthetic latents, 9 frames of 192x128, and report anomalies; each result
-    is compared with the first."""
+def probe_decoder(vae: VideoVAE) -> Report:
+    """Decode synthetic latents, 9 frames of 192x128; anomalies are faults."""
     from .run import seeded_noise
 
-    shape, draw = (1, 2, 4, 6, vae.config.latent_channels), seeded_noise(seed)
+    shape, draw = (1, 2, 4, 6, vae.config.latent_channels), seeded_noise(10)
     latents, other = draw("latents", shape), draw("other", shape)
     noise = {"noise": draw("noise", shape)} if vae.config.timestep_conditioning else {}
     inputs = {  # and by how much the picture has to change

@@ -49,8 +49,7 @@ Progress = Callable[[int], Any]
 
 @dataclass
 class Conversion:
-    """The recipe for a model folder. All is lazy until `write`, which reads, converts and
-    writes one tensor at a time."""
+    """The recipe for a model folder; `write` converts one tensor at a time."""
 
     source: Checkpoint
     quantization: Optional[dict[str, Any]] = None
@@ -123,8 +122,7 @@ class Conversion:
         return weights
 
     def chosen(self, path: str, layer: nn.Module) -> Union[bool, dict[str, Any]]:
-        """How a layer is quantized, if the predicate picks it and the group size divides
-        its width."""
+        """How a layer is quantized: if it is picked, and groups divide its width."""
         how = layer_format(self.quantization, path)
         linear = isinstance(layer, nn.Linear) and self.predicate(path)
         return linear and layer.weight.shape[1] % how["group_size"] == 0 and how
@@ -260,8 +258,7 @@ class Conversion:
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise UserError for a target that is in the way. Only converted models are
-    replaced, and only if nothing else is in their folder."""
+    """UserError for a target that has anything but a converted model."""
     if not folder.exists():
         return
     if not overwrite:

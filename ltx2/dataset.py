@@ -182,8 +182,7 @@ def default_buckets(defaults: Mapping[str, float]) -> list[Size]:
 def choose_bucket(
     width: int, height: int, frames: int, buckets: Sequence[Size]
 ) -> Size:
-    """Of the buckets that are not longer, the one of the nearest shape, then the longest,
-    then the largest: the reference's rule."""
+    """The nearest shape, longest, largest bucket that is not longer, as the reference."""
     short = [b for b in buckets if b.num_frames <= frames]
     if not short:
         least = min(b.num_frames for b in buckets)
@@ -196,8 +195,7 @@ def choose_bucket(
 
 
 def fit(clip: Clip, buckets: Sequence[Size], streams: str) -> tuple[Clip, str]:
-    """A clip with its size and streams, and what has to be done to it. UserError if it
-    cannot be used."""
+    """A clip with its size and streams, and what has to be done to it, or UserError."""
     wants = ("video", "audio") if streams == "both" else (streams,)
     if clip.path.suffix.lower() in PICTURES:
         height, width = media.load_image(clip.path).shape[:2]
@@ -241,8 +239,7 @@ class Dataset:
         return [clip for clip in self.clips if clip.held_out]
 
     def find(self, data: str) -> None:
-        """Find clips, choose each one's bucket, and those to hold out, evenly spaced;
-        files that cannot be used are named."""
+        """Find clips, choose their buckets, and hold out some; bad ones are named."""
         o = self.options
         buckets = [parse_bucket(text) for text in o.resolution]
         buckets = buckets or default_buckets(self.pipe.checkpoint.defaults)
@@ -292,8 +289,7 @@ class Dataset:
         return self.folder / f"{clip.key}.latents.safetensors"
 
     def encode(self, prompts: Sequence[str] = ()) -> None:
-        """Encode what is not there yet: captions and other prompts, then clips, each as
-        a stream."""
+        """Encode captions, other prompts and clips that are not there yet."""
         captions = dict.fromkeys([*(clip.caption for clip in self.clips), *prompts])
         missing = [c for c in captions if self.contexts.read(c) is None]
         for i in range(0, len(missing), PROMPTS_AT_ONCE):

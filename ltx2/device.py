@@ -1,5 +1,4 @@
-"""Is this machine in order? Kernels against numpy, rates, memory and disk.
-This is `python -m ltx2.checks device`."""
+"""`python -m ltx2.checks device`: kernels against numpy, rates, memory and disk."""
 
 import fcntl
 import math
@@ -58,6 +57,7 @@ def name(dtype: mx.Dtype) -> str:
 
 Pair = tuple[mx.array, np.ndarray]  # what MLX computes, and exact values
 Case = tuple  # name, dtype, what computes a Pair, its arguments
+draw = mx.random.normal
 
 
 def relative_error(ours: mx.array, exact: np.ndarray) -> float:
@@ -71,6 +71,7 @@ def exact64(x: mx.array) -> np.ndarray:
 
 def judge(check: str, cases: Iterable[Case]) -> list[Row]:
     """One row for all cases, or one for each that is wrong."""
+    mx.random.seed(0)
     cases, rows, largest = [*cases], [], (0.0, "")
     for case, dtype, compute, *inputs in cases:
         case, advice = f"{case}, {name(dtype)}", UPDATE
@@ -89,30 +90,20 @@ def judge(check: str, cases: Iterable[Case]) -> list[Row]:
     return rows or [Row(check, "ok", f"{len(cases)} cases, largest error {largest[1]}")]
 
 
-class Draw:
-    """Normals of a seed, in a dtype."""
-
-    def __init__(self) -> None:
-        self.rng = np.random.default_rng(0)
-
-    def __call__(self, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
-        return mx.array(self.rng.standard_normal(shape, np.float32)).astype(dtype)
-
-
 # Attention
 
 
 def attention_cases(dim: int) -> Iterator[Case]:
     """All kinds of masks, many queries and one; heads share keys, as in Gemma."""
-    draw, keys = Draw(), 150
+    keys = 150
     for kind in ("no mask", "added mask", "boolean mask", "causal", "one query"):
         for dtype in LIMITS:
             queries = {"one query": 1, "causal": keys}.get(kind, 100)
-            q = 3 * draw(1, 2, queries, dim, dtype=dtype)
-            k, v = (draw(1, 1, keys, dim, dtype=dtype) for _ in range(2))
+            q = 3 * draw((1, 2, queries, dim), dtype)
+            k, v = draw((2, 1, 1, keys, dim), dtype)
             mask = kind if kind == "causal" else None
             if "mask" in kind and kind != "no mask":
-                mask = draw(1, 1, queries, keys, dtype=dtype)
+                mask = draw((1, 1, queries, keys), dtype)
                 mask = mask > 0 if kind == "boolean mask" else mask
             yield kind, dtype, attention, q, k, v, mask
 
@@ -138,13 +129,12 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> Pair:
 
 def convolution(size: tuple, out: int, taps: tuple, step: int = 1) -> Pair:
     """A convolution of (1, *size), and exact values at some places of its output."""
-    draw = Draw()
-    x, w = draw(1, *size), draw(out, *taps, size[-1])
+    x, w = draw((1, *size)), draw((out, *taps, size[-1]))
     if len(taps) == 3:
         y = conv.conv3d(x, w, padding=0)
     else:
         y = mx.conv2d(x, w) if len(taps) == 2 else mx.conv1d(x, w, dilation=step)
-    places = np.stack([draw.rng.integers(0, n, 64) for n in y.shape[1:-1]], 1)
+    places = np.random.default_rng(0).integers(0, y.shape[1:-1], (64, y.ndim - 2))
     return y[0][tuple(map(mx.array, places.T))], exact_at(x, w, places, step)
 
 
@@ -157,11 +147,11 @@ def winograd_cases() -> Iterator[Case]:
 
 def convolution_cases() -> Iterator[Case]:
     """Narrow ones, and those of the vocoder."""
-    draw, float32 = Draw(), mx.float32
+    float32 = mx.float32
     yield "3x3x3", float32, convolution, (6, 22, 26, 32), 48, (3, 3, 3)
     yield "7, dilated", float32, convolution, (2000, 64), 64, (7,), 3
-    yield "depthwise", float32, depthwise, draw(1, 500, 32), draw(32, 12, 1)
-    yield "transposed", float32, transposed, draw(1, 200, 64), draw(32, 16, 64)
+    yield "depthwise", float32, depthwise, draw((1, 500, 32)), draw((32, 12, 1))
+    yield "transposed", float32, transposed, draw((1, 200, 64)), draw((32, 16, 64))
 
 
 def depthwise(x: mx.array, w: mx.array) -> Pair:
@@ -190,16 +180,15 @@ def layer_cases() -> Iterator[Case]:
     matmul = lambda a, b: (mx.matmul(a, b), exact64(a) @ exact64(b))
     addmm = lambda a, b, c: (mx.addmm(c, a, b), exact64(a) @ exact64(b) + exact64(c))
     for dtype in LIMITS:
-        draw = partial(Draw(), dtype=dtype)
-        b, bias = draw(512, 200), draw(200)
+        normal = partial(draw, dtype=dtype)
+        b, bias = normal((512, 200)), normal((200,))
         for rows in (300, 1):
-            a = draw(rows, 512)
+            a = normal((rows, 512))
             yield f"matmul, {rows} rows", dtype, matmul, a, b
             yield f"addmm, {rows} rows", dtype, addmm, a, b, bias
-        yield "rms_norm", dtype, norm, draw(3, 2560), draw(2560)
-        tables = draw(3, 40, 32), draw(3, 40, 32)
-        yield "layer_norm", dtype, norm, draw(3, 2560)
-        yield "apply_rope", dtype, rope, draw(3, 40, 64), *tables
+        yield "rms_norm", dtype, norm, normal((3, 2560)), normal((2560,))
+        yield "layer_norm", dtype, norm, normal((3, 2560))
+        yield "apply_rope", dtype, rope, normal((3, 40, 64)), *normal((2, 3, 40, 32))
 
 
 def norm(x: mx.array, w: Optional[mx.array] = None) -> Pair:
@@ -219,7 +208,7 @@ def rope(x: mx.array, cos: mx.array, sin: mx.array) -> Pair:
 
 def tf32() -> Row:
     """Whether float32 products are rounded to TF32, as on an M5 or an NVIDIA GPU."""
-    a, b = Draw()(300, 512), Draw()(512, 300)
+    a, b = draw((300, 512)), draw((512, 300))
     error = relative_error(mx.matmul(a, b), exact64(a) @ exact64(b))
     found = f"{'seen' if error > 1e-4 else 'not seen'}, error of float32 {error:.1e}"
     return judged("TF32", error <= 1e-4, found, TF32)
@@ -256,11 +245,10 @@ def decoded(parts: list[mx.array], group_size: int, bits: int, mode: str) -> np.
 
 def quantized_cases(mode: str, bits: int, groups: tuple[int, ...]) -> Iterator[Case]:
     """Dequantized weights, and products with one row and with many."""
-    draw = Draw()
     for group in groups:
         how = {"group_size": group, "bits": bits, "mode": mode}
         for dtype in LIMITS:
-            w, x = draw(96, 256, dtype=dtype), draw(40, 256, dtype=dtype)
+            w, x = draw((96, 256), dtype), draw((40, 256), dtype)
             yield f"groups of {group}", dtype, weights, w, how
             for rows in (1, 40):
                 case = f"groups of {group}, {rows} rows"
@@ -301,12 +289,11 @@ def large_offsets() -> Row:
 
 
 def disk(folder: Path) -> list[Row]:
-    """Measure reading a file that is not cached; check that its tensors are complete
-    when they are used at once and in another order."""
+    """Measure reading a file that is not cached; check tensors used out of order."""
     size = min(FILE_BYTES, shutil.disk_usage(folder).free // 4)
     if size < FILE_BYTES // 16:
         return [Row("disk", "-", "the disk is full")]
-    tensors = {str(i): Draw()(size // 32, 1) + i for i in range(8)}
+    tensors = {str(i): draw((size // 32, 1)) + i for i in range(8)}
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".safetensors") as file:
         if hasattr(fcntl, "F_NOCACHE"):  # macOS
             fcntl.fcntl(file, fcntl.F_NOCACHE, 1)

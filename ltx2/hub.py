@@ -1,7 +1,4 @@
-"""The files of a model, on this disk or on the Hugging Face Hub.
-
-The only file that uses huggingface_hub, imported late: local files need no network.
-"""
+"""The files of a model, on this disk or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -152,8 +149,7 @@ class File:
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 if it is known, else one of the size and the file's ends: hashing
-        tens of GB only for metadata would be too slow."""
+        """The sha256 if known, else one of size and ends: hashing all takes minutes."""
         if self.sha256:
             return f"sha256:{self.sha256}"
         with open(self.path, "rb") as f:
@@ -182,8 +178,7 @@ def read_header(path: Path) -> tuple[Header, dict[str, str]]:
 
 
 def read_arrays(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """The tensors of a safetensors file, lazily, and its metadata; UserError for any
-    other file."""
+    """The tensors of a safetensors file, lazily, and its metadata; else UserError."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     metadata = read_header(Path(path))[1]
@@ -258,12 +253,8 @@ def single_file(name: str) -> File:
 
 
 def choose(name: str, files: list[File], file: Optional[str] = None) -> list[File]:
-    """The files of one model among those of a folder or repository.
-
-    Of a converted folder: config.json first, then the rest. Of an official one: the
-    checkpoint `file` or the default one first, then all that may hold other parts, the
-    newest of each upsampler and the license.
-    """
+    """The files of one model: its config.json or checkpoint, what may hold other parts,
+    the newest of each upsampler, the license."""
     weights = [f for f in files if f.name.endswith(".safetensors")]
     licenses = [f for f in files if f.name.startswith("LICENSE")]
     config = None if file else converted_config(files)
@@ -317,8 +308,7 @@ def found_instead(files: list[File]) -> str:
 
 
 def model_files(names: Iterable[str]) -> list[str]:
-    """The names at the top, and those in the folders of a split model. Repositories of
-    older models have folders for other tools."""
+    """Names at the top and in a split model's folders; others are other tools'."""
     names = sorted(names)
     split = any(name.startswith(f"{FOLDERS[0]}/") for name in names)
     folders = ("", *FOLDERS) if split else ("",)
@@ -333,8 +323,7 @@ def folder_files(folder: Path, repo: str = "") -> list[File]:
 
 
 def repository_files(repo: str, folder: str = "") -> list[File]:
-    """The files of a model in a repository, or in its copy in the cache when offline;
-    or all files of one `folder`."""
+    """The files of a model in a repository or its cached copy, or of one `folder`."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
@@ -411,8 +400,7 @@ def check_space(needed: dict[Path, int]) -> None:
 
 
 def upload(folder: Path, repo: str, message: str = "Add the converted model") -> int:
-    """Put a folder into a repository, which sends what is not there yet, and compare what
-    arrived with it. The number of files; UserError if one differs."""
+    """Put a folder into a repository, compare what arrived, and count the files."""
     from huggingface_hub.utils import filter_repo_objects
 
     options = {"repo_id": repo, "folder_path": folder, "ignore_patterns": ASIDE}
@@ -432,8 +420,7 @@ def upload(folder: Path, repo: str, message: str = "Add the converted model") ->
 
 
 def is_same(path: Path, there: Any) -> bool:
-    """Whether a file in a repository is this one: its size and its sha256, or of a small
-    file, which Git itself holds, the name of its blob."""
+    """Whether a file arrived: its size and sha256 or, if it is small, its Git blob."""
     if there is None or there.size != path.stat().st_size:
         return False
     if there.lfs:
@@ -443,8 +430,7 @@ def is_same(path: Path, there: Any) -> bool:
 
 
 def create_repository(repo: str) -> None:
-    """Say who uploads, and create a repository if needed: the Hub's answers show whether
-    it can be written."""
+    """Say who uploads; create a repository, which shows whether it can be written."""
     with hub_api(repo) as api:
         note(f"uploading to {repo} as {api.whoami()['name']}")
         api.create_repo(repo_id=repo, exist_ok=True)

@@ -206,8 +206,7 @@ def claims(f: File) -> set[str]:
 
 
 def best(parts: list[Part], kind: str) -> Part:
-    """Of a part that exists several times: the video decoder that convolves, what is
-    named like the checkpoint, and what is not fp8 come first."""
+    """Choose among duplicates: a conv decoder, the checkpoint's kind, not fp8."""
 
     def order(part: Part) -> tuple:
         other = KINDS[kind == "dev"] in part.file.name.lower()
@@ -222,8 +221,7 @@ def best(parts: list[Part], kind: str) -> Part:
 
 
 def check_part(part: Part, model_version: str, checkpoint: File) -> None:
-    """A part must be of the checkpoint's generation, and its Gemma 4 the version that
-    the checkpoint was trained with, which is not Google's."""
+    """Check a part's generation, and that Gemma 4 is the checkpoint's, not Google's."""
     f, wanted = part.file, generation(parse_version(model_version))
     version = f.metadata.get("model_version")
     if part.component in UPSAMPLERS:
@@ -267,8 +265,7 @@ def generation(version: tuple[int, ...]) -> str:
 
 
 def check_version(checkpoint: File, section: Any) -> str:
-    """The checkpoint's model_version (the first files had none), which must agree with
-    its transformer's section."""
+    """The model_version (the first files had none), which fits the configuration."""
     section = checked(dict, section or {}, "transformer")
     modulated = section.get("cross_attention_adaln", False) is True  # since 2.3
     version = checkpoint.metadata.get("model_version", "2.3" if modulated else "2.0")

@@ -1,8 +1,6 @@
-"""What quantizing costs: errors of x0, picture and sound against the source, and the share
-of each kind of layer.
+"""What quantizing costs: errors of x0, picture and sound, by step and kind of layer.
 
-A step of the source starts the same step of the other model, so that errors do not add up
-(teacher forcing). What each makes by itself is compared when it is decoded.
+A step of the source starts the same step of the model, so that errors do not add up.
 """
 
 from __future__ import annotations
@@ -51,8 +49,7 @@ class Clip:
 
 
 def clips(pipe: Pipeline, requests: Sequence[Request], made_up: bool) -> list[Clip]:
-    """What will be run. Made-up contexts are those of random states of a text encoder:
-    no prompt's, but most of what the connectors make is their registers."""
+    """What will be run; made-up contexts are made of a text encoder's random states."""
     prompts = sorted({p for r in requests for p in pipe.plan(r).prompts})
     if not made_up:
         pipe.check_text_encoder()
@@ -118,8 +115,7 @@ def decibels(ours: Clip, theirs: Clip) -> float:
 
 
 def spectra(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Root mean square of the difference of two sounds' spectra, in dB: windows of 1024
-    samples, down to 80 dB below the loudest."""
+    """RMS difference of two sounds' spectra in dB, down to 80 dB below the loudest."""
     size = min(1024, len(ours))
     cut = np.lib.stride_tricks.sliding_window_view
     a, b = (cut(x.mean(1), size)[::256] * np.hanning(size) for x in (ours, theirs))
@@ -131,8 +127,7 @@ def spectra(ours: np.ndarray, theirs: np.ndarray) -> float:
 def compare(
     model: Pipeline, runs: list[Clip], limit: Optional[int]
 ) -> Iterator[tuple[str, str]]:
-    """The errors of a model's x0 by step, its pictures and its sound: as text to print
-    and as parts of a page, where the largest error is marked."""
+    """Errors of x0 by step, of pictures and sound: text, and parts of a page."""
     found, ends, pictures = [], [], []
     for clip in runs:
         found.append(errors(model, clip, limit or len(clip.steps)))
@@ -173,8 +168,7 @@ def side_by_side(ours: Clip, theirs: Clip) -> str:
 
 
 def quantized(checkpoint: Checkpoint, formats: dict[str, dict[str, Any]]) -> Checkpoint:
-    """A checkpoint whose transformer has these layers, by path, rounded as `mx.quantize`
-    does; lazily, so that blocks can be read one by one."""
+    """A checkpoint with these layers rounded as by `mx.quantize`, lazily, by block."""
     model = copy(checkpoint)
 
     def weights(name: str, dtype: Optional[mx.Dtype] = None) -> Weights:
@@ -216,8 +210,7 @@ class Kinds:
         return self.squares[kind] * quarters[quarter] / max(sum(quarters), 1e-30)
 
     def recipe(self) -> tuple[dict[str, Any], float]:
-        """The bits by layer that follow, see `quantization.allocate`, and the error of
-        x0 that they lead to if those of single layers are independent."""
+        """The bits by layer, see `allocate`, and x0's error if layers add up."""
         recipe = self.how | allocate(self.shapes, self.how, self.shares)
         bits = lambda paths: layer_format(recipe, paths[0])["bits"]
         found = groups(self.found).items()
@@ -264,8 +257,7 @@ def requests(pipe: Pipeline, options: dict[str, Any], size: dict) -> list[Reques
 
 
 def calls(pipe: Pipeline, request: Request, limit: Optional[int], kinds: int) -> int:
-    """How often the transformer is called for a clip: for its run and the other model's,
-    for compared steps, and for each kind of layer."""
+    """How often a clip calls the transformer: two runs, compared steps, all kinds."""
     (stage,) = pipe.plan(request).stages
     each = len(spread(stage.steps, min(limit or OF_A_KIND, OF_A_KIND)))
     compared = len(spread(stage.steps, limit or stage.steps))
@@ -274,8 +266,7 @@ def calls(pipe: Pipeline, request: Request, limit: Optional[int], kinds: int) ->
 
 
 def report(model: Pipeline, source: Pipeline, options: dict, size: dict) -> None:
-    """Print what quantizing cost, and with a recipe's file what each kind of layer does,
-    in the model's format or in 4 bits. UserError unless the source is not quantized."""
+    """Print what quantizing cost and, for a recipe's file, by each kind of layer."""
     if source.checkpoint.quantization:
         raise UserError("--against needs the unquantized source")
     limit, file = options["limit"], options["recipe"]
@@ -304,8 +295,7 @@ def report(model: Pipeline, source: Pipeline, options: dict, size: dict) -> None
 
 
 def auto(checkpoint: Checkpoint, how: dict[str, Any], size: dict) -> tuple[dict, float]:
-    """The bits by layer that follow from each kind's errors on made-up contexts, and the
-    error of x0 that they lead to."""
+    """The bits by layer from errors on made-up contexts, and the error to expect."""
     source = Pipeline(checkpoint)
     wanted = requests(source, {}, size)
     kinds = len(parts(layers(checkpoint.shapes("transformer"), how["group_size"])))

@@ -97,8 +97,7 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def read_config(path: str) -> tuple[dict[str, Any], Request]:
-    """How to load a model and the request, from the .json of a result or one that a
-    user wrote with some of its values; UserError for others."""
+    """How to load a model, and the request, from a .json that may have only a part."""
     found = read_json(path)
     if not KINDS.keys() & found.keys():
         raise UserError(f'{path} has no "request" and no "load"')

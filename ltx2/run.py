@@ -93,8 +93,7 @@ class Result(Event):
 
 
 def save(path: str, r: Request, fps, events, codec=None, metadata=True) -> Result:
-    """Write frames as they come, with sound of their length, or a .wav. A format with
-    alpha takes a matte as alpha, and the clip's frames as color."""
+    """Write frames as they come, with their sound, or a .wav; a matte as alpha."""
     made = lambda result: changed(result.metadata, name_only) if metadata else None
     if r.audio_only:
         result = next(e for e in events if isinstance(e, Result))

@@ -16,8 +16,7 @@ PAPER, INK, WAVE = (44, 44, 48), (212, 212, 216), (96, 165, 250)
 
 
 class Sheet:
-    """Picks frames as they pass, so that the others need no memory. HDR frames are shown
-    as sRGB, in which what is brighter than diffuse white is clipped."""
+    """Picks frames as they pass; HDR is shown as sRGB, clipped at diffuse white."""
 
     def __init__(self, fps: float, space: Optional[str] = None, count: int = 12):
         self.fps, self.space, self.count = fps, space or "srgb", count

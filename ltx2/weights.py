@@ -224,8 +224,7 @@ def open_model(
 
 
 def official(files: list[File], chosen: Parts) -> Checkpoint:
-    """A model from released files: the first is the checkpoint, the others may hold other
-    parts. Of a part that exists several times, the best is used and noted."""
+    """A model from released files: the checkpoint, then others that may hold parts."""
     first, *rest = files
     if first.role in ("lora", "upsampler"):
         kind = {"lora": "a LoRA", "upsampler": "an upsampler"}[first.role]
@@ -385,8 +384,7 @@ def fetch_text_encoder(name: str) -> Path:
 
 
 def decode_fp8(weights: Weights, names: Iterable[str]) -> Weights:
-    """Official fp8 layers, weight times weight_scale, as bfloat16; input_scale is for
-    fp8 activations, which are not used here."""
+    """Official fp8 layers times weight_scale as bfloat16; activations are not fp8."""
     for name in names:
         w = mx.from_fp8(weights[name], mx.float32)
         scale = weights.pop(f"{name}_scale", mx.array(1.0))
