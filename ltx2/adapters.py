@@ -1,7 +1,5 @@
 """Files of a training: the adapter, what resuming needs, the losses, a model card."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

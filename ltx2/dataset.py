@@ -4,8 +4,6 @@ Latents and contexts are kept on the disk by all that they depend on, and read w
 are needed. A file that cannot be used is named and skipped.
 """
 
-from __future__ import annotations
-
 import csv
 import glob
 import hashlib

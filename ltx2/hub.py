@@ -1,7 +1,5 @@
 """The files of a model, on this disk or on the Hugging Face Hub."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

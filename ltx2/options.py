@@ -1,7 +1,5 @@
 """Options declared once: a dataclass field holds its help, range and rules."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import re

@@ -1,7 +1,5 @@
 """The files that a run writes: names that are free, and what is next to each video."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count

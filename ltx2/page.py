@@ -1,7 +1,5 @@
 """One HTML page of what a check found, tables, charts and pictures: it loads nothing."""
 
-from __future__ import annotations
-
 import base64
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence

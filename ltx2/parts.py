@@ -1,7 +1,5 @@
 """The parts of official files: which tensors of which component a file holds."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from contextlib import contextmanager

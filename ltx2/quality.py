@@ -3,8 +3,6 @@
 A step of the source starts the same step of the model, so that errors do not add up.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict

@@ -286,11 +286,6 @@ def _improved(g, mean, square, s, b, n, dtype):
 
 def _packed(codes: mx.array, bits: int) -> mx.array:
     """Rows of codes as the words of `mx.quantize`: a stream of bits, lowest first."""
-    q = codes.reshape(len(codes), -1, 32)
-    words = [mx.zeros_like(q[..., 0])] * bits
-    for i in range(32):
-        word, shift = divmod(i * bits, 32)
-        words[word] = words[word] | q[..., i] << shift
-        if shift + bits > 32:
-            words[word + 1] = q[..., i] >> (32 - shift)
-    return mx.stack(words, -1).reshape(len(codes), -1)
+    stream = codes[..., None] >> mx.arange(bits, dtype=mx.uint32) & 1
+    words = stream.reshape(len(codes), -1, 32) << mx.arange(32, dtype=mx.uint32)
+    return words.sum(-1)

@@ -1,7 +1,5 @@
 """A contact sheet: frames of a video with their times, and below the waveform of its sound."""
 
-from __future__ import annotations
-
 from typing import Any, Iterator, Optional
 
 import numpy as np
