@@ -5,7 +5,7 @@ A condition holds paths and numbers, so that a stage can be planned, compared an
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Iterator, Mapping, Optional
 
 import mlx.core as mx
@@ -13,9 +13,9 @@ import mlx.core as mx
 from . import latents
 from .guidance import Guidance, Prompts
 from .inputs import Encoders
-from .latents import Conditioning, LatentState, Size, Streams
+from .latents import SPACE_SCALE, TIME_SCALE, Conditioning, LatentState, Size, Streams
 from .request import LoraFile
-from .tiles import Span, equal_spans, spans
+from .tiles import Span, blended, cells, equal_spans, spans
 from .windows import ANCHOR_STRENGTH, WHOLE, Slice, Whole, Window, carried_tokens
 
 WHOLE_CLIP = Window(0, 0)
@@ -165,11 +165,13 @@ class ReferenceClip(Condition):
     window: Window = WHOLE_CLIP  # the frames that it covers
     # A clip of weights, and at which size it is read
     mask: Optional[tuple[str, Size]] = None
+    part: Whole = WHOLE  # which part of it is shown
     encoder = "vae"
     weighs = property(lambda self: self.attention != 1 or self.mask is not None)
 
     def tokens(self, size: Size) -> int:
         frames = latents.latent_frames(self.num_frames) - self.skip
+        frames = min(frames, size.latent[0])
         return frames * size.frame_tokens // self.downscale**2
 
     @property
@@ -180,9 +182,11 @@ class ReferenceClip(Condition):
         return 1 + (carried + per_latent - 2) // per_latent if carried else 0
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
+        size = self.part.whole(size)
         smaller = size.divided(self.downscale)
         frames = self.window.start, self.num_frames
         clip = source.clip(self.path, *frames, smaller, self.slow)
+        clip = self.part.under(clip)
         scale, visible = (self.downscale, self.slow), self.attention
         if self.mask:
             path, sides = self.mask
@@ -190,7 +194,8 @@ class ReferenceClip(Condition):
             if sides.height % smaller.latent[1] or sides.width % smaller.latent[2]:
                 sides = size
             weights = source.weights(path, *frames, sides, smaller, self.slow)
-            visible = visible * weights[self.skip :].flatten()
+            weights = self.part.under(weights[None])[0, self.skip :]
+            visible = visible * weights.flatten()
         facts = clip, size.rate, self.strength, *scale, visible, self.skip
         return lambda state: state.show(*facts)
 
@@ -328,6 +333,38 @@ class SliceSound(Carried):
 
 
 @dataclass(frozen=True)
+class Tile(Whole):
+    """A tile of a video's frames, rows and columns, denoised by itself as if the video
+    began with it. Tiles are added by their weights."""
+
+    spans: tuple[Span, Span, Span]
+    full: Size  # of the video
+    last: bool
+
+    def whole(self, size: Size) -> Size:
+        return self.full
+
+    @property
+    def size(self) -> Size:
+        """The tile's size; nothing of it is padding."""
+        frames, *sides = (s.stop - s.start for s in self.spans)
+        height, width = (SPACE_SCALE * side for side in sides)
+        sides = {"height": height, "width": width, "shown": None}
+        return replace(self.full, num_frames=(frames - 1) * TIME_SCALE + 1, **sides)
+
+    def under(self, video: mx.array) -> mx.array:
+        scale = video.shape[2] / self.full.latent_sides[0]  # of a smaller reference
+        place = *cells(self.spans[:1]), *cells(self.spans[1:], scale)
+        return video[(slice(None), *place)]
+
+    def merge(self, before: Streams, made: Streams) -> Streams:
+        """The same video and the sum so far; the sum after the last tile."""
+        total = before.get("refined", mx.zeros_like(before["video"]))
+        total = blended(total, made["video"], self.spans)
+        return {"video": total} if self.last else before | {"refined": total}
+
+
+@dataclass(frozen=True)
 class Stage:
     """One denoising loop: its size, schedule and conditions."""
 
@@ -350,6 +387,7 @@ class Stage:
     prompts: Prompts = Prompts()
 
     streams = property(lambda self: tuple(self.conditions))  # that it denoises
+    whole = property(lambda self: self.part.whole(self.size))  # the video's size
     steps = property(lambda self: len(self.sigmas) - 1)
 
     @property

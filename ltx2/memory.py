@@ -213,7 +213,7 @@ class Estimator:
                 more = Footprint(weights, buffers, need.streamable)
                 need = max(need, more, key=Footprint.total)
             phases[phase] = max(need, phases.get(phase, need), key=Footprint.total)
-        size, sound = stages[-1].size, 0
+        size, sound = stages[-1].whole, 0
         if job.decodes_audio:
             sound = self.size["audio_vae"] + self.size["vocoder"]
             buffers = self.sound(stages[0].size.audio_tokens)
@@ -341,11 +341,9 @@ class Estimator:
     def upsampling(self, stage: Stage) -> float:
         """Bytes of a residual block of the upsampler at the stage's size."""
         c = UpsamplerConfig.from_dict(self.config[stage.upsampler])
-        size, dim = stage.size, c.mid_channels
-        frames = stage.part.all_frames(size)
-        padded = (frames + 2 * (not self.gpu)) * size.frame_tokens * dim
-        clip = frames, *size.latent_sides
-        return held(clip, dim, dim, 2) + UPSAMPLER[self.gpu] * FLOAT * padded
+        size, dim = stage.part.whole(stage.size), c.mid_channels
+        padded = (size.latent[0] + 2 * (not self.gpu)) * size.frame_tokens * dim
+        return held(size.latent, dim, dim, 2) + UPSAMPLER[self.gpu] * FLOAT * padded
 
     def neighborhoods(self, size: Size, ahead: int) -> float:
         """Bytes of the diffusion decoder's last blocks: of the frames that their windows

@@ -4,7 +4,7 @@ import time
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Generator, Iterator, Optional, Sequence
 
 import mlx.core as mx
@@ -224,6 +224,7 @@ class Run:
     def load_conditions(self, job: Job, resume: Optional[Snapshot]) -> list[Loaded]:
         """Encode input files: the conditionings of each stage that is not done yet."""
         encoders, loaded = self.encoders(job), [{}] * (resume.stage if resume else 0)
+        encoders.clip = lru_cache(1)(encoders.clip)  # tiles see one after the other
         with self.meter.phase("inputs"):
             for stage in job.stages[len(loaded) :]:
                 conditions = (c for c in stage.all_conditions if not c.carried)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Iterator, NamedTuple, Optional
 
 from . import conditions, windows
@@ -17,6 +18,7 @@ from .memory import MemoryPlan
 from .options import check_range, check_step, is_set
 from .request import LoraFile, Request
 from .sampling import DISTILLED_SIGMAS, REFINE_SIGMAS
+from .tiles import Tiles, equal_spans
 from .weights import Checkpoint
 from .windows import Slice, Whole, Window
 
@@ -35,6 +37,7 @@ class Row(NamedTuple):
     final: tuple[str, ...]  # streams that the result takes from it
     keyframes: bool = True  # also generates keyframes
     keeps_audio: bool = False  # freezes the audio of the stage before
+    tiles: Tiles = ()  # on each axis: how many, and how they overlap
 
 
 Rows, Places, Loras = tuple[Row, ...], tuple[int, ...], tuple[LoraFile, ...]
@@ -50,6 +53,10 @@ MODES = {
     "two with a reference": (
         Row("small", OWN, "euler", True, 0, None, ()),
         Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ALL)),
+    "two of light": (  # stage 2 in tiles, each a loop of its own
+        Row("small", OWN, "euler", True, 0, None, ()),
+        Row("full", (*REFINE_SIGMAS[:2], 0.0), "euler", False, 1, "spatial", VIDEO,
+            tiles=((2, 8), (2, 6), (2, 6)))),
     "two of a dub": (  # the reference has sound; stage 2 sees it too
         Row("small", OWN, "euler", True, 0, None, ()),
         Row("full", REFINE_SIGMAS, "euler", False, 1, "spatial", ALL, True, True)),
@@ -65,6 +72,10 @@ MODES = {
 }
 DOUBLED = Row("doubled", REFINE_SIGMAS, "euler", False, 1, "temporal", VIDEO, False)
 # fmt: on
+WHOLE = (  # options with which a stage is not made in tiles of its own
+    "images segments chunk_frames carry_frames blend_frames generated_keyframes "
+    "temporal_upsample tile_size"
+).split()
 HDR_FPS = 30.0  # the reference's highest frame rate of positions in HDR
 DETAIL = 0.5  # the reference's factor for a detailing LoRA
 SLICE_SIGMAS, SLICE_SAMPLER = DISTILLED_SIGMAS[4:], "euler_half_ancestral"
@@ -157,7 +168,7 @@ class Job:
     @property
     def encoded(self) -> list[tuple[Condition, Size]]:
         """The conditions that need an encoder, each with its stage's size."""
-        both = ((c, s.size) for s in self.stages for c in s.all_conditions)
+        both = ((c, s.whole) for s in self.stages for c in s.all_conditions)
         return [pair for pair in both if pair[0].encoder]
 
 
@@ -190,13 +201,8 @@ class Planner(Resolver):
 
     def stages(self) -> Iterator[Stage]:
         """The stages by the rows of the mode."""
-        r, mode = self.r, self.mode
-        if mode == "two" and (r.has_reference or r.keyframes and not self.distilled):
-            mode = "two of a dub" if self.recipe.uses_sound else "two with a reference"
-        elif mode == "two" and not self.distilled:
-            mode = "two of a dev model"
-        rows = MODES[mode] + (DOUBLED,) * r.temporal_upsample
-        if mode == "dfr":
+        r, rows = self.r, self.rows()
+        if self.mode == "dfr":
             frames, keyframes = windows.canvas(r.num_frames)
             rate, self.parts = windows.conditioned_rate(r.fps), [WHOLE_CLIP]
             full = replace(self.full_size(frames), conditioned_fps=rate)
@@ -217,6 +223,21 @@ class Planner(Resolver):
             full = self.full_size(window.num_frames)
             yield from self.window(rows, full, window, keyframes, handed)
             handed = window.handed_on(keyframes)
+
+    def rows(self) -> Rows:
+        """The rows of the mode."""
+        r, mode = self.r, self.mode
+        if mode == "two" and (r.has_reference or r.keyframes and not self.distilled):
+            mode = "two of a dub" if self.recipe.uses_sound else "two with a reference"
+            if self.codes == "logc3" and r.reference_in_stage_2:
+                if whole := [name for name in WHOLE if is_set(r, name)]:
+                    why = f"not in the reference's tiles, because of {', '.join(whole)}"
+                    self.notes.append(f"stage 2 sees the whole video, {why}")
+                else:
+                    mode = "two of light"
+        elif mode == "two" and not self.distilled:
+            mode = "two of a dev model"
+        return MODES[mode] + (DOUBLED,) * r.temporal_upsample
 
     def prompts(self, first: int, size: Size, pace: float) -> Prompts:
         """How a stage that starts at frame `first` reads the prompts. A second of the
@@ -284,7 +305,7 @@ class Planner(Resolver):
             first, size = n == 1, sizes[row.size]
             sampler = self.ancestral if row.sampler == ANCESTRAL else row.sampler
             sigmas = self.sigmas(size) if first else row.sigmas
-            yield Stage(
+            stage = Stage(
                 f"{window.prefix}stage{n}",
                 size,
                 sigmas,
@@ -301,6 +322,25 @@ class Planner(Resolver):
                 first=first,
                 tile=r.tile_size and tuple(side // SPACE_SCALE for side in r.tile_size),
                 prompts=self.prompts(window.start, size, 1.0),
+            )
+            yield from self.in_tiles(stage, row.tiles) if row.tiles else (stage,)
+
+    def in_tiles(self, stage: Stage, tiles: Tiles) -> Iterator[Stage]:
+        """A stage whose only condition is a reference, as one stage for each tile."""
+        full = stage.size
+        spans = (equal_spans(side, *how) for side, how in zip(full.latent, tiles))
+        parts = [*product(*spans)]
+        for n, own in enumerate(parts, 2):
+            part = conditions.Tile(own, full, n > len(parts))
+            shown = (replace(c, part=part) for c in stage.conditions["video"])
+            yield replace(
+                stage,
+                name=f"stage{n}",
+                size=part.size,
+                upsampler=stage.upsampler if n == 2 else None,
+                conditions={"video": tuple(shown)},
+                final=stage.final if part.last else (),
+                part=part,
             )
 
     def enlarged_stage(self, n: int, part: Slice, full: Size, grid: int) -> Stage:

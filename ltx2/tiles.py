@@ -10,8 +10,9 @@ import numpy as np
 from .latents import LatentState, Size, States, Streams, divided_evenly
 
 Denoiser = Callable[[Streams, float, int], Streams]
-OVERLAP = 10  # the reference's, in cells (rows or columns of latents)
+OVERLAP = 10  # of the reference's dfr, in cells (rows or columns of latents)
 Part = tuple[LatentState, np.ndarray, np.ndarray]
+Tiles = tuple[tuple[int, int], ...]  # how many and their overlap, on each axis
 
 
 class Span(NamedTuple):
@@ -32,6 +33,13 @@ class Span(NamedTuple):
         return weights
 
 
+def lapped(starts: Iterable[int], stops: Iterable[int]) -> list[Span]:
+    """Spans between these cells; neighbors share the cells that are in both."""
+    starts, stops = [*starts], [*stops]
+    shared = [stop - start for start, stop in zip(starts[1:], stops)]
+    return [Span(*span) for span in zip(starts, stops, [0, *shared], [*shared, 0])]
+
+
 def spans(side: int, size: int) -> list[Span]:
     """Divide a side of cells into spans of `size`, evenly from edge to edge, that overlap
     by about a half, as the reference does."""
@@ -42,23 +50,29 @@ def spans(side: int, size: int) -> list[Span]:
     while (count * size - side) / (count - 1) < overlap and count < most:
         count += 1
     starts = divided_evenly(side - size, count - 1)
-    shared = [a + size - b for a, b in zip(starts, starts[1:])]
-    pairs = zip(starts, [0, *shared], [*shared, 0])
-    return [Span(s, s + size, before, after) for s, before, after in pairs]
+    return lapped(starts, (start + size for start in starts))
 
 
-def equal_spans(side: int, count: int) -> list[Span]:
-    """Divide a side of cells into `count` spans that overlap by OVERLAP, or less if the
-    side is short, as in the reference's dfr; fewer than `count` cells are one span."""
-    if side < count:
-        return [Span(0, side, 0, 0)]
-    shared = min(OVERLAP, side - count)
+def equal_spans(side: int, count: int, overlap: int = OVERLAP) -> list[Span]:
+    """Divide a side of cells into `count` spans that overlap by `overlap`, or less if the
+    side is short, as the reference does; fewer than `count` cells are one span."""
+    count = count if side >= count else 1
+    shared = min(overlap, side - count)
     ends = divided_evenly(side + shared * (count - 1), count)
-    found = []
-    for n, (start, stop) in enumerate(zip(ends, ends[1:])):
-        before, after = shared * (n > 0), shared * (n + 1 < count)
-        found.append(Span(start - n * shared, stop - n * shared, before, after))
-    return found
+    starts = (end - n * shared for n, end in enumerate(ends[:-1]))
+    return lapped(starts, (end - n * shared for n, end in enumerate(ends[1:])))
+
+
+def cells(spans: Iterable[Span], scale: float = 1) -> tuple[slice, ...]:
+    """The cells of spans, on a grid with `scale` times as many."""
+    return tuple(slice(int(s.start * scale), int(s.stop * scale)) for s in spans)
+
+
+def blended(total: mx.array, tile: mx.array, spans: Iterable[Span]) -> mx.array:
+    """Latents (1, F, H, W, C) and a tile of them, added by its weights."""
+    weights = np.einsum("f,h,w->fhw", *(span.weights for span in spans))
+    place = slice(None), *cells(spans)
+    return total.at[place].add(tile * mx.array(weights)[..., None])
 
 
 def part(state: LatentState, size: Size, rows: Span, columns: Span) -> Part:

@@ -164,15 +164,15 @@ class Whole:
 
     def cut(self, before: Streams) -> mx.array:
         """The video's latents (1, F, H, W, C) that the stage starts from."""
-        return before["video"]
+        return self.under(before["video"])
 
     def merge(self, before: Streams, made: Streams) -> Streams:
         """What the next stage starts from: latents before this stage, and its own."""
         return made
 
-    def all_frames(self, size: Size) -> int:
-        """Latent frames of the complete video at the stage's frame rate."""
-        return size.latent[0]
+    def whole(self, size: Size) -> Size:
+        """The size of the complete video at the stage's frame rate."""
+        return size
 
 
 WHOLE = Whole()
@@ -217,8 +217,8 @@ class Slice(Whole):
         """The frames of the keyframes that can guide it."""
         return tuple(range(self.length, self.segments * self.length + 1, self.length))
 
-    def all_frames(self, size: Size) -> int:
-        return latents.latent_frames(self.segments * self.length + 1)
+    def whole(self, size: Size) -> Size:
+        return replace(size, num_frames=self.segments * self.length + 1)
 
     def under(self, video: mx.array) -> mx.array:
         end = self.stop * self.length // TIME_SCALE + 1

@@ -140,7 +140,7 @@ def operations(job: Any, checkpoint: Checkpoint) -> dict[str, float]:
     time is spent on reading it."""
     config, shapes = checkpoint.config, checkpoint.shapes
     dit = DiTConfig.from_dict(config["transformer"])
-    sizes = {stage.window: stage.size for stage in job.stages}.values()
+    sizes = {stage.window: stage.whole for stage in job.stages}.values()
     vae = "vae" in checkpoint.parts and checkpoint.build("vae", shapes("vae"))
     flops = lambda *what: sum(conv.flops for conv in video_convs(vae, *what))
     encoded = [(c, size) for c, size in job.encoded if c.encoder == "vae"]

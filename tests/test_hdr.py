@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,6 +22,8 @@ from ltx2.diffusion_decoder import DiffusionDecoder
 from ltx2.inputs import Encoders, InputFiles
 from ltx2.record import read_config
 from ltx2.request import Image, LoraFile, Request
+from ltx2.stages import MODES
+from ltx2.tiles import equal_spans
 from ltx2.vae import VideoVAE
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (33, 64, 64, 3), np.uint8)
@@ -198,26 +201,113 @@ def test_an_mp4_is_hlg_with_its_exr_frames_beside_it(
         generate.main()
 
 
-def test_the_adapter_of_2_3_gives_logc3_of_an_sdr_clip_in_two_stages(
-    checkpoint, request_for
-):
+@pytest.fixture(scope="module")
+def pipe_2_3(checkpoint):
     files = (str(checkpoint(n)) for n in ("ltx-2.3", "gemma3", "spatial-x2"))
     model, encoder, upsampler = files
-    pipe = pipeline.load(model, encoder, "distilled", "float32", [upsampler])
-    options = {"model": "2.3", "frames": FRAMES[:9], "prompt": "a"}
-    options["contexts_file"] = None
-    name = "ltx-2.3-22b-ic-lora-hdr-0.9.safetensors"
-    job = pipe.plan(request_for(name, **options))
-    assert (job.codes, len(job.stages), job.streams) == ("logc3", 2, ("video",))
+    return pipeline.load(model, encoder, "distilled", "float32", [upsampler])
+
+
+NAME_2_3 = "ltx-2.3-22b-ic-lora-hdr-0.9.safetensors"
+OF_2_3 = {
+    "model": "2.3",
+    "frames": FRAMES[:9],
+    "prompt": "a cat",
+    "contexts_file": None,
+}
+
+
+def test_the_adapter_of_2_3_gives_logc3_of_an_sdr_clip_in_two_stages(
+    pipe_2_3, request_for
+):
+    job = pipe_2_3.plan(request_for(NAME_2_3, **OF_2_3))
+    assert (job.codes, job.streams) == ("logc3", ("video",))
     assert all(stage.loras for stage in job.stages)
-    options |= {"metadata": {"hdr_transform": "true"}, "prompt": "a cat"}
-    request = request_for("mine.safetensors", **options)
-    assert pipe.plan(request).streams == ("video",)  # no sound, as any HDR adapter
-    other = options | {"metadata": {"use_hdr_transform": "1"}}
-    assert pipe.plan(request_for("mine.safetensors", **other)).codes == "logc3"
-    result = pipe.generate(**vars(request))
+    # 64x64 with 9 frames are 2 latents on each axis: stage 2 has 8 tiles
+    assert [s.name for s in job.stages] == [f"stage{n}" for n in range(1, 10)]
+    assert {s.sigmas for s in job.stages[1:]} == {(0.909375, 0.725, 0.0)}
+    assert [s.size.latent for s in job.stages[1:]] == [(1, 1, 1)] * 8
+    metadata = {"hdr_transform": "true"}
+    request = request_for("mine.safetensors", metadata=metadata, **OF_2_3)
+    assert pipe_2_3.plan(request).streams == ("video",)  # no sound, as any HDR adapter
+    metadata = {"use_hdr_transform": "1"}
+    other = request_for("mine.safetensors", metadata=metadata, **OF_2_3)
+    assert pipe_2_3.plan(other).codes == "logc3"
+    result = pipe_2_3.generate(**vars(request))
     assert result.request.color_space == "srgb_linear"
     assert result.frames.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["hdr_tiles"])
+def test_a_run_of_2_3_is_the_references(load, tmp_path, name):  # noqa: F811
+    g, info = golden(name)
+    cells = np.random.default_rng(3).integers(0, 256, (33, 24, 24, 3), np.uint8)
+    clip, lora = tmp_path / "clip.mkv", str(tmp_path / NAME_2_3)
+    save_clip(clip, cells.repeat(8, 1).repeat(8, 2), 24)
+    mx.save_safetensors(lora, mx.load(LORA.path), {"hdr_transform": "logc3"})
+    request = Request("a", loras=(LoraFile(lora),), video=str(clip), seed=info["seed"])
+    context = np.random.default_rng(4).standard_normal((2, 1, 8, 32), np.float32)[0]
+    contexts, frames = {"a": (mx.array(context), mx.zeros((1, 8, 16)))}, []
+    for event in load("distilled").stream(request, contexts=contexts):
+        if event.phase == "latents":
+            video = event.snapshot.latents["video"]
+        if isinstance(event, pipeline.Frames):
+            frames.append(event.frames)
+    assert relative_error(video, channels_last(g["out.video_latent"])) < 1e-4
+    light = np.concatenate(frames)[::4, ::8, ::8]
+    assert relative_error(mx.array(light), g["out.light_sub"]) < 1e-3
+    assert event.video_latents.shape[0] == 5
+
+
+def test_tiles_are_laid_out_as_in_the_reference():
+    g, _ = golden("hdr_tiles")
+    row = next(row for row in MODES["two of light"] if row.tiles)
+    for key in (key for key in g if "tiles" in key):
+        sides = map(int, key.rpartition(".")[2].split("_"))
+        axes = (equal_spans(n, *how) for n, how in zip(sides, row.tiles))
+        rows = [[[s.start, s.stop] for s in tile] for tile in product(*axes)]
+        assert rows == g[key].tolist(), key
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"images": (Image("a.png"),)}, "images"),
+        ({"chunk_frames": 97}, "chunk_frames"),
+        ({"tile_size": (64, 64)}, "tile_size"),
+    ],
+)
+def test_stage_2_of_2_3_is_whole_where_its_tiles_do_not_apply(
+    pipe_2_3, request_for, tmp_path, monkeypatch, options, name
+):
+    monkeypatch.chdir(tmp_path)
+    media.save_png("a.png", FRAMES[0])
+    job = pipe_2_3.plan(request_for(NAME_2_3, **OF_2_3, **options))
+    assert len(job.stages) == 2
+    assert any(
+        f"not in the reference's tiles, because of {name}" in n for n in job.notes
+    )
+
+
+def test_a_run_in_tiles_goes_on_at_the_tile_where_it_stopped(pipe_2_3, request_for):
+    request = request_for(NAME_2_3, **OF_2_3)
+    whole = latents_of(pipe_2_3, pipe_2_3.plan(request))
+    for event in pipe_2_3.stream(request):
+        if event.snapshot is not None and event.snapshot.stage == 4:
+            break
+    saved = event.snapshot
+    for event in pipe_2_3.stream(resume=saved):
+        if event.phase == "latents":
+            again = event.snapshot.latents
+    assert mx.array_equal(whole["video"], again["video"])
+
+
+def test_a_clip_is_encoded_once_for_all_tiles(pipe_2_3, request_for, monkeypatch):
+    counts, encode = [], VideoVAE.encode_stream
+    counted = lambda *args: counts.append(1) or encode(*args)
+    monkeypatch.setattr(VideoVAE, "encode_stream", counted)
+    pipe_2_3.generate(**vars(request_for(NAME_2_3, **OF_2_3)))
+    assert len(counts) == 2  # at both sizes
 
 
 def test_the_autoencoder_sees_codes_of_light():
