@@ -5,6 +5,7 @@ Gemma runs on mlx-lm, which only this file imports.
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -30,15 +31,8 @@ class TextEncoder:
     def __init__(
         self, folder: Path, dtype: Optional[mx.Dtype] = None, low_memory: bool = False
     ):
-        # Late, because it takes seconds and lowers the limit of open files.
-        from mlx_lm.utils import load_model
-
-        folder = Path(folder)
-        config = read_config(folder)
-        self.encode, self.bos = _tokenizer(folder)
-        with layers.no_random_weights():
-            model, _ = load_model(folder, lazy=True, model_config=_for_mlx_lm(config))
-        self.model = getattr(model, "language_model", model).model
+        self.encode, self.bos = _tokenizer(Path(folder))
+        self.model = _load(Path(folder)).model
         self.low_memory = low_memory
         if dtype is not None:
             self.model.set_dtype(dtype)
@@ -196,20 +190,54 @@ class Gemma4TextEncoder(TextEncoder):
         return layer(x, "causal", None)[0]  # without the keys and values
 
 
+# What tools write in front of the names of Gemma 3's text layers.
+TEXT_NAME = re.compile(
+    r"(?:(?:_orig_mod|model|language_model|text_model)\.)*"
+    r"((?:embed_tokens|layers|norm)\b.*)"
+)
+# Sizes that a text_config lacks where they are transformers' defaults
+DEFAULTS = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+def text_name(key: str) -> str:
+    """The name of a tensor or layer in Gemma 3's text model; "" for other parts'."""
+    match = TEXT_NAME.fullmatch(key)
+    return match[1] if match else ""
+
+
+def _load(folder: Path) -> nn.Module:
+    """Gemma 3's text model with its LM head, which is the embedding, lazily; mlx-lm alone
+    reads only some spellings of its names."""
+    # Late, because it takes seconds and lowers the limit of open files.
+    from mlx_lm.models import gemma3_text
+    from mlx_lm.utils import load_model
+
+    class Gemma3(gemma3_text.Model):
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            named = {f"model.{text_name(k)}": w for k, w in weights.items()}
+            named.pop("model.", None)  # of other parts
+            return super().sanitize(named)
+
+    config = _for_mlx_lm(read_config(folder))
+    how = {"get_model_classes": lambda config: (Gemma3, gemma3_text.ModelArgs)}
+    with layers.no_random_weights():
+        return load_model(folder, lazy=True, model_config=config, **how)[0]
+
+
 def _for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration as mlx-lm reads it: it ignores transformers-5 RoPE settings and
-    takes the vocabulary size from the top level."""
-    text = dict(config.get("text_config", config))
+    """The configuration as mlx-lm reads a text model's: it ignores transformers-5 RoPE
+    settings."""
+    text = DEFAULTS | config | config.get("text_config", {})
     ropes = text.get("rope_parameters") or {}
     full, local = ropes.get("full_attention"), ropes.get("sliding_attention")
     if full and local:
         text["rope_scaling"] = {"rope_type": "linear", "factor": full.get("factor", 1)}
         text["rope_theta"] = full["rope_theta"]
         text["rope_local_base_freq"] = local["rope_theta"]
-    if "text_config" not in config:
-        return text
-    vocabulary = {k: text[k] for k in ("vocab_size",) if k in text}
-    return {"text_config": text, **vocabulary}
+    if how := text.get("quantization"):  # layers that are quantized in another way
+        name = lambda key: f"model.{text_name(key)}" if text_name(key) else key
+        text["quantization"] = {name(key): value for key, value in how.items()}
+    return text
 
 
 ENHANCE = """\
@@ -225,8 +253,9 @@ Idea: {prompt}"""
 
 def enhance(folder: Path, prompt: str, seed: int, max_tokens: int = 400) -> str:
     """A longer prompt, written by the same Gemma with its LM head; depends on `seed`."""
-    from mlx_lm import generate, load
+    from mlx_lm import generate
     from mlx_lm.sample_utils import make_sampler
+    from mlx_lm.utils import load_tokenizer
 
     config = read_config(folder)
     sizes = config.get("text_config", config)
@@ -236,7 +265,8 @@ def enhance(folder: Path, prompt: str, seed: int, max_tokens: int = 400) -> str:
             f"text encoder {folder} has {count} layers, too few to write: remove "
             "--enhance-prompt"
         )
-    model, tokenizer = load(str(folder), model_config=_for_mlx_lm(config))
+    model = _load(folder)
+    tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     mx.random.seed(seed)
     turn = ENHANCE.format(prompt=prompt.strip())
     answer = generate(

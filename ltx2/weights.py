@@ -18,6 +18,7 @@ from .base import UserError, checked, user_path
 from .hub import File
 from .linear import Quantization, layer_formats, quantize_stored
 from .parts import COMPONENTS, GEMMA_4, KINDS, UPSAMPLERS, Parts, Tensors, read_chosen
+from .text import text_name
 
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 # Computed in float32 whatever the dtype: the vocoder as in the reference, the other
@@ -348,17 +349,22 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
             if f.problem:
                 raise UserError(f"{where}: {f.problem}")
             shapes |= {key: shape for key, (_, shape) in f.header.items()}
-    prefix = "language_model.model." if "text_config" in config else "model."
-    first, count = f"{prefix}layers.0.", sizes.get("num_hidden_layers") or 0
+    example = f"it has {min(shapes, default='no weights (model*.safetensors)')}"
+    shapes = {name: shape for k, shape in shapes.items() if (name := text_name(k))}
+    others = [k for k in shapes if not k.endswith((".weight", ".scales", ".biases"))]
+    if others:
+        other = f"{where} is quantized by another tool than MLX ({others[0]})"
+        raise UserError(f"{other}: use {TEXT_ENCODER}")
+    first, count = "layers.0.", sizes.get("num_hidden_layers") or 0
     leaves = [key.removeprefix(first) for key in shapes if key.startswith(first)]
     names = [f"layers.{i}.{k}" for i in range(min(count, 999)) for k in leaves]
     names += ["norm.weight", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"]
-    lacks = [f"{prefix}{k}" for k in names if f"{prefix}{k}" not in shapes]
+    lacks = [name for name in names if name not in shapes]
     if lacks:
-        example = f"it has {min(shapes)}" if shapes else "it has no weights"
-        some = f"{len(lacks)} tensors: {lacks[0]}, ..."
-        raise UserError(f"{where} lacks {some}; {example}")
-    width, found = sizes.get("hidden_size"), shapes[f"{prefix}norm.weight"]
+        raise UserError(
+            f"{where} lacks {len(lacks)} tensors: {lacks[0]}, ...; {example}"
+        )
+    width, found = sizes.get("hidden_size"), shapes["norm.weight"]
     if found != (width,):
         raise UserError(f"{where}: hidden_size is {width}, but norm.weight is {found}")
     for inner, (f, key) in model.parts["connectors"].items() if model else ():

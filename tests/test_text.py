@@ -137,6 +137,30 @@ def test_a_text_only_model_gives_the_same_states(copy, encoder):
     assert equal(TextEncoder(copy, mx.float32)([FOX])[0], encoder([FOX])[0])
 
 
+@pytest.mark.parametrize(
+    "start",
+    ["", "model.", "text_model.", "model.language_model.", "_orig_mod.model."],
+)
+@pytest.mark.parametrize("text_only", [False, True])
+def test_any_tools_names_give_the_same_states(
+    copy, encoder, checkpoint, start, text_only
+):
+    """transformers writes model.language_model. since 4.52, and the tied LM head at
+    times; the vision tower's layers are not taken for the text model's."""
+    config = json.loads((copy / "config.json").read_text())
+    if text_only:
+        config = config["text_config"] | {"model_type": "gemma3_text"}
+        (copy / "config.json").write_text(json.dumps(config))
+    file, old = str(copy / "model.safetensors"), "language_model.model."
+    tensors = {k.replace(old, start): w for k, w in mx.load(file).items()}
+    tensors["lm_head.weight"] = tensors[f"{start}embed_tokens.weight"]
+    tensors |= {f"model.{k}": w for k, w in tensors.items() if k.startswith("vision")}
+    mx.eval(tensors)
+    mx.save_safetensors(file, tensors, {"format": "pt"})
+    weights.check_text_encoder(str(copy), weights.open_model(str(checkpoint("ltx-2"))))
+    assert equal(TextEncoder(copy, mx.float32)([FOX])[0], encoder([FOX])[0])
+
+
 def sentencepiece_model(tokenizer: dict) -> bytes:
     """The vocabulary of a tokenizer.json as SentencePiece's `tokenizer.model`."""
     from sentencepiece import sentencepiece_model_pb2 as pb
@@ -292,12 +316,14 @@ def test_a_quantized_encoder_stays_close(checkpoint, tmp_path, bits, least):
     folder = shutil.copytree(source, tmp_path / "gemma")
     config = json.loads((folder / "config.json").read_text())
     how = {"group_size": 32, "bits": bits}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization": how}))
+    first, other = "language_model.model.layers.0.mlp.down_proj", how | {"bits": 6}
+    config["quantization"] = how | {first: other, "vision_tower.x": False}
+    (folder / "config.json").write_text(json.dumps(config))
     tensors = {}
     for key, w in mx.load(str(source / "model.safetensors")).items():
         if w.ndim == 2 and key.startswith("language_model."):
             path = key.removesuffix("weight")
-            parts = mx.quantize(w, **how)
+            parts = mx.quantize(w, **(other if path == f"{first}." else how))
             keys = (path + name for name in ("weight", "scales", "biases"))
             tensors.update(zip(keys, parts))
         else:

@@ -785,15 +785,18 @@ MODEL = "model.safetensors"
         (index, "lacks model-1.safetensors: download"),
         (gemma_config(hidden_size="x"), "hidden_size must be an integer, got 'x'"),
         (gemma_config(hidden_size=7), "hidden_size is 7, but norm.weight is"),
-        (gemma_config(num_hidden_layers=9), "tensors: language_model.model.layers.7"),
+        (gemma_config(num_hidden_layers=9), "tensors: layers.7"),
         (gemma_config(num_hidden_layers=10**9), "num_hidden_layers must be above 0"),
         (gemma_config(num_hidden_layers=10**6), "lacks .* tensors"),
         (
             lambda f: renamed(f / MODEL, "layers.1.", "layers.9."),
             "lacks 13 tensors: .*layers.1.",
         ),
-        (lambda f: renamed(f / MODEL, "language_model.", ""), "it has model.embed"),
-        (lambda f: renamed(f / MODEL, "lang", "_orig_mod.lang"), "it has _orig_mod"),
+        (lambda f: renamed(f / MODEL, "language_model.", "x."), "it has multi_modal"),
+        (
+            lambda f: renamed(f / MODEL, "0.mlp.down_proj.weight", "0.mlp.absmax"),
+            "by another tool than MLX .*layers.0.mlp.absmax",
+        ),
     ],
 )
 def test_an_unfit_text_encoder_is_one_line(gemma, damage, message):
