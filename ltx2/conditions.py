@@ -15,7 +15,7 @@ from .guidance import Guidance, Prompts
 from .inputs import Encoders
 from .latents import SPACE_SCALE, TIME_SCALE, Conditioning, LatentState, Size, Streams
 from .request import LoraFile
-from .tiles import Span, blended, cells, equal_spans, spans
+from .tiles import LARGE, Span, Tiles, blended, cells, equal_spans, spans
 from .windows import ANCHOR_STRENGTH, WHOLE, Slice, Whole, Window, carried_tokens
 
 WHOLE_CLIP = Window(0, 0)
@@ -86,7 +86,8 @@ class ClipPart(Condition):
     def encoded(self, size: Size, source: Encoders) -> mx.array:
         """Latents, cut to the target's length."""
         if self.stream == "video":
-            return source.clip(self.path, self.start, self.num_frames, size)
+            part = self.path, self.start, self.num_frames
+            return source.clip(*part, size, tiles=LARGE)
         tokens = latents.audio_tokens(self.num_frames, size.fps)
         start, seconds = self.start / size.fps, self.num_frames / size.fps
         return source.sound(self.path, start, seconds, min(tokens, size.audio_tokens))
@@ -166,6 +167,7 @@ class ReferenceClip(Condition):
     # A clip of weights, and at which size it is read
     mask: Optional[tuple[str, Size]] = None
     part: Whole = WHOLE  # which part of it is shown
+    tiles: Tiles = ()  # in which it is encoded
     encoder = "vae"
     weighs = property(lambda self: self.attention != 1 or self.mask is not None)
 
@@ -185,7 +187,7 @@ class ReferenceClip(Condition):
         size = self.part.whole(size)
         smaller = size.divided(self.downscale)
         frames = self.window.start, self.num_frames
-        clip = source.clip(self.path, *frames, smaller, self.slow)
+        clip = source.clip(self.path, *frames, smaller, self.slow, self.tiles)
         clip = self.part.under(clip)
         scale, visible = (self.downscale, self.slow), self.attention
         if self.mask:

@@ -2,8 +2,9 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice, product, tee
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
@@ -16,9 +17,10 @@ from .audio_vae import log_mel
 from .base import UserError
 from .cache import read_contexts
 from .guidance import Contexts
-from .latents import Size
+from .latents import SPACE_SCALE, TIME_SCALE, Size
 from .lora import Lora, adapter_file
 from .request import LoraFile
+from .tiles import Span, Tiles, blended, cells, sized_spans
 
 Frames = Iterator[np.ndarray]  # (H, W, 3) uint8, or (1, H, W, 3) in [-1, 1]
 
@@ -114,13 +116,32 @@ class Encoders:
         return x
 
     def clip(
-        self, path: str, start: int, num_frames: int, size: Size, slow: int = 1
+        self,
+        path: str,
+        start: int,
+        num_frames: int,
+        size: Size,
+        slow: int = 1,
+        tiles: Tiles = (),
     ) -> mx.array:
-        """Latents (1, f, h, w, C) of a clip, of every `slow`-th frame."""
-        frames = frames_of(path, start, num_frames, size.fps)
-        chunks = self.seen(path, every(frames, slow), size)
-        encoder = self.component("vae.encoder")
-        return mx.concatenate([*encoder.encode_stream(chunks)], axis=1)
+        """Latents (1, f, h, w, C) of a clip, of every `slow`-th frame; encoded in `tiles`
+        of latents, or whole."""
+        size = replace(size, num_frames=1 - (1 - num_frames) // slow)
+        lengths = zip(size.latent, tiles or ((n, 0) for n in size.latent))
+        times, *sides = (sized_spans(side, *length) for side, length in lengths)
+        places, encoder = [*product(*sides)], self.component("vae.encoder")
+        total = mx.zeros((1, *size.latent, encoder.config.latent_channels))
+        for time in times:
+            # A tile's first latent covers one frame, so later tiles have one more.
+            first, stop = max(time.start - 1, 0), (time.stop - 1) * TIME_SCALE + 1
+            frames = every(frames_of(path, start, num_frames, size.fps), slow)
+            frames = islice(frames, first * TIME_SCALE, stop if time.after else None)
+            parts = zip(tee(self.seen(path, frames, size), len(places)), places)
+            made = zip(*(encoder.encode_stream(cropped(*part)) for part in parts))
+            for x, place in zip(zip(*made), places):
+                x = mx.concatenate(x, axis=1)[:, time.start - first :]
+                total = blended(total, x, (time, *place))
+        return total
 
     def weights(
         self, path: str, start: int, num_frames: int, size: Size, grid: Size, slow: int
@@ -158,6 +179,12 @@ def stereo(path: str, start: float, seconds: float, rate: int) -> np.ndarray:
     sound, own = media.read_audio(path, start, seconds)
     sound = media.resample(sound[:, :2], own, rate)
     return sound.repeat(2, axis=1) if sound.shape[1] == 1 else sound
+
+
+def cropped(frames: Iterable[mx.array], place: Iterable[Span]) -> Iterator[mx.array]:
+    """The part of frames (1, 1, H, W, 3) under rows and columns of latents."""
+    rows, columns = cells(place, SPACE_SCALE)
+    return (x[:, :, rows, columns] for x in frames)
 
 
 def every(frames: Frames, slow: int) -> Frames:

@@ -18,7 +18,7 @@ from .memory import MemoryPlan
 from .options import check_range, check_step, is_set
 from .request import LoraFile, Request
 from .sampling import DISTILLED_SIGMAS, REFINE_SIGMAS
-from .tiles import Tiles, equal_spans
+from .tiles import LARGE, LIGHT, LIGHT_PIXELS, Tiles, equal_spans
 from .weights import Checkpoint
 from .windows import Slice, Whole, Window
 
@@ -443,7 +443,8 @@ class Planner(Resolver):
             if r.attention_mask:  # the reference reads it at the first stage's size
                 sides = self.full_size(frames).divided(self.scale)
                 facts += ((r.attention_mask, sides),)
-            video.append(conditions.ReferenceClip(*facts))
+            tiles = self.clip_tiles(size)
+            video.append(conditions.ReferenceClip(*facts, tiles=tiles))
         if own and self.seams():
             video.append(conditions.ClipKeyframes(own, r.video, window.start))
         generates = row.keyframes or r.decode_with_keyframes
@@ -456,6 +457,13 @@ class Planner(Resolver):
         if n == 2:
             video += self.smaller()
         return {stream: tuple(both[stream]) for stream in self.streams}
+
+    def clip_tiles(self, size: Size) -> Tiles:
+        """The tiles in which a stage's reference is encoded, as in the reference."""
+        smaller = size.divided(self.reference_scale()[0])
+        if self.codes == "logc3":
+            return LIGHT * (smaller.height * smaller.width > LIGHT_PIXELS)
+        return LARGE * bool(self.recipe.uses_sound or self.r.tile_size)
 
     def of_clip(self, window: Window) -> Iterator[conditions.ClipPart]:
         """The parts of a retaken or extended clip that a window holds, by stream."""

@@ -12,7 +12,11 @@ from .latents import LatentState, Size, States, Streams, divided_evenly
 Denoiser = Callable[[Streams, float, int], Streams]
 OVERLAP = 10  # of the reference's dfr, in cells (rows or columns of latents)
 Part = tuple[LatentState, np.ndarray, np.ndarray]
-Tiles = tuple[tuple[int, int], ...]  # how many and their overlap, on each axis
+Tiles = tuple[tuple[int, int], ...]  # on each axis: how many or how long, and overlap
+# Tiles of latents in which the reference encodes: 80 frames, 768 pixels; of HDR for
+# LTX-2.3, if frames have more than LIGHT_PIXELS
+LARGE, LIGHT = ((10, 3), (24, 2), (24, 2)), ((4, 2), (40, 8), (40, 8))
+LIGHT_PIXELS = 512 * 768
 
 
 class Span(NamedTuple):
@@ -61,6 +65,12 @@ def equal_spans(side: int, count: int, overlap: int = OVERLAP) -> list[Span]:
     ends = divided_evenly(side + shared * (count - 1), count)
     starts = (end - n * shared for n, end in enumerate(ends[:-1]))
     return lapped(starts, (end - n * shared for n, end in enumerate(ends[1:])))
+
+
+def sized_spans(side: int, size: int, overlap: int) -> list[Span]:
+    """Divide a side of cells into spans of `size`, of which the last may be shorter."""
+    starts = range(0, max(side - overlap, 1), size - overlap)
+    return lapped(starts, (min(start + size, side) for start in starts))
 
 
 def cells(spans: Iterable[Span], scale: float = 1) -> tuple[slice, ...]:

@@ -2,8 +2,9 @@
 
 import sys
 from dataclasses import replace
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -20,10 +21,12 @@ from ltx2.base import UserError
 from ltx2.conditions import ClipKeyframes
 from ltx2.diffusion_decoder import DiffusionDecoder
 from ltx2.inputs import Encoders, InputFiles
+from ltx2.latents import Size
 from ltx2.record import read_config
 from ltx2.request import Image, LoraFile, Request
+from ltx2.run import Run
 from ltx2.stages import MODES
-from ltx2.tiles import equal_spans
+from ltx2.tiles import LARGE, LIGHT, equal_spans, sized_spans
 from ltx2.vae import VideoVAE
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (33, 64, 64, 3), np.uint8)
@@ -267,6 +270,74 @@ def test_tiles_are_laid_out_as_in_the_reference():
         axes = (equal_spans(n, *how) for n, how in zip(sides, row.tiles))
         rows = [[[s.start, s.stop] for s in tile] for tile in product(*axes)]
         assert rows == g[key].tolist(), key
+
+
+def test_clips_are_encoded_in_the_references_tiles():
+    g, _ = golden("hdr_double_frames")
+    tiles = {"large": LARGE, "light": LIGHT}
+    for key in (key for key in g if key.split(".")[1] in tiles):
+        _, kind, sides = key.split(".")
+        sides = map(int, sides.split("_"))
+        axes = (sized_spans(n, *how) for n, how in zip(sides, tiles[kind]))
+        rows = []
+        for time, *places in product(*axes):
+            first = max(time.start - 1, 0)  # its latent has no weight
+            inside = [[first, time.stop], *([s.start, s.stop] for s in places)]
+            rows.append([*inside, [8 * first, 8 * time.stop - 7]])
+        assert rows == g[key].tolist(), key
+
+
+class MeanEncoder:
+    """Latents that are the mean of each 32x32 pixels of a group's last frame."""
+
+    config = SimpleNamespace(latent_channels=3)
+
+    def encode_stream(self, frames):
+        frames, size = iter(frames), 1
+        while group := [*islice(frames, size)]:
+            assert len(group) == size
+            x = np.array(group[-1])
+            x = x.reshape(1, 1, x.shape[2] // 32, 32, x.shape[3] // 32, 32, 3)
+            yield mx.array(x.mean((3, 5)))
+            size = 8
+
+
+@pytest.mark.parametrize(
+    "tiles", [(), ((3, 1), (2, 1), (3, 1)), ((4, 2), (4, 2), (2, 0))]
+)
+def test_tiles_of_a_clip_add_up(tmp_path, tiles):
+    frames = np.random.default_rng(2).integers(0, 255, (49, 128, 160, 3), np.uint8)
+    save_clip(tmp_path / "a.mkv", frames, 24)
+    encoders = Encoders(InputFiles(), lambda name: MeanEncoder())
+    size = Size(160, 128, 41, 24.0)
+    found = encoders.clip(str(tmp_path / "a.mkv"), 5, 41, size, tiles=tiles)
+    last = frames[5:46:8] / 127.5 - 1
+    expected = last.reshape(6, 4, 32, 5, 32, 3).mean((2, 4))
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, tiles",
+    [
+        ({}, ()),
+        ({"tile_size": (64, 64), "stages": "one"}, LARGE),
+        ({"retake": (0.0, 0.1), "loras": ()}, LARGE),
+    ],
+)
+def test_only_some_clips_are_encoded_in_tiles(
+    pipe_2_3, request_for, monkeypatch, options, tiles
+):
+    seen, clip = [], Encoders.clip
+
+    def encoded(self, path, start, count, size, slow=1, tiles=()):
+        seen.append(tiles)
+        return clip(self, path, start, count, size, slow, tiles)
+
+    monkeypatch.setattr(Encoders, "clip", encoded)
+    request = replace(request_for("mine.safetensors", **OF_2_3), **options)
+    job = pipe_2_3.plan(request)
+    Run(pipe_2_3, [None], None, False, False).load_conditions(job, None)
+    assert {*seen} == {tiles}
 
 
 @pytest.mark.parametrize(
