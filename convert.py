@@ -87,9 +87,8 @@ def main() -> None:
     if repo:
         hub.create_repository(repo)  # fails now, not after hours of work
     if repo and not args.overwrite and hub.converted_config(hub.folder_files(folder)):
-        note(
-            f"{args.mlx_path} exists: it is uploaded as it is (--overwrite converts again)"
-        )
+        text = "exists: it is uploaded as it is (--overwrite converts again)"
+        note(f"{args.mlx_path} {text}")
     else:
         convert(args, folder)
     if repo:

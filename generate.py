@@ -16,12 +16,20 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
-from ltx2 import REFERENCE, __version__, base, outputs
+import mlx.core as mx
+from tqdm import tqdm
+
+from ltx2 import REFERENCE, __version__, base, formats, media, outputs, pipeline, timing
 from ltx2.base import UserError, awake, run
 from ltx2.guidance import Guidance
 from ltx2.options import add_flags, check_range, located, name_and_file
 from ltx2.outputs import LATENTS, PREVIEW, SHEET, next_to
+from ltx2.parallel import random_seed
+from ltx2.record import Record, read_config
 from ltx2.request import FILLED, Request
+from ltx2.run import save
+from ltx2.sheet import Sheet
+from ltx2.snapshot import Snapshot
 
 EPILOG = """\
 MODEL is an official .safetensors file, a folder with one, a folder that convert.py
@@ -110,8 +118,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    from ltx2 import pipeline, timing
-
     group = init_distributed()
     if args.parallel and group is None:
         raise UserError("--parallel needs several machines: start with mlx.launch")
@@ -153,10 +159,6 @@ def main() -> None:
 
 def make(pipe: Any, jobs: list, names: list[str], resume: Any, args: Any) -> None:
     """Run the jobs and write their videos."""
-    from ltx2 import media, timing
-    from ltx2.run import save
-    from ltx2.sheet import Sheet
-
     if args.enhance_prompt:
         jobs = [enhanced(pipe, job) for job in jobs]
     preview = pipe.preview() if args.preview_every else None
@@ -195,8 +197,6 @@ def make(pipe: Any, jobs: list, names: list[str], resume: Any, args: Any) -> Non
 
 def init_distributed() -> Any:
     """The group of machines that mlx.launch starts, or None; only rank 0 prints."""
-    import mlx.core as mx
-
     group = mx.distributed.init()
     if group.rank() > 0:
         sys.stdout = open(os.devnull, "w")
@@ -206,8 +206,6 @@ def init_distributed() -> Any:
 
 def from_recording(args: Any, passed: dict[str, Any]) -> tuple[dict, Any, Any, Any]:
     """What an earlier video or saved latents give: load, request, snapshot, record."""
-    from ltx2 import record, snapshot
-
     several = args.recorded or args.config or args.prompts or args.num_videos > 1
     if args.resume and several:
         others = "--from, --config, --prompts, --num-videos"
@@ -215,12 +213,12 @@ def from_recording(args: Any, passed: dict[str, Any]) -> tuple[dict, Any, Any, A
     if args.recorded and args.config:
         raise UserError("--config cannot be combined with --from")
     if args.resume:
-        resume = snapshot.Snapshot.read(args.resume)
+        resume = Snapshot.read(args.resume)
         return asdict(resume.load), resume.request, resume, None
     if args.config:
-        return *record.read_config(args.config), None, None
+        return *read_config(args.config), None, None
     if args.recorded:
-        made = record.Record.read(args.recorded)
+        made = Record.read(args.recorded)
         flags = {k for k in LOADING if getattr(args, k) is not None}
         nearby = [Path(), DEMO.parent]
         made = made.find(args.recorded, nearby, passed.keys() | flags, args.trust)
@@ -245,8 +243,6 @@ def build_requests(
     args: Any, recorded: Optional[Request], passed: dict[str, Any], group: Any = None
 ) -> list[Request]:
     """The recorded request changed by flags, for each prompt with consecutive seeds."""
-    from ltx2.parallel import random_seed
-
     if args.resume and passed:
         flag = next(iter(passed)).replace("_", "-")
         raise UserError(f"--resume keeps the original settings: remove --{flag}")
@@ -294,8 +290,6 @@ def files_of(args: argparse.Namespace, r: Request) -> outputs.Files:
 
 def name_outputs(args: Any, requests: list[Request], say: bool = False) -> list[str]:
     """Names of the videos, none of them taken or an input, where all can be written."""
-    from ltx2 import formats
-
     r, files = requests[0], files_of(args, requests[0])
     suffix = ".wav" if r.audio_only else formats.FORMATS[args.codec or "h264"].suffix
     stem = (args.resume or "").removesuffix(LATENTS)
@@ -357,8 +351,6 @@ class Progress:
 
     def watch(self, events: Iterator[Any]) -> Iterator[Any]:
         """Pass events on; phases are printed, those with steps as a bar."""
-        from tqdm import tqdm
-
         bar, latest, advice = tqdm(disable=True), {}, "continue with --resume "
         try:
             for event in events:
@@ -398,8 +390,6 @@ class Progress:
         return path
 
     def save_preview(self, event: Any) -> None:
-        from ltx2 import media
-
         if not (self.preview and event.denoised and "video" in event.denoised):
             return
         if event.step % self.args.preview_every == 0:

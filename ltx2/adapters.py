@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any, Mapping, Optional, Sequence
 
 import mlx.core as mx
+from PIL import Image, ImageDraw
 
 from . import hub
 from .base import UserError
@@ -38,10 +39,8 @@ def check_folder(folder: Path, resumed: Optional[str]) -> None:
     names = (ADAPTERS, STATE, CONFIG, LOSSES, CHART)
     there = [name for name in names if (folder / name).exists()]
     if there and own not in [(folder / name).resolve() for name in (ADAPTERS, STATE)]:
-        raise UserError(
-            f"{folder} has an earlier {there[0]}: add --resume-adapter-file {folder} to "
-            "continue, or use another --adapter-path"
-        )
+        text = f"{folder} has an earlier {there[0]}: use another --adapter-path"
+        raise UserError(f"{text}, or continue with --resume-adapter-file {folder}")
 
 
 def save_losses(folder: Path, history: Sequence[Row]) -> None:
@@ -59,8 +58,6 @@ def save_losses(folder: Path, history: Sequence[Row]) -> None:
 
 def draw_chart(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]]) -> None:
     """Lines of (step, value) as a picture with their names and ranges."""
-    from PIL import Image, ImageDraw  # late, it takes 20 ms
-
     width, height, edge = 960, 540, 50
     points = [point for line in lines.values() for point in line]
     last = max((n for n, _ in points), default=1)
@@ -84,8 +81,7 @@ def draw_chart(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]]) -> 
 
 
 def upload(folder: Path, repo: str, license: tuple[str, str, str]) -> None:
-    """Put the adapter into a Hub repository, with a model card; `license` is that of the
-    base: its repository, and the name and the text of its license."""
+    """Put the adapter into a Hub repository, with a card and the base's `license`."""
     config = json.loads((folder / CONFIG).read_text())
     hub.create_repository(repo)
     with tempfile.TemporaryDirectory() as copy:

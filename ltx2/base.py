@@ -57,10 +57,9 @@ def parse_json(text: Union[str, bytes], path: str, kind: Any = dict) -> Any:
 
 
 def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> Any:
-    """Check a JSON `value` against an annotation: a dataclass (made from an object),
-    list[int], Optional[str], Literal and the like; arrays count as numbers and lists, a
-    Path as text. Numbers must be finite and, with a `limit`, above 0 and at most that.
-    UserError names the `path` of a wrong value."""
+    """Check a JSON `value` against an annotation: a dataclass, list[int], Literal and
+    the like; arrays are lists, a Path is text, numbers finite and, with a `limit`,
+    above 0 and at most that; UserError names the `path` of a wrong value."""
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
     if hasattr(value, "tolist") and origin is not type(value):  # numpy's and MLX's
         value = value.tolist()
@@ -139,8 +138,7 @@ def user_path(name: Union[str, PurePath]) -> Path:
 
 
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
-    """Paths in a folder by name, without what macOS puts there: .DS_Store, and on disks
-    that have no room for a file's attributes a ._ file with them."""
+    """Paths in a folder by name, without those of macOS: .DS_Store and ._ files."""
     aside = "._", ".DS_Store"
     return [p for p in sorted(folder.glob(pattern)) if not p.name.startswith(aside)]
 
@@ -181,9 +179,8 @@ def join(path: str, key: str) -> str:
 
 @dataclasses.dataclass
 class Config:
-    """A section of the JSON configuration that travels with a checkpoint. Subclasses
-    declare the keys they use as fields. `FIXED` lists keys whose listed values are the
-    only ones implemented, `UNUSED` keys that change nothing."""
+    """A section of a checkpoint's JSON configuration, whose fields are the keys in use;
+    those of `FIXED` have the listed values only, those of `UNUSED` change nothing."""
 
     FIXED: ClassVar[dict[str, tuple]] = {}
     UNUSED: ClassVar[frozenset[str]] = frozenset()
@@ -325,10 +322,9 @@ def counted(items: Sequence[T], name: str) -> Iterator[T]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main` and print its notes. A user's mistake or the system's
-    refusal (no such file, no permission, disk full) is one line on stderr and exit code
-    2; a result that is not fit to be written or an error of the GPU exit code 1. SIGHUP
-    and SIGTERM end it as Ctrl-C does."""
+    """Call a script's `main` and print its notes; a user's mistake or the system's
+    refusal is one line and exit code 2, an unfit result or an error of the GPU exit
+    code 1; SIGHUP and SIGTERM end it as Ctrl-C does."""
 
     def stop(number: int, _: Any) -> None:
         raise Stopped(number)

@@ -405,9 +405,7 @@ def print_trace(args: argparse.Namespace) -> None:
                 write_trace(args, tracers, dtypes)
 
 
-def write_trace(
-    args: argparse.Namespace, tracers: list[Tracer], dtypes: list[str]
-) -> None:
+def write_trace(args: Any, tracers: list[Tracer], dtypes: list[str]) -> None:
     from . import page
 
     text = f"{args.prompt or f'latents: {args.latents}'} ({', '.join(dtypes)})"

@@ -18,16 +18,9 @@ from .base import UserError, listed, user_path
 from .hub import DTYPES, converted_config, folder_files, gigabytes
 from .linear import QuantizedLinear, layer_format, layer_formats, quantize
 from .lora import Lora, adapter_file, attach
+from .parts import COMPONENTS, GEMMA_4
 from .quantization import quant_predicate, quantization  # noqa: F401, names of the API
-from .weights import (
-    COMPONENTS,
-    FLOAT32,
-    GEMMA_4,
-    Checkpoint,
-    Weights,
-    check_text_encoder,
-    shard_names,
-)
+from .weights import FLOAT32, Checkpoint, Weights, check_text_encoder, shard_names
 
 SHARD = 5 * 10**9  # bytes a file, at most
 LICENSE = "https://github.com/Lightricks/LTX-2/blob/main/LICENSE"
@@ -223,9 +216,8 @@ class Conversion:
         progress: Progress = lambda size: None,
         peaks: Callable[[Path], str] = lambda folder: "",
     ) -> None:
-        """Write the model folder, complete or not at all (see `media.workspace`). `name`
-        and `peaks`, the memory that the folder needs, are for the model card; `progress`
-        gets the number of bytes."""
+        """Write the model folder, complete or not at all; `name` and `peaks` (its
+        memory) are for the model card, `progress` gets numbers of bytes."""
         folder = user_path(folder).resolve()
         check_target(folder, overwrite)
         with media.workspace(folder, ".*") as hidden:

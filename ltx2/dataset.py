@@ -1,8 +1,4 @@
-"""Clips to train on: found with their captions, fitted to buckets, encoded once.
-
-Latents and contexts are kept on the disk by all that they depend on, and read when they
-are needed. A file that cannot be used is named and skipped.
-"""
+"""Clips to train on: found with their captions, fitted to buckets, encoded once."""
 
 import csv
 import glob
@@ -19,17 +15,8 @@ from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
 
 import mlx.core as mx
 
-from . import media
-from .base import (
-    LOG,
-    UserError,
-    checked,
-    listed,
-    note,
-    parse_json,
-    read_text,
-    user_path,
-)
+from . import base, media
+from .base import LOG, UserError, checked, note, parse_json, read_text, user_path
 from .cache import ContextCache
 from .guidance import Contexts
 from .hub import File, read_arrays
@@ -59,8 +46,7 @@ PROMPTS_AT_ONCE = 16  # whose hidden states are held together
 
 @dataclass(frozen=True)
 class Clip:
-    """A file of the data, its caption and, for an IC-LoRA, its reference clip; then how
-    it is trained on."""
+    """A file of the data, its caption and reference clip, and how it is trained on."""
 
     path: Path
     caption: str
@@ -90,15 +76,13 @@ def find_clips(data: str) -> list[Clip]:
         raise UserError(f"{data}: no such folder or list of clips")
     clips = list(_listed(listed) if listed else _captioned(path))
     if not clips:
-        raise UserError(
-            f"{data} has no clips to train on: put a .txt with its caption next to each, "
-            "or list them in metadata.jsonl with file_name and caption"
-        )
+        how = "put a .txt with its caption next to each, or list them in metadata.jsonl"
+        raise UserError(f"{data} has no clips to train on: {how}")
     return clips
 
 
 def _captioned(folder: Path) -> Iterator[Clip]:
-    for path in listed(folder):
+    for path in base.listed(folder):
         if path.suffix.lower() in PICTURES | VIDEOS | SOUNDS:
             text = path.with_suffix(".txt")
             with skipping(path):
@@ -177,16 +161,12 @@ def default_buckets(defaults: Mapping[str, float]) -> list[Size]:
     return [Size(w, h, f, 0) for w, h in sides for f in lengths]
 
 
-def choose_bucket(
-    width: int, height: int, frames: int, buckets: Sequence[Size]
-) -> Size:
+def choose_bucket(width: int, height: int, frames: int, buckets: list[Size]) -> Size:
     """The nearest shape, longest, largest bucket that is not longer, as the reference."""
     short = [b for b in buckets if b.num_frames <= frames]
     if not short:
-        least = min(b.num_frames for b in buckets)
-        raise UserError(
-            f"it has {frames} frames, fewer than the {least} of the shortest bucket"
-        )
+        least = f"the {min(b.num_frames for b in buckets)} of the shortest bucket"
+        raise UserError(f"it has {frames} frames, fewer than {least}")
     off = lambda b: abs(math.log(width / height * b.height / b.width))
     order = lambda b: (round(off(b), 6), -b.num_frames, -b.width * b.height)
     return min(short, key=order)
@@ -245,10 +225,8 @@ class Dataset:
             raise UserError("--reference-data cannot be combined with --streams audio")
         step = SPACE_SCALE * o.reference_downscale
         if any(side % step for b in buckets for side in (b.width, b.height)):
-            raise UserError(
-                f"--reference-downscale {o.reference_downscale} needs a --resolution "
-                f"with sides that are multiples of {step}"
-            )
+            option = f"--reference-downscale {o.reference_downscale}"
+            raise UserError(f"{option} needs a --resolution in multiples of {step}")
         references = o.reference_data
         if references and not user_path(references).is_dir():
             raise UserError(f"{references}: no such folder of reference clips")

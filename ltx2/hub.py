@@ -99,8 +99,7 @@ class File:
 
     @cached_property
     def role(self) -> str:
-        """ "lora", "upsampler", "checkpoint" (it has a transformer), "part" of a split
-        checkpoint or, for other files, ""."""
+        """lora, upsampler, checkpoint (with a transformer), part, or "" for others."""
         if not self.name.endswith(".safetensors"):
             return ""
         folder = self.name.partition("/")[0] if "/" in self.name else ""
@@ -284,10 +283,8 @@ def choose_checkpoint(checkpoints: list[File]) -> list[File]:
     # The config tells it from LTX-Video, whose transformer has the same keys.
     usable = [f for f in checkpoints if not f.problem and "audio" in str(f.metadata)]
     if len(usable) > 1:
-        raise UserError(
-            f"{usable[0].name} and {usable[1].name} both hold the transformer: choose "
-            "one by its path, or with --file"
-        )
+        both = f"{usable[0].name} and {usable[1].name} both hold the transformer"
+        raise UserError(f"{both}: choose one by its path, or with --file")
     if usable and len(checkpoints) > 1:
         note(f"transformer: using {usable[0].name}")
     return usable or checkpoints[:1]
@@ -410,10 +407,8 @@ def upload(folder: Path, repo: str, message: str = "Add the converted model") ->
     sent = sorted(filter_repo_objects(files, ignore_patterns=ASIDE))
     wrong = [name for name in sent if not is_same(folder / name, arrived.get(name))]
     if wrong:
-        raise UserError(
-            f"{repo} differs from {folder}: {', '.join(wrong[:5])}; run the same command "
-            "again, which sends only what is missing"
-        )
+        names = ", ".join(wrong[:5])
+        raise UserError(f"{repo} differs from {folder}: {names}; run the command again")
     return len(sent)
 
 

@@ -60,13 +60,11 @@ class InputFiles:
         for lora in loras:
             metadata = self.lora(lora.path).metadata
             for i, axis in enumerate(("downscale", "temporal_scale")):
-                value = metadata.get(f"reference_{axis}_factor", str(factors[i]))
-                other = factors[i]
+                name, other = f"reference_{axis}_factor", factors[i]
+                value = metadata.get(name, str(other))
                 if not re.fullmatch("[1-9]", value) or other not in (1, int(value)):
-                    raise UserError(
-                        f"LoRA {lora.path}: reference_{axis}_factor {value!r} is not "
-                        "supported, or differs from another LoRA's"
-                    )
+                    fault = "is not supported, or differs from another LoRA's"
+                    raise UserError(f"LoRA {lora.path}: {name} {value!r} {fault}")
                 factors[i] = int(value)
         return tuple(factors)
 
@@ -90,8 +88,7 @@ class Encoders:
     space: str = "srgb"  # what EXR files hold; the VAE sees them as ACEScct
 
     def encoder_input(self, frames: np.ndarray, light: bool = False) -> mx.array:
-        """Frames (n, H, W, 3), sRGB in [-1, 1] or those of EXR files, as the video VAE
-        sees them, (1, ...)."""
+        """Frames (n, H, W, 3), in [-1, 1] or EXR's, as the VAE sees them, (1, ...)."""
         if light:
             codes = color.convert(frames, self.space, "acescct").clip(0, 1)
             frames = 2 * codes - 1

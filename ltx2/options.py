@@ -31,8 +31,8 @@ def is_set(options: Any, name: str) -> bool:
 
 
 def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -> None:
-    """Add a flag for each option with `add(name)`, an `add_argument` method. One that
-    is not passed is None. With a `prefix` they are variants, with a short help."""
+    """Add a flag for each option by `add(name)`, an `add_argument` method; None if not
+    passed, and with a `prefix` a variant with a short help."""
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         rules, name, hint = field.metadata, field.name, hints[field.name]
@@ -56,13 +56,9 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
             shown = default if isinstance(default, tuple) else (default,)
             if "default" not in text:
                 text += f" (default: {','.join(map(str, shown))})"
-        add(name)(
-            f"--{(prefix + flag).replace('_', '-')}",
-            dest=prefix + name,
-            default=None,
-            help=f"as --{dashed}" if prefix else text,
-            **how,
-        )
+        how |= {"dest": prefix + name, "default": None}
+        how["help"] = f"as --{dashed}" if prefix else text
+        add(name)(f"--{(prefix + flag).replace('_', '-')}", **how)
 
 
 def check(options: Any, mode: str = "", model: Mapping = MET, label: str = "") -> None:
@@ -108,12 +104,10 @@ def check_step(name: str, value: int, step: int, low: int, high: int, plus=0) ->
     """UserError unless `value` is a multiple of `step`, `plus` a number, in a range."""
     steps = isinstance(value, int) and (value - plus) % step == 0
     if not steps or not low <= value <= high:
-        nearest = round((value - plus) / step) * step + plus
+        nearest = min(max(round((value - plus) / step) * step + plus, low), high)
         kind = f"{step}k+{plus}" if plus else f"a multiple of {step}"
-        raise UserError(
-            f"{name} must be {kind} from {low} to {high}, got {value}: use "
-            f"{min(max(nearest, low), high)}"
-        )
+        allowed = f"{kind} from {low} to {high}"
+        raise UserError(f"{name} must be {allowed}, got {value}: use {nearest}")
 
 
 def located(options: Any, place: Callable[[str], str], but: Container[str] = ()) -> Any:

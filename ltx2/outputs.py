@@ -6,6 +6,7 @@ from itertools import count
 from pathlib import Path
 from typing import Iterable, Iterator, Optional
 
+from . import formats, media
 from .base import UserError, listed, lock
 
 LATENTS, PREVIEW, SHEET = ".latents.safetensors", ".preview.png", "-sheet.png"
@@ -69,8 +70,6 @@ class Files:
 
     def of(self, output: str) -> list[Path]:
         """All files of a video, itself first."""
-        from . import formats  # late, so that --help is quick
-
         choose = lambda: formats.choose(output, self.codec, self.space)
         codec = "" if self.sound_only else choose()
         folders = formats.frames_next_to(output, codec, self.space)
@@ -87,8 +86,6 @@ class Files:
 
     def check(self, output: str, inputs: Iterable[str]) -> None:
         """UserError unless all can be written, and none is an input."""
-        from . import formats, media
-
         formats.check_output(output, self.codec, self.space, self.sound_only)
         inputs = {Path(file).resolve() for file in inputs}
         for path in self.of(output):

@@ -53,9 +53,7 @@ def section(head: str, text: str, parts: Iterable[str]) -> str:
     return "\n".join([top, "<div>", *parts, "</div>"])
 
 
-def table(
-    heads: Sequence[str], rows: Sequence[Sequence], marked: Collection[int] = ()
-) -> str:
+def table(heads: Sequence[str], rows: Sequence, marked: Collection[int] = ()) -> str:
     """The same as `base.table`, with some rows, by number, highlighted."""
 
     def line(tag: str, cells: Sequence, kinds: Sequence) -> str:
@@ -83,9 +81,9 @@ def chart(
     bands: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
     marks: Mapping[int, str] = {},
 ) -> str:
-    """A sparkline: lines, the second one dashed, areas between a lower and an upper one
-    (without them from 0 on), and marks by place, each with a text to point at. Values
-    above 1 are drawn as logarithms; those that are not finite are left out."""
+    """A sparkline: lines (the second one dashed), areas between two lines each, and
+    marks by place with texts; values are logarithms above 1, and left out if infinite.
+    """
     curves = [*lines, *(curve for band in bands for curve in band)]
     values = [math.asinh(v) for c in curves for v in c if math.isfinite(v)]
     values += [0.0] * (not (bands and values))

@@ -72,9 +72,8 @@ def read_parts(f: File) -> Parts:
     if f.problem:
         raise UserError(f.problem)
     if f.role == "upsampler":
-        section, tensors = f.json_metadata("config"), {
-            key: (f, key) for key in f.header
-        }
+        section = f.json_metadata("config")
+        tensors = {key: (f, key) for key in f.header}
         name = upsampler_name(f, section)
         return {(name, ""): Part(f, name, section, tensors)}
     config, parts = sections(f), {}
@@ -236,11 +235,9 @@ def check_part(part: Part, model_version: str, checkpoint: File) -> None:
             source = checkpoint.json_metadata("gemma_source_checkpoint")
             want = source.get("gemma_version")
         if have is None or have != want:
-            raise UserError(
-                f"{f.name} is Gemma 4 {have or 'as Google released it'}, but "
-                f"{checkpoint.name} was trained with {want or 'another text encoder'}: "
-                "use the encoder that was published with it"
-            )
+            have, want = have or "as Google released it", want or "another text encoder"
+            other = f"{checkpoint.name} was trained with {want}: use that one"
+            raise UserError(f"{f.name} is Gemma 4 {have}, but {other}")
     if part.component != "connectors":  # the checkpoint configures them
         check_config(part.component, part.section, part.tensors)
 
@@ -269,9 +266,7 @@ def check_version(checkpoint: File, section: Any) -> str:
     version = checkpoint.metadata.get("model_version", "2.3" if modulated else "2.0")
     if (parse_version(version) >= (2, 3)) != modulated:
         found = "2.3 or later" if modulated else "2.0"
-        raise UserError(
-            f"{checkpoint.name} has model_version {version}, but is configured as {found}"
-        )
+        raise UserError(f"{checkpoint.name} is {version}, but configured as {found}")
     return version
 
 

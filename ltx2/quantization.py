@@ -47,8 +47,7 @@ def quantization(
 
 
 def quant_predicate(path: str) -> bool:
-    """Attention and feed-forward of the transformer's and Gemma's blocks, which hold
-    nearly all weights; tables, norms, gates, projections are small and sensitive."""
+    """Attention and feed-forward of all blocks, Gemma's too, which is most weights."""
     layer = r"transformer_blocks\.\d+\.\w+\.(to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"
     gemma = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
     return re.fullmatch(f"{layer}|{gemma}", path) is not None
@@ -56,20 +55,13 @@ def quant_predicate(path: str) -> bool:
 
 def layers(weights: Weights, group_size: int) -> dict[str, mx.array]:
     """The weights of the layers that can be quantized, by path."""
-    return {
-        key.removesuffix(".weight"): w
-        for key, w in weights.items()
-        if key.endswith(".weight")
-        and quant_predicate(key.removesuffix(".weight"))
-        and w.shape[1] % group_size == 0
-    }
+    named = {k.removesuffix(".weight"): w for k, w in weights.items()}
+    found = {path: w for path, w in named.items() if quant_predicate(path)}
+    return {path: w for path, w in found.items() if w.shape[1] % group_size == 0}
 
 
 def choose(
-    name: Optional[str],
-    mode: Optional[str],
-    bits: Optional[int],
-    group_size: Optional[int],
+    name: str | None, mode: str | None, bits: int | None, group_size: int | None
 ) -> dict[str, Any]:
     """The common format for a recipe by `name` (see `recipe`) and the other options."""
     mixed = MIXED.fullmatch(name or "")
@@ -146,10 +138,9 @@ def from_file(path: Path, how: dict, found: Mapping[str, Any]) -> dict[str, Any]
 
 
 def allocate(weights: Weights, how: dict[str, Any], shares: Shares) -> dict[str, dict]:
-    """Formats by path: the bits that lower the error most for their bytes, where `shares`
-    says what causes it, until the transformer's blocks have a bit more on average than `how`
-    (`MEAN_BITS` for 4), or as many as `how` alone leads to. They start from a bit less.
-    """
+    """Formats by path: the bits that lower the error most for their bytes, by `shares`
+    of it, up to a bit more than `how` on average (`MEAN_BITS` for 4), or as many as
+    `how` leads to; they start from a bit less."""
     blocks = {k: w for k, w in weights.items() if k.startswith("transformer_blocks.")}
     group, least = how["group_size"], max([2, *(b for b in ERROR if b < how["bits"])])
     found = layers(blocks, group)
@@ -157,9 +148,7 @@ def allocate(weights: Weights, how: dict[str, Any], shares: Shares) -> dict[str,
     numbers = {key: sum(found[p].size for p in paths) for key, paths in alike.items()}
     bits, total = dict.fromkeys(alike, least), sum(numbers.values())
     size = lambda weights: 8 * sum(w.nbytes for w in weights.values())
-    fixed = (
-        size(blocks) - size(found) + 2 * size(found) / group
-    )  # other weights, scales
+    fixed = size(blocks) - size(found) + 2 * size(found) / group  # others, scales
     most = (MEAN_BITS + how["bits"] - 4) * sum(w.size for w in blocks.values()) - fixed
     room = max(most, how["bits"] * total) - least * total
     levels = sorted(b for b in ERROR if b >= least)
@@ -273,8 +262,7 @@ def _inverse(s: mx.array) -> mx.array:
 
 
 def _improved(g, mean, square, s, b, n, dtype):
-    """The squared error with scale and bias as they are stored, and these; scale and
-    bias that least squares gives for its codes."""
+    """The squared error with stored scale and bias, these, and least squares' next."""
     s, b = (x.astype(dtype).astype(mx.float32) for x in (s, b))
     q = _codes(g, _inverse(s), b, n)
     q1, q2, qg = (x.mean(-1, keepdims=True) for x in (q, q * q, q * (g - mean)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -57,13 +57,10 @@ class Record:
         files = checked(dict[str, str], files, f"{path}: model.files")
         return cls(recorded(o["request"]), o["load"], files, version)
 
-    def find(
-        self, path: str, nearby: list[Path], but: Container[str], trust: bool
-    ) -> Record:
-        """With the files that it names, all but those of the fields `but`: next to the
-        record `path`, those of the model also in the folders `nearby` and in the Hub's
-        cache. What is elsewhere, or would have to be downloaded, is a UserError without
-        `trust`."""
+    def find(self, path: str, nearby: list[Path], but: set[str], trust: bool) -> Record:
+        """With the files that it names, but those of the fields `but`, found next to
+        the record `path`, the model's also in `nearby` folders and the Hub's cache;
+        without `trust` UserError for others."""
 
         def locate(name: str, *nearby: Path) -> str:
             for folder in (Path(path).parent, *nearby):
@@ -72,10 +69,9 @@ class Record:
                     return str(folder / name)
             if trust:
                 return name
-            raise UserError(
-                f"{path} was made with {name}, which is not in its folder: put it there, "
-                "pass its flag, or --trust to use it where it is"
-            )
+            how = "put it there, pass its flag, or --trust to use it where it is"
+            what = f"{path} was made with {name}, which is not in its folder"
+            raise UserError(f"{what}: {how}")
 
         def locate_model(name: str) -> str:
             repo = hub.split_repository(name)[0]

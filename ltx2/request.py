@@ -70,9 +70,9 @@ class Image(Checked):
             index = round(float(seconds) * fps)
         index += num_frames if index < 0 else 0
         if not 0 <= index < num_frames:
+            frames = f"the video, which has frames 0 to {num_frames - 1}"
             raise UserError(
-                f"image {self.path}: frame {self.frame} is outside of the video, which "
-                f"has frames 0 to {num_frames - 1}"
+                f"image {self.path}: frame {self.frame} is outside of {frames}"
             )
         return index
 

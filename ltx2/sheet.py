@@ -59,25 +59,22 @@ class Sheet:
             sheet.paste(image, (x, y))
             pen.text((x, y + height + 2), f"{seconds:.2f} s", INK, font)
         if lanes:
-            peak = draw_waveform(pen, waveform, rate, across, below)
+            peak = draw_sound(pen, waveform, rate, across, below)
             level = f"peak {20 * np.log10(peak):.0f} dB" if peak else "silent"
             text = f"{len(waveform) / rate:.2f} s of sound, {level}"
             pen.text((GAP, sheet.height - GAP - LABEL + 2), text, INK, font)
         return np.asarray(sheet)
 
 
-def draw_waveform(
-    pen: Any, waveform: np.ndarray, rate: int, width: int, top: int
-) -> float:
-    """The least and the greatest sample of every 20 ms (the period of the lowest tones)
-    or pixel, each channel in a lane from `top` on; the peak, which is as high as a lane.
-    """
-    peak = float(np.abs(waveform).max(initial=0))
-    bars = np.arange(min(width, len(waveform) * 50 // rate + 1))
-    first = bars * len(waveform) // len(bars)
+def draw_sound(pen: Any, sound: np.ndarray, rate: int, width: int, top: int) -> float:
+    """Each channel in a lane from `top` on, by the extremes of every 20 ms (the period
+    of the lowest tones) or pixel; returns the peak, which is as high as a lane."""
+    peak = float(np.abs(sound).max(initial=0))
+    bars = np.arange(min(width, len(sound) * 50 // rate + 1))
+    first = bars * len(sound) // len(bars)
     left = GAP + bars * width // len(bars)
     right = np.append(left[1:], GAP + width) - 1
-    for n, wave in enumerate(waveform.T):
+    for n, wave in enumerate(sound.T):
         middle, scale = top + (n + 0.5) * LANE, (LANE / 2 - 2) / max(peak, 1e-9)
         heights = (middle - scale * f.reduceat(wave, first) for f in (np.fmax, np.fmin))
         for x0, x1, y0, y1 in zip(left, right, *heights):

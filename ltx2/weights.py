@@ -99,14 +99,11 @@ class Checkpoint(FolderConfig):
         if missing:
             problems = [text for held, text in self.problems if held & {*missing}]
             reasons = f" (not used: {'; '.join(problems[:3])})" if problems else ""
-            raise UserError(
-                f"missing model parts: {', '.join(missing)}{reasons}; pass a folder that "
-                "holds all files, or --part NAME=FILE"
-            )
+            text = f"missing model parts: {', '.join(missing)}{reasons}; pass a folder"
+            raise UserError(f"{text} that holds all files, or --part NAME=FILE")
 
     def check(self, *names: str) -> None:
-        """Raise UserError for components that are missing or whose tensors do not match
-        their configuration or each other; only headers are read."""
+        """UserError for missing components, or ones that do not match; by headers."""
         self.require(*names)
         for name in names:
             self.build(name, self.shapes(name))
@@ -120,10 +117,8 @@ class Checkpoint(FolderConfig):
     def encoder(self, name: Optional[str] = None) -> str:
         """The text encoder to use: the model's, or `name` if that is possible."""
         if self.version >= GEMMA_4 and name not in (None, self.text_encoder):
-            raise UserError(
-                f"LTX-2 {self.model_version} has its own Gemma 4 and cannot use {name}: "
-                "remove --text-encoder"
-            )
+            own = f"LTX-2 {self.model_version} has its own Gemma 4"
+            raise UserError(f"{own} and cannot use {name}: remove --text-encoder")
         return name or self.text_encoder
 
     def weights(self, name: str, dtype: Optional[mx.Dtype] = None) -> Weights:
@@ -176,13 +171,9 @@ class Checkpoint(FolderConfig):
     def load(
         self, name: str, dtype: Optional[mx.Dtype] = None, lazy: bool = False
     ) -> nn.Module:
-        """A component with its weights; only its files are opened.
-
-        `dtype` casts floating weights (except FLOAT32). With `lazy` they are read when
-        they are first used, else now, in groups, so that no command buffer waits long
-        for the disk. Raises UserError if a tensor is missing, unknown or of another
-        shape than configured.
-        """
+        """A component with its weights, floating ones cast to `dtype` (except FLOAT32);
+        they are read when they are used (`lazy`) or now, in groups, so that no command
+        buffer waits long for the disk; UserError if they do not fit."""
         weights = self.weights(name, mx.float32 if name in FLOAT32 else dtype)
         module = self.build(name, weights)
         module.load_weights(list(weights.items()))
@@ -203,12 +194,9 @@ def open_model(
     fetch: bool = True,
     parts: Optional[Mapping[str, str]] = None,
 ) -> Checkpoint:
-    """A model from an official file or folder, a converted folder, or the Hub.
-
-    `kind` overrides what the name says, `file` chooses a checkpoint, `upsamplers` replace
-    those next to it, `parts` are files by component. Files to download are listed first;
-    without `fetch` only headers and config.json are. Raises UserError if no model is found.
-    """
+    """A model from an official file or folder, a converted folder, or the Hub; `kind`
+    overrides its name, `file` chooses a checkpoint, `upsamplers` and `parts` (by
+    component) replace its own; without `fetch` only headers are downloaded."""
     chosen = read_chosen(upsamplers, parts or {})
     files = hub.choose(name, *hub.resolve(name, file))
     is_converted = files[0].name == "config.json"
@@ -306,10 +294,8 @@ def text_encoder_files(name: str) -> list[File]:
     """The files of a text encoder's folder or repository that are used."""
     folder = user_path(name)
     if folder.is_file():
-        raise UserError(
-            f"text encoder {name} is a single file without tokenizer: pass a folder or "
-            f"repository like {TEXT_ENCODER}"
-        )
+        instead = f"pass a folder or repository like {TEXT_ENCODER}"
+        raise UserError(f"{name} is a single file without tokenizer: {instead}")
     repo, inner = hub.split_repository(name)
     if folder.is_dir():
         found = hub.folder_files(folder)
@@ -322,9 +308,8 @@ def text_encoder_files(name: str) -> list[File]:
 
 
 def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
-    """Raise UserError unless a Gemma 3 folder or repository is complete (configuration,
-    tokenizer, all shards, all layers' tensors) and of the size that `model` was trained
-    with. Only headers are read."""
+    """Raise UserError unless a Gemma 3 folder or repository is complete and of the size
+    that `model` was trained with, by headers alone."""
     where = f"text encoder {name}"
     files = {f.name.split("/")[-1]: f for f in text_encoder_files(name)}
     for names in (["config.json"], ["tokenizer.json", "tokenizer.model"]):
@@ -370,10 +355,8 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
     for inner, (f, key) in model.parts["connectors"].items() if model else ():
         states = f.header[key][1][-1]
         if inner.endswith("aggregate_embed.weight") and states != width * (count + 1):
-            raise UserError(
-                f"{where} has {count} layers of {width}, this model was trained with "
-                f"another size: use {TEXT_ENCODER}"
-            )
+            what = f"{where} has {count} layers of {width}, this model was trained"
+            raise UserError(f"{what} with another size: use {TEXT_ENCODER}")
 
 
 def fetch_text_encoder(name: str) -> Path:

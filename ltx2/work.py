@@ -135,9 +135,8 @@ def diffusing(c: dict[str, Any], weights: Weights, size: Size) -> float:
 
 
 def operations(job: Any, checkpoint: Checkpoint) -> dict[str, float]:
-    """A job's operations by phase, in the order of a run, of stages by name. Not counted:
-    upsamplers and audio encoders, below 2 % of a stage, and the text encoder, whose
-    time is spent on reading it."""
+    """A job's operations by phase and stage, without upsamplers and audio encoders
+    (below 2 % of a stage) and the text encoder, which waits for the disk."""
     config, shapes = checkpoint.config, checkpoint.shapes
     dit = DiTConfig.from_dict(config["transformer"])
     sizes = {stage.window: stage.whole for stage in job.stages}.values()
