@@ -130,9 +130,6 @@ def located(options: Any, place: Callable[[str], str], but: Container[str] = ())
     return dataclasses.replace(options, **changes)
 
 
-# Types of flags
-
-
 class FormError(UserError, argparse.ArgumentTypeError):
     """A value of another form; the parser names its flag."""
 

@@ -181,15 +181,6 @@ def quantized(checkpoint: Checkpoint, formats: dict[str, dict[str, Any]]) -> Che
     return model
 
 
-def parts(found: Weights) -> dict[str, list[str]]:
-    """Paths of layers by kind, and by quarter of the depth."""
-    paths = defaultdict(list)
-    for (kind, quarter), group in groups(found).items():
-        paths[kind] += group
-        paths[QUARTER.format(quarter + 1)] += group
-    return paths
-
-
 @dataclass
 class Kinds:
     """Mean squared errors of x0 with one part of the layers quantized at a time."""
@@ -198,9 +189,21 @@ class Kinds:
     shapes: Weights  # of the transformer
     squares: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def found(self) -> Weights:
-        return layers(self.shapes, self.how["group_size"])
+    def __post_init__(self) -> None:
+        """Find the layers, and their paths by kind and by quarter of the depth."""
+        self.found = layers(self.shapes, self.how["group_size"])
+        self.parts: dict[str, list[str]] = defaultdict(list)
+        for (kind, quarter), paths in groups(self.found).items():
+            self.parts[kind] += paths
+            self.parts[QUARTER.format(quarter + 1)] += paths
+
+    def measure(self, source: Pipeline, runs: list[Clip], limit: int) -> None:
+        """Quantize one part after the other, and compare `limit` steps of each run."""
+        for part, paths in self.parts.items():
+            checkpoint = quantized(source.checkpoint, dict.fromkeys(paths, self.how))
+            pipe = Pipeline(checkpoint, None, source.dtype)
+            self.squares[part] = mean_square(errors(pipe, c, limit) for c in runs)
+            LOG.info(f"{part}: error of x0 {self.squares[part] ** 0.5:.3g}")
 
     def shares(self, kind: str, quarter: int) -> float:
         """The squared error that the kind of layer causes there."""
@@ -218,27 +221,21 @@ class Kinds:
     @property
     def table(self) -> tuple[tuple[str, ...], list[list]]:
         """Heads and rows, the largest error first."""
-        found, rows = self.found, []
-        size = sum(w.size for w in found.values())
-        total = sum(self.squares.values()) / 2  # of kinds and of quarters
-        for part, paths in parts(found).items():
-            square, numbers = self.squares[part], sum(found[p].size for p in paths)
-            shares = 100 * numbers / size, 100 * square / max(total, 1e-30)
+        size = lambda paths: sum(self.found[path].size for path in paths)
+        total = max(sum(self.squares.values()) / 2, 1e-30)  # of kinds and of quarters
+        rows = []
+        for part, paths in self.parts.items():
+            square, weights = self.squares[part], size(paths) / size(self.found)
+            shares = 100 * weights, 100 * square / total
             rows.append([part, len(paths), *shares, square**0.5])
-        heads = "one part quantized", "layers", "% of weights"
-        heads += "% of error²", "x0 error"
+        heads = (
+            "one part quantized",
+            "layers",
+            "% of weights",
+            "% of error²",
+            "x0 error",
+        )
         return heads, sorted(rows, key=lambda row: -row[-1])
-
-
-def measure_kinds(source: Pipeline, runs: list[Clip], how: dict, limit: int) -> Kinds:
-    """See `Kinds`: its errors are measured."""
-    kinds = Kinds(how, source.checkpoint.shapes("transformer"))
-    for part, paths in parts(kinds.found).items():
-        checkpoint = quantized(source.checkpoint, dict.fromkeys(paths, how))
-        pipe = Pipeline(checkpoint, None, source.dtype)
-        kinds.squares[part] = mean_square(errors(pipe, clip, limit) for clip in runs)
-        LOG.info(f"{part}: error of x0 {kinds.squares[part] ** 0.5:.3g}")
-    return kinds
 
 
 # The command line
@@ -270,9 +267,9 @@ def report(model: Pipeline, source: Pipeline, options: dict, size: dict) -> None
     limit, file = options["limit"], options["recipe"]
     how = layer_formats(model.checkpoint.quantization).get("", quantization())
     how = how if how["mode"] == "affine" else quantization()
-    found = layers(source.checkpoint.shapes("transformer"), how["group_size"])
-    wanted, kinds = requests(source, options, size), len(parts(found)) if file else 0
-    count = sum(calls(source, r, limit, kinds) for r in wanted)
+    kinds = Kinds(how, source.checkpoint.shapes("transformer"))
+    wanted, measured = requests(source, options, size), len(kinds.parts) if file else 0
+    count = sum(calls(source, r, limit, measured) for r in wanted)
     print(f"{len(wanted)} clips, {count} calls of the transformer", flush=True)
     runs = [run(source, c) for c in clips(source, wanted, not options["prompt"])]
     html = []
@@ -280,12 +277,12 @@ def report(model: Pipeline, source: Pipeline, options: dict, size: dict) -> None
         print(text, flush=True)
         html.append(part)
     if file:
-        found = measure_kinds(source, runs, how, min(limit or OF_A_KIND, OF_A_KIND))
-        recipe, expected = found.recipe()
+        kinds.measure(source, runs, min(limit or OF_A_KIND, OF_A_KIND))
+        recipe, expected = kinds.recipe()
         Path(file).write_text(json.dumps(recipe, indent=1))
         text = f"wrote {file}: an error of x0 of {expected:.3g} is expected"
-        print(f"\n{table(*found.table)}\n{text}")
-        html.append(page.section("Layers", text, [page.table(*found.table, {0})]))
+        print(f"\n{table(*kinds.table)}\n{text}")
+        html.append(page.section("Layers", text, [page.table(*kinds.table, {0})]))
     if options["html"]:
         title = f"{options['model']} against {options['against']}"
         page.write(options["html"], title, html)
@@ -294,12 +291,11 @@ def report(model: Pipeline, source: Pipeline, options: dict, size: dict) -> None
 
 def auto(checkpoint: Checkpoint, how: dict[str, Any], size: dict) -> tuple[dict, float]:
     """The bits by layer from errors on made-up contexts, and the error to expect."""
-    source = Pipeline(checkpoint)
+    source, kinds = Pipeline(checkpoint), Kinds(how, checkpoint.shapes("transformer"))
     wanted = requests(source, {}, size)
-    kinds = len(parts(layers(checkpoint.shapes("transformer"), how["group_size"])))
-    count = sum(calls(source, r, None, kinds) for r in wanted)
+    count = sum(calls(source, r, None, len(kinds.parts)) for r in wanted)
     LOG.info(f"measuring each kind of layer: {count} calls of the transformer at most")
     runs = [run(source, clip, decode=False) for clip in clips(source, wanted, True)]
-    found = measure_kinds(source, runs, how, OF_A_KIND)
-    LOG.info(table(*found.table))
-    return found.recipe()
+    kinds.measure(source, runs, OF_A_KIND)
+    LOG.info(table(*kinds.table))
+    return kinds.recipe()

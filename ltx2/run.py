@@ -41,9 +41,6 @@ def seeded_noise(seed: int) -> Noise:
     return noise
 
 
-# Events
-
-
 @dataclass(kw_only=True)
 class Event:
     """Something that happened; fields that this kind of event lacks are None."""

@@ -143,14 +143,15 @@ def test_distances_are_known():
     )
 
 
-def test_parts_are_measured_one_at_a_time(source, runs, monkeypatch):
+def test_parts_are_measured_one_at_a_time(source, runs):
     paths = {
         "ff.net.2": [f"transformer_blocks.{i}.ff.net.2" for i in (0, 1)],
         "nothing": [],
     }
-    monkeypatch.setattr(quality, "parts", lambda found: paths)
-    how = quantization(bits=4, group_size=32)
-    kinds = quality.measure_kinds(pipe(source), runs, how, 1)
+    model, how = pipe(source), quantization(bits=4, group_size=32)
+    kinds = quality.Kinds(how, model.checkpoint.shapes("transformer"))
+    kinds.parts = paths
+    kinds.measure(model, runs, 1)
     assert kinds.squares["nothing"] == 0 < kinds.squares["ff.net.2"]
 
 
@@ -158,12 +159,10 @@ def test_parts_are_measured_one_at_a_time(source, runs, monkeypatch):
 def measured(monkeypatch):
     """All parts of the layers cause the same error."""
 
-    def measure(source, runs, how, limit):
-        kinds = quality.Kinds(how, source.checkpoint.shapes("transformer"))
-        kinds.squares = dict.fromkeys(quality.parts(kinds.found), 1e-4)
-        return kinds
+    def measure(kinds, source, runs, limit):
+        kinds.squares = dict.fromkeys(kinds.parts, 1e-4)
 
-    monkeypatch.setattr(quality, "measure_kinds", measure)
+    monkeypatch.setattr(quality.Kinds, "measure", measure)
     monkeypatch.setattr(quality, "CLIPS", 1)
 
 
