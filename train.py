@@ -1,10 +1,9 @@
 """Train a LoRA on a folder of clips with captions."""
 
 if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
-    import os
     import signal
 
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import signal

@@ -330,9 +330,8 @@ def run(main: Callable[[], None]) -> None:
         raise Stopped(number)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in ("SIGHUP", "SIGTERM"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), stop)
+    signal.signal(signal.SIGHUP, stop)
+    signal.signal(signal.SIGTERM, stop)
     LOG.setLevel(logging.INFO)
     LOG.handlers[:] = [Printer()]
     warnings.showwarning = lambda message, *_: note(str(message))

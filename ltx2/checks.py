@@ -35,6 +35,7 @@ class Report(NamedTuple):
 # Stages of a run
 
 
+Check = tuple[Optional[float], Optional[str]]  # of a tensor: error, fault
 Values = namedtuple("Values", "mean std min max")
 
 
@@ -232,9 +233,7 @@ def differences(
     yield from ((key, None, "is not in the source") for key in ours)
 
 
-def check_tensor(
-    stored: list[mx.array], w: mx.array, quantization: Optional[dict[str, Any]]
-) -> tuple[Optional[float], Optional[str]]:
+def check_tensor(stored: list[mx.array], w: mx.array, how: Optional[dict]) -> Check:
     """Error and fault of what stores `w`: a tensor, or a quantized one's parts."""
     if not stored:
         return None, "is missing"
@@ -245,12 +244,11 @@ def check_tensor(
             return None, f"is {stored[0].shape}, not {w.shape}"
         same = mx.array_equal(stored[0], w).item()
         return None, None if same else difference(stored[0], w)[1]
-    q = quantization
     try:
-        error, text = difference(mx.dequantize(*stored, **q), w)
-        least, _ = difference(mx.dequantize(*mx.quantize(w, **q), **q), w)
+        error, text = difference(mx.dequantize(*stored, **how), w)
+        least, _ = difference(mx.dequantize(*mx.quantize(w, **how), **how), w)
     except (TypeError, ValueError):
-        return None, f"is not {w.shape} quantized with {q}"
+        return None, f"is not {w.shape} quantized with {how}"
     good = error <= 1.01 * least + 1e-6
     return error, None if good else f"{text}; quantizing gives {least:.3g}"
 

@@ -269,10 +269,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 
 def write_safetensors(
-    path: Path,
-    weights: Weights,
-    progress: Progress,
-    made: Callable[[str, mx.array], mx.array],
+    path: Path, weights: Weights, progress: Progress, made: Callable
 ) -> None:
     """Write tensors as they are `made`, one in memory, and empty the dictionary."""
     names = {dtype: name for name, dtype in DTYPES.items() if name != "F8_E4M3"}
@@ -293,9 +290,7 @@ def write_safetensors(
             mx.clear_cache()
 
 
-def model_card(
-    config: dict[str, Any], name: str, generation: str, rows: dict[str, str]
-) -> str:
+def model_card(config: dict, name: str, generation: str, rows: dict[str, str]) -> str:
     """README.md of a model folder, with the metadata that the Hub reads."""
     repo, license_name, link = OFFICIAL[generation]
     origin = config["provenance"]

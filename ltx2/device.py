@@ -95,17 +95,13 @@ def judge(check: str, cases: Iterable[Case]) -> list[Row]:
 
 def attention_cases(dim: int) -> Iterator[Case]:
     """All kinds of masks, many queries and one; heads share keys, as in Gemma."""
-    keys = 150
-    for kind in ("no mask", "added mask", "boolean mask", "causal", "one query"):
-        for dtype in LIMITS:
-            queries = {"one query": 1, "causal": keys}.get(kind, 100)
-            q = 3 * draw((1, 2, queries, dim), dtype)
-            k, v = draw((2, 1, 1, keys, dim), dtype)
-            mask = kind if kind == "causal" else None
-            if "mask" in kind and kind != "no mask":
-                mask = draw((1, 1, queries, keys), dtype)
-                mask = mask > 0 if kind == "boolean mask" else mask
+    for dtype in LIMITS:
+        q, added = 3 * draw((1, 2, 100, dim), dtype), draw((1, 1, 100, 150), dtype)
+        k, v = draw((2, 1, 1, 150, dim), dtype)
+        masks = {"no mask": None, "added mask": added, "boolean mask": added > 0}
+        for kind, mask in (masks | {"causal": "causal"}).items():
             yield kind, dtype, attention, q, k, v, mask
+        yield "one query", dtype, attention, q[:, :, :1], k, v, None
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> Pair:
@@ -115,7 +111,9 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> Pair:
     k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = q @ k.swapaxes(2, 3) * scale
     if isinstance(mask, str):
-        scores = np.where(np.tri(*scores.shape[2:], dtype=bool), scores, -np.inf)
+        queries, keys = scores.shape[2:]  # the last query sees all keys
+        seen = np.tri(queries, keys, keys - queries, dtype=bool)
+        scores = np.where(seen, scores, -np.inf)
     elif mask is not None and mask.dtype == mx.bool_:
         scores = np.where(np.array(mask), scores, -np.inf)
     elif mask is not None:
@@ -253,7 +251,7 @@ def quantized_cases(mode: str, bits: int, groups: tuple[int, ...]) -> Iterator[C
             for rows in (1, 40):
                 case = f"groups of {group}, {rows} rows"
                 yield case, dtype, product, x[:rows], w, how
-        x, w = draw(ROWS, 128), draw(32, 128)
+        x, w = draw((ROWS, 128)), draw((32, 128))
         yield f"groups of {group}, {ROWS} rows", mx.float32, product, x, w, how
 
 

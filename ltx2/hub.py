@@ -23,10 +23,8 @@ DEFAULT_FILES = (  # where there are several checkpoints
 )
 # Of LTX-2.5, which has one file per component, and of ComfyUI; the first holds the
 # transformers.
-FOLDERS = (
-    "diffusion_models text_encoders vae latent_upscale_models model_patches loras "
-    "checkpoints"
-).split()
+FOLDERS = "diffusion_models text_encoders vae latent_upscale_models".split()
+FOLDERS += "model_patches loras checkpoints".split()
 ASIDE = ["*.DS_Store", "._*", "*/._*", ".cache/*", ".git/*"]  # never uploaded
 INSTEAD = ": take the original .safetensors file, not another tool's conversion"
 DTYPES = {

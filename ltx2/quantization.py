@@ -30,6 +30,7 @@ QUARTERS = (0.14, 0.18, 0.26, 0.42)
 SOUND = 0.5  # of the layers that write the audio stream
 
 Weights = Mapping[str, mx.array]
+Parts = tuple[mx.array, ...]  # of a quantized weight: codes, scales, biases
 Shares = Callable[[str, int], float]  # of a kind of layer in a quarter of the depth
 
 # Bits by layer
@@ -180,9 +181,7 @@ STARTS = [(r / 100, f / 3) for r in (70, 76, 82, 88, 94, 100) for f in (-1, 0, 1
 CHANGES = [(1.012, -0.25), (0.974, -0.01), (1.035, 0.24), (0.997, 0.48)]
 
 
-def quantize(
-    w: mx.array, group_size: int, bits: int, mode: str = "affine"
-) -> tuple[mx.array, ...]:
+def quantize(w: mx.array, group_size: int, bits: int, mode: str = "affine") -> Parts:
     """As `mx.quantize`, evaluated and nearer to `w`: each group's scale and bias minimize
     the squared error. 8 bits and other modes are those of `mx.quantize`."""
     if mode != "affine" or bits == 8:
@@ -200,9 +199,7 @@ def pieces(w: mx.array) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(w), rows))
 
 
-def squared_error(
-    w: mx.array, parts: tuple[mx.array, ...], how: dict[str, Any]
-) -> tuple[float, float]:
+def squared_error(w: mx.array, parts: Parts, how: dict) -> tuple[float, float]:
     """The squared norms of what quantizing changed, and of the weights."""
     sums = mx.zeros(2)
     for rows in pieces(w):

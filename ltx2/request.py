@@ -141,8 +141,7 @@ class Request(Checked):
         "number of frames, 8k+1 (default: 121, the clip's, or predicted by LTX-2.5)"
     )
     auto_duration: Optional[tuple[float, float]] = ask(
-        "LTX-2.5: predict the duration from the prompt, between these seconds "
-        "(default: 1 20)",
+        "LTX-2.5: predict the duration in seconds from the prompt (default: 1 20)",
         type=float,
         nargs=2,
         metavar=("MIN", "MAX"),
@@ -161,15 +160,13 @@ class Request(Checked):
         "how many of them are blended; 0 is a hard cut (default: all)", **WINDOWED
     )
     conditioned_fps: Optional[float] = ask(
-        "frame rate of the model's positions: twice --fps gives slow motion at half speed "
-        "(default: --fps)",
+        "frame rate of motion: twice --fps is slow motion at half speed (default: --fps)",
         between=(1, 4800),
         modes=NOT_DFR,
         excludes="retake",
     )
     segments: tuple[Segment, ...] = ask(
-        "prompt of a part of the video, from and to in seconds; repeatable, in order; "
-        "each starts with --prompt",
+        "prompt of a part in seconds, appended to --prompt; repeatable, in order",
         (),
         excludes="auto_duration contexts_file",
     )
@@ -251,8 +248,7 @@ class Request(Checked):
     )
     # Inputs
     images: tuple[Image, ...] = ask(
-        "image to show at a frame (default: the first): an index, -1 for the last, or a "
-        "time like 1.5s; repeatable",
+        "image at a frame (default: the first): an index, -1 (last) or 1.5s; repeatable",
         (),
         excludes="audio_only",
     )
@@ -308,8 +304,7 @@ class Request(Checked):
         "how much the video attends to the reference, 0 to 1", 1.0, **WEIGHT
     )
     attention_mask: Optional[str] = ask(
-        "clip or picture that says where the reference counts, from black (nowhere) to "
-        "white (fully)",
+        "clip or picture of where the reference counts: black (nowhere) to white (fully)",
         metavar="FILE",
         **OF_REFERENCE,
     )
@@ -317,8 +312,7 @@ class Request(Checked):
         "use the reference and LoRA in stage 2 too", False, **OF_REFERENCE, modes="two"
     )
     tile_size: Optional[tuple[int, int]] = ask(
-        "height and width in pixels of the overlapping tiles that a large video is split "
-        "into",
+        "size in pixels of the overlapping tiles that a large video is split into",
         type=integers,
         metavar="HEIGHT,WIDTH",
         needs="video",
@@ -331,15 +325,13 @@ class Request(Checked):
         excludes="auto_duration segments",
     )
     color_space: Optional[str] = ask(
-        "HDR: color space of EXR images and clips, and of the result's frames (default "
-        "with an HDR adapter: srgb_linear)",
+        "HDR: color space of EXR inputs and results (default with adapter: srgb_linear)",
         choices=("srgb", "srgb_linear", "acescg", "acescct"),
         excludes="audio_only",
         modes=NOT_DFR,
     )
     hdr_keyframes: Optional[bool] = ask(
-        "HDR adapters: also generate single frames of the clip, which keep the video sharp "
-        "(default: on)",
+        "HDR adapters: also generate single frames, for sharpness (default: on)",
         needs="video",
         modes="one two",
         model="2.5",
@@ -353,15 +345,13 @@ class Request(Checked):
         "decoder (default: conv, if the model has it)", choices=("conv", "diffusion")
     )
     decode_with_keyframes: bool = ask(
-        "diffusion decoder: decode the video together with its generated keyframes, as dfr "
-        "always does",
+        "diffusion decoder: also read the generated keyframes, as dfr always does",
         False,
         excludes="temporal_upsample",
         model="2.5",
     )
     decode_bias: float = ask(
-        "number added to the brightness, for weights that another tool converted and that "
-        "decode too dark; released weights need none",
+        "added to the brightness, for other tools' weights that decode too dark",
         0.0,
         between=(-1, 1),
         excludes="audio_only",

@@ -23,8 +23,7 @@ from .text import text_name
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 # Computed in float32 whatever the dtype: the vocoder as in the reference, the other
 # convolutions because Metal's fast ones lose up to 5 % a layer in 16 bits.
-FLOAT32 = ("vae", "audio_vae", "vocoder", "spatial_upsampler", "temporal_upsampler")
-FLOAT32 += ("spatial_upsampler_x1.5",)
+FLOAT32 = ("vae", "audio_vae", "vocoder", *UPSAMPLERS)
 SMALL_GROUP = 1 << 20  # bytes to evaluate at a time, if they are computed
 
 Weights = dict[str, mx.array]
