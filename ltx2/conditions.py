@@ -168,6 +168,7 @@ class ReferenceClip(Condition):
     mask: Optional[tuple[str, Size]] = None
     part: Whole = WHOLE  # which part of it is shown
     tiles: Tiles = ()  # in which it is encoded
+    repeats: int = 1  # how often each frame is shown
     encoder = "vae"
     weighs = property(lambda self: self.attention != 1 or self.mask is not None)
 
@@ -187,7 +188,8 @@ class ReferenceClip(Condition):
         size = self.part.whole(size)
         smaller = size.divided(self.downscale)
         frames = self.window.start, self.num_frames
-        clip = source.clip(self.path, *frames, smaller, self.slow, self.tiles)
+        how = self.slow, self.tiles, self.repeats
+        clip = source.clip(self.path, *frames, smaller, *how)
         clip = self.part.under(clip)
         scale, visible = (self.downscale, self.slow), self.attention
         if self.mask:
@@ -214,15 +216,15 @@ class Keyframes(Condition):
 
 @dataclass(frozen=True)
 class ClipKeyframes(Keyframes):
-    """Guide with single frames of a clip; the window starts at its frame `first`."""
+    """Guide with these single frames of a clip."""
 
     path: str
-    first: int
+    shown: tuple[int, ...]
     encoder = "vae"
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
-        still = lambda frame: source.clip(self.path, self.first + frame, 1, size)
-        stills = mx.concatenate([*map(still, self.frames)], axis=1)
+        still = lambda frame: source.clip(self.path, frame, 1, size)
+        stills = mx.concatenate([*map(still, self.shown)], axis=1)
         facts = self.frames, size.rate, ANCHOR_STRENGTH
         return lambda state: state.guide_stills(stills, *facts)
 

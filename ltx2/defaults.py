@@ -54,6 +54,7 @@ class Resolver:
         self.r, self.recipe, notes = follow(self.r, checkpoint.kind)
         self.notes, r = notes + self.notes, self.r
         self.clip_frames, self.clip_streams = 0, ()  # what is read of the input video
+        self.repeats = 1 + self.r.hdr_double_frames
         self.codes = (self.recipe.codes or "acescct") if r.color_space else "srgb"
         video_only = (self.recipe.codes or makes_matte(r)) and not r.audio
         self.streams = BOTH[bool(r.audio_only) : 2 - bool(r.no_audio or video_only)]
@@ -159,6 +160,8 @@ class Resolver:
             r = self.r = replace(r, color_space=r.color_space or "srgb_linear")
         if self.makes_light and r.hdr_keyframes is None:
             r = self.r = replace(r, hdr_keyframes="2.5" not in self.unmet)
+        if r.hdr_double_frames and (self.codes == "srgb" or frames_in(r.video)):
+            raise UserError("hdr_double_frames needs an adapter and a clip in SDR")
         if r.hdr_keyframes is not None and not self.makes_light:
             made = "HDR of an SDR clip"
             raise UserError(f"hdr_keyframes needs an adapter that makes {made}")

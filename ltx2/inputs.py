@@ -120,9 +120,10 @@ class Encoders:
         size: Size,
         slow: int = 1,
         tiles: Tiles = (),
+        repeats: int = 1,
     ) -> mx.array:
-        """Latents (1, f, h, w, C) of a clip, of every `slow`-th frame; encoded in `tiles`
-        of latents, or whole."""
+        """Latents (1, f, h, w, C) of a clip, of every `slow`-th frame, with each frame
+        `repeats` times; encoded in `tiles` of latents, or whole."""
         size = replace(size, num_frames=1 - (1 - num_frames) // slow)
         lengths = zip(size.latent, tiles or ((n, 0) for n in size.latent))
         times, *sides = (sized_spans(side, *length) for side, length in lengths)
@@ -131,8 +132,10 @@ class Encoders:
         for time in times:
             # A tile's first latent covers one frame, so later tiles have one more.
             first, stop = max(time.start - 1, 0), (time.stop - 1) * TIME_SCALE + 1
-            frames = every(frames_of(path, start, num_frames, size.fps), slow)
-            frames = islice(frames, first * TIME_SCALE, stop if time.after else None)
+            frames = frames_of(path, start, -(-num_frames // repeats), size.fps)
+            frames = islice((x for x in frames for _ in range(repeats)), num_frames)
+            ends = first * TIME_SCALE, stop if time.after else None
+            frames = islice(every(frames, slow), *ends)
             parts = zip(tee(self.seen(path, frames, size), len(places)), places)
             made = zip(*(encoder.encode_stream(cropped(*part)) for part in parts))
             for x, place in zip(zip(*made), places):

@@ -38,6 +38,10 @@ FILLED = {k for both in PRESETS.values() for options in both for k in options}
 # Rules that several options share.
 WINDOWED = {"modes": "one two", "excludes": "retake audio_only temporal_upsample"}
 OF_REFERENCE = {"needs": "video", "excludes": "retake extend"}
+NOT_IN_HDR = (  # what the reference's stages of HDR do not have
+    "images segments chunk_frames carry_frames blend_frames generated_keyframes "
+    "temporal_upsample tile_size"
+)
 WEIGHT = OF_REFERENCE | {"between": (0, 1)}
 Settings = Union[Guidance, Mapping[str, Any], None]
 MORE_FRAMES = {"modes": NOT_DFR, "excludes": "audio_only retake extend"}
@@ -336,6 +340,13 @@ class Request(Checked):
         modes="one two",
         model="2.5",
     )
+    hdr_double_frames: bool = ask(
+        "HDR adapters: generate each frame twice, keep one: smoother, twice the time",
+        False,
+        needs="video",
+        excludes=f"{NOT_IN_HDR} decode_with_keyframes attention_mask",
+        modes="one two",
+    )
     # Outputs
     no_audio: bool = ask("video only", False, excludes="audio_only")
     audio_only: bool = ask(
@@ -380,7 +391,7 @@ class Request(Checked):
         "blend_frames segments no_audio audio_only video_decoder decode_with_keyframes decode_bias",
         "inputs": "images keyframes image_crf audio video retake retake_streams extend "
         "reference_strength reference_attention attention_mask reference_in_stage_2 "
-        "tile_size hdr_keyframes loras distilled_lora detailing_lora",
+        "tile_size hdr_keyframes hdr_double_frames loras distilled_lora detailing_lora",
     }  # all others are "sampling"
 
     def __post_init__(self) -> None:

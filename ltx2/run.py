@@ -146,7 +146,7 @@ def finished(job: Job, at: Snapshot) -> Snapshot:
         if places:
             latents[key] = stills[:, : len(places)]
     if "video" in latents:
-        cells = latent_frames(job.size.num_frames + job.extra)
+        cells = latent_frames(job.generated + job.extra)
         latents["video"] = latents["video"][:, :cells]
     return replace(at, stage=len(job.stages), latents=latents, kept={})
 
@@ -364,16 +364,20 @@ class Run:
                 self.decode_audio(job, latents, result)
         if "video" in streams:
             cells = own("video", lambda w: latent_frames(w.carried_in))
-            result.video_latents = cells[: size.latent[0]]
+            result.video_latents = cells[: latent_frames(job.generated)]
             yield Phase(phase="video", job=n, step=0, steps=size.num_frames)
-            guard = FrameGuard()
+            guard, decoded = FrameGuard(), 0
             decode = lambda window: self.decode_video(n, job, latents, window)
             with self.meter.phase("video"):
                 for frames in blended(job.parts, decode):
-                    frames = frames[0, : size.num_frames - guard.frames]
-                    if not len(frames):  # the rest is cut off
+                    if guard.frames == size.num_frames:  # the rest is cut off
                         break
-                    frames = frames[:, : size.height, : size.width]
+                    kept = frames[0, -decoded % job.repeats :: job.repeats]
+                    decoded += frames.shape[1]
+                    kept = kept[: size.num_frames - guard.frames]
+                    if not len(kept):
+                        continue
+                    frames = kept[:, : size.height, : size.width]
                     guard.update(frames)
                     if job.codes == "srgb":
                         pixels = np.array(mx.round(frames * 255).astype(mx.uint8))

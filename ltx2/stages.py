@@ -16,7 +16,7 @@ from .latents import SPACE_SCALE, TIME_SCALE, Size, audio_tokens
 from .layers import Nag
 from .memory import MemoryPlan
 from .options import check_range, check_step, is_set
-from .request import LoraFile, Request
+from .request import NOT_IN_HDR, LoraFile, Request
 from .sampling import DISTILLED_SIGMAS, REFINE_SIGMAS
 from .tiles import LARGE, LIGHT, LIGHT_PIXELS, Tiles, equal_spans
 from .weights import Checkpoint
@@ -72,10 +72,6 @@ MODES = {
 }
 DOUBLED = Row("doubled", REFINE_SIGMAS, "euler", False, 1, "temporal", VIDEO, False)
 # fmt: on
-WHOLE = (  # options with which a stage is not made in tiles of its own
-    "images segments chunk_frames carry_frames blend_frames generated_keyframes "
-    "temporal_upsample tile_size"
-).split()
 HDR_FPS = 30.0  # the reference's highest frame rate of positions in HDR
 DETAIL = 0.5  # the reference's factor for a detailing LoRA
 SLICE_SIGMAS, SLICE_SAMPLER = DISTILLED_SIGMAS[4:], "euler_half_ancestral"
@@ -93,6 +89,7 @@ class Job:
     extra: int = 0  # frames at the end that are generated and cut off
     codes: str = "srgb"  # what decoded frames are, of color.SPACES
     parts: tuple[Window, ...] = ()  # the windows, and the clip that they extend
+    repeats: int = 1  # how many frames are generated for each one that is kept
     memory: Optional[MemoryPlan] = field(default=None, compare=False)
 
     @property
@@ -118,6 +115,11 @@ class Job:
         return replace(size, audio_tokens=self.stages[0].size.audio_tokens)
 
     @property
+    def generated(self) -> int:
+        """How many frames are generated for the result."""
+        return (self.size.num_frames - 1) * self.repeats + 1
+
+    @property
     def windows(self) -> list[Window]:
         """The windows that are generated."""
         return [window for window in self.parts if not window.given]
@@ -126,8 +128,7 @@ class Job:
     def keyframes(self) -> dict[Window, tuple[int, ...]]:
         """By window, the frames of the result at which its last stage has keyframes."""
         last = {s.window: s.part.keyframes or s.slots for s in self.stages}
-        count = self.size.num_frames
-        inside = lambda frames: tuple(n for n in frames if n < count)
+        inside = lambda frames: tuple(n for n in frames if n < self.generated)
         return {w: inside(w.start + n for n in places) for w, places in last.items()}
 
     def planes(self, window: Window) -> dict[Window, tuple[int, ...]]:
@@ -192,7 +193,7 @@ def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:
     prompts, decoder = (*r.prompts, *p.negative_prompt()), p.decoder()
     if r.decode_with_keyframes and decoder == "vae":
         p.notes.append("decode_with_keyframes is ignored: it is for diffusion decoders")
-    more = tuple(p.notes), p.recipe.extra, p.codes, tuple(p.parts)
+    more = tuple(p.notes), p.recipe.extra, p.codes, tuple(p.parts), p.repeats
     return Job(r, stages, prompts, decoder, *more)
 
 
@@ -230,7 +231,7 @@ class Planner(Resolver):
         if mode == "two" and (r.has_reference or r.keyframes and not self.distilled):
             mode = "two of a dub" if self.recipe.uses_sound else "two with a reference"
             if self.codes == "logc3" and r.reference_in_stage_2:
-                if whole := [name for name in WHOLE if is_set(r, name)]:
+                if whole := [k for k in NOT_IN_HDR.split() if is_set(r, k)]:
                     why = f"not in the reference's tiles, because of {', '.join(whole)}"
                     self.notes.append(f"stage 2 sees the whole video, {why}")
                 else:
@@ -258,7 +259,7 @@ class Planner(Resolver):
         if not self.r.hdr_keyframes:
             return ()
         places = windows.canvas(self.r.num_frames)[1]
-        return tuple(frame for frame in places if frame < self.clip_frames)
+        return tuple(n * self.repeats for n in places if n < self.clip_frames)
 
     def full_size(self, frames: int) -> Size:
         """The size of a last stage with this many frames."""
@@ -274,7 +275,8 @@ class Planner(Resolver):
 
     def windows(self) -> list[Window]:
         """The windows of a long video, one by default; of an extension with its clip."""
-        r, frames = self.r, self.r.num_frames + self.recipe.extra
+        r, frames = self.r, (self.r.num_frames - 1) * self.repeats + 1
+        frames += self.recipe.extra
         names = ("chunk_frames", "carry_frames", "blend_frames")
         if r.extend is None and not any(is_set(r, name) for name in names):
             return [Window(0, frames)]
@@ -435,7 +437,8 @@ class Planner(Resolver):
             both[condition.stream].append(condition)
         if carried_in and not held:
             audio.append(conditions.CarriedLatents("audio", f"stage{n}"))
-        frames = min(self.clip_frames - window.start, size.num_frames)
+        frames = (self.clip_frames - 1) * self.repeats + 1 - window.start
+        frames = min(frames, size.num_frames)
         shown = r.has_reference and (n == 1 or r.reference_in_stage_2)
         if shown and frames > carried_in:  # else the reference ends before the window
             weights = r.reference_strength, r.reference_attention
@@ -443,10 +446,11 @@ class Planner(Resolver):
             if r.attention_mask:  # the reference reads it at the first stage's size
                 sides = self.full_size(frames).divided(self.scale)
                 facts += ((r.attention_mask, sides),)
-            tiles = self.clip_tiles(size)
-            video.append(conditions.ReferenceClip(*facts, tiles=tiles))
+            how = {"tiles": self.clip_tiles(size), "repeats": self.repeats}
+            video.append(conditions.ReferenceClip(*facts, **how))
         if own and self.seams():
-            video.append(conditions.ClipKeyframes(own, r.video, window.start))
+            stills = tuple((window.start + n) // self.repeats for n in own)
+            video.append(conditions.ClipKeyframes(own, r.video, stills))
         generates = row.keyframes or r.decode_with_keyframes
         if own and generates:
             video.append(conditions.NewKeyframes(own))

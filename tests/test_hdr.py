@@ -16,7 +16,7 @@ from test_pipeline import latents_of, save_clip
 from test_reference import LORA, golden, load, recorded_noise  # noqa: F401
 
 import generate
-from ltx2 import color, conditions, exr, formats, media, pipeline
+from ltx2 import color, conditions, exr, formats, media, pipeline, stages
 from ltx2.base import UserError
 from ltx2.conditions import ClipKeyframes
 from ltx2.diffusion_decoder import DiffusionDecoder
@@ -241,23 +241,33 @@ def test_the_adapter_of_2_3_gives_logc3_of_an_sdr_clip_in_two_stages(
     assert result.frames.dtype == np.float32
 
 
-@pytest.mark.parametrize("name", ["hdr_tiles"])
-def test_a_run_of_2_3_is_the_references(load, tmp_path, name):  # noqa: F811
+@pytest.mark.parametrize("name, twice", [("hdr_tiles", 0), ("hdr_double_frames", 1)])
+def test_a_run_of_2_3_is_the_references(
+    load, tmp_path, monkeypatch, name, twice  # noqa: F811
+):
     g, info = golden(name)
-    cells = np.random.default_rng(3).integers(0, 256, (33, 24, 24, 3), np.uint8)
+    if twice:
+        assert info["vae_tiles"] == [4, 2, 4, 2]
+        monkeypatch.setattr(stages, "LIGHT", ((4, 2),) * 3)
+        monkeypatch.setattr(stages, "LIGHT_PIXELS", 0)
+    frames = 17 if twice else 33
+    cells = np.random.default_rng(3).integers(0, 256, (frames, 24, 24, 3), np.uint8)
     clip, lora = tmp_path / "clip.mkv", str(tmp_path / NAME_2_3)
     save_clip(clip, cells.repeat(8, 1).repeat(8, 2), 24)
     mx.save_safetensors(lora, mx.load(LORA.path), {"hdr_transform": "logc3"})
     request = Request("a", loras=(LoraFile(lora),), video=str(clip), seed=info["seed"])
+    request = replace(request, hdr_double_frames=bool(twice))
     context = np.random.default_rng(4).standard_normal((2, 1, 8, 32), np.float32)[0]
-    contexts, frames = {"a": (mx.array(context), mx.zeros((1, 8, 16)))}, []
+    contexts, made = {"a": (mx.array(context), mx.zeros((1, 8, 16)))}, []
     for event in load("distilled").stream(request, contexts=contexts):
         if event.phase == "latents":
             video = event.snapshot.latents["video"]
         if isinstance(event, pipeline.Frames):
-            frames.append(event.frames)
+            made.append(event.frames)
     assert relative_error(video, channels_last(g["out.video_latent"])) < 1e-4
-    light = np.concatenate(frames)[::4, ::8, ::8]
+    light = np.concatenate(made)
+    assert len(light) == frames
+    light = light[::4, ::8, ::8]
     assert relative_error(mx.array(light), g["out.light_sub"]) < 1e-3
     assert event.video_latents.shape[0] == 5
 
@@ -329,7 +339,7 @@ def test_only_some_clips_are_encoded_in_tiles(
 ):
     seen, clip = [], Encoders.clip
 
-    def encoded(self, path, start, count, size, slow=1, tiles=()):
+    def encoded(self, path, start, count, size, slow=1, tiles=(), repeats=1):
         seen.append(tiles)
         return clip(self, path, start, count, size, slow, tiles)
 
@@ -381,6 +391,54 @@ def test_a_clip_is_encoded_once_for_all_tiles(pipe_2_3, request_for, monkeypatch
     assert len(counts) == 2  # at both sizes
 
 
+def test_each_frame_of_an_hdr_clip_can_be_generated_twice(pipe, request_for):
+    frames = FRAMES[:25]
+    request = request_for(frames=frames, hdr_double_frames=True)
+    job = pipe.plan(request)
+    (stage,) = job.stages
+    assert (job.size.num_frames, stage.size.num_frames) == (25, 49)
+    reference, given, slots = stage.conditions["video"]
+    assert reference.num_frames == 49
+    assert given.frames == slots.frames == (48,) and given.shown == (24,)
+    result = pipe.generate(**vars(request))
+    assert result.frames.shape == (25, 64, 64, 3)
+    assert result.video_latents.shape[0] == 7
+
+
+def test_frames_are_doubled_before_the_autoencoder_sees_them(tmp_path):
+    save_clip(tmp_path / "a.mkv", FRAMES[:9], 24)
+    seen = []
+
+    class Encoder:
+        config = SimpleNamespace(latent_channels=1)
+
+        def encode_stream(self, frames):
+            seen.extend(np.array(x)[0, 0] for x in frames)
+            return iter([mx.zeros((1, 1, 2, 2, 1))] * 3)
+
+    encoders = Encoders(InputFiles(), lambda name: Encoder())
+    size = Size(64, 64, 17, 24.0)
+    encoders.clip(str(tmp_path / "a.mkv"), 0, 17, size, repeats=2)
+    expected = FRAMES[:9].repeat(2, axis=0)[:17] / 127.5 - 1
+    np.testing.assert_allclose(seen, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (
+            {"chunk_frames": 25},
+            "hdr_double_frames cannot be combined with chunk_frames",
+        ),
+        ({"name": "mine.safetensors"}, "needs an adapter and a clip in SDR"),
+    ],
+)
+def test_frames_are_doubled_only_for_hdr(pipe, request_for, options, reason):
+    request = request_for(**{"frames": FRAMES[:9], "hdr_double_frames": True} | options)
+    with pytest.raises(UserError, match=reason):
+        pipe.plan(replace(request, prompt="a cat", contexts_file=None))
+
+
 def test_the_autoencoder_sees_codes_of_light():
     white = np.ones((1, 4, 4, 3), np.float32)
     seen = lambda codes: float(
@@ -430,8 +488,8 @@ def test_windows_hold_the_keyframes_that_they_own(pipe, request_for):
     windows = {"chunk_frames": 49, "carry_frames": 17}
     job = pipe.plan(request_for(frames=frames, **windows))
     found = (c for stage in job.stages for c in stage.all_conditions)
-    given = [(c.frames, c.first) for c in found if isinstance(c, ClipKeyframes)]
-    assert given == [((24, 48), 0), ((40,), 32)]
+    given = [(c.frames, c.shown) for c in found if isinstance(c, ClipKeyframes)]
+    assert given == [((24, 48), (24, 48)), ((40,), (72,))]
     assert all(mx.isfinite(x).all() for x in latents_of(pipe, job).values())
 
 
