@@ -179,7 +179,7 @@ def make(pipe: Any, jobs: list, names: list[str], resume: Any, args: Any) -> Non
                 media.save_png(next_to(output, SHEET), picture)
             if args.save_json:
                 text = json.dumps(result.metadata, indent=2) + "\n"
-                next_to(output, ".json").write_text(text)
+                next_to(output, ".json").write_text(text, "utf-8")
             print(f"wrote {output} (seed {result.request.seed})")
             for path in files_of(args, job.request).of(output)[1:]:
                 latents = path == next_to(output, LATENTS)
@@ -198,7 +198,7 @@ def init_distributed() -> Any:
     """The group of machines that mlx.launch starts, or None; only rank 0 prints."""
     group = mx.distributed.init()
     if group.rank() > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="replace")
         base.LOG.setLevel(logging.WARNING)  # no bars
     return group if group.size() > 1 else None
 

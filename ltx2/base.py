@@ -133,8 +133,9 @@ def read_text(path: str) -> str:
 
 
 def user_path(name: Union[str, PurePath]) -> Path:
-    """A path from ~ on; that of a user who does not exist stays as it is."""
-    return Path(os.path.expanduser(name))
+    """A path from ~ on; that of a user who does not exist stays as it is. UserError if
+    it is not UTF-8, which MLX needs."""
+    return Path(os.path.expanduser(checked(str, name, "a path")))
 
 
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
@@ -332,6 +333,7 @@ def run(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, stop)
     signal.signal(signal.SIGTERM, stop)
+    sys.stdout.reconfigure(errors="backslashreplace")  # where it is not UTF-8
     LOG.setLevel(logging.INFO)
     LOG.handlers[:] = [Printer()]
     warnings.showwarning = lambda message, *_: note(str(message))

@@ -227,9 +227,10 @@ class Conversion:
             sizes = (path.stat().st_size for path in partial.rglob("*.safetensors"))
             rows = {"size": gigabytes(sum(sizes)), "weights": self.summary()}
             rows["peak memory, computed"] = peaks(partial)
-            config = json.loads((partial / "config.json").read_text())
+            config = json.loads((partial / "config.json").read_bytes())
             names = name or folder.name, self.source.generation
-            (partial / "README.md").write_text(model_card(config, *names, rows))
+            card = model_card(config, *names, rows)
+            (partial / "README.md").write_text(card, "utf-8", "replace")
 
     def _write_files(self, partial: Path, progress: Progress) -> None:
         for part in self.source.components:
@@ -239,11 +240,11 @@ class Conversion:
                 write_safetensors(partial / file, weights, progress, self.tensor)
             if len(files) > 1:
                 path = partial / f"{part}.safetensors.index.json"
-                path.write_text(json.dumps({"weight_map": index}, indent=2))
+                path.write_text(json.dumps({"weight_map": index}, indent=2), "utf-8")
         if self.own_encoder:
             shutil.copytree(self.own_encoder, partial / self.own_encoder.name)
         config = self.config()
-        (partial / "config.json").write_text(json.dumps(config, indent=2))
+        (partial / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
         for f in self.source.files:
             if f.name.startswith("LICENSE"):
                 shutil.copyfile(f.fetch(), partial / "LICENSE.md")

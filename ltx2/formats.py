@@ -235,7 +235,8 @@ class VideoWriter:
                 sound = media.read_audio(sound, duration=duration)
             media.write_wav(folder / media.FOLDER_FILES[0], *sound)
         if self.metadata:
-            (folder / media.FOLDER_FILES[1]).write_text(json.dumps(self.metadata))
+            text = json.dumps(self.metadata)
+            (folder / media.FOLDER_FILES[1]).write_text(text, "utf-8")
         return len(frames)
 
     def _sound_options(self, duration: Fraction) -> tuple[str, bytes]:

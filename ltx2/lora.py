@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from . import hub
-from .base import UserError, checked, parse_json, user_path
+from .base import UserError, checked, note, parse_json, user_path
 from .linear import QuantizedLinear
 
 # What tools put in front of a module's name: peft, ComfyUI, diffusers, torch.compile,
@@ -101,12 +101,15 @@ class Lora:
     @classmethod
     def verified(cls, path: str | Path) -> Lora:
         """As `read`; UserError if a value is not finite. None of them stays in memory."""
-        lora, file = cls.read(path), adapter_file(str(path))
+        lora, file, zero = cls.read(path), adapter_file(str(path)), True
         tensors, _ = hub.read_arrays(file)
         while tensors:
             key, tensor = tensors.popitem()
             if not mx.isfinite(tensor).all().item():
                 raise UserError(f"LoRA {file}: {key} has NaN or infinite values")
+            zero = zero and not (parse(file, key)[1] == "B" and tensor.any().item())
+        if zero:
+            note(f"LoRA {file}: all its B are 0: it changes nothing")
         return lora
 
     @property
@@ -215,7 +218,7 @@ class Adapter:
         text = metadata.get("lora_adapter_metadata", "{}")
         file = path.parent / PEFT_CONFIG
         if path.name == PEFT_FILE and file.is_file():
-            text = file.read_text()
+            text = file.read_bytes()
         config = parse_json(text, f"LoRA {path}: ")
         config = {k.removeprefix("transformer."): v for k, v in config.items()}
         for key in ("ss_network_alpha", "lora_alpha", "alpha"):

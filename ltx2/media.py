@@ -437,7 +437,7 @@ def mux(path: PathLike, folder: str, options: str, metadata: Any, data: bytes) -
     """Write "new" in a workspace by ffmpeg: input 0 is metadata, `options` the rest."""
     text = re.sub(r"([=;#\\])", r"\\\1", json.dumps(metadata)) if metadata else ""
     # As an argument it might be too long.
-    Path(folder, "metadata").write_text(f";FFMETADATA1\ncomment={text}\n")
+    Path(folder, "metadata").write_text(f";FFMETADATA1\ncomment={text}\n", "utf-8")
     options = f"-f ffmetadata -i metadata {options}"
     # Nothing else of a sound file comes along.
     only = "-map_metadata 0 -map_metadata:s -1 -map_chapters -1 new"

@@ -279,7 +279,7 @@ def report(model: Pipeline, source: Pipeline, options: dict, size: dict) -> None
     if file:
         kinds.measure(source, runs, min(limit or OF_A_KIND, OF_A_KIND))
         recipe, expected = kinds.recipe()
-        Path(file).write_text(json.dumps(recipe, indent=1))
+        Path(file).write_text(json.dumps(recipe, indent=1), "utf-8")
         text = f"wrote {file}: an error of x0 of {expected:.3g} is expected"
         print(f"\n{table(*kinds.table)}\n{text}")
         html.append(page.section("Layers", text, [page.table(*kinds.table, {0})]))

@@ -129,7 +129,7 @@ def groups(found: Weights) -> dict[tuple[str, int], list[str]]:
 
 def from_file(path: Path, how: dict, found: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe that was saved, or that of a folder's config.json."""
-    saved = parse_json(path.read_text(), str(path))
+    saved = parse_json(path.read_bytes(), str(path))
     saved = how | checked(dict, saved.get("quantization", saved), str(path))
     for layer, options in layer_formats(saved).items():
         checked(Quantization, options, f"{path}{layer and ': '}{layer}")

@@ -435,7 +435,7 @@ class Trainer:
         facts = {"base_model": self.base, "history": json.dumps(rows)}
         save_arrays(self.folder / STATE, arrays, facts)
         config = json.dumps(self.config(), indent=1)
-        (self.folder / CONFIG).write_text(config + "\n")
+        (self.folder / CONFIG).write_text(config + "\n", "utf-8")
         save_losses(self.folder, self.history)
 
     def metadata(self) -> dict[str, str]:

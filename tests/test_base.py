@@ -1,5 +1,7 @@
 """Checked data from outside, notes, tables and the command line's errors."""
 
+import io
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -100,6 +102,14 @@ def test_a_script_prints_each_note_once(capsys):
     assert capsys.readouterr().out.splitlines() == lines
 
 
+def test_a_script_prints_any_name_on_any_terminal(monkeypatch):
+    """A Latin-1 name on a UTF-8 disk, and a name that the terminal does not have."""
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    base.run(lambda: print("wrote é 猫 \udce9.mp4", flush=True))
+    assert shown.getvalue() == rb"wrote \xe9 \u732b \udce9.mp4" + b"\n"
+
+
 @pytest.mark.parametrize("args", [["--name", ""], ["--name="], [""]])
 def test_empty_arguments_are_mistakes(args):
     parser = base.Parser()
@@ -128,3 +138,5 @@ def test_what_no_system_call_takes_is_refused(kind, value):
 
 def test_the_home_of_nobody_is_a_name(monkeypatch):
     assert str(base.user_path("~nobody-here/x")) == "~nobody-here/x"
+    with pytest.raises(UserError, match="a path must be valid text"):
+        base.user_path(Path("caf\udce9"))  # Latin-1, on a disk that allows it

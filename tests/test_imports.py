@@ -130,6 +130,14 @@ def test_the_product_is_small():
 
 
 @each(PRODUCT)
+def test_text_files_do_not_depend_on_the_locale(file):
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            least = {"read_text": 1, "write_text": 2}.get(node.func.attr, 0)
+            assert len(node.args) >= least, node.lineno
+
+
+@each(PRODUCT)
 def test_there_are_no_hidden_settings(file):
     lines = file.read_text().splitlines()
     for node in ast.walk(parse(file)):

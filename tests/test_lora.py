@@ -425,6 +425,16 @@ def test_a_value_that_is_not_finite_is_named_before_anything_is_loaded(tmp_path,
         InputFiles().lora(str(tmp_path / "gates.safetensors"))
 
 
+def test_a_lora_that_changes_nothing_is_noted(tmp_path, caplog):
+    """A trainer wrote B that are all 0."""
+    for name, factor in (("zero", 0), ("one", 1)):
+        file = str(tmp_path / f"{name}.safetensors")
+        mx.save_safetensors(file, pair(b=B * factor))
+        InputFiles().lora(file)
+    [noted] = caplog.messages
+    assert "zero.safetensors: all its B are 0: it changes nothing" in noted
+
+
 @pytest.mark.parametrize(
     "config",
     ["{", "[]", "[" * 50000, '{"alpha_pattern": 3}', '{"lora_alpha": [8]}']
