@@ -7,7 +7,8 @@ light off at 1, so frames are read in the format that it finds, and with this fi
 import os
 import re
 import struct
-from itertools import islice
+import tempfile
+from itertools import groupby
 from pathlib import Path
 from typing import Iterator
 
@@ -17,7 +18,10 @@ from . import color, media
 from .base import UserError, listed
 
 FORMAT = rb"Video: exr, (gray|gbrp|gbrap)f(16|32)([lb]e).*? (\d+)x(\d+)"
-PLANES = {b"gray": [0, 0, 0], b"gbrp": [2, 0, 1], b"gbrap": [2, 0, 1]}  # of R, G, B
+LAYOUT = rb"channels\0chlist\0.{4}(?:[^\0]+\0.{16})*|dataWindow\0box2i\0.{20}"
+LIST = "-f concat -safe 0 -i list -fps_mode passthrough -f rawvideo pipe:1"
+# How many there are, and those of red, green and blue
+PLANES = {b"gray": (1, [0] * 3), b"gbrp": (3, [2, 0, 1]), b"gbrap": (4, [2, 0, 1])}
 
 
 def frames_in(path: media.PathLike) -> list[Path]:
@@ -45,13 +49,28 @@ def read(
     path: media.PathLike, start: int = 0, count: int | None = None
 ) -> Iterator[np.ndarray]:
     """Frames (H, W, 3) float32 of a file or folder, from `start` on; without alpha."""
-    for file in islice(frames_in(path), start, count and start + count):
-        planes, bits, order, width, height = _format(file)
-        problem = f"{file}: cannot be read"
-        data = media.run_ffmpeg(problem, media.input_option(file), "-f rawvideo pipe:1")
+    files = frames_in(path)[start : count and start + count]
+    for _, same in groupby(files, _layout):  # one process reads all that are alike
+        files = [*same]
+        planes, bits, order, width, height = _format(files[0])
         kind = {b"le": "<", b"be": ">"}[order] + {b"16": "f2", b"32": "f4"}[bits]
-        found = np.frombuffer(data, kind).reshape(-1, int(height), int(width))
-        yield np.stack([found[n] for n in PLANES[planes]], -1).astype(np.float32)
+        number, colors = PLANES[planes]
+        frame = np.empty((number, int(height), int(width)), kind)
+        with tempfile.TemporaryDirectory() as folder:
+            names = (str(f.absolute()).replace("'", r"'\''") for f in files)
+            lines = "".join(f"file 'file:{name}'\n" for name in names)
+            Path(folder, "list").write_bytes(os.fsencode(lines))
+            problem = f"{path}: cannot be read"
+            with media.ffmpeg(problem, LIST, folder=folder) as process:
+                for _ in files:
+                    if process.stdout.readinto(frame) == frame.nbytes:  # else it failed
+                        yield frame[colors].transpose(1, 2, 0).astype(np.float32)
+
+
+def _layout(path: Path) -> list[bytes]:
+    """The channels and sides in a file's header."""
+    with open(path, "rb") as file:
+        return re.findall(LAYOUT, file.read(2**16), re.DOTALL)
 
 
 def still(path: media.PathLike) -> np.ndarray:

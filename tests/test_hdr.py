@@ -522,6 +522,35 @@ def test_an_exr_picture_is_read_without_a_limit_and_without_alpha(
     assert (found.width, found.height, found.num_frames) == (8, 6, 1)
 
 
+def test_a_folder_is_read_by_one_process_for_frames_that_are_alike(
+    tmp_path, monkeypatch
+):
+    started, popen = [], media.Popen
+    counted = lambda *args, **how: started.append(1) or popen(*args, **how)
+    monkeypatch.setattr(media, "Popen", counted)
+    small, large = light(4, 6, 8), light(2, 8, 10)
+    write_exr(tmp_path / "a", small, "acescg")
+    write_exr(tmp_path / "b", large, "acescg")
+    for n in (0, 1):
+        file = tmp_path / "b" / f"frame_{n:05d}.exr"
+        file.rename(tmp_path / "a" / f"frame_00001_{n}.exr")  # among the others
+    started.clear()
+    read = [*exr.read(tmp_path / "a")]
+    assert len(started) == 3
+    expected = [*small[:2], *large, *small[2:]]
+    for frame, other in zip(read, expected, strict=True):
+        np.testing.assert_array_equal(frame, other.astype(np.float32))
+
+
+@pytest.mark.parametrize("size", [0, 200, 300])
+def test_a_damaged_frame_is_one_line(tmp_path, size):
+    write_exr(tmp_path / "a", light(3, 6, 8), "acescg")
+    file = tmp_path / "a" / "frame_00001.exr"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(UserError, match="cannot be read|is empty"):
+        [*exr.read(tmp_path / "a")]
+
+
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     frames = light(5, 6, 8)
     write_exr(tmp_path / "a'b [c]", frames, "srgb_linear")
