@@ -335,11 +335,9 @@ def parser() -> argparse.ArgumentParser:
     size.add_argument("--text-encoder", metavar="MODEL", help="Gemma 3 to use")
     dtypes = "bfloat16", "float32"
     size.add_argument("--dtype", default=dtypes[0], choices=dtypes)
-    text = "also write a page with charts and pictures, which loads nothing"
-    size.add_argument("--html", metavar="FILE", help=text)
+    size.add_argument("--html", metavar="FILE", help="page to write, with charts")
 
-    text = "statistics of every stage"
-    t = checks.add_parser("trace", parents=[model, size], help=text)
+    t = checks.add_parser("trace", parents=[model, size], help="statistics of stages")
     start = t.add_mutually_exclusive_group(required=True)
     start.add_argument("--prompt", help="trace a complete run")
     start.add_argument("--latents", help="trace a decode: zeros, random, or a file")
@@ -351,8 +349,7 @@ def parser() -> argparse.ArgumentParser:
 
     text = "what quantizing costs: errors of x0, picture and sound"
     q = checks.add_parser("quality", parents=[model, size], help=text)
-    text = "what the model was converted from, unquantized"
-    q.add_argument("--against", metavar="SOURCE", required=True, help=text)
+    q.add_argument("--against", metavar="SOURCE", required=True, help="not quantized")
     text = "repeatable (default: two made-up contexts, without a text encoder)"
     q.add_argument("--prompt", action="append", help=text)
     text = "also measure each kind of layer, and save the bits by layer that follow"
@@ -360,13 +357,11 @@ def parser() -> argparse.ArgumentParser:
     text = "steps of a clip that are compared (default: all; 4 for a kind of layer)"
     q.add_argument("--limit", type=int, help=text)
 
-    text = "decode synthetic latents and report anomalies"
+    text = "anomalies of decoded synthetic latents"
     checks.add_parser("probe", parents=[model], help=text, aliases=["known"])
 
-    text = "test this machine, without a model: kernels, rates, memory, disk"
-    d = checks.add_parser("device", help=text)
-    where = "on the disk to measure (default: this one)"
-    d.add_argument("--folder", default=".", help=where)
+    d = checks.add_parser("device", help="this machine: kernels, rates, memory, disk")
+    d.add_argument("--folder", default=".", help="on the disk to measure (default: .)")
     return p
 
 

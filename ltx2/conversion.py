@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence, Union
 
@@ -52,16 +52,13 @@ class Conversion:
     predicate: Callable[[str], bool] = quant_predicate
     loras: Sequence[tuple[str, float]] = ()  # files and strengths
     expected: Optional[float] = None  # error of x0 with this quantization, if measured
-    # Lazily, whether the tensors that are converted are finite.
-    finite: Weights = field(default_factory=dict, init=False)
-    # Weights of layers before they are rounded, what is made of them, and the squared
-    # norms of their errors and of themselves.
-    layers: Weights = field(default_factory=dict, init=False)
-    rounded: Weights = field(default_factory=dict, init=False)
-    squares: list[float] = field(default_factory=lambda: [0.0, 0.0], init=False)
-    mean_bits: float = field(default=0, init=False)  # a weight of transformer's blocks
 
     def __post_init__(self):
+        self.finite: Weights = {}  # lazily, whether the converted tensors are finite
+        self.layers: Weights = {}  # before they are rounded
+        self.rounded: Weights = {}  # what is made of them
+        self.squares = [0.0, 0.0]  # norms of their errors and of themselves, squared
+        self.mean_bits = 0.0  # a weight of the transformer's blocks
         quantized = bool(self.source.quantization)
         if self.loras and quantized:
             raise UserError("LoRAs need unquantized weights: they are fused first")

@@ -64,9 +64,6 @@ def of_streams(size: Size, streams: Sequence[str]) -> Size:
     return replace(size, width=width, height=height, audio_tokens=sound)
 
 
-# Finding clips
-
-
 def find_clips(data: str) -> list[Clip]:
     """The clips of a list, or of a folder with a list or with captions in .txt files."""
     path = user_path(data)
@@ -138,9 +135,6 @@ def skipping(what: Path | str) -> Iterator[None]:
         note(f"{getattr(what, 'name', what)} is skipped: {error}")
 
 
-# Buckets
-
-
 def parse_bucket(text: str) -> Size:
     """WxHxF, the value of --resolution."""
     form = "WxHxF (--resolution 768x512x49)"
@@ -194,9 +188,6 @@ def fit(clip: Clip, buckets: Sequence[Size], streams: str) -> tuple[Clip, str]:
     done += "".join(f", without {s}" for s in wants if s not in has)
     size = replace(b, fps=fps, audio_tokens=sound)
     return replace(clip, size=size, streams=has), done
-
-
-# Encoding
 
 
 class Dataset:

@@ -90,9 +90,6 @@ def judge(check: str, cases: Iterable[Case]) -> list[Row]:
     return rows or [Row(check, "ok", f"{len(cases)} cases, largest error {largest[1]}")]
 
 
-# Attention
-
-
 def attention_cases(dim: int) -> Iterator[Case]:
     """All kinds of masks, many queries and one; heads share keys, as in Gemma."""
     for dtype in LIMITS:
@@ -212,8 +209,6 @@ def tf32() -> Row:
     return judged("TF32", error <= 1e-4, found, TF32)
 
 
-# Quantized products
-
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
@@ -324,9 +319,6 @@ def memory() -> Row:
         found += f", an array {info['max_buffer_length'] / 1e9:.1f}"
     few = "the 19B at 4 bits is read in each step, a long video made in windows"
     return judged("memory", limit > 1.2 * RELEASED, found, few, "slow")
-
-
-# Rates
 
 
 def seconds(compute: Callable[[], mx.array]) -> float:

@@ -154,9 +154,6 @@ class File:
         return f"ends:{hashlib.sha256(ends).hexdigest()}"
 
 
-# Headers
-
-
 def read_header(path: Path) -> tuple[Header, dict[str, str]]:
     """Tensors and metadata of a safetensors file, checked against the file's size."""
     try:

@@ -51,9 +51,6 @@ RENAMED = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 MARKS = ("comfy_quant", "scaled_fp8")
 
 
-# Parts of files
-
-
 class Part(NamedTuple):
     """Tensors of a component in a file, and the section that configures them."""
 

@@ -203,10 +203,9 @@ class Run:
         predict = lambda: head(*contexts[r.prompt]).item()
         seconds = model.machines.on_rank_0(predict)
         frames = min(whole_frames(seconds, r.fps, *r.auto_duration), r.num_frames)
-        note(
-            f"{frames} frames, {frames / r.fps:.1f} s: {seconds:.1f} s were predicted from "
-            "the prompt (--num-frames sets the length)"
-        )
+        length = f"{frames} frames, {frames / r.fps:.1f} s"
+        how = f"{seconds:.1f} s predicted from the prompt, --num-frames sets the length"
+        note(f"{length} ({how})")
         shorter = replace(r, num_frames=frames, auto_duration=None)
         return plan(shorter, model.checkpoint, self.model.inputs)
 

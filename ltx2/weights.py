@@ -43,9 +43,6 @@ class FolderConfig:
     defaults: dict[str, Any] = field(default_factory=dict)  # of videos and training
 
 
-# Models
-
-
 @dataclass(kw_only=True)
 class Checkpoint(FolderConfig):
     """A model as its headers and its configuration describe it; nothing is read yet."""
@@ -366,9 +363,6 @@ def fetch_text_encoder(name: str) -> Path:
         hub.fetch_all(files)
         folder = files[0].fetch().parent
     return folder
-
-
-# Tensors
 
 
 def decode_fp8(weights: Weights, names: Iterable[str]) -> Weights:
