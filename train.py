@@ -10,10 +10,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from generate import DEMO, init_distributed
-from ltx2 import __version__
+from ltx2 import __version__, adapters, hub, memory, pipeline
 from ltx2.base import Parser, Stopped, UserError, awake, run, user_path
+from ltx2.conversion import OFFICIAL
 from ltx2.options import add_flags
+from ltx2.training import Options, Trainer
 
 EPILOG = """\
 DATA is a folder of clips or pictures, each with its caption in a .txt of the same name,
@@ -24,8 +28,6 @@ generate.py takes with --lora.
 
 def parser() -> argparse.ArgumentParser:
     """All flags. One that is not passed is None: defaults are the options'."""
-    from ltx2.training import Options
-
     p = Parser(description=__doc__, epilog=EPILOG)
     p.add_argument("--version", action="version", version=f"ltx2 {__version__}")
     add = p.add_argument
@@ -56,11 +58,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    import mlx.core as mx
-
-    from ltx2 import adapters, hub, memory, pipeline, training
-    from ltx2.conversion import OFFICIAL
-
     init_distributed()
     resumed = args.resume_adapter_file
     if not args.plan:
@@ -70,7 +67,7 @@ def main() -> None:
     dtype = args.dtype or ("float32" if cpu else "bfloat16")
     model = args.model or default, args.text_encoder, args.kind, dtype
     pipe = pipeline.load(*model, low_memory=args.low_memory)
-    trainer = training.Trainer(pipe, vars(args), args.adapter_path, args.cache)
+    trainer = Trainer(pipe, vars(args), args.adapter_path, args.cache)
     if resumed is not None:
         trainer.resume(resumed)
     if trainer.step < trainer.options.iters:
