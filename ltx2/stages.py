@@ -20,7 +20,7 @@ from .request import NOT_IN_HDR, LoraFile, Request
 from .sampling import DISTILLED_SIGMAS, REFINE_SIGMAS
 from .tiles import LARGE, LIGHT, LIGHT_PIXELS, Tiles, equal_spans
 from .weights import Checkpoint
-from .windows import Slice, Whole, Window
+from .windows import WHOLE, Slice, Whole, Window
 
 OWN = None  # the model's schedule: fixed if it is distilled, else by the steps
 
@@ -168,9 +168,10 @@ class Job:
 
     @property
     def encoded(self) -> list[tuple[Condition, Size]]:
-        """The conditions that need an encoder, each with its stage's size."""
-        both = ((c, s.whole) for s in self.stages for c in s.all_conditions)
-        return [pair for pair in both if pair[0].encoder]
+        """The conditions that need an encoder, each with its video's size; tiles share."""
+        whole = lambda c: replace(c, part=WHOLE) if hasattr(c, "part") else c
+        pairs = ((c, s.whole) for s in self.stages for c in s.all_conditions)
+        return [*dict.fromkeys((whole(c), size) for c, size in pairs if c.encoder)]
 
 
 def plan(request: Request, checkpoint: Checkpoint, files: InputFiles) -> Job:

@@ -387,8 +387,9 @@ def test_a_clip_is_encoded_once_for_all_tiles(pipe_2_3, request_for, monkeypatch
     counts, encode = [], VideoVAE.encode_stream
     counted = lambda *args: counts.append(1) or encode(*args)
     monkeypatch.setattr(VideoVAE, "encode_stream", counted)
-    pipe_2_3.generate(**vars(request_for(NAME_2_3, **OF_2_3)))
-    assert len(counts) == 2  # at both sizes
+    request = request_for(NAME_2_3, **OF_2_3)
+    pipe_2_3.generate(**vars(request))
+    assert len(counts) == len(pipe_2_3.plan(request).encoded) == 2  # at both sizes
 
 
 def test_each_frame_of_an_hdr_clip_can_be_generated_twice(pipe, request_for):
