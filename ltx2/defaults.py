@@ -331,8 +331,8 @@ class Resolver:
         seconds, length = self.files.probe(r.audio).audio_duration, r.num_frames / r.fps
         rest = seconds - r.audio_start
         if rest < SHORTEST_SOUND:
-            short = f"has no sound at {r.audio_start:g} s, only {seconds:.2f} s"
-            raise UserError(f"{r.audio} {short}")
+            short = f" at {r.audio_start:g} s, only {seconds:.2f} s" * (seconds > 0)
+            raise UserError(f"{r.audio} has no sound{short}")
         if abs(rest - length) > max(1, length / 2):
             heard = f"{rest:.1f} s of sound for {length:.1f} s of video"
             self.notes.append(f"{r.audio}: {heard}")

@@ -156,6 +156,8 @@ class File:
 
 def read_header(path: Path) -> tuple[Header, dict[str, str]]:
     """Tensors and metadata of a safetensors file, checked against the file's size."""
+    if path.with_name(f"{path.name}.aria2").exists():  # it has its size from the start
+        raise UserError(f"{path} is not downloaded completely: aria2 can continue it")
     try:
         with safe_open(path, framework="numpy"), open(path, "rb") as f:
             text = f.read(int.from_bytes(f.read(8), "little"))
@@ -190,6 +192,9 @@ def invalid(path: Path, error: str) -> str:
         return f"is a GGUF file, which is not read{INSTEAD}"
     if re.search("not fully covered|header length", error) or len(start) < 8:
         return "is truncated or damaged: download it again"
+    if re.fullmatch(rb"[\s -~]+", start):  # what a website says instead
+        login = "download it again, after `hf auth login` if its repository is gated"
+        return f"is text, not a safetensors file: {login}"
     return f"is not a safetensors file ({error.rpartition(': ')[2]})"
 
 
@@ -220,7 +225,10 @@ def resolve(name: str, file: Optional[str] = None) -> tuple[list[File], Optional
 
 
 def split_repository(name: str) -> tuple[str, str]:
-    """The repository and the rest of owner/name/rest; "" for what is not there."""
+    """The repository and the rest of owner/name/rest, which may be a page of the Hub; ""
+    for what is not there."""
+    page = r"https://(?:huggingface|hf)\.co/|/(?:blob|resolve|tree)/main(?=/|$)|\?.*|/$"
+    name = re.sub(page, "", name) if name.startswith("https://") else name
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
     return (match[1], match[2] or "") if match else ("", "")
 
@@ -279,7 +287,7 @@ def choose_checkpoint(checkpoints: list[File]) -> list[File]:
     usable = [f for f in checkpoints if not f.problem and "audio" in str(f.metadata)]
     if len(usable) > 1:
         both = f"{usable[0].name} and {usable[1].name} both hold the transformer"
-        raise UserError(f"{both}: choose one by its path, or with --file")
+        raise UserError(f"{both}: choose one by its path")
     if usable and len(checkpoints) > 1:
         note(f"transformer: using {usable[0].name}")
     return usable or checkpoints[:1]

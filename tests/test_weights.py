@@ -289,6 +289,10 @@ def test_a_truncated_file_is_refused(checkpoint, tmp_path, keep):
 def test_other_files_are_refused_in_one_line(checkpoint, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.safetensors").write_text("version https://git-lfs.github.com")
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html>\n<p>Please log in</p>")
+    partial = tmp_path / "ltx-2-19b-dev.safetensors"  # its end is still zeros
+    shutil.copy(checkpoint("ltx-2"), partial)
+    partial.with_name(f"{partial.name}.aria2").touch()
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text("[1]")
     for name, message in {
@@ -296,6 +300,8 @@ def test_other_files_are_refused_in_one_line(checkpoint, tmp_path):
         "models/nowhere.safetensors": "no such file or folder",
         str(tmp_path / "empty"): "has no checkpoint",
         str(tmp_path / "notes.safetensors"): "git-lfs pointer",
+        str(tmp_path / "page.safetensors"): "is text, not a safetensors file: .* login",
+        str(partial): "not downloaded completely: aria2 can continue it",
         str(tmp_path / "config"): "must be an object",
         str(checkpoint("ltx-2-lora")): "is a LoRA: pass it with --lora",
         str(checkpoint("temporal-x2")): "is an upsampler: pass it with --upsampler",
@@ -343,6 +349,24 @@ def test_a_repository_is_listed_then_downloaded_once(fake_hub, caplog):
     source.load("transformer")
     weights.open_model("Lightricks/LTX-2")
     assert len(fake_hub.fetched) == 3 and caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "page, parts",
+    [
+        ("https://huggingface.co/me/it", ("me/it", "")),
+        ("https://hf.co/me/it/", ("me/it", "")),
+        ("https://huggingface.co/me/it/tree/main/te", ("me/it", "te")),
+        (
+            "https://huggingface.co/me/it/resolve/main/a/b.safetensors?download=true",
+            ("me/it", "a/b.safetensors"),
+        ),
+        ("me/it/blob/main", ("me/it", "blob/main")),  # a folder of this name
+        ("https://example.com/me/it", ("", "")),
+    ],
+)
+def test_a_page_of_the_hub_is_its_repository(page, parts):
+    assert hub.split_repository(page) == parts
 
 
 def test_a_file_of_a_repository(fake_hub):
