@@ -3,8 +3,6 @@
 Arrays (..., 3) or of any shape; results are float32. Linear light 1 is diffuse white.
 """
 
-from __future__ import annotations
-
 from typing import Callable, NamedTuple
 
 import numpy as np

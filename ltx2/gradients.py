@@ -5,8 +5,6 @@ Its gradients are computed at once, or block by block, which recomputes each blo
 holds only one, from memory or from the disk.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Checkpoints: official files and converted folders, checked and strictly loaded."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
@@ -48,11 +46,11 @@ class Checkpoint(FolderConfig):
     """A model as its headers and its configuration describe it; nothing is read yet."""
 
     kind_assumed: bool = False  # neither chosen nor in the file's name
+    problems: Sequence[parts.Problem] = ()
     config: dict[str, dict[str, Any]]  # the checkpoint's sections, and its parts'
     found: InitVar[Parts]
     parts: dict[str, Tensors] = field(init=False)
     others: list[File]  # config.json and the license
-    problems: Sequence[parts.Problem] = ()
     opened: dict[str, Any] = field(default_factory=dict)  # what `open_model` was given
 
     def __post_init__(self, found: Parts):

@@ -124,6 +124,12 @@ def test_a_budget_is_spent_where_the_error_comes_from(count, least):
     assert chosen(0, "ff.net.2") <= chosen(count - 1, "ff.net.2")
 
 
+def test_a_bit_less_than_8_is_6_as_there_are_no_7():
+    tensors, how = blocks(4), quantization(bits=8)
+    own = allocate(tensors, how, default_shares)
+    assert {bits(how | own, path) for path in layers(tensors, 64)} <= {6, 8}
+
+
 def test_layers_that_do_not_fit_take_no_bits_from_others():
     tensors = blocks(4) | {
         key.replace("attn1", "attn2"): mx.zeros((64, 2016), mx.bfloat16)
