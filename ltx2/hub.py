@@ -26,7 +26,7 @@ DEFAULT_FILES = (  # where there are several checkpoints
 FOLDERS = "diffusion_models text_encoders vae latent_upscale_models".split()
 FOLDERS += "model_patches loras checkpoints".split()
 ASIDE = ["*.DS_Store", "._*", "*/._*", ".cache/*", ".git/*"]  # never uploaded
-INSTEAD = ": take the original .safetensors file, not another tool's conversion"
+INSTEAD = ": take the original .safetensors file, or a folder that convert.py wrote"
 DTYPES = {
     "BF16": mx.bfloat16,
     "F16": mx.float16,

@@ -34,6 +34,9 @@ class Recipe:
     advice: str = ""
 
 
+# Of the official distilled LoRAs, for a dev model and a distilled one
+DISTILLS = "makes this model a distilled one: add --kind distilled"
+ONCE = "is for dev models: remove it, unless this is one with --kind distilled"
 ONE = {"stages": "one"}
 NIGHT = ONE | {"fps": 24.0}
 WINDOWS = ONE | {"chunk_frames": 97, "carry_frames": 17}
@@ -82,6 +85,8 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
     if r.has_reference and found and not any(recipe for _, recipe in found):
         notes = [f"{found[0][0]} is unknown: its card may ask for --stages one"]
     for name, recipe in found:
+        if "distilled-lora" in name:
+            notes.append(f"{name} {ONCE if kind == 'distilled' else DISTILLS}")
         if recipe is None:
             continue
         if (recipe.codes or recipe.matte) and not shown:

@@ -10,7 +10,7 @@ from parity import relative_error
 from test_formats import described
 from test_pipeline import QuickVocoder, events_to_latents, save_clip
 
-from ltx2 import media, pipeline
+from ltx2 import media, pipeline, recipes
 from ltx2.base import UserError
 from ltx2.conditions import KeepAudio, ReferenceClip, ReferenceSound
 from ltx2.inputs import Encoders, InputFiles, filling, frames_of
@@ -166,6 +166,20 @@ def test_notes_say_what_an_adapter_was_not_made_for(pipe, adapter, tmp_path):
         Request("", seed=10, video=video, loras=(adapter("alpha-gen-0.9"),))
     ).notes
     assert any("was made for a dev model" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [("dev", "add --kind distilled"), ("distilled", "is for dev models: remove it")],
+)
+def test_a_distilled_lora_among_the_others_is_noted(kind, said):
+    """A model would be distilled twice, or take the steps of a dev model."""
+    file = LoraFile("models/ltx-2-19b-distilled-lora-384.safetensors")
+    [noted] = recipes.follow(Request("a", loras=(file,)), kind)[2]
+    assert (
+        noted.startswith("ltx-2-19b-distilled-lora-384.safetensors") and said in noted
+    )
+    assert recipes.follow(Request("a", distilled_lora=file), kind)[2] == []
 
 
 @pytest.mark.parametrize("sides", [(64, 96), (96, 64)])
