@@ -128,16 +128,19 @@ class TiledDenoiser:
         seen = np.zeros(len(video.denoise_mask), np.float32)
         for _, index, _ in parts:
             seen[index] += 1
-        self.unseen = video.clean_latent * mx.array(seen == 0)[None, :, None]
-        self.parts = []
+        self.parts, sums = [], np.zeros_like(seen)
         for state, index, weights in parts:
-            appended = 1 / seen[index[len(weights) :]]
-            weights = mx.array(np.append(weights, appended))[None, :, None]
+            weights = np.append(weights, 1 / seen[index[len(weights) :]])
+            sums[index] += weights  # more than 1 where a short side has many spans
+            weights = mx.array(weights)[None, :, None]
             self.parts.append((states | {"video": state}, mx.array(index), weights))
+        # What is held is held exactly, as in the reference, also where no tile sees it.
+        held = mx.array((1 - sums) * (1 - video.denoise_mask))[None, :, None]
+        self.held = video.clean_latent * held
         self.make = make  # in each step: the rope tables of all tiles would be large
 
     def __call__(self, x: Streams, sigma: float, step: int) -> Streams:
-        total = {k: mx.zeros_like(v) for k, v in x.items()} | {"video": self.unseen}
+        total = {k: mx.zeros_like(v) for k, v in x.items()} | {"video": self.held}
         for states, index, weights in self.parts:
             x0 = self.make(states)(x | {"video": x["video"][:, index]}, sigma, step)
             video = x0.pop("video") * weights

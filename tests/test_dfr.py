@@ -19,8 +19,10 @@ import generate
 from ltx2 import media, pipeline, weights
 from ltx2.base import UserError
 from ltx2.conditions import GuideImage, ShowImage, SliceKeyframes, SliceSound
+from ltx2.latents import LatentState, Size
 from ltx2.request import Image, LoraFile, Request
 from ltx2.snapshot import Snapshot
+from ltx2.tiles import TiledDenoiser, equal_spans
 from ltx2.windows import EnlargedSlice, canvas, conditioned_rate, slices
 
 SIZE = {"height": 128, "width": 128, "stages": "dfr"}
@@ -316,3 +318,18 @@ def test_missing_files_are_named(load, checkpoint):
     older = weights.open_model(str(checkpoint("ltx-2.3")), "distilled")
     with pytest.raises(UserError, match="needs LTX-2.5 .this model is 2.3.0"):
         plan(request, older)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.75])
+def test_held_latents_stay_where_many_tiles_overlap(strength):
+    size = Size(256, 64, 9, 24.0)
+    state = LatentState.initial(size.bounds("video"), 3)
+    state = state.hold(mx.full((1, 1, 2, 8, 3), 2.0), strength=strength)
+    blend = lambda states, x: states["video"].blend(mx.full(x["video"].shape, 4.0))
+    make = lambda states: lambda x, *_: {"video": blend(states, x)}
+    sides = equal_spans(2, 4), equal_spans(8, 4)
+    assert sum(s.stop - s.start for s in sides[1]) == 20  # some cells are in four tiles
+    tiled = TiledDenoiser(make, {"video": state}, size, sides)
+    held, free = tiled({"video": state.latent}, 1.0, 0)["video"].reshape(2, -1)
+    assert free.max() > 4.5  # the weights of new latents may add up to more than 1
+    assert mx.allclose(held, 2 * strength + (1 - strength) * free, atol=1e-5)
