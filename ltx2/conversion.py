@@ -70,7 +70,7 @@ class Conversion:
         self.stored = None if self.dequantize else stored
         self._files = [(adapter_file(path), strength) for path, strength in self.loras]
         for path, _ in self._files:
-            Lora.verified(path)
+            Lora.planned(path)
         self.text_encoder = self.source.encoder(self.text_encoder)
         folder = user_path(self.text_encoder)
         if self.source.version < GEMMA_4 and folder.is_dir():

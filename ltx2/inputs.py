@@ -52,7 +52,7 @@ class InputFiles:
 
     def lora(self, path: str) -> Lora:
         """A LoRA whose factors are read where they are first used."""
-        return self._once(Lora.verified, str(self.lora_file(path)))
+        return self._once(Lora.planned, str(self.lora_file(path)))
 
     def reference_factors(self, loras: Iterable[LoraFile]) -> tuple[int, int]:
         """By how much a reference is smaller and slower, by the LoRAs' metadata."""

@@ -99,18 +99,25 @@ class Lora:
         return cls(path.name, factors, metadata, alphas)
 
     @classmethod
-    def verified(cls, path: str | Path) -> Lora:
-        """As `read`; UserError if a value is not finite. None of them stays in memory."""
-        lora, file, zero = cls.read(path), adapter_file(str(path)), True
-        tensors, _ = hub.read_arrays(file)
-        while tensors:
-            key, tensor = tensors.popitem()
-            if not mx.isfinite(tensor).all().item():
-                raise UserError(f"LoRA {file}: {key} has NaN or infinite values")
-            zero = zero and not (parse(file, key)[1] == "B" and tensor.any().item())
-        if zero:
-            note(f"LoRA {file}: all its B are 0: it changes nothing")
+    def planned(cls, path: str | Path) -> Lora:
+        """As `read`, but the factors are zeros once their values are tested."""
+        lora, changes = cls.read(path), False
+        for module, pair in lora.factors.items():
+            lora.check_finite(module)
+            changes = changes or pair[1].any().item()
+            lora.factors[module] = tuple(mx.zeros(w.shape, w.dtype) for w in pair)
+        if not changes:
+            note(f"LoRA {path}: all its B are 0: it changes nothing")
         return lora
+
+    def check_finite(self, *modules: str) -> None:
+        """Read the factors of modules (default: all); UserError if one is not finite."""
+        for module in modules or self.factors:
+            for name, w in zip("AB", self.factors[module]):
+                if not mx.isfinite(w).all().item():
+                    raise UserError(
+                        f"LoRA {self.name}: {module}.lora_{name} has NaN or infinite values"
+                    )
 
     @property
     def nbytes(self) -> int:

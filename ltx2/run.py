@@ -12,7 +12,7 @@ import numpy as np
 
 from . import color, formats, media
 from .audio_vae import AudioVAEConfig
-from .base import Trace, note, traced, within
+from .base import OutputError, Trace, note, traced, within
 from .components import Components
 from .conditions import Loaded, Stage
 from .diffusion_decoder import Keyframes
@@ -256,9 +256,13 @@ class Run:
             steps = sample(denoiser, x, stage.sigmas, blend, draw, at.step)
             for i, (x, x0) in enumerate(steps, at.step + 1):
                 mx.eval(x, x0)
-                finite = (mx.isfinite(v).all() for v in x0.values())
-                if self.model.fallback and i == at.step + 1 and not all(finite):
-                    raise NotFinite
+                if not all(mx.isfinite(v).all() for v in x0.values()):
+                    if self.model.fallback and i == at.step + 1:
+                        raise NotFinite
+                    raise OutputError(
+                        f"{stage.name}: step {i} predicted values that are not finite; "
+                        "python -m ltx2.checks trace finds where they begin"
+                    )
                 skips = any(g.skip_step for g in stage.guidance.values())
                 guided = denoiser.cached_x0 if skips else {}
                 now = replace(at, step=i, tokens=x, guided=guided)

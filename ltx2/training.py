@@ -192,7 +192,8 @@ class Trainer:
             parts = "pmv"
         else:
             note(f"{name} has no {STATE}: training begins at step 0")
-            lora = Lora.verified(file)
+            lora = Lora.read(file)
+            lora.check_finite()
             arrays = {f"p.{k}": w for k, w in factor_parameters(lora).items()}
             metadata, parts = lora.metadata, "p"
         base = metadata.get("base_model", self.base)

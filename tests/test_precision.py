@@ -167,5 +167,7 @@ def test_a_first_step_that_is_not_finite_is_repeated_in_bfloat16(overflowing, ca
 
 
 def test_a_chosen_float16_is_not_replaced(overflowing):
-    with pytest.raises(OutputError, match="latents have std nan"):
+    with pytest.raises(
+        OutputError, match="stage1: step 1 predicted values that are not finite"
+    ):
         overflowing("float16")
