@@ -153,8 +153,7 @@ class Resolver:
             if name := found.get("hdr_transform") or flag:
                 check_choice(f"hdr_transform of {lora.path}", name, tuple(TRANSFORMS))
                 self.codes = TRANSFORMS[name]
-                if not r.audio:  # HDR adapters make no sound
-                    self.streams = ("video",)
+                self.streams = ("video",)  # HDR adapters make no sound
         if self.codes != "srgb" and r.has_reference:
             self.recipe = replace(self.recipe, pads=True)
             r = self.r = replace(r, color_space=r.color_space or "srgb_linear")
