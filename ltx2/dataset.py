@@ -27,7 +27,7 @@ from .parts import first_file
 from .pipeline import Pipeline
 from .weights import save_arrays
 
-PICTURES = frozenset(".png .jpg .jpeg .webp .bmp .tif .tiff .heic .heif".split())
+PICTURES = frozenset(".png .jpg .jpeg .webp .bmp .tif .tiff .heic .heif .avif".split())
 VIDEOS = frozenset(".mp4 .mov .mkv .webm .avi .m4v .gif .mpg .ts".split())
 SOUNDS = frozenset(".wav .flac .mp3 .ogg .m4a .aac".split())
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.json", "train.jsonl")
@@ -80,8 +80,10 @@ def find_clips(data: str) -> list[Clip]:
 
 def _captioned(folder: Path) -> Iterator[Clip]:
     for path in base.listed(folder):
-        if path.suffix.lower() in PICTURES | VIDEOS | SOUNDS:
-            text = path.with_suffix(".txt")
+        text = path.with_suffix(".txt")
+        known = path.suffix.lower() in PICTURES | VIDEOS | SOUNDS
+        # Of other endings, what has a caption is meant: ffmpeg may read it
+        if path.is_file() and path != text and (known or text.is_file()):
             with skipping(path):
                 caption = read_text(str(text)).split() if text.is_file() else ()
                 if not caption:

@@ -192,6 +192,15 @@ def test_captions_and_lists_are_read_in_several_encodings(notes, tmp_path):
     assert [c.caption for c in find_clips(str(tmp_path))] == ["é"]
 
 
+def test_what_has_a_caption_is_a_clip_whatever_its_ending(notes, tmp_path):
+    for name in ("a.opus", "a.txt", "b.MTS", "b.txt", "c.json", "d.txt", "e/a.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("words")
+    (tmp_path / "e.txt").write_text("of a folder")
+    assert [c.path.name for c in find_clips(str(tmp_path))] == ["a.opus", "b.MTS"]
+    assert not notes
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
