@@ -4,7 +4,7 @@ import importlib
 import os
 from typing import Any
 
-# Before MLX is imported: it would round the float32 convolutions of an M5 to 10 bits.
+# Before the first product, when MLX reads it: an M5 would round float32 to 10 bits.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 __version__ = "0.2.0"
