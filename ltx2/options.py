@@ -30,6 +30,9 @@ def is_set(options: Any, name: str) -> bool:
     return getattr(options, name) != type(options).__dataclass_fields__[name].default
 
 
+VALUES = {int: "N", float: "X", str: "TEXT"}  # as --help names them
+
+
 def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -> None:
     """Add a flag for each option by `add(name)`, an `add_argument` method; None if not
     passed, and with a `prefix` a variant with a short help."""
@@ -51,6 +54,8 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
         how |= {k: rules[k] for k in ("type", "metavar", "nargs") if k in rules}
         if "type" not in rules and "choices" in rules:
             how["choices"] = rules["choices"]
+        elif kind in VALUES:
+            how.setdefault("metavar", VALUES[kind])
         dashed, default, text = name.replace("_", "-"), field.default, rules["help"]
         if default not in (None, False, (), dataclasses.MISSING):
             shown = default if isinstance(default, tuple) else (default,)
