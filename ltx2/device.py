@@ -246,8 +246,8 @@ def quantized_cases(mode: str, bits: int, groups: tuple[int, ...]) -> Iterator[C
             for rows in (1, 40):
                 case = f"groups of {group}, {rows} rows"
                 yield case, dtype, product, x[:rows], w, how
-        x, w = draw((ROWS, 128)), draw((32, 128))
-        yield f"groups of {group}, {ROWS} rows", mx.float32, product, x, w, how
+    x, w = draw((ROWS, 128)), draw((32, 128))
+    yield f"groups of {group}, {ROWS} rows", mx.float32, product, x, w, how
 
 
 def weights(w: mx.array, how: dict[str, Any]) -> Pair:
