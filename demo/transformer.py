@@ -273,8 +273,9 @@ def main() -> None:
     add("--steps", type=int, default=5000)
     add("--batch", type=int, default=32, help="clips a step")
     add("--groups", type=int, default=4, help="of clips that share a noise level")
-    add("--rate", type=float, default=4e-3, help="learning rate")
+    add("--rate", type=float, help="learning rate (default: 2e-5, with --new 4e-3)")
     args = parser.parse_args()
+    args.rate = args.rate or (4e-3 if args.new else 2e-5)
     args.work.mkdir(parents=True, exist_ok=True)
     train(args)
 
