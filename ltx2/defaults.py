@@ -392,7 +392,7 @@ class Resolver:
             f"{clip.width}x{clip.height} resized and cropped to {width}x{height}": new,
             f"{float(clip.fps):g} fps changed to {fps:g}": other_rate,
             f"{frames} of {there} frames are read (8k+1)": frames != there,
-            "it has no sound, so the adapter hears none": silent,
+            "it has no sound, so none is given to the adapter": silent,
         }
         self.notes += [f"{r.video}: {text}" for text, true in changes.items() if true]
         self.clip_streams = BOTH[: 1 + clip.has_audio]
