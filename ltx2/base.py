@@ -208,6 +208,11 @@ class Config:
 # Diagnostics and scripts
 
 
+def dtype_name(dtype: Any) -> str:
+    """ "bfloat16" of mx.bfloat16; a name as it is."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
 def traced(trace: Trace, name: str, x: mx.array) -> mx.array:
     """Hand `x` to the trace callback, if there is one, and return it."""
     if trace is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Iterator, NamedTuple, Optional
 
 import mlx.core as mx
 
-from .base import LOG, Parser, UserError, run, table
+from .base import LOG, Parser, UserError, dtype_name, run, table
 from .guards import LARGEST, USUAL_CONTRAST, USUAL_LEVEL, USUAL_STD
 
 if TYPE_CHECKING:  # imported where they are used, so that --help answers at once
@@ -193,7 +193,7 @@ def compare(converted: Checkpoint, source: Checkpoint) -> Report:
     for name in {**source.parts, **converted.parts}:
         ours = converted.weights(name) if name in converted.parts else {}
         theirs = source.weights(name) if name in source.parts else {}
-        dtypes = {str(w.dtype).removeprefix("mlx.core.") for w in ours.values()}
+        dtypes = {dtype_name(w.dtype) for w in ours.values()}
         found = list(differences(ours, theirs, converted.quantization))
         layers = [(error, key) for key, error, _ in found if error is not None]
         wrong = [f"{name}: {key} {fault}" for key, _, fault in found if fault]

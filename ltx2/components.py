@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from . import hub, media, weights
-from .base import Trace
+from .base import Trace, dtype_name
 from .cache import ContextCache
 from .dit import Block, DiT, DiTConfig, StreamedBlocks, build_blocks
 from .guidance import Contexts, TextContexts
@@ -35,15 +35,13 @@ class Components:
         checkpoint: weights.Checkpoint,
         text_encoder: Optional[str] = None,
         dtype: mx.Dtype = mx.bfloat16,
-        origin: Optional[Load] = None,
         low_memory: Optional[bool] = None,
         cache_contexts: Union[str, Path, None] = None,
         machines: Optional[Machines] = None,
     ):
         self.checkpoint, self.dtype = checkpoint, dtype
-        name, kind = str(dtype).removeprefix("mlx.core."), checkpoint.kind
-        how = {"kind": kind, "dtype": name, "text_encoder": text_encoder}
-        self.origin = origin or Load(**{"model": ""} | checkpoint.opened | how)
+        how = {"kind": checkpoint.kind, "dtype": dtype_name(dtype)}
+        self.origin = Load(**checkpoint.opened, **how, text_encoder=text_encoder)
         self.low_memory, self.cache_contexts = low_memory, cache_contexts
         self.machines = machines or Machines()
         self.text_encoder = checkpoint.encoder(text_encoder)
@@ -110,9 +108,8 @@ class Components:
         """Load the transformer in the `fallback` dtype from now on; its name."""
         self.dtype, self.fallback = self.fallback, None
         self.free("transformer")
-        name = str(self.dtype).removeprefix("mlx.core.")
-        self.origin = replace(self.origin, dtype=name)
-        return name
+        self.origin = replace(self.origin, dtype=dtype_name(self.dtype))
+        return self.origin.dtype
 
     def _factors(self, loras: tuple[LoraFile, ...]) -> list[Scaled]:
         """LoRAs whose factors are not read yet, with their strengths."""

@@ -14,13 +14,14 @@ from mlx.utils import tree_flatten
 
 from . import __version__, media
 from . import quantization as rounding
-from .base import UserError, listed, user_path
+from .base import UserError, dtype_name, listed, user_path
 from .hub import DTYPES, converted_config, folder_files, gigabytes
 from .linear import QuantizedLinear, layer_format, layer_formats, quantize
 from .lora import Lora, adapter_file, attach
 from .parts import COMPONENTS, GEMMA_4
 from .quantization import quant_predicate, quantization  # noqa: F401, names of the API
-from .weights import FLOAT32, Checkpoint, Weights, check_text_encoder, shard_names
+from .weights import FLOAT32, Checkpoint, FolderConfig, Weights
+from .weights import check_text_encoder, shard_names
 
 SHARD = 5 * 10**9  # bytes a file, at most
 LICENSE = "https://github.com/Lightricks/LTX-2/blob/main/LICENSE"
@@ -35,7 +36,7 @@ NAMES = {"2.0": "LTX-2-19b", "2.3": "LTX-2.3-22b", "2.5": "LTX-2.5-22b"}
 SAMPLE = """<!-- A clip that these weights made: upload it and remove this line and the next.
 <video controls src="sample.mp4"></video> -->
 """
-FLOATS = {None: "bf16", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+FLOATS = {"float16": "fp16", "float32": "fp32"}
 
 Progress = Callable[[int], Any]
 
@@ -151,36 +152,29 @@ class Conversion:
 
     def config(self) -> dict[str, Any]:
         """The contents of config.json."""
-        source, dtype, encoder = self.source, self.dtype, self.own_encoder
-        q = self.stored
+        source, encoder = self.source, self.own_encoder
         files = [f for f in source.files if f.role]
         origin = source.provenance or {
             "source": files[0].repo or "local files",
             "files": {f.name: f.checksum() for f in files},
         }
-        common = layer_formats(q).get("")
-        recipe = {"quantization": common, "dtype": dtype and str(dtype)[9:]}
-        recipe["loras"] = {Path(path).name: strength for path, strength in self.loras}
-        return {
-            "model_type": "ltx2",
-            "model_version": source.model_version,
-            "kind": source.kind,
-            **source.config,
-            **({"quantization": q, "quantization_config": q} if q else {}),
-            "text_encoder": encoder.name if encoder else self.text_encoder,
-            **({"defaults": source.defaults} if source.defaults else {}),
-            "provenance": {
-                **origin,
-                "tool": f"ltx2 {__version__}, mlx {mx.__version__}",
-                "recipe": recipe,
-            },
+        recipe = {
+            "quantization": layer_formats(self.stored).get(""),
+            "dtype": self.dtype and dtype_name(self.dtype),
+            "loras": {Path(path).name: strength for path, strength in self.loras},
         }
+        tool = f"ltx2 {__version__}, mlx {mx.__version__}"
+        facts = {key: getattr(source, key) for key in FolderConfig.__dataclass_fields__}
+        facts["text_encoder"] = encoder.name if encoder else self.text_encoder
+        facts["provenance"] = {**origin, "tool": tool, "recipe": recipe}
+        facts["quantization"] = facts["quantization_config"] = self.stored
+        return {**source.config, **{k: v for k, v in facts.items() if v}}
 
     @property
     def hub_name(self) -> str:
         """As mlx-community names models: LTX-2.3-22b-distilled-4bit."""
         q = layer_formats(self.stored).get("")
-        how = FLOATS[self.dtype and str(self.dtype)[9:]]
+        how = FLOATS.get(dtype_name(self.dtype), "bf16")
         if q:
             how = f"{q['bits']}bit" if q["mode"] == "affine" else q["mode"]
         return f"{NAMES[self.source.generation]}-{self.source.kind}-{how}"

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from . import conv
+from .base import dtype_name
 from .layers import apply_rope
 from .linear import quantize
 from .memory import available
@@ -51,10 +52,6 @@ def judged(check: str, good: bool, found: str, advice: str, bad: str = "wrong") 
     return Row(check, "ok", found) if good else Row(check, bad, found, advice)
 
 
-def name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")
-
-
 Pair = tuple[mx.array, np.ndarray]  # what MLX computes, and exact values
 Case = tuple  # name, dtype, what computes a Pair, its arguments
 draw = mx.random.normal
@@ -74,7 +71,7 @@ def judge(check: str, cases: Iterable[Case]) -> list[Row]:
     mx.random.seed(0)
     cases, rows, largest = [*cases], [], (0.0, "")
     for case, dtype, compute, *inputs in cases:
-        case, advice = f"{case}, {name(dtype)}", UPDATE
+        case, advice = f"{case}, {dtype_name(dtype)}", UPDATE
         try:
             error = relative_error(*compute(*inputs))
         except (RuntimeError, ValueError) as failed:
@@ -345,7 +342,7 @@ def matmul_rate(dtype: mx.Dtype) -> float:
 
 def rates() -> list[Row]:
     """Rates of products, and of attention and a quantized layer relative to them."""
-    found = {name(d): matmul_rate(d) for d in LIMITS}
+    found = {dtype_name(d): matmul_rate(d) for d in LIMITS}
     best = max(found, key=found.get)
     dtype, rate = getattr(mx, best), found[best]
     text = ", ".join(f"{r / 1e12:.3g} {d}" for d, r in found.items())

@@ -17,10 +17,8 @@ from . import hub
 from .base import UserError, checked, note, parse_json, user_path
 from .linear import QuantizedLinear
 
-# What tools put in front of a module's name: peft, ComfyUI, diffusers, torch.compile,
-# kohya and musubi, LyCORIS
+# What tools put in front of a module's name: peft, ComfyUI, diffusers, torch.compile
 PREFIXES = "base_model.model. model. diffusion_model. transformer. _orig_mod. ".split()
-PREFIXES += "lora_unet_ lora_transformer_ lycoris_".split()
 FACTOR = re.compile(
     r"(.+)\.(?:lora_|lora\.|lora_linear_layer\.)(A|B|down|up)(?:\.\w+)?\.weight"
 )

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import hub, memory, weights
-from .base import Trace, UserError, checked, counted
+from .base import Trace, UserError, checked, counted, dtype_name
 from .chips import this_chip
 from .components import Components
 from .guidance import TextContexts, guidance_passes
@@ -266,7 +266,7 @@ def load(
     call this and split the work in one of parallel.MODES (`share` is the earlier name
     of `parallel`). Raises UserError when files do not fit together.
     """
-    name = "auto" if dtype is None else str(dtype).removeprefix("mlx.core.")
+    name = "auto" if dtype is None else dtype_name(dtype)
     check_choice("dtype", name, ("auto", "bfloat16", "float16", "float32"))
     is_auto, name = name == "auto", this_chip().dtype if name == "auto" else name
     files = checked(Union[dict[str, str], list[tuple[str, str]]], parts, "parts")
@@ -276,11 +276,10 @@ def load(
     o = Load(model, kind, name, upsamplers, dict(files), text_encoder)
     files = {"upsamplers": o.upsamplers, "parts": o.parts}
     checkpoint = weights.open_model(o.model, kind, **files, fetch=False)
-    origin = replace(o, kind=checkpoint.kind)
     if folder is not None:
         hub.make_folder(folder)
     options = low_memory, folder, Machines(group, mode)
-    pipe = Pipeline(checkpoint, o.text_encoder, getattr(mx, name), origin, *options)
+    pipe = Pipeline(checkpoint, o.text_encoder, getattr(mx, name), *options)
     pipe.keep = keep
     pipe.fallback = mx.bfloat16 if is_auto and name == "float16" else None
     return pipe

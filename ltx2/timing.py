@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import mlx.core as mx
 
-from .base import table
+from .base import dtype_name, table
 from .device import matmul_rate
 from .work import operations
 
@@ -63,7 +63,7 @@ def time_plan(pipe: Any, jobs: Sequence[Any]) -> TimePlan:
             total[phase] = total.get(phase, 0) + n
     cpu = mx.default_device().type == mx.cpu
     device = "cpu" if cpu else mx.device_info().get("architecture", "this GPU")
-    dtype = str(pipe.dtype).removeprefix("mlx.core.")
+    dtype = dtype_name(pipe.dtype)
     row = SHARES.get((device, dtype))
     shares = (row, row) if row else (LOW, HIGH)
     return TimePlan(total, matmul_rate(pipe.dtype), *shares, f"{device} in {dtype}")
