@@ -186,8 +186,6 @@ class Config:
     FIXED: ClassVar[dict[str, tuple]] = {}
     UNUSED: ClassVar[frozenset[str]] = frozenset()
     PARTIAL: ClassVar[bool] = False  # the section has keys of other classes, too
-    LIMIT: ClassVar[int] = 10**8  # of any number; all are sizes or scales
-
     @classmethod
     def from_dict(cls, section: dict[str, Any]):
         """Check a section; unknown keys are reported, unknown architectures refused."""
@@ -202,7 +200,7 @@ class Config:
             report = {key: section[key] for key in sorted(unknown)}
             note(f"{name}: unknown configuration keys ignored: {report}")
         used = {key: section[key] for key in fields & section.keys()}
-        return checked(cls, used, name, cls.LIMIT)
+        return checked(cls, used, name, 10**8)  # all numbers are sizes or scales
 
 
 # Diagnostics and scripts

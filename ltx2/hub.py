@@ -65,14 +65,8 @@ class File:
         tensors = {k: (t.dtype, tuple(t.shape)) for k, t in remote.tensors.items()}
         return tensors, remote.metadata or {}
 
-    @cached_property
-    def header(self) -> Header:
-        """Dtype and shape of each tensor; no tensor is read."""
-        return self._headers[0]
-
-    @cached_property
-    def metadata(self) -> dict[str, str]:
-        return self._headers[1]
+    header = property(lambda self: self._headers[0])  # dtype and shape of each tensor
+    metadata = property(lambda self: self._headers[1])
 
     def json_metadata(self, key: str) -> dict[str, Any]:
         """A JSON object in the metadata."""

@@ -59,12 +59,9 @@ class Component(nn.Module):
     def sanitize(cls, weights: Weights) -> Weights:
         """Official tensors as the module has them: convolutions in MLX's layout."""
         used = {k: w for k, w in weights.items() if not k.startswith(cls.UNUSED)}
-        return {k: channels_last(w) if w.ndim > 2 else w for k, w in used.items()}
-
-
-def channels_last(w: mx.array) -> mx.array:
-    """A convolution's weight (O, I, ...) as (O, ..., I); of a view each would copy it."""
-    return mx.contiguous(w.moveaxis(1, -1))
+        # (O, I, ...) to (O, ..., I); a view would be copied by each convolution.
+        turned = lambda w: mx.contiguous(w.moveaxis(1, -1)) if w.ndim > 2 else w
+        return {k: turned(w) for k, w in used.items()}
 
 
 def rms_norm(x: mx.array, eps: float = 1e-6) -> mx.array:

@@ -237,7 +237,7 @@ def _fit(w: mx.array, group_size: int, bits: int) -> list[mx.array]:
         _, s, b = best
         search(s * ratio, b + s * (n / 2) - s * ratio * offset, 3)
     _, s, b = best
-    q = _codes(g, _inverse(s), b, n).astype(mx.uint32).reshape(len(w), -1)
+    q = _codes(g, s, b, n).astype(mx.uint32).reshape(len(w), -1)
     fitted = [_packed(q, bits), *(x.squeeze(-1).astype(dtype) for x in (s, b))]
     errors = []
     for parts in (fitted, plain):
@@ -248,20 +248,15 @@ def _fit(w: mx.array, group_size: int, bits: int) -> list[mx.array]:
     return [choose(*x).reshape(x[0].shape) for x in zip(fitted, plain)]
 
 
-def _codes(g: mx.array, inverse: mx.array, b: mx.array, n: int) -> mx.array:
-    """The nearest codes."""
-    return mx.clip(mx.round((g - b) * inverse), 0, n)
-
-
-def _inverse(s: mx.array) -> mx.array:
-    """Of a scale; that of a constant group is 0."""
-    return 1 / mx.where(s == 0, 1, s)
+def _codes(g: mx.array, s: mx.array, b: mx.array, n: int) -> mx.array:
+    """The nearest codes; the scale of a constant group is 0."""
+    return mx.clip(mx.round((g - b) * (1 / mx.where(s == 0, 1, s))), 0, n)
 
 
 def _improved(g, mean, square, s, b, n, dtype):
     """The squared error with stored scale and bias, these, and least squares' next."""
     s, b = (x.astype(dtype).astype(mx.float32) for x in (s, b))
-    q = _codes(g, _inverse(s), b, n)
+    q = _codes(g, s, b, n)
     q1, q2, qg = (x.mean(-1, keepdims=True) for x in (q, q * q, q * (g - mean)))
     variance, offset = q2 - q1 * q1, b + s * q1 - mean
     error = square - 2 * s * qg + s * s * variance + offset * offset

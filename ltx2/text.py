@@ -72,16 +72,14 @@ class TextEncoder:
             waiting.pop(0) for _ in counted(range(len(waiting)), "text")
         ):
             for s in states:
-                s.append(self.apply_layer(layer, s[-1]))
+                y = layer(s[-1], "causal", None)
+                s.append(y[0] if isinstance(y, tuple) else y)  # Gemma 4 adds its keys
             mx.async_eval([s[-1] for s in states])
         for s in states:
             s[-1] = gemma.norm(s[-1])
             for i, x in enumerate(s):
                 traced(trace, f"gemma.{i}", x)
         return states
-
-    def apply_layer(self, layer: nn.Module, x: mx.array) -> mx.array:
-        return layer(x, "causal", None)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -185,9 +183,6 @@ class Gemma4TextEncoder(TextEncoder):
         self.encode = lambda text: tokenizer.encode(text).ids
         self.bos = tokenizer.token_to_id("<bos>")
         self.model, self.low_memory = gemma.model, low_memory
-
-    def apply_layer(self, layer: nn.Module, x: mx.array) -> mx.array:
-        return layer(x, "causal", None)[0]  # without the keys and values
 
 
 # What tools write in front of the names of Gemma 3's text layers.

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from . import hub, media, parts
 from .base import UserError, checked, user_path
 from .hub import File
+from .layers import Weights
 from .linear import Quantization, layer_formats, quantize_stored
 from .parts import COMPONENTS, GEMMA_4, KINDS, UPSAMPLERS, Parts, Tensors, read_chosen
 from .text import text_name
@@ -23,8 +24,6 @@ TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 # convolutions because Metal's fast ones lose up to 5 % a layer in 16 bits.
 FLOAT32 = ("vae", "audio_vae", "vocoder", *UPSAMPLERS)
 SMALL_GROUP = 1 << 20  # bytes to evaluate at a time, if they are computed
-
-Weights = dict[str, mx.array]
 
 
 @dataclass(kw_only=True)
@@ -74,18 +73,9 @@ class Checkpoint(FolderConfig):
         used = (f for tensors in self.parts.values() for f, _ in tensors.values())
         return [*dict.fromkeys(used), *self.others]
 
-    @property
-    def version(self) -> tuple[int, ...]:
-        return parts.parse_version(self.model_version)
-
-    @property
-    def generation(self) -> str:
-        """ "2.0", "2.3" or "2.5"."""
-        return parts.generation(self.version)
-
-    @property
-    def components(self) -> list[str]:
-        return list(self.parts)
+    version = property(lambda self: parts.parse_version(self.model_version))
+    generation = property(lambda self: parts.generation(self.version))  # "2.0", "2.3"
+    components = property(lambda self: list(self.parts))
 
     def require(self, *names: str) -> None:
         """Raise UserError for parts that this model does not have."""
