@@ -186,6 +186,7 @@ class Config:
     FIXED: ClassVar[dict[str, tuple]] = {}
     UNUSED: ClassVar[frozenset[str]] = frozenset()
     PARTIAL: ClassVar[bool] = False  # the section has keys of other classes, too
+
     @classmethod
     def from_dict(cls, section: dict[str, Any]):
         """Check a section; unknown keys are reported, unknown architectures refused."""
