@@ -20,8 +20,14 @@ from .linear import QuantizedLinear, layer_format, layer_formats, quantize
 from .lora import Lora, adapter_file, attach
 from .parts import COMPONENTS, GEMMA_4
 from .quantization import quant_predicate, quantization  # noqa: F401, names of the API
-from .weights import FLOAT32, Checkpoint, FolderConfig, Weights
-from .weights import check_text_encoder, shard_names
+from .weights import (
+    FLOAT32,
+    Checkpoint,
+    FolderConfig,
+    Weights,
+    check_text_encoder,
+    shard_names,
+)
 
 SHARD = 5 * 10**9  # bytes a file, at most
 LICENSE = "https://github.com/Lightricks/LTX-2/blob/main/LICENSE"
