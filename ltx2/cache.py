@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
@@ -21,8 +22,14 @@ def read_contexts(path: str | Path) -> tuple[Optional[mx.array], ...]:
     arrays, _ = hub.read_arrays(path)
     found = []
     for stream in ("video", "audio"):
-        x = [arrays[k] for k in (n.format(stream) for n in NAMES) if k in arrays]
-        found.append(x[0].reshape(1, *x[0].shape[-2:]) if x and x[0].ndim > 1 else None)
+        names = [name.format(stream) for name in NAMES]
+        x = next((arrays[name] for name in names if name in arrays), None)
+        if x is not None:
+            if x.ndim < 2 or math.prod(x.shape[:-2]) != 1:
+                what = f"{stream} embeddings (tokens, width) of one prompt"
+                raise UserError(f"{path} must have {what}, got {x.shape}")
+            x = x.reshape(1, *x.shape[-2:])
+        found.append(x)
     if found[0] is None:
         raise UserError(f"{path} has no text embeddings (no tensor video_context)")
     return tuple(found)

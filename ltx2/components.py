@@ -86,8 +86,9 @@ class Components:
 
     @property
     def _stored(self) -> mx.Dtype:
-        """The dtype in which the transformer's weights are stored."""
-        file, key = next(iter(self.checkpoint.parts["transformer"].values()))
+        """The dtype in which the transformer's layers are stored, not fp8's scales."""
+        tensors = self.checkpoint.parts["transformer"].items()
+        file, key = next(place for name, place in tensors if name.endswith(".weight"))
         dtype = hub.DTYPES[file.header[key][0]]
         return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
 

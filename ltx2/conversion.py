@@ -16,18 +16,12 @@ from . import __version__, media
 from . import quantization as rounding
 from .base import UserError, dtype_name, listed, user_path
 from .hub import DTYPES, converted_config, folder_files, gigabytes
+from .layers import Weights
 from .linear import QuantizedLinear, layer_format, layer_formats, quantize
 from .lora import Lora, adapter_file, attach
 from .parts import COMPONENTS, GEMMA_4
 from .quantization import quant_predicate, quantization  # noqa: F401, names of the API
-from .weights import (
-    FLOAT32,
-    Checkpoint,
-    FolderConfig,
-    Weights,
-    check_text_encoder,
-    shard_names,
-)
+from .weights import FLOAT32, Checkpoint, FolderConfig, check_text_encoder, shard_names
 
 SHARD = 5 * 10**9  # bytes a file, at most
 LICENSE = "https://github.com/Lightricks/LTX-2/blob/main/LICENSE"

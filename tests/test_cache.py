@@ -132,10 +132,11 @@ def test_each_video_has_the_contexts_of_its_own_file(model, save):
     [
         ({"video_context": VIDEO}, "", "has no embeddings for audio: set no_audio"),
         ({"video_context": AUDIO}, "", "video embeddings have width 48, not 72"),
+        ({"audio_context": AUDIO}, "", "has no text embeddings"),
         (
-            {"audio_context": AUDIO},
+            {"video": mx.concatenate([VIDEO, VIDEO])},
             "",
-            "has no text embeddings",
+            r"video embeddings \(tokens, width\) of one prompt, got \(2, ",
         ),
         (
             {"video": VIDEO, "audio": AUDIO},
