@@ -58,9 +58,9 @@ class AudioVAEConfig(Config):
         flat: dict[str, Any] = {}
         for key, value in leaves(section):
             if flat.setdefault(key, value) != value:
+                both = f"{flat[key]!r} and {value!r}"
                 raise UserError(
-                    f"audio VAE: its config has two values of {key}, "
-                    f"{flat[key]!r} and {value!r}"
+                    f"audio VAE: its config has two values of {key}, {both}"
                 )
         return super().from_dict(flat)
 
@@ -85,16 +85,12 @@ def mel_filters() -> np.ndarray:
 
 
 def log_mel(waveform: mx.array) -> mx.array:
-    """Log-mel spectrogram of `waveform` (B, samples, 2), 16 kHz, float32.
-
-    Returns (B, samples // 160 + 1, 64, 2), natural logarithms floored at ln(1e-5).
-    """
+    """Log-mel spectrogram (B, samples // 160 + 1, 64, 2) of `waveform` (B, samples, 2),
+    16 kHz, float32: natural logarithms floored at ln(1e-5)."""
     samples, edge = waveform.shape[1], N_FFT // 2
     if samples <= edge:
-        raise UserError(
-            f"the audio is too short: {samples} samples at 16 kHz, "
-            f"at least {edge + 1} (32 ms) are needed"
-        )
+        least = f"at least {edge + 1} (32 ms) are needed"
+        raise UserError(f"the audio is too short: {samples} samples at 16 kHz, {least}")
     # Reflected at both ends, so that frames are centered on multiples of the hop.
     index = np.abs(np.arange(-edge, samples + edge))
     index = np.minimum(index, 2 * (samples - 1) - index)

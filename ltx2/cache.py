@@ -44,10 +44,8 @@ def check_contexts(path: str, contexts: Contexts, config: dict, streams: Sequenc
         if x is None and stream in streams:
             raise UserError(f"{path} has no embeddings for audio: set no_audio")
         if x is not None and x.shape[-1] != config[width]:
-            raise UserError(
-                f"{path} is for another model: its {stream} embeddings have width "
-                f"{x.shape[-1]}, not {config[width]}"
-            )
+            widths = f"embeddings have width {x.shape[-1]}, not {config[width]}"
+            raise UserError(f"{path} is for another model: its {stream} {widths}")
 
 
 class ContextCache:

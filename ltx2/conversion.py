@@ -186,10 +186,9 @@ class Conversion:
             return "The weights are not quantized."
         several = lambda key: ", ".join(sorted({str(f[key]) for f in how.values()}))
         gemma = " and the text encoder's" if "gemma" in self.source.parts else ""
-        text = (
-            f"The transformer's{gemma} blocks are quantized: {several('bits')} bits "
-            f"({several('mode')}) in groups of {several('group_size')}"
-        )
+        bits = f"{several('bits')} bits ({several('mode')})"
+        groups = f"in groups of {several('group_size')}"
+        text = f"The transformer's{gemma} blocks are quantized: {bits} {groups}"
         if self.mean_bits:
             text += f", with scales {self.mean_bits:.2f} bits a weight"
         if self.squares[1]:
@@ -228,7 +227,7 @@ class Conversion:
             index, files = {}, self.files(part)
             for file, weights in files.items():
                 index.update(dict.fromkeys(weights, file))
-                write_safetensors(partial / file, weights, progress, self.tensor)
+                self.write_file(partial / file, weights, progress)
             if len(files) > 1:
                 path = partial / f"{part}.safetensors.index.json"
                 path.write_text(json.dumps({"weight_map": index}, indent=2), "utf-8")
@@ -239,6 +238,25 @@ class Conversion:
         for f in self.source.files:
             if f.name.startswith("LICENSE"):
                 shutil.copyfile(f.fetch(), partial / "LICENSE.md")
+
+    def write_file(self, path: Path, weights: Weights, progress: Progress) -> None:
+        """Write a safetensors file, one tensor in memory, and empty the dictionary."""
+        names = {dtype: name for name, dtype in DTYPES.items() if name != "F8_E4M3"}
+        header, end = {"__metadata__": {"format": "mlx"}}, 0
+        for key, w in weights.items():
+            span = [end, end := end + w.nbytes]
+            header[key] = dict(dtype=names[w.dtype], shape=w.shape, data_offsets=span)
+        start = json.dumps(header).encode()
+        padding = b" " * (-len(start) % 8)
+        with open(path, "wb") as f:
+            f.write(len(start + padding).to_bytes(8, "little") + start + padding)
+            for key in list(weights):
+                w = self.tensor(key, weights.pop(key))
+                # Python has no bfloat16; as bytes there could be more than 2^31 elements.
+                f.write(memoryview(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w))
+                progress(w.nbytes)
+                del w
+                mx.clear_cache()
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
@@ -258,28 +276,6 @@ def check_target(folder: Path, overwrite: bool) -> None:
     for path in listed(folder):
         if not part.fullmatch(path.name) and path.name not in own:
             raise UserError(f"{folder} also holds {path.name}: move it away first")
-
-
-def write_safetensors(
-    path: Path, weights: Weights, progress: Progress, made: Callable
-) -> None:
-    """Write tensors as they are `made`, one in memory, and empty the dictionary."""
-    names = {dtype: name for name, dtype in DTYPES.items() if name != "F8_E4M3"}
-    header, end = {"__metadata__": {"format": "mlx"}}, 0
-    for key, w in weights.items():
-        offsets = [end, end := end + w.nbytes]
-        header[key] = dict(dtype=names[w.dtype], shape=w.shape, data_offsets=offsets)
-    start = json.dumps(header).encode()
-    padding = b" " * (-len(start) % 8)
-    with open(path, "wb") as f:
-        f.write(len(start + padding).to_bytes(8, "little") + start + padding)
-        for key in list(weights):
-            w = made(key, weights.pop(key))
-            # Python has no bfloat16; as bytes there could be more than 2^31 elements.
-            f.write(memoryview(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w))
-            progress(w.nbytes)
-            del w
-            mx.clear_cache()
 
 
 def model_card(config: dict, name: str, generation: str, rows: dict[str, str]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -77,12 +77,9 @@ def quantize_stored(
 ) -> None:
     """Quantize the layers whose scales are in `weights`, each in its format; `prefix` is
     the path of the model in the quantization."""
-
-    def chosen(path: str, _: nn.Module) -> Union[dict, bool]:
-        stored = f"{path}.scales" in weights
-        return stored and layer_format(quantization, prefix + path)
-
-    quantize(model, class_predicate=chosen)
+    stored = lambda path: f"{path}.scales" in weights
+    how = lambda path, _: stored(path) and layer_format(quantization, prefix + path)
+    quantize(model, class_predicate=how)
 
 
 def quantize(model: nn.Module, **options) -> None:

@@ -113,9 +113,8 @@ class Lora:
         for module in modules or self.factors:
             for name, w in zip("AB", self.factors[module]):
                 if not mx.isfinite(w).all().item():
-                    raise UserError(
-                        f"LoRA {self.name}: {module}.lora_{name} has NaN or infinite values"
-                    )
+                    where = f"LoRA {self.name}: {module}.lora_{name}"
+                    raise UserError(f"{where} has NaN or infinite values")
 
     @property
     def nbytes(self) -> int:
@@ -131,11 +130,9 @@ class Lora:
             shape = path and linear_shape(layers[path])
             if shape != (b.shape[0], a.shape[1]):
                 there = f"has {shape[0]}x{shape[1]}" if shape else "has no such layer"
-                raise UserError(
-                    f"LoRA {self.name} was made for another model: it changes "
-                    f"{path or module} by a matrix of {b.shape[0]}x{a.shape[1]}, and "
-                    f"this model {there}"
-                )
+                other = f"LoRA {self.name} was made for another model: it changes"
+                by = f"{path or module} by a matrix of {b.shape[0]}x{a.shape[1]}"
+                raise UserError(f"{other} {by}, and this model {there}")
         self.factors = {found[k]: pair for k, pair in self.factors.items()}
         if len(self.factors) < len(found):
             twice = next(p for p in self.factors if [*found.values()].count(p) > 1)
@@ -164,10 +161,8 @@ class Lora:
         ranks = {len(a) for a, _ in self.factors.values()}
         numbers = lambda n: " to ".join(f"{x:g}" for x in sorted({min(n), max(n)}))
         alpha = f"alpha {numbers(self.alphas)}" if self.alphas else "no alpha"
-        return (
-            f"LoRA {self.name}: {len(self.factors)} layers of rank {numbers(ranks)}, "
-            f"{alpha}, strength {strength:g}"
-        )
+        what = f"{len(self.factors)} layers of rank {numbers(ranks)}, {alpha}"
+        return f"LoRA {self.name}: {what}, strength {strength:g}"
 
 
 def adapter_file(name: str) -> Path:

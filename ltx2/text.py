@@ -41,12 +41,11 @@ class TextEncoder:
         # Without the scaling of its long-range layers, the states are wrong in silence.
         pattern = self.model.sliding_window_pattern
         for i, layer in enumerate(self.model.layers):
+            scale = layer.self_attn.rope.scale
             expected = 1.0 if (i + 1) % pattern else 1 / 8
-            if not math.isclose(layer.self_attn.rope.scale, expected):
-                scale = f"{layer.self_attn.rope.scale}, Gemma 3 has {expected}"
-                raise UserError(
-                    f"layer {i} has RoPE scale {scale}: config.json lacks rope_scaling"
-                )
+            if not math.isclose(scale, expected):
+                has = f"layer {i} has RoPE scale {scale}, Gemma 3 has {expected}"
+                raise UserError(f"{has}: config.json lacks rope_scaling")
 
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids with BOS in front and no EOS, at most 1024."""
@@ -68,9 +67,8 @@ class TextEncoder:
         waiting = list(gemma.layers)
         if self.low_memory:
             gemma.layers = []
-        for layer in layers.prefetch(
-            waiting.pop(0) for _ in counted(range(len(waiting)), "text")
-        ):
+        taken = (waiting.pop(0) for _ in counted(range(len(waiting)), "text"))
+        for layer in layers.prefetch(taken):
             for s in states:
                 y = layer(s[-1], "causal", None)
                 s.append(y[0] if isinstance(y, tuple) else y)  # Gemma 4 adds its keys
@@ -256,22 +254,15 @@ def enhance(folder: Path, prompt: str, seed: int, max_tokens: int = 400) -> str:
     sizes = config.get("text_config", config)
     count, pattern = sizes["num_hidden_layers"], sizes.get("sliding_window_pattern", 6)
     if count < pattern:  # as the demo's, which only encodes
-        raise UserError(
-            f"text encoder {folder} has {count} layers, too few to write: remove "
-            "--enhance-prompt"
-        )
+        few = f"text encoder {folder} has {count} layers, too few to write"
+        raise UserError(f"{few}: remove --enhance-prompt")
     model = _load(folder)
     tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     mx.random.seed(seed)
     turn = ENHANCE.format(prompt=prompt.strip())
-    answer = generate(
-        model,
-        tokenizer,
-        f"<start_of_turn>user\n{turn}<end_of_turn>\n<start_of_turn>model\n",
-        max_tokens=max_tokens,
-        sampler=make_sampler(temp=0.7, top_p=0.95),
-    )
-    return " ".join(answer.split())
+    turn = f"<start_of_turn>user\n{turn}<end_of_turn>\n<start_of_turn>model\n"
+    how = {"max_tokens": max_tokens, "sampler": make_sampler(temp=0.7, top_p=0.95)}
+    return " ".join(generate(model, tokenizer, turn, **how).split())
 
 
 @dataclass
@@ -298,7 +289,6 @@ class TextConfig(Config):
         "use_embeddings_connector": (True,),
         "text_encoder_norm_type": ("per_token_rms", None),
     }
-
     PARTIAL = True
 
     @property
@@ -382,10 +372,9 @@ class FeatureExtractor(nn.Module):
             features = project(x, self.aggregate_embed)
             return features, features
         x = layers.rms_norm(x)
-        return tuple(
-            project(x * math.sqrt(embed.bias.size / self.hidden), embed)
-            for embed in (self.video_aggregate_embed, self.audio_aggregate_embed)
-        )
+        embeds = self.video_aggregate_embed, self.audio_aggregate_embed
+        scale = lambda embed: math.sqrt(embed.bias.size / self.hidden)
+        return tuple(project(x * scale(embed), embed) for embed in embeds)
 
 
 class ConnectorBlock(nn.Module):

@@ -168,10 +168,8 @@ class Trainer:
         model = checkpoint.build("transformer", shapes)
         found = gradients.target_layers(model, self.endings)
         if not found:
-            names = ", ".join(TARGETS["both"])
-            raise UserError(
-                f"no linear layer's name ends in {', '.join(self.endings)}: try {names}"
-            )
+            ends, names = (", ".join(x) for x in (self.endings, TARGETS["both"]))
+            raise UserError(f"no linear layer's name ends in {ends}: try {names}")
         return found
 
     @property
@@ -208,10 +206,8 @@ class Trainer:
         if wrong := expected.items() ^ found.items():
             k, _ = min(wrong)
             there, fits = found.get(k, "missing"), expected.get(k, "expected")
-            raise UserError(
-                f"{name} does not fit: {k} is {there}, not {fits}; pass the flags that it "
-                "was made with"
-            )
+            how = f"{k} is {there}, not {fits}; pass the flags that it was made with"
+            raise UserError(f"{name} does not fit: {how}")
         self.start = arrays
 
     # Before the first step
@@ -285,10 +281,9 @@ class Trainer:
         if self.skipped:
             note(f"step {self.step} is skipped: its gradients are not finite")
         if self.skipped == MOST_SKIPPED:
-            raise OutputError(
-                f"{MOST_SKIPPED} steps in a row had no finite gradients: test the model "
-                "with python -m ltx2.checks, or pass a lower --learning-rate"
-            )
+            what = f"{MOST_SKIPPED} steps in a row had no finite gradients"
+            how = "python -m ltx2.checks, or pass a lower --learning-rate"
+            raise OutputError(f"{what}: test the model with {how}")
 
     def _losses(self, times: list[float]) -> Iterator[str]:
         """The losses that are due; `times` are the seconds of the steps since the last."""

@@ -373,11 +373,8 @@ class VideoVAE(Component):
         self.denormalize = self.per_channel_statistics.denormalize
 
     def encode(self, frames: mx.array, trace: Trace = None) -> mx.array:
-        """Frames (B, F, H, W, 3) in [-1, 1] to normalized latents.
-
-        Frames beyond 8k + 1 are skipped with a note. Raises UserError if a side is
-        not divisible by 32.
-        """
+        """Frames (B, F, H, W, 3) in [-1, 1] to normalized latents; those beyond 8k + 1 are
+        skipped with a note, sides that 32 does not divide are a UserError."""
         stream = self.encode_stream(iter([frames]), trace, frames.shape[1] < 9)
         return mx.concatenate([*stream], axis=1)
 
@@ -411,31 +408,25 @@ class VideoVAE(Component):
         DEFAULT_TIMESTEP is 0.05 for it and None, no conditioning, for all others, which
         accept no number. A conditioned decode mixes `noise`, of the latents' shape, into
         them by `noise_scale`. (0.05 and 0.025 are the reference's.)
-
         `bias` is added before clipping, for weights converted by other tools. Released
         weights need 0: pictures that are too dark come from a decoder without upsampler
         residuals or reflected borders, or with causal convolutions.
-
         `trace` is called with the chunks of each layer.
         """
+        conditioned = self.config.timestep_conditioning
         if timestep is DEFAULT_TIMESTEP:
-            timestep = 0.05 if self.config.timestep_conditioning else None
-        if timestep is not None and not self.config.timestep_conditioning:
-            raise UserError(
-                f"this decoder is not timestep-conditioned: remove timestep={timestep}"
-            )
+            timestep = 0.05 if conditioned else None
+        if timestep is not None and not conditioned:
+            remove = f"remove timestep={timestep}"
+            raise UserError(f"this decoder is not timestep-conditioned: {remove}")
         reflects = self.config.spatial_padding_mode == "reflect"
         if reflects and min(latents.shape[2:4]) < 2:
-            raise UserError(
-                "the video is too small: this decoder reflects borders and needs at "
-                "least 64x64 pixels"
-            )
+            least = "this decoder reflects borders and needs at least 64x64 pixels"
+            raise UserError(f"the video is too small: {least}")
         if timestep is not None and noise_scale > 0:
             if noise is None or noise.shape != latents.shape:
-                raise UserError(
-                    "this decoder is timestep-conditioned: pass noise of shape "
-                    f"{latents.shape} or noise_scale=0"
-                )
+                give = f"pass noise of shape {latents.shape} or noise_scale=0"
+                raise UserError(f"this decoder is timestep-conditioned: {give}")
             mixed = noise_scale * noise + (1 - noise_scale) * latents
             latents = mixed.astype(latents.dtype)
 
@@ -460,16 +451,13 @@ def latent_groups(chunks: Chunks) -> Chunks:
     """Regroup a clip into the frames of each latent frame: 1, then 8 each."""
     frames, size = single_frames(chunks), 1
     while group := [*islice(frames, size)]:
-        if any(side % 32 for side in group[0].shape[2:4]):
-            height, width = group[0].shape[2:4]
-            raise UserError(
-                f"cannot encode frames of {width}x{height} pixels: "
-                "both sides must be divisible by 32"
-            )
+        height, width = group[0].shape[2:4]
+        if height % 32 or width % 32:
+            sides = "both sides must be divisible by 32"
+            raise UserError(f"cannot encode frames of {width}x{height} pixels: {sides}")
         if len(group) < size:
-            note(
-                f"the last {len(group)} frames are skipped: only 8k + 1 can be encoded"
-            )
+            skipped = f"the last {len(group)} frames are skipped"
+            note(f"{skipped}: only 8k + 1 can be encoded")
             return
         yield mx.concatenate(group, axis=1)
         size = 8

@@ -208,9 +208,8 @@ class VocoderWithBWE(Vocoder):
         rates = self.vocoder.sample_rate, self.bwe_generator.sample_rate
         expected = bwe.input_sampling_rate, bwe.output_sampling_rate
         if rates != expected:
-            raise UserError(
-                f"vocoder: its config says {expected} Hz, its layers produce {rates} Hz"
-            )
+            says = f"its config says {expected} Hz, its layers produce {rates} Hz"
+            raise UserError(f"vocoder: {says}")
         self.sample_rate = rates[1]
         self.ratio = rates[1] // rates[0]
         self.hop_length = bwe.hop_length

@@ -330,9 +330,8 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
     names += ["norm.weight", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"]
     lacks = [name for name in names if name not in shapes]
     if lacks:
-        raise UserError(
-            f"{where} lacks {len(lacks)} tensors: {lacks[0]}, ...; {example}"
-        )
+        some = f"{len(lacks)} tensors: {lacks[0]}, ...; {example}"
+        raise UserError(f"{where} lacks {some}")
     width, found = sizes.get("hidden_size"), shapes["norm.weight"]
     if found != (width,):
         raise UserError(f"{where}: hidden_size is {width}, but norm.weight is {found}")

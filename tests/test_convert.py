@@ -343,11 +343,11 @@ def test_another_model_is_not_overwritten(small, tmp_path, capsys):
 
 
 def test_a_full_disk_leaves_nothing(small, tmp_path, monkeypatch, capsys):
-    def full(path, weights, progress, finite):
+    def full(self, path, weights, progress):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(conversion, "write_safetensors", full)
+    monkeypatch.setattr(Conversion, "write_file", full)
     path = small
     message = refused(capsys, "--hf-path", path, "--mlx-path", tmp_path / "model")
     assert "No space left on device" in message
