@@ -156,13 +156,12 @@ def peaks(folder: Path) -> str:
     """The memory of a Mac, without the text encoder; "" for a model with parts missing."""
     import mlx.core as mx
 
-    from ltx2 import inputs, memory, request, stages, weights
+    from ltx2 import memory, pipeline, request, weights
 
     model = weights.open_model(str(folder), fetch=False)
     options = {"width": 1536, "height": 1024, "num_frames": 121}
     try:
-        job = stages.plan(request.Request("a", **options), model, inputs.InputFiles())
-        model.check(*{*job.components})
+        job = pipeline.Pipeline(model).plan(request.Request("a", **options))
     except UserError:
         return ""
     needs = memory.Estimator(model, mx.bfloat16, gpu=True)(job, lambda path: 0)

@@ -200,14 +200,9 @@ class Dataset:
         self.folder, self.pipe, self.options = Path(folder), pipe, options
         self.clips: list[Clip] = []
 
-    @property
-    def items(self) -> list[Clip]:
-        """Clips to train on."""
-        return [clip for clip in self.clips if not clip.held_out]
-
-    @property
-    def held_out(self) -> list[Clip]:
-        return [clip for clip in self.clips if clip.held_out]
+    # Clips to train on, and those that are held out
+    items = property(lambda self: [c for c in self.clips if not c.held_out])
+    held_out = property(lambda self: [c for c in self.clips if c.held_out])
 
     def find(self, data: str) -> None:
         """Find clips, choose their buckets, and hold out some; bad ones are named."""

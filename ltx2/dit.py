@@ -91,14 +91,8 @@ class DiTConfig(Config):
 
     def __post_init__(self):
         self.audio_in_channels = self.audio_in_channels or self.audio_out_channels
-
-    @property
-    def video_dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def audio_dim(self) -> int:
-        return self.audio_num_attention_heads * self.audio_attention_head_dim
+        self.video_dim = self.num_attention_heads * self.attention_head_dim
+        self.audio_dim = self.audio_num_attention_heads * self.audio_attention_head_dim
 
 
 # Inputs: the tokens of both streams, and the guidance passes over them

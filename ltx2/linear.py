@@ -26,20 +26,17 @@ class Quantization:
 class QuantizedLinear(nn.QuantizedLinear):
     """Multiplies by the quantized weight, or dequantizes it first where that is faster."""
 
-    @property
-    def parts(self) -> tuple:
-        return self.weight, self.scales, self.get("biases")
+    parts = property(lambda self: (self.weight, self.scales, self.get("biases")))
+    format = property(lambda self: (self.group_size, self.bits, self.mode))
 
     def dequantized(self, dtype: mx.Dtype) -> mx.array:
-        format = self.group_size, self.bits, self.mode
-        return mx.dequantize(*self.parts, *format, dtype=dtype)
+        return mx.dequantize(*self.parts, *self.format, dtype=dtype)
 
     def product(self, x: mx.array) -> mx.array:
         """Without the bias."""
         if x.size // x.shape[-1] >= this_chip().dequantize_from:
             return x @ self.dequantized(x.dtype).T
-        format = self.group_size, self.bits, self.mode
-        return mx.quantized_matmul(x, *self.parts, True, *format)
+        return mx.quantized_matmul(x, *self.parts, True, *self.format)
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.product(x)

@@ -100,11 +100,15 @@ class Trainer:
     def __init__(self, pipe: Pipeline, options: Mapping, folder: str, cache=None):
         """`options` are of `Options`; `cache` is a folder, if not one in `folder`."""
         self.pipe, self.folder = pipe, user_path(folder)
-        self.options = o = Options.of(pipe.checkpoint.defaults, options)
+        c = pipe.checkpoint
+        self.base = f"LTX-2 {c.model_version} {c.kind}"
+        self.options = o = Options.of(c.defaults, options)
         self.group = mx.distributed.init()
         self.streams = STREAMS if o.streams == "both" else (o.streams,)
-        encoders = [dataset.ENCODERS[s] for s in self.streams]
-        pipe.checkpoint.check("transformer", "connectors", *encoders)
+        self.endings = o.target_modules or TARGETS[o.streams]
+        c.check(
+            "transformer", "connectors", *(dataset.ENCODERS[s] for s in self.streams)
+        )
         pipe.check_text_encoder()
         cache = user_path(cache or self.folder / "cache")
         self.data = dataset.Dataset(cache, pipe, o)
@@ -113,16 +117,11 @@ class Trainer:
         self.history: list[list] = []  # step, loss, held-out loss
         self.start: Parameters = {}  # factors and moments of an earlier training
         self.sigmas: Sequence[float] = ()
-        if pipe.checkpoint.kind == "distilled":
+        if c.kind == "distilled":
             self.sigmas = DISTILLED_SIGMAS[:-1]  # all that it is used at
             note("the base is distilled; LoRAs are better trained on the dev model")
 
     step = property(lambda self: len(self.history))
-
-    @property
-    def base(self) -> str:
-        c = self.pipe.checkpoint
-        return f"LTX-2 {c.model_version} {c.kind}"
 
     # Before any weights are read
 
@@ -155,10 +154,6 @@ class Trainer:
             advice = f"--resolution {small}" if (small := next(found, "")) else advice
         self.memory = replace(plan, suggestion=advice)
         return self.memory
-
-    @property
-    def endings(self) -> tuple[str, ...]:
-        return self.options.target_modules or TARGETS[self.options.streams]
 
     @cached_property
     def layers(self) -> dict[str, tuple[int, int]]:
