@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, tee
-from typing import Any, Callable, Iterator, NamedTuple, Optional
+from typing import Callable, Iterator, NamedTuple, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +25,6 @@ from .layers import Component, Section, Shapes, Statistics, Weights
 
 Frames = Iterator[mx.array]
 Size = tuple[int, int, int]  # frames, rows, columns
-ScaleShift = tuple[mx.array, mx.array]
 TYPE_EMB = 128  # its released size; the small test checkpoints have no other
 
 
@@ -217,7 +216,7 @@ class SwiGLU(nn.Module):
         return self.w_down(nn.silu(self.w_gate(x)) * self.w_up(x))
 
 
-def modulate(x: mx.array, scale_shift: Optional[ScaleShift]) -> mx.array:
+def modulate(x: mx.array, scale_shift: Optional[mx.array]) -> mx.array:
     return x if scale_shift is None else x * (1 + scale_shift[0]) + scale_shift[1]
 
 
@@ -249,30 +248,22 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(dim, 1e-6)
         self.mlp = SwiGLU(dim)
 
-    def __call__(self, clip: Clip, planes: bool = True, **modulation: Any) -> Clip:
-        """A clip to another one, without `planes` only its frames."""
+    def __call__(self, clip: Clip, planes=True, before=(None, None)) -> Clip:
+        """A clip to another one, without `planes` only its frames; `before` are scales
+        and shifts before attention and feed-forward."""
         readers = 1 + (planes and len(clip.times) > 0)
         held = Held(clip.frames, readers), Held(clip.planes, readers)
-        attend = partial(self.attend, shifted=not len(clip.times), **modulation)
+        attend = partial(self.attend, shifted=not len(clip.times), before=before)
         made = self.frames(clip, *held, attend), self.planes(clip, *held, attend)
         return replace(clip, frames=made[0], planes=made[1])
 
-    def attend(
-        self,
-        window: list[mx.array],
-        times: np.ndarray,
-        queries: np.ndarray,
-        visible: np.ndarray,
-        shifted: bool,
-        before_attn: Optional[ScaleShift] = None,
-        before_mlp: Optional[ScaleShift] = None,
-    ) -> Frames:
+    def attend(self, window, times, queries, visible, shifted, before) -> Frames:
         """The frames of a window at `queries` (see NeighborhoodAttention)."""
-        y = modulate(self.norm1(mx.concatenate(window, axis=1)), before_attn)
+        y = modulate(self.norm1(mx.concatenate(window, axis=1)), before[0])
         y = self.attn(y, times, mx.array(queries), mx.array(visible), shifted)
         for i, attended in zip(queries, mx.split(y, len(queries), axis=1)):
             x = window[i] + attended
-            x = x + self.mlp(modulate(self.norm2(x), before_mlp))
+            x = x + self.mlp(modulate(self.norm2(x), before[1]))
             mx.eval(x)
             yield x
 
@@ -321,15 +312,12 @@ class DiffusionBlock(Block):
 
     def __call__(self, clip: Clip, context: Clip, time: mx.array, planes: bool) -> Clip:
         add = lambda x, c: x + self.context_proj(c)
-        clip = replace(
-            clip,
-            frames=map(add, clip.frames, context.frames),
-            planes=map(add, clip.planes, context.planes),
-        )
+        frames = map(add, clip.frames, context.frames)
+        guides = map(add, clip.planes, context.planes)
+        clip = replace(clip, frames=frames, planes=guides)
         rows = (self.scale_shift_table + time).astype(self.scale_shift_table.dtype)
         # The other rows are gates, which released weights have folded in.
-        before = {"before_attn": (rows[0], rows[1]), "before_mlp": (rows[3], rows[4])}
-        return super().__call__(clip, planes, **before)
+        return super().__call__(clip, planes, (rows[0:2], rows[3:5]))
 
 
 class Upsample(nn.Module):
@@ -440,9 +428,8 @@ class DiffusionDecoder(Component):
     def denoise(self, contexts: Clip, noise, trace) -> Frames:
         """Frames of pixels from noise, in one step from noise level 1."""
         size = self.config.patch_size
-        time = layers.timestep_embedding(
-            mx.array([self.config.timestep_scale_multiplier])
-        )
+        level = mx.array([self.config.timestep_scale_multiplier])
+        time = layers.timestep_embedding(level)
         for layer in self.t_embedder["mlp"]:
             time = layer(time.astype(self.conv_out.weight.dtype))
         time = self.shared_adaln["proj"](nn.silu(time)).reshape(7, -1)
@@ -456,11 +443,9 @@ class DiffusionDecoder(Component):
             x = noise(f"{name}{i}", (1, 1, height * size, width * size, 3))
             return self.conv_in_x_t(layers.patchify(x.astype(context.dtype), size))
 
-        clip = replace(
-            first,
-            frames=map(partial(embed, "frame"), enumerate(first.frames)),
-            planes=map(partial(embed, "keyframe"), enumerate(first.planes)),
-        )
+        frames = map(partial(embed, "frame"), enumerate(first.frames))
+        guides = map(partial(embed, "keyframe"), enumerate(first.planes))
+        clip = replace(first, frames=frames, planes=guides)
         for n, (block, context) in enumerate(zip(self.diff_blocks, others), 2):
             clip = block(clip, context, time, planes=n < count)
         for x in clip.frames:

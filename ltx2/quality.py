@@ -185,6 +185,8 @@ def quantized(checkpoint: Checkpoint, formats: dict[str, dict[str, Any]]) -> Che
 class Kinds:
     """Mean squared errors of x0 with one part of the layers quantized at a time."""
 
+    HEADS = "one part quantized", "layers", "% of weights", "% of error²", "x0 error"
+
     how: dict[str, Any]  # in this format
     shapes: Weights  # of the transformer
     squares: dict[str, float] = field(default_factory=dict)
@@ -228,14 +230,7 @@ class Kinds:
             square, weights = self.squares[part], size(paths) / size(self.found)
             shares = 100 * weights, 100 * square / total
             rows.append([part, len(paths), *shares, square**0.5])
-        heads = (
-            "one part quantized",
-            "layers",
-            "% of weights",
-            "% of error²",
-            "x0 error",
-        )
-        return heads, sorted(rows, key=lambda row: -row[-1])
+        return self.HEADS, sorted(rows, key=lambda row: -row[-1])
 
 
 # The command line

@@ -231,13 +231,12 @@ class Trainer:
             moments = lambda k: {part: self.start[f"{part}.{k}"] for part in "mv"}
             self.opt.state |= {k: moments(k) for k in parameters}
             self.opt.state["step"] = self.start["step"]
-        self.trainee = gradients.Trainee(model, {}, self.by_block)
+        read = lambda: self.pipe.blocks([(lora, 1.0)], apart=True)
+        reads = read if streamed else None
+        self.trainee = gradients.Trainee(model, parameters, self.by_block, reads)
         if streamed:
-            read = lambda: list(self.pipe.blocks([(lora, 1.0)], apart=True))
-            self.trainee.read = read  # their weights are not read yet
             blocks = lambda: (block for _, block in self.trainee.blocks())
             model.transformer_blocks = StreamedBlocks(blocks)
-        self.trainee.update(parameters)
 
     # Training
 
