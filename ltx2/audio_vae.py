@@ -58,10 +58,8 @@ class AudioVAEConfig(Config):
         flat: dict[str, Any] = {}
         for key, value in leaves(section):
             if flat.setdefault(key, value) != value:
-                both = f"{flat[key]!r} and {value!r}"
-                raise UserError(
-                    f"audio VAE: its config has two values of {key}, {both}"
-                )
+                two = f"audio VAE: its config has two values of {key}"
+                raise UserError(f"{two}, {flat[key]!r} and {value!r}")
         return super().from_dict(flat)
 
     @property

@@ -195,7 +195,9 @@ def invalid(path: Path, error: str) -> str:
 # From names to files
 
 
-def resolve(name: str, file: Optional[str] = None) -> tuple[list[File], Optional[str]]:
+def resolve(
+    name: str, file: Optional[str] = None, what: str = ""
+) -> tuple[list[File], Optional[str]]:
     """The files that a name stands for, and which of them is chosen, if one is: a
     safetensors file, a folder, a Hub repository, or a file in one (owner/name/file)."""
     path = user_path(name or "/dev/null")  # "" would be this folder
@@ -215,7 +217,8 @@ def resolve(name: str, file: Optional[str] = None) -> tuple[list[File], Optional
     repo, inner = split_repository(name)
     if repo and (inner or not name.endswith(".safetensors")):
         return repository_files(repo), inner or file
-    raise UserError(f"{name}: no such file or folder, nor a Hub repository's name")
+    missing = "no such file or folder, nor a Hub repository's name"
+    raise UserError(f"{what}{name}: {missing}")
 
 
 def split_repository(name: str) -> tuple[str, str]:

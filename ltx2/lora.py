@@ -169,15 +169,9 @@ def adapter_file(name: str) -> Path:
     """The file of a LoRA: the path itself, or the one of a folder of train.py or peft or
     of a Hub repository (owner/name, owner/name/file), from which it is downloaded."""
     path = user_path(name)
-    repo, inner = hub.split_repository(name)
     if path.is_file():
         return path
-    if path.is_dir():
-        files, inner = hub.folder_files(path), ""
-    elif repo and (inner or not name.endswith(".safetensors")):
-        files = hub.repository_files(repo)
-    else:
-        raise UserError(f"LoRA {name}: no such file")
+    files, inner = hub.resolve(name, what="LoRA ")
     is_one = lambda name: name == inner or not inner and LORA.fullmatch(name)
     found = [f for f in files if is_one(f.name)]
     found = [f for f in found if f.name in NAMED] or found
