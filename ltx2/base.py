@@ -160,8 +160,7 @@ class Checked:
 
     def __post_init__(self) -> None:
         for name, kind in annotations(type(self)).items():
-            value = checked(kind, getattr(self, name), name)
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, checked(kind, getattr(self, name), name))
 
 
 annotations = functools.cache(typing.get_type_hints)

@@ -67,5 +67,4 @@ class FrameGuard:
         std = max(0.0, self.square / self.count - mean**2) ** 0.5
         values = f"brightness {mean:.2f}, std {std:.4f}, expected 0.1 to 0.3"
         reject(std < FLAT, f"flat image ({values})")
-        static = self.frames > 1 and self.change == 0
-        reject(static, "all frames are the same")
+        reject(self.frames > 1 and self.change == 0, "all frames are the same")

@@ -143,8 +143,7 @@ class Gemma4Config(Config):
         kinds = text.get("rope_parameters", {}).keys()
         if kinds != {"full_attention", "sliding_attention"}:  # mlx-lm would guess
             raise UserError("Gemma 4: its config lacks rope_parameters by layer type")
-        size = {"tokenizer_bytes": section["tokenizer_bytes"]}
-        return super().from_dict(text | size)
+        return super().from_dict(text | {"tokenizer_bytes": section["tokenizer_bytes"]})
 
 
 class Gemma4(Component):

@@ -286,8 +286,7 @@ class Trainer:
             self.history[-1][2] = loss = self.held_out_loss()
             yield f"Iter {self.step}: held-out loss {loss:.4f}"
         if self.step % o.steps_per_report == 0 or not left:
-            recent = self.history[-max(MEAN_OF, len(times)) :]
-            losses = [loss for _, loss, _ in recent]
+            losses = [loss for _, loss, _ in self.history[-max(MEAN_OF, len(times)) :]]
             loss, mean = fmean(losses[-len(times) :]), fmean(losses[-MEAN_OF:])
             rate, speed = self.opt.learning_rate.item(), len(times) / sum(times)
             times.clear()

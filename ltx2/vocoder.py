@@ -203,8 +203,7 @@ class VocoderWithBWE(Vocoder):
     def __init__(self, config: GeneratorConfig, bwe: BWEConfig):
         super().__init__()
         self.vocoder = Generator(config)
-        mel_rate = bwe.input_sampling_rate // bwe.hop_length
-        self.bwe_generator = Generator(bwe, mel_rate)
+        self.bwe_generator = Generator(bwe, bwe.input_sampling_rate // bwe.hop_length)
         rates = self.vocoder.sample_rate, self.bwe_generator.sample_rate
         expected = bwe.input_sampling_rate, bwe.output_sampling_rate
         if rates != expected:

@@ -249,8 +249,7 @@ def converted(files: list[File], chosen: Parts) -> Checkpoint:
     for layer, how in layer_formats(found.quantization).items():
         checked(Quantization, how, f"{path}quantization{layer and '.'}{layer}")
     for key, kind in {"source": str, "files": dict[str, str]}.items():
-        value = (found.provenance or {}).get(key)
-        checked(kind, value, f"{path}provenance.{key}")
+        checked(kind, (found.provenance or {}).get(key), f"{path}provenance.{key}")
     version, encoder, repo = found.model_version, found.text_encoder, files[0].repo
     if (files[0].path.parent / encoder).is_dir():
         found.text_encoder = str(files[0].path.parent / encoder)
