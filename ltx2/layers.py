@@ -237,7 +237,6 @@ class Attention(nn.Module):
         values; gate and output projection still apply. `nag` moves the result away from
         attention to `negative` keys and values.
         """
-
         limit = math.inf
         if not values_only:
             k, v = keys_values or self.keys_values(x, rope)
@@ -306,10 +305,9 @@ class FeedForward(nn.Module):
         linear.shard_rows(self.net[2], group)
 
 
-def timestep_embedding(timesteps: mx.array, dim: int = 256) -> mx.array:
-    """Sinusoidal embedding of `timesteps` (N,), float32, cosines first: (N, dim)."""
-    half = dim // 2
-    freqs = mx.exp(-math.log(10000) / half * mx.arange(half, dtype=mx.float32))
+def timestep_embedding(timesteps: mx.array) -> mx.array:
+    """Sinusoidal embedding of `timesteps` (N,), float32, cosines first: (N, 256)."""
+    freqs = mx.exp(-math.log(10000) / 128 * mx.arange(128, dtype=mx.float32))
     angles = timesteps.astype(mx.float32)[:, None] * freqs
     return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
 

@@ -182,11 +182,10 @@ class ResBlock(nn.Module):
     def __call__(
         self, chunks: Chunks, embedding: Optional[mx.array], single: bool = False
     ) -> Chunks:
-        first = second = None
+        shifts = None, None
         if embedding is not None:
-            first, second = mx.split(self.scale_shift_table + embedding, 2)
-
-        act1, act2 = (partial(norm_act, shift_scale=s) for s in (first, second))
+            shifts = mx.split(self.scale_shift_table + embedding, 2)
+        act1, act2 = (partial(norm_act, shift_scale=s) for s in shifts)
 
         def branch(chunks: Chunks) -> Chunks:
             chunks = self.conv1(map(act1, chunks), single)
@@ -302,8 +301,9 @@ class Encoder(nn.Module):
         conv = partial(Conv3d, causal=True)
         dim = config.encoder_base_channels
         self.conv_in = conv(3 * config.patch_size**2, dim)
-        blocks = config.encoder_blocks
-        self.down_blocks, dim = build(blocks, dim, DOWN, Downsample, conv)
+        self.down_blocks, dim = build(
+            config.encoder_blocks, dim, DOWN, Downsample, conv
+        )
         # The last channel is the log-variance of all others.
         self.conv_out = conv(dim, config.latent_channels + 1)
 
@@ -328,9 +328,8 @@ class Decoder(nn.Module):
         dim = config.decoder_base_channels
         dim *= math.prod(options.get("multiplier", 1) for _, options in blocks)
         self.conv_in = conv(config.latent_channels, dim)
-        self.up_blocks, dim = build(
-            blocks, dim, UP, Upsample, conv, conditioned=conditioned
-        )
+        made = build(blocks, dim, UP, Upsample, conv, conditioned=conditioned)
+        self.up_blocks, dim = made
         self.conv_out = conv(dim, 3 * config.patch_size**2)
         if conditioned:
             self.timestep_scale_multiplier = mx.ones(())  # 916 in the released file
