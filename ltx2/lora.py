@@ -219,14 +219,19 @@ class Adapter:
             with suppress(ValueError):  # kohya writes None
                 config.setdefault("lora_alpha", float(metadata.get(key, "")))
         used = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
-        return checked(cls, used, f"LoRA {path}: ")
+        found = checked(cls, used, f"LoRA {path}: ")
+        patterns = (found.alpha_pattern or {}).items()
+        try:  # compiled from here on
+            found.alpha_pattern = {re.compile(rf"(.*\.)?({k})"): a for k, a in patterns}
+        except re.error as error:
+            raise UserError(f"LoRA {path}: alpha_pattern: {error}") from None
+        return found
 
     def alpha(self, module: str, tensor: Optional[mx.array]) -> Any:
         """A module's alpha: its tensor, its pattern as in peft, or the one of all."""
         if tensor is not None:
             return tensor.item() if tensor.size == 1 else math.nan
-        matches = lambda pattern: re.fullmatch(rf"(.*\.)?({pattern})", module)
-        found = (a for k, a in (self.alpha_pattern or {}).items() if matches(k))
+        found = (a for k, a in self.alpha_pattern.items() if k.fullmatch(module))
         return next(found, self.lora_alpha)
 
 

@@ -437,8 +437,13 @@ def test_a_lora_that_changes_nothing_is_noted(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     "config",
-    ["{", "[]", "[" * 50000, '{"alpha_pattern": 3}', '{"lora_alpha": [8]}']
-    + ['{"lora_alpha": "much"}', '{"peft_type": "IA3"}', '{"use_dora": true}'],
+    ["{", "[]", "[" * 50000, '{"alpha_pattern": 3}', '{"alpha_pattern": {"(": 1}}']
+    + [
+        '{"lora_alpha": [8]}',
+        '{"lora_alpha": "much"}',
+        '{"peft_type": "IA3"}',
+        '{"use_dora": true}',
+    ],
 )
 def test_an_adapter_with_a_strange_configuration_is_refused(tmp_path, config):
     metadata = {"lora_adapter_metadata": config}
