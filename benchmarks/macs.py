@@ -70,8 +70,8 @@ def header(name: str, tensors: Mapping[str, mx.array]) -> hub.File:
     """A file of such tensors that is only its header."""
     names = {dtype: kind for kind, dtype in hub.DTYPES.items() if kind != "F8_E4M3"}
     f = hub.File(name, sum(w.nbytes for w in tensors.values()), sha256="0" * 64)
-    f.header = {key: (names[w.dtype], w.shape) for key, w in tensors.items()}
-    f.metadata = {"format": "mlx"}
+    header = {key: (names[w.dtype], w.shape) for key, w in tensors.items()}
+    f._headers = header, {"format": "mlx"}
     return f
 
 

@@ -1,22 +1,18 @@
 """The audio VAE: waveform to log-mel to latents, and latents back to log-mel."""
 
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from .base import Config, UserError
 from .latents import HOP_LENGTH, MEL_BINS, SAMPLE_RATE
 from .layers import Component, Statistics, rms_norm
 
 N_FFT = 1024
-
-
-def leaves(section: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        yield from leaves(value) if isinstance(value, dict) else [(key, value)]
 
 
 @dataclass
@@ -56,7 +52,9 @@ class AudioVAEConfig(Config):
     def from_dict(cls, section: dict[str, Any]) -> Config:
         """Read the section, whose keys are nested at several depths."""
         flat: dict[str, Any] = {}
-        for key, value in leaves(section):
+        is_leaf = lambda value: not isinstance(value, dict)
+        for path, value in tree_flatten(section, is_leaf=is_leaf):
+            key = path.rpartition(".")[2]
             if flat.setdefault(key, value) != value:
                 two = f"audio VAE: its config has two values of {key}"
                 raise UserError(f"{two}, {flat[key]!r} and {value!r}")

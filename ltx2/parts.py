@@ -5,6 +5,8 @@ from collections import defaultdict
 from contextlib import contextmanager
 from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Optional
 
+from mlx.utils import tree_flatten
+
 from . import audio_vae, diffusion_decoder, dit, duration, text, vae, vocoder
 from .base import UserError, checked, note
 from .hub import File, Unreachable, single_file
@@ -300,12 +302,12 @@ def check_config(name: str, section: Any, tensors: Tensors) -> None:
             component.config_class.from_dict(component.infer_sizes(found, shapes))
 
 
-def limit_depth(section: Any, tensors: int, name: str = "") -> None:
+def limit_depth(section: Any, tensors: int) -> None:
     """No model has more layers than tensors; building those would not end."""
-    inner = section.items() if isinstance(section, dict) else ()
-    inner = [(name, v) for v in section] if isinstance(section, list) else inner
-    for key, value in inner:
-        limit_depth(value, tensors, key)
-    counts = isinstance(section, int) and re.search("layers|blocks|depth", name)
-    if counts and section > tensors:
-        raise UserError(f"{name} is {section}, but there are {tensors} tensors")
+    for path, value in tree_flatten(section):
+        name = re.sub(r"(\.\d+)+$", "", path).rpartition(".")[
+            2
+        ]  # of a list's items, too
+        counts = isinstance(value, int) and re.search("layers|blocks|depth", name)
+        if counts and value > tensors:
+            raise UserError(f"{name} is {value}, but there are {tensors} tensors")

@@ -323,8 +323,7 @@ class Trainer:
                 if rng.uniform() < o.first_frame_prob and x.shape[1] > 1:
                     state = state.hold(x[:, :1])
                 if reference is not None:
-                    scale = 1.0, o.reference_downscale
-                    state = state.show(reference, size.fps, *scale)
+                    state = state.show(reference, size.fps, 1.0, o.reference_downscale)
             states[name] = state
         if at is None and self.sigmas and rng.uniform() < 0.5:
             sigmas = dict.fromkeys(sigmas, float(rng.choice(self.sigmas)))

@@ -238,9 +238,8 @@ def converted(files: list[File], chosen: Parts) -> Checkpoint:
             for key in f.header:
                 parts.add_tensor(own, config, shard[1], key, (f, key))
     held = {part.component for part in own.values()}
-    for name, (section, _) in COMPONENTS.items():
-        if section in config and name not in held:
-            expected.add(f"{name}.safetensors")
+    lacks = {k for k, (section, _) in COMPONENTS.items() if section in config} - held
+    expected |= {f"{name}.safetensors" for name in lacks}
     if expected - names:
         raise UserError(f"the model lacks {', '.join(sorted(expected - names)[:5])}")
     path = f"{files[0].path}: "

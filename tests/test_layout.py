@@ -53,7 +53,7 @@ def released(layout: str, config: str, version: str = "") -> File:
     sections = dict(CONFIGS[config])
     if "2.5" in layout and "video" not in layout:
         del sections["vae"]  # split files describe what they hold
-    f.header, f.metadata = tensors, {"config": json.dumps(sections)}
+    f._headers = tensors, {"config": json.dumps(sections)}
     if version:
         f.metadata["model_version"] = version
     return f
