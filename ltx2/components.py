@@ -40,6 +40,8 @@ class Components:
         machines: Optional[Machines] = None,
     ):
         self.checkpoint, self.dtype = checkpoint, dtype
+        # Gemma's states overflow float16.
+        self._text_dtype = mx.bfloat16 if dtype == mx.float16 else dtype
         how = {"kind": checkpoint.kind, "dtype": dtype_name(dtype)}
         self.origin = Load(**checkpoint.opened, **how, text_encoder=text_encoder)
         self.low_memory, self.cache_contexts = low_memory, cache_contexts
@@ -78,11 +80,6 @@ class Components:
     vae = property(lambda self: self.component("vae"))
     audio_vae = property(lambda self: self.component("audio_vae"))
     vocoder = property(lambda self: self.component("vocoder"))
-
-    @property
-    def _text_dtype(self) -> mx.Dtype:
-        """Gemma's states overflow float16."""
-        return mx.bfloat16 if self.dtype == mx.float16 else self.dtype
 
     @property
     def _stored(self) -> mx.Dtype:

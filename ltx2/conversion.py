@@ -217,9 +217,8 @@ class Conversion:
             sizes = (path.stat().st_size for path in partial.rglob("*.safetensors"))
             rows = {"size": gigabytes(sum(sizes)), "weights": self.summary()}
             rows["peak memory, computed"] = peaks(partial)
-            config = json.loads((partial / "config.json").read_bytes())
             names = name or folder.name, self.source.generation
-            card = model_card(config, *names, rows)
+            card = model_card(self.config(), *names, rows)
             (partial / "README.md").write_text(card, "utf-8", "replace")
 
     def _write_files(self, partial: Path, progress: Progress) -> None:

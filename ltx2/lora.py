@@ -267,9 +267,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.linear, self.lora_a, self.lora_b, self.strength = linear, a, b, s
 
-    @property
-    def bias(self) -> mx.array:  # its dtype is the layer's
-        return self.linear.bias
+    bias = property(lambda self: self.linear.bias)  # its dtype is the layer's
 
     def __call__(self, x: mx.array) -> mx.array:
         a, b, s = (w.astype(x.dtype) for w in (self.lora_a, self.lora_b, self.strength))

@@ -290,16 +290,15 @@ class TextConfig(Config):
     }
     PARTIAL = True
 
-    @property
-    def video(self) -> tuple[int, int]:
-        """Heads and the size of one."""
-        return self.connector_num_attention_heads, self.connector_attention_head_dim
-
-    @property
-    def audio(self) -> tuple[int, int]:
-        own = self.audio_connector_num_attention_heads
+    def __post_init__(self):
+        """Heads and the size of one, by stream."""
+        self.video = (
+            self.connector_num_attention_heads,
+            self.connector_attention_head_dim,
+        )
+        heads = self.audio_connector_num_attention_heads
         size = self.audio_connector_attention_head_dim
-        return own or self.video[0], size or self.video[1]
+        self.audio = heads or self.video[0], size or self.video[1]
 
 
 class TextConnectors(Component):
