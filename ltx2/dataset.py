@@ -18,6 +18,7 @@ import mlx.core as mx
 from . import base, media
 from .base import LOG, UserError, checked, note, parse_json, read_text, user_path
 from .cache import ContextCache
+from .defaults import frames_at
 from .guidance import Contexts
 from .hub import File, read_arrays
 from .inputs import Encoders, InputFiles
@@ -179,9 +180,8 @@ def fit(clip: Clip, buckets: Sequence[Size], streams: str) -> tuple[Clip, str]:
     has = tuple(s for s in wants if getattr(found, f"has_{s}"))
     if not has:
         raise UserError(f"it has no {' and no '.join(wants)}")
-    fps, frames = min(float(found.fps or 24), MAX_FPS), found.num_frames
-    if "video" not in has or fps != found.fps:
-        frames = math.floor(found.duration * fps + 0.01)
+    fps = min(float(found.fps or 24), MAX_FPS)
+    frames = frames_at(found, fps)
     b = choose_bucket(found.width or 1, found.height or 1, frames, buckets)
     sound = audio_tokens(b.num_frames, fps) if "audio" in has else 0
     done = f"frames 1 to {b.num_frames} of {frames} at {fps:g} fps"
