@@ -96,30 +96,29 @@ def main() -> None:
 
 
 def train(trainer: Any) -> None:
-    """Train until all steps are done or a signal ends it."""
+    """Train until all steps are done or a signal ends it: the first one after the current
+    step, a second one at once."""
+
+    def stop(number: int, _: Any) -> None:
+        if trainer.stopping:
+            raise Stopped(number)
+        trainer.stopping = number
+        print("stopping after this step", flush=True)
+
     trainer.prepare()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: stop(trainer, number))
+        signal.signal(number, stop)
     for line in trainer.train():
         print(line, flush=True)
-
-
-def stop(trainer: Any, number: int) -> None:
-    """The first signal ends the training after the current step, a second one at once."""
-    if trainer.stopping:
-        raise Stopped(number)
-    trainer.stopping = number
-    print("stopping after this step", flush=True)
 
 
 def describe(trainer: Any) -> str:
     o, data = trainer.options, trainer.data
     blocks = "recomputed" if trainer.by_block else "kept for the backward pass"
     clips = o.batch_size * o.grad_accumulation_steps
-    return (
-        f"{trainer.base}: rank {o.rank}, {o.iters} steps of {clips} clips out of "
-        f"{len(data.items)}, {len(data.held_out)} held out; blocks are {blocks}"
-    )
+    counts = f"{len(data.items)}, {len(data.held_out)} held out"
+    steps = f"rank {o.rank}, {o.iters} steps of {clips} clips out of {counts}"
+    return f"{trainer.base}: {steps}; blocks are {blocks}"
 
 
 if __name__ == "__main__":
