@@ -50,7 +50,8 @@ class Checkpoint(FolderConfig):
     found: InitVar[Parts]
     parts: dict[str, Tensors] = field(init=False)
     others: list[File]  # config.json and the license
-    opened: dict[str, Any] = field(default_factory=dict)  # what `open_model` was given
+    # What `open_model` was given
+    opened: dict[str, Any] = field(default_factory=lambda: {"model": ""})
 
     def __post_init__(self, found: Parts):
         parts.parse_version(self.model_version)
