@@ -53,6 +53,20 @@ def usb_disk() -> Callable[[Path], None]:
     return add
 
 
+class QuickVocoder:
+    """Replaces the vocoder, which is slow, in tests that do not look at the waveform."""
+
+    sample_rate = 16000
+
+    def __call__(self, mel):
+        return mx.repeat(mel.mean(2), 160, axis=1)
+
+
+@pytest.fixture
+def quick_vocoder(monkeypatch) -> None:
+    monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Callable[..., Path]:
     """`checkpoint("ltx-2.3")`: a path; each is built once (`checkpoints.build`)."""

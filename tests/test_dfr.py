@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from test_ltx25 import plan
 from test_pipeline import (
-    QuickVocoder,
     events_to_latents,
     latents_of,
     recorded_contexts,
 )
 
 import generate
-from ltx2 import media, pipeline, weights
+from ltx2 import media, weights
 from ltx2.base import UserError
 from ltx2.conditions import GuideImage, ShowImage, SliceKeyframes, SliceSound
 from ltx2.latents import LatentState, Size
@@ -114,11 +113,10 @@ def test_above_30_frames_per_second_the_model_is_told_60():
 
 
 def test_a_temporal_round_doubles_the_frame_rate_not_the_duration(
-    load, checkpoint, monkeypatch, tmp_path, capsys
+    load, checkpoint, quick_vocoder, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tqdm.tqdm.display", lambda *a, **k: None)
-    monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
     argv = ["generate.py", "--model", str(checkpoint("ltx-2.5")), "--prompt", "a fox"]
     for up in ("spatial-x2", "temporal-x2"):
         argv += ["--upsampler", str(checkpoint(up, in_channels=20))]

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from parity import cosine, relative_error
-from test_pipeline import QuickVocoder, recorded_contexts
+from test_pipeline import recorded_contexts
 
 import generate
 from ltx2 import media, pipeline, weights
@@ -37,11 +37,6 @@ def source(checkpoint):
 @pytest.fixture(scope="module")
 def pipe(load):
     return load("ltx-2.5", upsamplers=["spatial-x2"])
-
-
-@pytest.fixture
-def quick_vocoder(monkeypatch):
-    monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
 
 
 @pytest.fixture

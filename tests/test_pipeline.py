@@ -7,6 +7,7 @@ import imageio_ffmpeg
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import QuickVocoder
 from parity import channels_last, relative_error
 
 from ltx2 import media, pipeline
@@ -103,15 +104,6 @@ def recorded_noise(golden):
     return noise
 
 
-class QuickVocoder:
-    """Replaces the vocoder, which is slow, in tests that do not look at the waveform."""
-
-    sample_rate = 16000
-
-    def __call__(self, mel):
-        return mx.repeat(mel.mean(2), 160, axis=1)
-
-
 def in_float32(path, copy):
     """A copy with float32 weights: the reference cast its weights before adding LoRAs,
     and sums are rounded to the dtype of the file."""
@@ -167,14 +159,16 @@ def load(checkpoint, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("model", GENERATIONS)
-def test_a_run_equals_the_reference(model, case, load, checkpoint, golden, tmp_path):
+def test_a_run_equals_the_reference(
+    model, case, load, checkpoint, golden, monkeypatch, tmp_path
+):
     g = golden(f"{model}/pipeline_{case}")
     request, kind = request_of(case, g, checkpoint, tmp_path)
     loras = bool(request.loras or request.distilled_lora)
     pipe = load(model, kind, loras)
     texts = None if case == "prompt" else recorded_contexts(golden, model)
     if "out.waveform" not in g:
-        pipe._loaded["vocoder"] = QuickVocoder()
+        monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
     options = {"noise": recorded_noise(g), "contexts": texts}
     *events, result = pipe.stream(request, frozen_from_noise=True, **options)
 

@@ -12,7 +12,6 @@ import numpy as np
 import option_table
 import pytest
 from test_device import small
-from test_pipeline import QuickVocoder
 
 import convert
 import generate
@@ -117,13 +116,12 @@ def test_the_tables_of_macs_are_what_the_planner_says(name, bits):
     assert all(heads in rows for heads in macs.HEADS)
 
 
-def test_the_python_example_runs(folder, checkpoint, monkeypatch):
+def test_the_python_example_runs(folder, checkpoint, quick_vocoder, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     model, encoder = str(checkpoint("ltx-2")), str(checkpoint("gemma3"))
     load, options = ltx2.load, {"dtype": "float32", "kind": "distilled"}
     loaded = lambda _, **how: load(model, encoder, **options | how)
     monkeypatch.setattr(pipeline, "load", loaded)
-    monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
     monkeypatch.chdir(folder)
     small = "num_frames=9, height=64, width=64, sigmas=(1.0, 0.5, 0.0)"
     exec(code.replace("num_frames=121", small))
@@ -244,13 +242,13 @@ def test_the_first_commands_make_clips_and_their_image(tmp_path):
 
 
 @pytest.mark.parametrize("command", GENERATE[2:], ids=lambda c: c[19:60])
-def test_generate(command, folder, saved, checkpoint, monkeypatch, capsys):
+def test_generate(command, folder, saved, checkpoint, request, capsys):
     if command == SAVES:  # has been run
         names = {f"output{end}" for end in SAVED}
         assert names <= {path.name for path in saved.iterdir()}
         return
     if "--audio-only" not in command:  # else nothing looks at the waveform
-        monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
+        request.getfixturevalue("quick_vocoder")
     if "--from" in command or "--resume" in command:  # the file has the settings
         model = "--from" in command  # of which a video has the name only
         run(generate, command, small_model(command, checkpoint) * model, saved)

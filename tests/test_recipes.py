@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from parity import relative_error
 from test_formats import described
-from test_pipeline import QuickVocoder, events_to_latents, save_clip
+from test_pipeline import events_to_latents, save_clip
 
 from ltx2 import media, pipeline, recipes
 from ltx2.base import UserError
@@ -147,8 +147,7 @@ def test_frames_after_the_end_of_a_reference_repeat_its_last(pipe, adapter, clip
     assert all(np.array_equal(frame, FRAMES[16]) for frame in frames[8:])
 
 
-def test_what_is_cut_off_is_not_heard(pipe, adapter, clip, monkeypatch):
-    monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
+def test_what_is_cut_off_is_not_heard(pipe, adapter, clip, quick_vocoder):
     loras = (adapter("refine-details-1.0"),)
     request = Request("a", seed=10, video=clip, loras=loras, sigmas=(1.0, 0.0))
     *_, result = pipe.stream(request)

@@ -15,7 +15,7 @@ import pytest
 from checkpoints import component, save, vocoder
 from parity import channels_last, relative_error
 from safetensors import safe_open
-from test_pipeline import QuickVocoder, save_clip
+from test_pipeline import save_clip
 
 from ltx2 import pipeline, windows
 from ltx2.guidance import Guidance
@@ -57,7 +57,6 @@ def load(tmp_path_factory):
     def get(kind):
         if kind not in pipes:
             pipes[kind] = pipeline.load(folder, None, kind, "float32", upsamplers)
-            pipes[kind]._loaded["vocoder"] = QuickVocoder()
         return pipes[kind]
 
     return get
@@ -171,7 +170,7 @@ def recorded_noise(g, info):
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
-def test_a_run_is_the_references(load, case, tmp_path, monkeypatch):
+def test_a_run_is_the_references(load, case, quick_vocoder, tmp_path, monkeypatch):
     g, info = golden(case)
     if "in.attention_mask_latent" in g:
         weights = np.array(g["in.attention_mask_latent"]).reshape(3, 2, 3)

@@ -14,7 +14,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from test_pipeline import (
-    QuickVocoder,
     events_to_latents,
     latents_of,
     recorded_contexts,
@@ -43,11 +42,6 @@ def pipe(load):
 def contexts(golden):
     """Contexts of two prompts."""
     return dict(zip(("a cat", "a dog"), recorded_contexts(golden, "ltx-2").values()))
-
-
-@pytest.fixture
-def quick_vocoder(monkeypatch):
-    monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
 
 
 @pytest.fixture(scope="module")
