@@ -363,7 +363,7 @@ class Progress:
                         bar = tqdm(total=event.steps, desc=event.phase)
                     elif not event.snapshot:
                         print(f"{event.phase} ...", file=sys.stderr, flush=True)
-                    elif self.args.save_latents:
+                    elif self.args.save_latents or len(self.names) > 1:
                         self.save_latents(event)
                 elif event.step is None:
                     bar.close()
@@ -374,6 +374,8 @@ class Progress:
                 yield event
                 if event.step is None and not event.snapshot:  # its file is written
                     latest.pop(event.job, None)
+                    if len(self.names) > 1 and not self.args.save_latents:
+                        next_to(self.names[event.job], LATENTS).unlink(missing_ok=True)
         except base.OutputError:  # the same would come again
             advice = ""
             raise

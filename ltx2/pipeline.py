@@ -149,9 +149,10 @@ class Pipeline(Components):
         """Make videos: an Event after each phase and step, a Result after each video.
 
         All prompts are encoded, then all inputs, then all videos denoised, then decoded,
-        so that no two large models are loaded together. `noise(name, shape)` is the only
-        randomness, by default seeded normals; a sequence has one for each request. Its
-        names are, in this order, "stage1.video", "stage1.audio" (tokens (1, T, C),
+        so that no two large models are loaded together; each of several videos is decoded
+        at once if the transformer fits next to the decoders. `noise(name, shape)` is the
+        only randomness, by default seeded normals; a sequence has one for each request.
+        Its names are, in this order, "stage1.video", "stage1.audio" (tokens (1, T, C),
         appended ones included), a sampler's own "<stage>.<stream>.step<i>" and
         ".substep<i>", those of the next stages, and "vae" ((1, F, H, W, C),
         timestep-conditioned decoders only) or "vae.frame<i>" and "vae.keyframe<i>"
@@ -172,14 +173,16 @@ class Pipeline(Components):
         plan = self._prepare(jobs, contexts, resume)
         run = Run(self, noises, trace, frozen_from_noise, plan.streamed)
         alone = self.machines.group is None
-        self._keeps = self.keep and alone and plan.keeps_transformer
+        fits = alone and plan.keeps_transformer
+        self._keeps = self.keep and fits
         if not (self._keeps or self._adopted):  # that of an earlier run
             self.free("transformer")
         with memory.limits(plan):
-            yield from self._events(run, jobs, contexts, resume)
+            at_once = fits and len(jobs) > 1
+            yield from self._events(run, jobs, contexts, resume, at_once)
 
-    def _events(self, run: Run, jobs: list[Job], contexts, resume) -> Iterator[Event]:
-        """What `stream` yields."""
+    def _events(self, run: Run, jobs, contexts, resume, at_once) -> Iterator[Event]:
+        """What `stream` yields; each video is decoded `at_once`, or all at the end."""
         if contexts is None:
             yield Phase(phase="text", step=0, steps=0)
         if contexts != {}:  # else it is only decoded
@@ -199,15 +202,22 @@ class Pipeline(Components):
                 at = yield from run.denoise(n, stage, at, conditions[n][i], texts, draw)
             done[n] = finished(job, at)
             yield Phase(phase="latents", job=n, step=0, steps=0, snapshot=done[n])
-        if self._keeps:
-            run.meter.kept = self._bytes("transformer")
-        else:
+            if at_once:
+                yield from self._decode(run, {n: job}, done)
+        if not self._keeps:
             self.free("transformer")
-        done = self.machines.gather(done, len(jobs))
-        for n, job in enumerate(jobs if self.machines.rank == 0 else ()):
+        if not at_once:
+            done = self.machines.gather(done, len(jobs))
+            yield from self._decode(run, dict(enumerate(jobs)), done)
+        self.inputs.clear()
+
+    def _decode(self, run: Run, jobs: dict[int, Job], done) -> Iterator[Event]:
+        """Decode jobs on the first machine."""
+        run.meter.kept = self._bytes("transformer")
+        for n, job in jobs.items() if self.machines.rank == 0 else ():
             yield from run.decode(n, job, done[n].latents)
         self.free("vae", "diffusion_decoder", "audio_vae", "vocoder")
-        self.inputs.clear()
+        run.meter.kept = 0
 
     def _jobs(self, requests: Sequence, resume: Optional[Snapshot]) -> list[Job]:
         """The plans of requests, or of the one that is resumed."""

@@ -76,18 +76,21 @@ class Remaining:
         order = {"text": 0, "inputs": 0, "audio": 2, "video": 2}  # stages are between
         parts = [(n, k, w) for n, work in enumerate(works) for k, w in work.items()]
         self.parts = sorted(parts, key=lambda part: order.get(part[1], 1))
+        self.begun: set[tuple[int, str]] = set()  # of several videos in their own order
         self.times: list[float] = []  # of the stage's start and its steps
 
     def __call__(self, event: Any) -> Optional[float]:
         """After a step; None for other events."""
         if event.step == 0:
             self.times = [time.perf_counter()]
+            self.begun.add((event.job, event.phase))
         if not event.step or event.denoised is None:
             return None
         self.times.append(time.perf_counter())
         # Without the first step, in which weights are read, once there is another.
         own = self.times[len(self.times) > 2 :]
         here = [part[:2] for part in self.parts].index((event.job, event.phase))
-        later = sum(n for *_, n in self.parts[here + 1 :]) / self.parts[here][2]
+        later = sum(w for *k, w in self.parts[here + 1 :] if tuple(k) not in self.begun)
+        later /= self.parts[here][2]
         left = event.steps - event.step + event.steps * later
         return left * (own[-1] - own[0]) / (len(own) - 1)

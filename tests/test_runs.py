@@ -25,6 +25,7 @@ from ltx2 import base, formats, media, memory, pipeline, weights
 from ltx2.base import OutputError, UserError, read_text
 from ltx2.guidance import GuidedDenoiser
 from ltx2.request import Image, LoraFile, Request
+from ltx2.run import Run
 from ltx2.snapshot import Snapshot
 from ltx2.text import enhance
 from ltx2.windows import extended
@@ -791,6 +792,45 @@ def test_latents_are_kept_when_the_gpu_fails(command, monkeypatch, tmp_path, cap
     command("--resume", "output.latents.safetensors", small=False)
     assert len(calls) == 4 + 5  # of 8 steps, three were done
     assert (tmp_path / "output.mp4").exists()
+
+
+def test_latents_of_each_of_several_videos_are_on_the_disk_until_it_is_written(
+    command, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(memory.MemoryPlan, "keeps_transformer", False)
+    files = lambda: sorted(p.name for p in tmp_path.glob("output*"))
+    guided, decode, seen = GuidedDenoiser.__call__, Run.decode, []
+
+    def step(self, *arguments):
+        seen.append(files())
+        return guided(self, *arguments)
+
+    def decoded(self, n, *arguments):
+        seen.append(files())
+        yield from decode(self, n, *arguments)
+
+    monkeypatch.setattr(GuidedDenoiser, "__call__", step)
+    monkeypatch.setattr(Run, "decode", decoded)
+    command("--prompt", "a cat", "--sigmas", "1,0", "--num-videos", "2")
+    both = [f"output-{n}.latents.safetensors" for n in (1, 2)]
+    assert seen == [[], both[:1], both, ["output-1.mp4", both[1]]]
+    assert files() == ["output-1.mp4", "output-2.mp4"]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_videos_are_decoded_at_once_where_both_models_fit(
+    pipe, contexts, quick_vocoder, monkeypatch, fits
+):
+    monkeypatch.setattr(memory.MemoryPlan, "keeps_transformer", fits)
+    requests = [Request("a cat", seed=seed, **SHORT) for seed in (1, 2)]
+    phases = [
+        (event.phase, event.job)
+        for event in pipe.stream(*requests, contexts=contexts)
+        if event.step == 0 and event.phase in ("stage1", "video")
+    ]
+    order = [("stage1", 0), ("video", 0), ("stage1", 1), ("video", 1)]
+    assert phases == (order if fits else order[::2] + order[1::2])
+    assert not pipe._loaded.keys() & {"transformer", "vae", "vocoder"}
 
 
 @pytest.mark.parametrize("flags, wanted", [([], True), (["--no-caffeinate"], False)])
