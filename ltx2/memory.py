@@ -125,8 +125,9 @@ def joined(plans: Iterable[MemoryPlan], low_memory: Optional[bool]) -> MemoryPla
 
 def suggest_smaller(r: Request, fits: Callable[[Request], bool]) -> str:
     """Find what fits: windows, a shorter or a smaller video; else say what may help."""
-    if r.num_frames > 97 and fits(replace(r, chunk_frames=97)):
-        return "it fits in windows: --chunk-frames 97"
+    short = (n for n in (97, 65, 41) if n < r.num_frames)  # with 25 carried frames
+    windows = next((n for n in short if fits(replace(r, chunk_frames=n))), None)
+    found = [f"it fits in windows: --chunk-frames {windows}"] if windows else []
     for part in (1, 2, 4):
         height, width = (max(n // part // 64, 1) * 64 for n in (r.height, r.width))
         frames = r.num_frames
@@ -134,8 +135,10 @@ def suggest_smaller(r: Request, fits: Callable[[Request], bool]) -> str:
             frames = (frames - 1) // 16 * 8 + 1
             less = replace(r, height=height, width=width, num_frames=frames)
             if fits(less):
-                return f"{width}x{height} with {frames} frames would fit"
-    return "try a lower-bit model (convert.py --quantize) or a smaller video"
+                found.append(f"{width}x{height} with {frames} frames would fit")
+                return ", or ".join(found)
+    instead = "try a lower-bit model (convert.py --quantize) or a smaller video"
+    return found[0] if found else instead
 
 
 def available() -> int:

@@ -1,6 +1,7 @@
 """The memory plan: predictions against measured peaks, and what follows from them."""
 
 import gc
+import re
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -193,15 +194,29 @@ def test_a_refused_request_gets_a_size_that_fits(load, request_, monkeypatch):
     needed = pipe.memory(pipe.plan(request)).peak[0]
     monkeypatch.setattr(memory, "available", lambda: int(needed / 2))
     monkeypatch.setattr(weights, "evaluate", None)
-    with pytest.raises(UserError, match=r"video with|with \d+ frames would fit") as no:
+    with pytest.raises(UserError, match=r"; .*with \d+ frames would fit") as no:
         next(pipe.stream(request))
-    size, _, frames = str(no.value).split("; ")[1].split()[:3]
-    width, height = map(int, size.split("x"))
-    less = replace(request, width=width, height=height, num_frames=int(frames))
+    found = re.search(r"(\d+)x(\d+) with (\d+) frames would fit", str(no.value))
+    width, height, frames = map(int, found.groups())
+    less = replace(request, width=width, height=height, num_frames=frames)
     assert pipe.memory(pipe.plan(less)).fits
     monkeypatch.setattr(memory, "available", lambda: 1000)
     with pytest.raises(UserError, match="try a lower-bit model"):
         next(pipe.stream(request))
+
+
+def test_a_refused_long_request_is_offered_windows_that_fit(
+    load, request_, monkeypatch
+):
+    pipe = load("ltx-2.3", low_memory=True)
+    request = request_(height=512, width=768, num_frames=121)
+    need = lambda r: pipe.memory(pipe.plan(r)).peak[0]
+    shorter = replace(request, chunk_frames=65)
+    limit = (need(shorter) + need(replace(request, chunk_frames=97))) / 2
+    monkeypatch.setattr(memory, "available", lambda: int(limit))
+    with pytest.raises(UserError, match="it fits in windows: --chunk-frames 65"):
+        next(pipe.stream(request))
+    assert pipe.memory(pipe.plan(shorter)).fits
 
 
 def test_the_plan_flag_only_prints_the_plan(checkpoint, monkeypatch, capsys, tmp_path):
