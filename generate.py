@@ -29,6 +29,7 @@ from ltx2.request import FILLED, Request
 from ltx2.run import save
 from ltx2.sheet import Sheet
 from ltx2.snapshot import Snapshot
+from ltx2.work import operations
 
 EPILOG = """\
 MODEL is an official .safetensors file, a folder with one, a folder that convert.py
@@ -130,9 +131,8 @@ def main() -> None:
         if not Path("mlx_model").exists():
             print(NOTICE)
             load["model"] = str(DEMO)
-    options = "low_memory", "cache_contexts", "parallel"
-    options = {name: getattr(args, name) for name in options}
-    pipe = pipeline.load(**load, **options, group=group)
+    load |= {k: getattr(args, k) for k in ("low_memory", "cache_contexts", "parallel")}
+    pipe = pipeline.load(**load, group=group)
     jobs = [pipe.plan(r) for r in requests]
     if args.recorded and pipe.files() != made.files:
         print(f"note: {args.recorded} was made with other weights")
@@ -166,7 +166,7 @@ def make(pipe: Any, jobs: list, names: list[str], resume: Any, args: Any) -> Non
         for _ in stream:  # rank 0 writes
             pass
         return
-    left = timing.Remaining(timing.work_of(pipe, jobs))
+    left = timing.Remaining([operations(job, pipe.checkpoint) for job in jobs])
     watched = Progress(args, names, preview, left).watch(stream)
     with outputs.claimed(names), closing(watched) as events:
         for job, output in zip(jobs, names):

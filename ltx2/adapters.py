@@ -47,11 +47,12 @@ def save_losses(folder: Path, history: Sequence[Row]) -> None:
     """loss.csv and its picture loss.png."""
     with open(folder / LOSSES, "w", newline="") as f:
         csv.writer(f).writerows([("step", "loss", "held_out"), *history])
-    loss = [(n, x) for n, x, _ in history if math.isfinite(x)]
+    drawn = lambda x: x is not None and math.isfinite(x)
+    loss = [(n, x) for n, x, _ in history if drawn(x)]
+    held_out = [(n, x) for n, _, x in history if drawn(x)]
     half, mean = len(loss) // 40 + 1, []
     for i, (n, _) in enumerate(loss):
         mean.append((n, fmean(x for _, x in loss[max(i - half, 0) : i + half + 1])))
-    held_out = [(n, x) for n, _, x in history if x is not None]
     lines = {"loss": loss, "mean": mean, "held out": held_out}
     draw_chart(folder / CHART, {k: line for k, line in lines.items() if line})
 

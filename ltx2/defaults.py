@@ -430,11 +430,9 @@ class Resolver:
         guidance = default_guidance(self.checkpoint, self.mode)
         last = self.checkpoint.config["transformer"]["num_layers"] - 1
         for name, defaults in guidance.items():
-            settings = getattr(r, f"{name}_guidance")
-            if isinstance(settings, Guidance):
-                guidance[name] = settings
-            elif settings:
-                guidance[name] = replace(defaults, **settings)
+            settings = getattr(r, f"{name}_guidance") or {}
+            complete = isinstance(settings, Guidance)
+            guidance[name] = settings if complete else replace(defaults, **settings)
             check(guidance[name], label=f"{name} ")
             for block in guidance[name].stg_blocks or ():
                 check_range(f"{name} stg_blocks", block, 0, last)

@@ -244,9 +244,8 @@ class LatentState:
     ) -> LatentState:
         """Guide with an image or short clip (1, f, H, W, C) placed at pixel frame `frame`."""
         _, frames, height, width, _ = latents.shape
-        bounds = video_bounds(frames, height, width, 1.0, causal=frame == 0)
-        if frames == 1:  # a still lasts one pixel frame
-            bounds[0] = (0, 1)
+        causal = frame == 0 or frames == 1  # a still lasts one pixel frame
+        bounds = video_bounds(frames, height, width, 1.0, causal)
         bounds[0] = (bounds[0] + frame) / np.float32(fps)
         return self.append(to_tokens(latents), bounds, strength)
 

@@ -57,10 +57,10 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
         elif kind in VALUES:
             how.setdefault("metavar", VALUES[kind])
         dashed, default, text = name.replace("_", "-"), field.default, rules["help"]
-        if default not in (None, False, (), dataclasses.MISSING):
+        no_value = default in (None, False, (), dataclasses.MISSING)
+        if not no_value and "default" not in text:
             shown = default if isinstance(default, tuple) else (default,)
-            if "default" not in text:
-                text += f" (default: {','.join(map(str, shown))})"
+            text += f" (default: {','.join(map(str, shown))})"
         how |= {"dest": prefix + name, "default": None}
         how["help"] = f"as --{dashed}" if prefix else text
         add(name)(f"--{(prefix + flag).replace('_', '-')}", **how)

@@ -383,7 +383,7 @@ class Planner(Resolver):
         rate = windows.conditioned_rate(fps)
         size = replace(full, num_frames=part.num_frames, fps=fps, conditioned_fps=rate)
         size = replace(size, audio_tokens=audio_tokens(part.num_frames, rate))
-        images = self.images(size, part.first)
+        images = self.images(size, part.first, range(self.r.num_frames))
         both = {
             "video": (*images, conditions.SliceKeyframes(part)),
             "audio": (conditions.SliceSound(part),),
@@ -487,15 +487,15 @@ class Planner(Resolver):
             elif stream == "video" or ends > start:
                 yield conditions.HoldClip(*part, before)
 
-    def images(self, size: Size, first: int, owned=None) -> Iterator[Condition]:
-        """The images of a stage that starts at its frame `first`; those at request frames
-        in `owned`, if that is not None."""
+    def images(self, size: Size, first: int, owned: range) -> Iterator[Condition]:
+        """The images of a stage that starts at its frame `first`, at request frames in
+        `owned`."""
         r, crf = self.r, 18 if self.checkpoint.version >= (2, 4) else 33
         crf = crf if r.image_crf is None else r.image_crf
         for image in r.images:
             index = image.index(r.num_frames, r.fps)
             frame = index * round(size.fps / r.fps) - first
-            if owned is not None and index not in owned:
+            if index not in owned:
                 continue
             source = image.path, image.strength, crf
             if frame == 0 and not r.keyframes:

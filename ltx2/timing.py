@@ -48,17 +48,12 @@ class TimePlan:
         return f"{table(heads, [row[: len(heads)] for row in rows])}\n{how}"
 
 
-def work_of(pipe: Any, jobs: Sequence[Any]) -> list[dict[str, float]]:
-    """Operations of each job by phase, stages by their own names."""
-    return [operations(job, pipe.checkpoint) for job in jobs]
-
-
 def time_plan(pipe: Any, jobs: Sequence[Any]) -> TimePlan:
     """The time of jobs on this machine; takes less than a second."""
     total: dict[str, float] = {}
-    for job, work in zip(jobs, work_of(pipe, jobs)):
+    for job in jobs:
         phases = {stage.name: stage.phase for stage in job.stages}
-        for name, n in work.items():
+        for name, n in operations(job, pipe.checkpoint).items():
             phase = phases.get(name, name)
             total[phase] = total.get(phase, 0) + n
     cpu = mx.default_device().type == mx.cpu

@@ -687,7 +687,12 @@ def test_losses_that_are_not_finite_are_left_out_of_the_picture(tmp_path):
     rows = [[1, float("nan"), None], [2, 1.5, 0.5]]
     adapters.save_losses(tmp_path, rows)
     assert (tmp_path / "loss.csv").read_text().split()[1:] == ["1,nan,", "2,1.5,0.5"]
-    assert media.load_image(tmp_path / "loss.png").std() > 0
+    chart = media.load_image(tmp_path / "loss.png")
+    assert chart.std() > 0
+    adapters.save_losses(tmp_path, [*rows, [2, 1.5, float("nan")]])  # held out
+    longer = media.load_image(tmp_path / "loss.png")
+    adapters.save_losses(tmp_path, [*rows, [2, 1.5, None]])
+    assert (longer == media.load_image(tmp_path / "loss.png")).all()
 
 
 def test_two_machines_average_their_gradients(run, clips, cache, checkpoint, tmp_path):
