@@ -129,6 +129,8 @@ class Pipeline(Components):
             requests = [replace(prompt, **options)]
         else:
             again = of_run.get("resume") is not None and prompt is None and not options
+            if prompt is None and options.keys() & {"segments", "contexts_file"}:
+                prompt = ""
             requests = [] if again else [Request(prompt, **options)]
         frames = []
         for event in self.stream(*requests, **of_run):

@@ -1,6 +1,7 @@
 """Steering without another pass: NAG, and prompts by time."""
 
 import dataclasses
+from argparse import Namespace
 import json
 import zlib
 from types import SimpleNamespace
@@ -152,6 +153,14 @@ def test_equal_segments_give_the_plain_run(pipe):
     assert difference(run(pipe, segments=equal), run(pipe)) < 1e-5
     assert difference(run(pipe, "", segments=equal), run(pipe)) < 1e-5
     assert difference(run(pipe, "", segments=HALVES), run(pipe)) > 1e-3
+
+
+def test_segments_need_no_prompt_in_a_call(pipe, monkeypatch):
+    asked = lambda self, request, **_: iter([Namespace(request=request)])
+    monkeypatch.setattr(type(pipe), "stream", asked)
+    with pytest.raises(UserError, match="prompt must be text"):
+        pipe.generate(seed=10, **SIZE)
+    assert pipe.generate(segments=HALVES, **SIZE).request.segments == HALVES
 
 
 def test_a_changed_later_segment_leaves_earlier_tokens_of_an_attention(attention):
