@@ -1,7 +1,6 @@
 """Steering without another pass: NAG, and prompts by time."""
 
 import dataclasses
-from argparse import Namespace
 import json
 import zlib
 from types import SimpleNamespace
@@ -156,7 +155,7 @@ def test_equal_segments_give_the_plain_run(pipe):
 
 
 def test_segments_need_no_prompt_in_a_call(pipe, monkeypatch):
-    asked = lambda self, request, **_: iter([Namespace(request=request)])
+    asked = lambda self, request, **_: iter([SimpleNamespace(request=request)])
     monkeypatch.setattr(type(pipe), "stream", asked)
     with pytest.raises(UserError, match="prompt must be text"):
         pipe.generate(seed=10, **SIZE)
