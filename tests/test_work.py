@@ -161,3 +161,7 @@ def test_the_remaining_time_is_the_measured_one(monkeypatch):
     assert at(20, 0, "stage2", 1, denoised=False) is None
     assert at(24, 1, "stage2", 1) == 4 * (3 + 4 / 2)
     assert at(30, 3, "video", 1, steps=9, denoised=False) is None
+    # The first video may be decoded before the second one begins.
+    left.begun |= {(0, "audio"), (0, "video"), (1, "stage1")}
+    assert at(40, 0, "stage2", 1, denoised=False) is None
+    assert at(44, 1, "stage2", 1) == 4 * (3 + 2 / 2)
