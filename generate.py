@@ -391,9 +391,8 @@ class Progress:
         return path
 
     def save_preview(self, event: Any) -> None:
-        if not (self.preview and event.denoised and "video" in event.denoised):
-            return
-        if event.step % self.args.preview_every == 0:
+        shown = self.preview and "video" in (event.denoised or ())
+        if shown and event.step % self.args.preview_every == 0:
             path = next_to(self.names[event.job], PREVIEW)
             media.save_png(path, self.preview(event.denoised["video"]))
 

@@ -37,38 +37,34 @@ def matrix(source: tuple[float, ...], target: tuple[float, ...]) -> np.ndarray:
     return np.linalg.inv(from_xyz) @ np.linalg.inv(BRADFORD) @ scale @ BRADFORD @ to_xyz
 
 
-def _float(x: np.ndarray) -> np.ndarray:
-    return np.asarray(x, np.float64)
-
-
 def identity(x: np.ndarray) -> np.ndarray:
-    return _float(x).astype(np.float32)
+    return np.asarray(x, np.float32)
 
 
 def srgb_to_linear(x: np.ndarray) -> np.ndarray:
     """sRGB's curve to light, above 1 as below."""
-    x = _float(x)
+    x = np.float64(x)
     power = ((np.maximum(x, 0) + 0.055) / 1.055) ** 2.4
     return np.where(x <= 0.04045, x / 12.92, power).astype(np.float32)
 
 
 def linear_to_srgb(x: np.ndarray) -> np.ndarray:
     """Light to sRGB's curve, above 1 as below."""
-    x = _float(x)
+    x = np.float64(x)
     power = 1.055 * np.maximum(x, 0.0031308) ** (1 / 2.4) - 0.055
     return np.where(x <= 0.0031308, x * 12.92, power).astype(np.float32)
 
 
 def linear_to_acescct(x: np.ndarray) -> np.ndarray:
     """Light over AP1 to codes in [0, 1]."""
-    x = np.maximum(_float(x), 0)
+    x = np.maximum(np.float64(x), 0)
     log = (np.log2(np.maximum(x, 1e-12)) + 9.72) / 17.52
     line = 10.5402377416545 * x + 0.0729055341958355
     return np.where(x > 0.0078125, log, line).clip(0, 1).astype(np.float32)
 
 
 def acescct_to_linear(x: np.ndarray) -> np.ndarray:
-    x = _float(x).clip(0, 1)
+    x = np.float64(x).clip(0, 1)
     line = (x - 0.0729055341958355) / 10.5402377416545
     power = 2 ** (x * 17.52 - 9.72)
     return np.where(x > 0.155251141552511, power, line).astype(np.float32)
@@ -76,14 +72,14 @@ def acescct_to_linear(x: np.ndarray) -> np.ndarray:
 
 def linear_to_logc3(x: np.ndarray) -> np.ndarray:
     """Light to codes in [0, 1] of ARRI LogC3 at EI 800."""
-    x = np.maximum(_float(x), 0)
+    x = np.maximum(np.float64(x), 0)
     log = 0.247190 * np.log10(5.555556 * x + 0.052272) + 0.385537
     line = 5.367655 * x + 0.092809
     return np.where(x >= 0.010591, log, line).clip(0, 1).astype(np.float32)
 
 
 def logc3_to_linear(x: np.ndarray) -> np.ndarray:
-    x = _float(x).clip(0, 1)
+    x = np.float64(x).clip(0, 1)
     line = (x - 0.092809) / 5.367655
     power = (10 ** ((x - 0.385537) / 0.247190) - 0.052272) / 5.555556
     return np.where(x >= 5.367655 * 0.010591 + 0.092809, power, line).astype(np.float32)
@@ -116,14 +112,14 @@ def convert(frames: np.ndarray, source: str, target: str) -> np.ndarray:
     old, new = SPACES[source], SPACES[target]
     x = old.to_linear(x)
     if old.primaries != new.primaries:
-        x = _float(x) @ matrix(old.primaries, new.primaries).T
+        x = np.float64(x) @ matrix(old.primaries, new.primaries).T
     return new.from_linear(np.maximum(x, 0))
 
 
 def hlg(light: np.ndarray) -> np.ndarray:
     """Rec.709 light (..., 3) to HLG's signal over Rec.2020: diffuse white at 0.75, what
     is brighter is rolled off towards 1 with the same slope at white."""
-    x = np.maximum(_float(light) @ matrix(REC709, REC2020).T, 0)
+    x = np.maximum(np.float64(light) @ matrix(REC709, REC2020).T, 0)
     slope = DIFFUSE_WHITE / (1 - DIFFUSE_WHITE)
     brighter = 1 - (1 - DIFFUSE_WHITE) * np.exp(-slope * np.maximum(x - 1, 0))
     x = np.where(x <= 1, x * DIFFUSE_WHITE, brighter)
@@ -134,7 +130,7 @@ def hlg(light: np.ndarray) -> np.ndarray:
 def hlg_planes(light: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rec.709 light (H, W, 3) with even sides to limited 10-bit planes Y, Cb, Cr, uint16;
     the colors at half the size."""
-    x = _float(hlg(light)) @ YCBCR.T
+    x = np.float64(hlg(light)) @ YCBCR.T
     height, width = (side // 2 for side in x.shape[:2])
     chroma = x[..., 1:].reshape(height, 2, width, 2, 2).mean((1, 3))
     y, chroma = x[..., 0] * 876 + 64, chroma * 896 + 512

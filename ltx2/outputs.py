@@ -28,11 +28,6 @@ def names(output: str, videos: int, number: int = 1) -> list[str]:
     return [str(path.with_name(stem + path.suffix)) for stem in stems]
 
 
-def taken(path: Path) -> bool:
-    """Whether there is something at `path`; an empty folder is nothing."""
-    return path.exists() and not (path.is_dir() and not listed(path))
-
-
 @contextmanager
 def claimed(outputs: Iterable[str]) -> Iterator[None]:
     """Other runs take other names in the meantime; UserError if one has such a name."""
@@ -76,11 +71,13 @@ class Files:
         return [Path(output), *folders, *(next_to(output, k) for k in self.kinds)]
 
     def free(self, output: str, videos: int, kept: Optional[str] = None) -> list[str]:
-        """The first names of which no file is there, except the file `kept`."""
+        """The first names of which no file is there, except the file `kept`; an empty
+        folder is nothing."""
         for number in count(1):
             found = names(output, videos, number)
             paths = {path for name in found for path in self.of(name)}
-            there = any(map(taken, paths - {Path(kept or "")}))
+            there = (p for p in paths - {Path(kept or "")} if p.exists())
+            there = any(not p.is_dir() or listed(p) for p in there)
             if not there and not any(map(is_claimed, found)):
                 return found
 

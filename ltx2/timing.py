@@ -59,8 +59,7 @@ def time_plan(pipe: Any, jobs: Sequence[Any]) -> TimePlan:
     cpu = mx.default_device().type == mx.cpu
     device = "cpu" if cpu else mx.device_info().get("architecture", "this GPU")
     dtype = dtype_name(pipe.dtype)
-    row = SHARES.get((device, dtype))
-    shares = (row, row) if row else (LOW, HIGH)
+    shares = (SHARES.get((device, dtype), bound) for bound in (LOW, HIGH))
     return TimePlan(total, matmul_rate(pipe.dtype), *shares, f"{device} in {dtype}")
 
 
