@@ -263,13 +263,14 @@ def hann_sinc(time: Any) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the arguments, and takes no abbreviations."""
+    """Says in one line what is wrong with the arguments; --output=~/x is in the home."""
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_args(self, args: Optional[Sequence[str]] = None, namespace: Any = None):
         args = sys.argv[1:] if args is None else [*args]
+        args = [re.sub(r"^(--[\w-]+=|)~/", rf"\1{Path.home()}/", x) for x in args]
         for flag, value in zip(["", *args], args):
             if flag == "--prompt":  # may be empty for some adapters
                 continue

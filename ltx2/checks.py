@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from .base import LOG, Parser, UserError, dtype_name, run, table
 from .guards import LARGEST, USUAL_CONTRAST, USUAL_LEVEL, USUAL_STD
+from .options import check_range
 
 if TYPE_CHECKING:  # imported where they are used, so that --help answers at once
     from .pipeline import Pipeline
@@ -62,8 +63,7 @@ class Tracer:
         flags, previous = {}, {}
         for name, now in self.stages.items():
             audible = name.endswith("waveform")
-            stream = "audio" if "audio" in name else "video"
-            last, previous[stream] = previous.get(stream, now), now
+            last, previous[series(name)] = previous.get(series(name), now), now
             clear = all(abs(v.mean) > 0.1 * v.std for v in (last, now)) and not audible
             conditions = {
                 "not finite": not math.isfinite(now.mean),
@@ -159,10 +159,11 @@ def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
     from .run import seeded_noise
     from .snapshot import Snapshot
 
-    usual = {**SIZE, "seed": 10}
-    options = {k: getattr(args, k) for k in (*usual, "steps")}
-    options = {k: v for k, v in options.items() if v is not None}
-    if args.prompt:
+    own = {k: v for k, v in pipe.checkpoint.defaults.items() if k in SIZE}
+    usual = {**SIZE, **own, "seed": 10}
+    passed = ((k, getattr(args, k)) for k in (*usual, "steps"))
+    options = {k: v for k, v in passed if v is not None}
+    if args.prompt is not None:
         request = Request(args.prompt, **{**usual, **options})
         return pipe.initial_snapshot(pipe.plan(request))
     synthetic = args.latents in ("zeros", "random")
@@ -329,7 +330,7 @@ def parser() -> argparse.ArgumentParser:
     size = Parser(add_help=False)
     for name, default in SIZE.items():
         flag = f"--{name.replace('_', '-')}"
-        size.add_argument(flag, type=int, help=f"(default: {default})")
+        size.add_argument(flag, type=int, help=f"(default: {default}, or the model's)")
     size.add_argument("--seed", type=int, help="(default: 10)")
     size.add_argument("--steps", type=int, help="number of steps of a dev model")
     size.add_argument("--text-encoder", metavar="MODEL", help="Gemma 3 to use")
@@ -418,6 +419,7 @@ def main() -> None:
     if args.check == "quality":
         from . import pipeline, quality
 
+        check_range("--limit", 1 if args.limit is None else args.limit, 1, 1000)
         how = {"text_encoder": args.text_encoder, "dtype": args.dtype}
         pipes = (pipeline.load(name, **how) for name in (args.model, args.against))
         return quality.report(*pipes, vars(args), SIZE)

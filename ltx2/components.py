@@ -200,8 +200,9 @@ class Components:
 
     def check_text_encoder(self) -> None:
         """UserError unless the text encoder is complete and of the model's size."""
-        if self.checkpoint.version < weights.GEMMA_4:
-            weights.check_text_encoder(self.text_encoder, self.checkpoint)
+        if self.checkpoint.version >= weights.GEMMA_4:
+            return self.checkpoint.require("gemma")
+        weights.check_text_encoder(self.text_encoder, self.checkpoint)
 
     def contexts(self, prompts: Sequence[str], trace: Trace) -> TextContexts:
         """Contexts by prompt, from the cache folder if there is one."""

@@ -260,7 +260,7 @@ class Conversion:
 
 def check_target(folder: Path, overwrite: bool) -> None:
     """UserError for a target that has anything but a converted model."""
-    if not folder.exists():
+    if not folder.exists() or folder.is_dir() and not listed(folder):
         return
     if not overwrite:
         raise UserError(f"{folder} exists: pass --overwrite to replace it")

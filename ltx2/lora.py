@@ -20,7 +20,7 @@ from .linear import QuantizedLinear
 # What tools put in front of a module's name: peft, ComfyUI, diffusers, torch.compile
 PREFIXES = "base_model.model. model. diffusion_model. transformer. _orig_mod. ".split()
 FACTOR = re.compile(
-    r"(.+)\.(?:lora_|lora\.|lora_linear_layer\.)(A|B|down|up)(?:\.\w+)?\.weight"
+    r"(.+)\.(?:lora_|lora\.|lora_linear_layer\.)(A|B|down|up)(?:\.[^.]+)?\.weight"
 )
 # What is more than a LoRA, or something else
 UNSUPPORTED = {

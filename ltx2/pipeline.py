@@ -40,6 +40,7 @@ class Pipeline(Components):
     def plan(self, request: Request) -> Job:
         """What a request means with this model and its input files, and the memory it
         takes; UserError if it cannot be done. A seed is drawn if it has none."""
+        request = checked(Request, request, "request")
         if request.seed is None:
             request = replace(request, seed=random_seed(self.machines.group))
         job = plan(request, self.checkpoint, self.inputs)
@@ -243,7 +244,7 @@ class Pipeline(Components):
     def _prepare(self, jobs: list[Job], contexts, resume) -> memory.MemoryPlan:
         """Check what can be checked before weights are read, and fetch them."""
         lacks = {p for job in jobs for p in job.texts} - {*(contexts or ())}
-        if contexts and lacks:
+        if lacks and (contexts or contexts == {} and resume is None):
             raise UserError(f"contexts lack the prompt {min(lacks)!r}")
         plan = self.memory(*jobs, text=contexts is None)
         plan.check()

@@ -38,7 +38,8 @@ class Snapshot:
 
     def check_request(self, request: Request) -> None:
         """UserError if a planned request differs, except in a predicted length."""
-        mine, length = vars(self.request), {"num_frames", "auto_duration"}
+        mine = vars(self.request)
+        length = ("num_frames", "auto_duration") if request.auto_duration else ()
         changed = [k for k in mine if mine[k] != vars(request)[k] and k not in length]
         if changed:
             made = f"the saved latents were made with another {' and '.join(changed)}"

@@ -99,11 +99,15 @@ def test_anomalies_are_flagged(name, x, flags):
 @pytest.mark.parametrize(
     "before, after, flips",
     [
-        (("up0", 1.0, 2.0), ("up1", -0.6, 2.0), True),
-        (("up0", 1.0, 2.0), ("up1", 0.6, 2.0), False),
-        (("up0", 1.0, 2.0), ("up1", -0.4, 2.0), False),  # another magnitude
-        (("up0", 1.0, 2.0), ("up1", -2.1, 2.0), False),
-        (("up0", 0.1, 2.0), ("up1", -0.1, 2.0), False),  # both are almost zero
+        (("video.up0", 1.0, 2.0), ("video.up1", -0.6, 2.0), True),
+        (("video.up0", 1.0, 2.0), ("video.up1", 0.6, 2.0), False),
+        (("video.up0", 1.0, 2.0), ("video.up1", -0.4, 2.0), False),  # another magnitude
+        (("video.up0", 1.0, 2.0), ("video.up1", -2.1, 2.0), False),
+        (
+            ("video.up0", 0.1, 2.0),
+            ("video.up1", -0.1, 2.0),
+            False,
+        ),  # both are almost zero
         (("block0.video", 1.0, 2.0), ("block0.audio", -1.0, 2.0), False),
         (("audio.mel", 1.0, 2.0), ("audio.waveform", -1.0, 2.0), False),
     ],
@@ -226,12 +230,29 @@ def test_a_rejected_run_shows_its_trace(check, checkpoint, tmp_path):
         (("--latents", "zeros", "--height", 65), "height must be a multiple of 32"),
         (("--latents", "zeros", "--html", "/dev/null/x"), "x: cannot be written"),
         (("--prompt", "a dog", "--num-frames", 10), "num_frames must be 8k+1"),
+        (("--prompt", ""), "the prompt is empty"),
     ],
 )
 def test_invalid_trace_arguments_are_one_line(check, checkpoint, args, message):
     code, out = check("trace", checkpoint("ltx-2"), *args)
     assert code == 2
     assert message in out and len(out.splitlines()) == 1
+
+
+def test_a_trace_has_the_size_that_the_model_is_made_for(check):
+    prompt = "A red circle moves from left to right on a dark background, with a low pure tone."
+    code, out = check(
+        "trace", Path(__file__).parents[1] / "demo/model", "--prompt", prompt
+    )
+    assert code == 0 and "0 of 87 flagged" in out
+
+
+def test_the_limit_of_steps_is_checked(check, checkpoint):
+    args = "quality", checkpoint("ltx-2"), "--against", checkpoint("ltx-2"), "--limit"
+    assert check(*args, -1) == (
+        2,
+        "error: --limit must be between 1 and 1000, got -1\n",
+    )
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,11 @@ def test_a_model_can_be_converted_in_place(quantized, tmp_path):
     assert weights.open_model(str(model)).quantization is None
 
 
+def test_an_empty_folder_may_be_the_target(small, tmp_path):
+    (tmp_path / "new").mkdir()
+    assert convert("--hf-path", small, "--mlx-path", tmp_path / "new") == 0
+
+
 def test_another_model_is_not_overwritten(small, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
     args = ("--hf-path", small, "--mlx-path", tmp_path, "--overwrite")
@@ -594,8 +599,8 @@ def test_kind_and_dtype_from_the_command_line(checkpoint, tmp_path, monkeypatch)
         (["--dequantize", "-q"], "not quantized: remove"),
         (["--hf-path", "nowhere"], "no such file"),
         (["--upsampler", "nowhere"], "no such file"),
-        (["--mlx-path", "."], "exists"),
-        (["--mlx-path", ".", "--overwrite"], "not a converted model"),
+        (["--mlx-path", "/"], "exists"),
+        (["--mlx-path", "/", "--overwrite"], "not a converted model"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_written(

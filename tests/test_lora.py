@@ -239,6 +239,7 @@ RENAMES = {
     "LyCORIS": flat_name("lycoris_"),
     "peft": peft_name("base_model.model."),
     "peft with its adapter's name": peft_name("base_model.model.", ".default"),
+    "peft with a name of a user's": peft_name("base_model.model.", ".my-style"),
     "bare": peft_name(""),
     "compiled": peft_name("_orig_mod."),
     "another tool": peft_name("net.dit."),

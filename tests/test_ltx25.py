@@ -129,6 +129,13 @@ def test_a_missing_file_is_an_error_only_if_it_is_needed(pack, missing, options)
         plan(Request("a fox", seed=10, no_audio=missing == AUDIO), source)
 
 
+def test_a_missing_text_encoder_is_named(pack):
+    (pack / ENCODER).unlink()
+    pipe = pipeline.load(str(pack), kind="distilled")
+    with pytest.raises(UserError, match="missing model parts: gemma"):
+        pipe.check_text_encoder()
+
+
 def test_a_diffusion_vae_also_encodes(pack, source):
     (pack / VIDEO).unlink()
     alone = weights.open_model(str(pack))

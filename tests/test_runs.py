@@ -726,6 +726,17 @@ def test_saved_latents_are_checked(pipe, contexts, tmp_path, change, message):
         next(pipe.stream(contexts=contexts, resume=Snapshot.read(path)))
 
 
+def test_contexts_must_have_the_prompt_and_resuming_keeps_the_length(pipe, contexts):
+    with pytest.raises(UserError, match="contexts lack the prompt 'a cow'"):
+        pipe.generate("a cow", contexts={}, **SHORT)
+    request = Request("a cat", seed=1, **SHORT)
+    events = events_to_latents(pipe, request, contexts=contexts)
+    snapshot = next(e.snapshot for e in events if e.step == 2)
+    with pytest.raises(UserError, match="made with another num_frames"):
+        snapshot.check_request(dataclasses.replace(snapshot.request, num_frames=17))
+    assert pipe.plan("a cat").request.prompt == "a cat"
+
+
 def test_noise_of_another_shape_is_an_error(pipe, contexts):
     noise = lambda name, shape: np.zeros((1, 1, shape[-1]))
     with pytest.raises(ValueError, match="noise stage1.video has shape .1, 1, "):
