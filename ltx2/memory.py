@@ -10,6 +10,7 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import mlx.core as mx
@@ -109,9 +110,8 @@ class MemoryPlan:
 
 def planned(phases: Phases, limit: int, low_memory: Optional[bool]) -> MemoryPlan:
     """A plan that streams blocks with `low_memory`, or if it is None and they do not fit."""
-    plan = MemoryPlan(phases, limit, bool(low_memory))
-    must = low_memory is None and not plan.fits
-    return replace(plan, streamed=True) if must else plan
+    must = low_memory is None and not MemoryPlan(phases, limit).fits
+    return MemoryPlan(phases, limit, bool(low_memory) or must)
 
 
 def joined(plans: Iterable[MemoryPlan], low_memory: Optional[bool]) -> MemoryPlan:
@@ -128,15 +128,16 @@ def suggest_smaller(r: Request, fits: Callable[[Request], bool]) -> str:
     short = (n for n in (97, 65, 41) if n < r.num_frames)  # with 25 carried frames
     windows = next((n for n in short if fits(replace(r, chunk_frames=n))), None)
     found = [f"it fits in windows: --chunk-frames {windows}"] if windows else []
-    for part in (1, 2, 4):
+    lengths = [r.num_frames]
+    while lengths[-1] > 1:
+        lengths.append((lengths[-1] - 1) // 16 * 8 + 1)
+    smaller = [*product((1, 2, 4), lengths)][1:]  # the first is the request
+    for part, frames in smaller if r.video is None else ():
         height, width = (max(n // part // 64, 1) * 64 for n in (r.height, r.width))
-        frames = r.num_frames
-        while r.video is None and frames > 1:
-            frames = (frames - 1) // 16 * 8 + 1
-            less = replace(r, height=height, width=width, num_frames=frames)
-            if fits(less):
-                found.append(f"{width}x{height} with {frames} frames would fit")
-                return ", or ".join(found)
+        less = replace(r, height=height, width=width, num_frames=frames)
+        if fits(less):
+            found.append(f"{width}x{height} with {frames} frames would fit")
+            return ", or ".join(found)
     instead = "try a lower-bit model (convert.py --quantize) or a smaller video"
     return found[0] if found else instead
 

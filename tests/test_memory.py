@@ -188,6 +188,12 @@ def test_blocks_are_streamed_if_they_do_not_fit(load, request_, monkeypatch):
     assert mx.array_equal(latents, same)
 
 
+def test_a_refused_picture_gets_a_smaller_size():
+    request = Request("", height=1024, width=1024, num_frames=1)
+    found = memory.suggest_smaller(request, lambda r: r.height <= 512)
+    assert found == "512x512 with 1 frames would fit"
+
+
 def test_a_refused_request_gets_a_size_that_fits(load, request_, monkeypatch):
     pipe = load("ltx-2.3", low_memory=True)
     request = request_(height=512, width=768, num_frames=121)
