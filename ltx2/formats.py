@@ -228,8 +228,7 @@ class VideoWriter:
         frames = sorted(folder.glob("*.exr"))
         for path in frames:
             path.write_bytes(exr.with_color(path.read_bytes(), space))
-        if self.sound is not None:
-            sound = self.sound
+        if (sound := self.sound) is not None:
             if not isinstance(sound, tuple):
                 duration = self.num_frames / media.frame_rate(self.fps)
                 sound = media.read_audio(sound, duration=duration)
