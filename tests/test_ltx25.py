@@ -129,6 +129,15 @@ def test_a_missing_file_is_an_error_only_if_it_is_needed(pack, missing, options)
         plan(Request("a fox", seed=10, no_audio=missing == AUDIO), source)
 
 
+def test_of_two_text_encoders_the_readable_one_is_used(pack, caplog):
+    tensors, metadata = mx.load(str(pack / ENCODER), return_metadata=True)
+    unread = {k: w.astype(mx.int8) for k, w in tensors.items()}
+    mx.save_safetensors(str(pack / "text_encoders/a.safetensors"), unread, metadata)
+    weights.open_model(str(pack))
+    unread = "text_encoders/a.safetensors: unsupported dtype I8"
+    assert f"using {ENCODER}, not {unread}" in caplog.text
+
+
 def test_a_missing_text_encoder_is_named(pack):
     (pack / ENCODER).unlink()
     pipe = pipeline.load(str(pack), kind="distilled")
