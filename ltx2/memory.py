@@ -35,7 +35,7 @@ from .work import video_convs
 FLOAT = 4  # bytes of float32, in which encoders and decoders compute
 # How many copies of the widest tensor exist at once, on the CPU and on a GPU.
 UPSAMPLER = (24, 6)  # more than its convolutions need; on the CPU of the padded clip
-SPECTRAL = (90, 12)  # the audio VAE and HiFi-GAN
+SPECTRAL = (90, 12)  # the audio VAE, and on a GPU HiFi-GAN
 BIGVGAN = (215, 30)
 TIGHT = 3 / 4  # memory is tight above this part of the limit
 # Copies that a block of the transformer keeps for its backward pass, of the states of all
@@ -388,7 +388,8 @@ class Estimator:
         for _, c, (_, *lengths) in generators(self.config["vocoder"], frames):
             channels = c["upsample_initial_channel"]
             widest = max(n * (channels >> i) for i, n in enumerate(lengths, 1))
-            copies = BIGVGAN if c["resblock"] == "AMP1" else SPECTRAL
+            copies = (25 + 6 * max(c["resblock_kernel_sizes"]), SPECTRAL[1])
+            copies = BIGVGAN if c["resblock"] == "AMP1" else copies
             buffers.append(copies[self.gpu] * FLOAT * widest)
         return max(buffers)
 

@@ -14,7 +14,7 @@ from checkpoints import CONFIGS, widths
 from test_pipeline import events_to_latents
 
 import generate
-from ltx2 import media, memory, text, weights
+from ltx2 import media, memory, pipeline, text, weights
 from ltx2.base import UserError
 from ltx2.latents import Size
 from ltx2.request import Image, LoraFile, Request, Segment
@@ -142,6 +142,11 @@ def test_a_larger_model_is_predicted(load, request_, quick_vocoder):
     assert_predicted(pipe, request, audio=False)
     pipe.low_memory = True
     assert_stages_predicted(pipe, request)
+
+
+def test_all_phases_of_the_demo_are_predicted():
+    pipe = pipeline.load(str(Path(__file__).parents[1] / "demo/model"), dtype="float32")
+    assert_predicted(pipe, Request("a", seed=1, num_frames=9, sigmas=(1.0, 0.0)))
 
 
 def test_memory_does_not_grow_with_the_number_of_windows(load):
