@@ -48,6 +48,24 @@ def check_contexts(path: str, contexts: Contexts, config: dict, streams: Sequenc
             raise UserError(f"{path} is for another model: its {stream} {widths}")
 
 
+def given_contexts(
+    given: TextContexts, config: dict, streams: Sequence
+) -> TextContexts:
+    """Contexts that a caller passes by prompt, as MLX arrays; UserError if they do not
+    fit the transformer or are not of all streams."""
+    found = {}
+    for prompt, pair in given.items():
+        where = f"contexts[{prompt!r}]"
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise UserError(f"{where} must be a pair (video, audio), got {type(pair)}")
+        found[prompt] = tuple(None if x is None else mx.array(x) for x in pair)
+        for x in (x for x in found[prompt] if x is not None):
+            if x.ndim != 3 or len(x) != 1:
+                raise UserError(f"{where} must be (1, tokens, width), got {x.shape}")
+        check_contexts(where, found[prompt], config, streams)
+    return found
+
+
 class ContextCache:
     """A folder of contexts; `made_by` is what else they depend on than the prompt."""
 

@@ -15,6 +15,7 @@ import numpy as np
 from . import color, exr, media
 from .base import UserError
 from .media import Metadata, PathLike
+from .options import check_choice
 
 # As properties of the frames: with -color_* options players see "unknown".
 TAGS = "setparams=color_primaries={}:color_trc={}:colorspace={}:range={}"
@@ -103,6 +104,7 @@ def choose(path: PathLike, codec: Optional[str] = None, space: str = "srgb") -> 
         allowed = "end in .mp4, .mov or .mkv, or have no ending: a folder of EXR frames"
         raise UserError(f"{path or 'output'}: the name must {allowed}")
     codec = codec or usual[suffix]
+    check_choice("codec", codec, tuple(FORMATS))
     if suffix != (ending := FORMATS[codec].suffix) and (ending or suffix in usual):
         name = f"end in {ending}" if ending else f"be a folder, not a {suffix}"
         raise UserError(f"{path}: {codec} must {name}")

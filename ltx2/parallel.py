@@ -13,6 +13,7 @@ import numpy as np
 
 from .base import UserError
 from .dit import Block, DiT, DiTConfig, Pass
+from .options import check_choice
 
 Group = mx.distributed.Group
 T = TypeVar("T")
@@ -78,6 +79,8 @@ class Machines:
         self.group, self.mode = group, ""  # of MODES, when work is split
         self.rank, self.count = (group.rank(), group.size()) if group else (0, 1)
         self.requested = EARLIER_NAMES.get(mode, mode)
+        if mode is not None:
+            check_choice("parallel", self.requested, tuple(MODES))
 
     def __str__(self) -> str:
         return MODES.get(self.mode, "one machine")

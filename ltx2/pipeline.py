@@ -12,6 +12,7 @@ import numpy as np
 
 from . import hub, memory, weights
 from .base import Trace, UserError, checked, counted, dtype_name
+from .cache import given_contexts
 from .chips import this_chip
 from .components import Components
 from .guidance import TextContexts, guidance_passes
@@ -167,13 +168,17 @@ class Pipeline(Components):
         request or none. `frozen_from_noise` starts the kept stream of a retake from
         noise, as the reference does. Raises UserError before any weights are read.
         """
-        jobs = self._jobs(requests, resume)
+        jobs = self._jobs(requests, checked(Optional[Snapshot], resume, "resume"))
+        contexts = checked(Optional[dict], contexts, "contexts")
         noises = noise if isinstance(noise, Sequence) else [noise] * len(jobs)
         if len(noises) != len(jobs):
             raise UserError(f"{len(noises)} noise callbacks for {len(jobs)} requests")
         if resume and resume.stage == len(jobs[0].stages):
             contexts = {}  # it is only decoded
         plan = self._prepare(jobs, contexts, resume)
+        if contexts is not None:
+            config, streams = self.checkpoint.config["transformer"], jobs[0].streams
+            contexts = given_contexts(contexts, config, streams)
         run = Run(self, noises, trace, frozen_from_noise, plan.streamed)
         alone = self.machines.group is None
         fits = alone and plan.keeps_transformer
@@ -286,6 +291,8 @@ def load(
     folder = checked(Optional[str], cache_contexts, "cache_contexts")
     low_memory = checked(Optional[bool], low_memory, "low_memory")
     mode = checked(Optional[str], share if parallel is None else parallel, "parallel")
+    if len(dict(files)) < len(files):
+        raise UserError("parts: a component is named twice")
     o = Load(model, kind, name, upsamplers, dict(files), text_encoder)
     files = {"upsamplers": o.upsamplers, "parts": o.parts}
     checkpoint = weights.open_model(o.model, kind, **files, fetch=False)
@@ -293,6 +300,6 @@ def load(
         hub.make_folder(folder)
     options = low_memory, folder, Machines(group, mode)
     pipe = Pipeline(checkpoint, o.text_encoder, getattr(mx, name), *options)
-    pipe.keep = keep
+    pipe.keep = checked(bool, keep, "keep")
     pipe.fallback = mx.bfloat16 if is_auto and name == "float16" else None
     return pipe

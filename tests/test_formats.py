@@ -204,3 +204,8 @@ def test_the_ending_decides_in_any_case(tmp_path, suffix):
 def test_a_folder_of_frames_has_a_name_of_its_own(path):
     with pytest.raises(UserError, match="must (be a folder|end in)"):
         formats.choose(path, "exr")
+
+
+def test_an_unknown_codec_is_named():
+    with pytest.raises(UserError, match="unknown codec 'vp9': choose from h264"):
+        formats.choose("a.mp4", "vp9")

@@ -737,6 +737,45 @@ def test_contexts_must_have_the_prompt_and_resuming_keeps_the_length(pipe, conte
     assert pipe.plan("a cat").request.prompt == "a cat"
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (5, "contexts must be an object, got 5"),
+        ({"a cat": None}, r"contexts\['a cat'\] must be a pair"),
+        ({"a cat": mx.ones((1, 8, 72))}, "must be a pair"),
+        ({"a cat": (mx.ones((8, 72)), None)}, r"must be \(1, tokens, width\)"),
+        ({"a cat": (mx.ones((1, 8, 7)), None)}, "its video embeddings have width 7"),
+    ],
+)
+def test_contexts_that_do_not_fit_are_one_line(pipe, given, message):
+    with pytest.raises(UserError, match=message):
+        next(pipe.stream(Request("a cat", seed=1, **SHORT), contexts=given))
+
+
+def test_contexts_can_be_numpy_arrays(pipe, contexts, quick_vocoder):
+    arrays = {k: tuple(np.array(x) for x in pair) for k, pair in contexts.items()}
+    make = lambda given: pipe.generate("a cat", seed=1, contexts=given, **SHORT)
+    assert mx.array_equal(make(arrays).video_latents, make(contexts).video_latents)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"keep": "x"}, "keep must be"),
+        ({"parallel": "x"}, "unknown parallel 'x': choose from data, passes, tensor"),
+        ({"parts": [("vae", "a"), ("vae", "b")]}, "a component is named twice"),
+    ],
+)
+def test_wrong_options_of_load_are_one_line(checkpoint, options, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.load(str(checkpoint("ltx-2")), str(checkpoint("gemma3")), **options)
+
+
+def test_only_a_snapshot_can_be_resumed(pipe, contexts):
+    with pytest.raises(UserError, match="resume must be"):
+        pipe.generate("a cat", contexts=contexts, resume=5, **SHORT)
+
+
 def test_noise_of_another_shape_is_an_error(pipe, contexts):
     noise = lambda name, shape: np.zeros((1, 1, shape[-1]))
     with pytest.raises(ValueError, match="noise stage1.video has shape .1, 1, "):
