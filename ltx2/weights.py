@@ -23,6 +23,7 @@ TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 # Computed in float32 whatever the dtype: the vocoder as in the reference, the other
 # convolutions because Metal's fast ones lose up to 5 % a layer in 16 bits.
 FLOAT32 = ("vae", "audio_vae", "vocoder", *UPSAMPLERS)
+SIZE = ("height", "width", "num_frames", "fps")  # of `defaults`
 SMALL_GROUP = 1 << 20  # bytes to evaluate at a time, if they are computed
 
 
@@ -55,6 +56,8 @@ class Checkpoint(FolderConfig):
 
     def __post_init__(self, found: Parts):
         parts.parse_version(self.model_version)
+        sizes = {k: v for k, v in self.defaults.items() if k in SIZE}
+        checked(dict[str, float], sizes, "config.json: defaults")
         held: dict[str, Tensors] = {}
         for part in found.values():
             held.setdefault(part.component, {}).update(part.tensors)

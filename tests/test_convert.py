@@ -285,6 +285,10 @@ def test_a_folder_may_hold_its_text_encoder_and_other_files(quantized, tmp_path)
             lambda m: edit(m, "quantization", {"bits": 7, "group_size": 32}),
             "bits must be one of",
         ),
+        (
+            lambda m: edit(m, "defaults", {"num_frames": None}),
+            "defaults.num_frames must be a number, got None",
+        ),
     ],
 )
 def test_a_damaged_folder_is_one_line(quantized, tmp_path, damage, message):
