@@ -309,9 +309,7 @@ def check_config(name: str, section: Any, tensors: Tensors) -> None:
 def limit_depth(section: Any, tensors: int) -> None:
     """No model has more layers than tensors; building those would not end."""
     for path, value in tree_flatten(section):
-        name = re.sub(r"(\.\d+)+$", "", path).rpartition(".")[
-            2
-        ]  # of a list's items, too
+        *_, name = re.sub(r"(\.\d+)+$", "", path).split(".")  # of a list's items, too
         counts = isinstance(value, int) and re.search("layers|blocks|depth", name)
         if counts and value > tensors:
             raise UserError(f"{name} is {value}, but there are {tensors} tensors")

@@ -176,9 +176,10 @@ class Pipeline(Components):
         if resume and resume.stage == len(jobs[0].stages):
             contexts = {}  # it is only decoded
         plan = self._prepare(jobs, contexts, resume)
-        if contexts is not None:
-            config, streams = self.checkpoint.config["transformer"], jobs[0].streams
-            contexts = given_contexts(contexts, config, streams)
+        for job in jobs if contexts else ():
+            given = {p: contexts[p] for p in job.texts if p in contexts}
+            config = self.checkpoint.config["transformer"]
+            contexts = contexts | given_contexts(given, config, job.streams)
         run = Run(self, noises, trace, frozen_from_noise, plan.streamed)
         alone = self.machines.group is None
         fits = alone and plan.keeps_transformer

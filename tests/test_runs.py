@@ -752,6 +752,14 @@ def test_contexts_that_do_not_fit_are_one_line(pipe, given, message):
         next(pipe.stream(Request("a cat", seed=1, **SHORT), contexts=given))
 
 
+def test_contexts_of_a_video_without_audio_may_lack_it(pipe, contexts, quick_vocoder):
+    silent = Request("a cat", seed=1, no_audio=True, **SHORT)
+    given = contexts | {"a cat": (contexts["a cat"][0], None)}
+    next(pipe.stream(Request("a dog", seed=1, **SHORT), silent, contexts=given))
+    with pytest.raises(UserError, match="has no embeddings for audio"):
+        next(pipe.stream(Request("a cat", seed=1, **SHORT), contexts=given))
+
+
 def test_contexts_can_be_numpy_arrays(pipe, contexts, quick_vocoder):
     arrays = {k: tuple(np.array(x) for x in pair) for k, pair in contexts.items()}
     make = lambda given: pipe.generate("a cat", seed=1, contexts=given, **SHORT)
