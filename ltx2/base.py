@@ -144,6 +144,11 @@ def listed(folder: Path, pattern: str = "*") -> list[Path]:
     return [p for p in sorted(folder.glob(pattern)) if not p.name.startswith(aside)]
 
 
+def taken(path: Path) -> bool:
+    """Whether there is something at `path`; an empty folder is nothing."""
+    return path.exists() and not (path.is_dir() and not listed(path))
+
+
 def lock(file: IO) -> Optional[bool]:
     """Lock an open file, if no other process has; None on a disk without locks."""
     try:

@@ -10,7 +10,7 @@ from typing import Any, Callable, Optional, Sequence
 import mlx.core as mx
 
 from . import hub
-from .base import UserError
+from .base import UserError, expect
 from .guidance import Contexts, TextContexts
 from .weights import save_arrays
 
@@ -48,20 +48,18 @@ def check_contexts(path: str, contexts: Contexts, config: dict, streams: Sequenc
             raise UserError(f"{path} is for another model: its {stream} {widths}")
 
 
-def given_contexts(
-    given: TextContexts, config: dict, streams: Sequence
-) -> TextContexts:
+def given_contexts(given: TextContexts, config: dict, streams: Sequence) -> dict:
     """Contexts that a caller passes by prompt, as MLX arrays; UserError if they do not
     fit the transformer or are not of all streams."""
     found = {}
     for prompt, pair in given.items():
         where = f"contexts[{prompt!r}]"
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise UserError(f"{where} must be a pair (video, audio), got {type(pair)}")
+        both = isinstance(pair, (tuple, list)) and len(pair) == 2
+        expect(both, "a pair (video, audio)", pair, where)
         found[prompt] = tuple(None if x is None else mx.array(x) for x in pair)
         for x in (x for x in found[prompt] if x is not None):
-            if x.ndim != 3 or len(x) != 1:
-                raise UserError(f"{where} must be (1, tokens, width), got {x.shape}")
+            one = x.ndim == 3 and len(x) == 1
+            expect(one, "(1, tokens, width)", x.shape, where)
         check_contexts(where, found[prompt], config, streams)
     return found
 

@@ -419,7 +419,8 @@ def main() -> None:
     if args.check == "quality":
         from . import pipeline, quality
 
-        check_range("--limit", 1 if args.limit is None else args.limit, 1, 1000)
+        if args.limit is not None:
+            check_range("--limit", args.limit, 1, 1000)
         how = {"text_encoder": args.text_encoder, "dtype": args.dtype}
         pipes = (pipeline.load(name, **how) for name in (args.model, args.against))
         return quality.report(*pipes, vars(args), SIZE)

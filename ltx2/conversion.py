@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from . import __version__, media
 from . import quantization as rounding
-from .base import UserError, dtype_name, listed, user_path
+from .base import UserError, dtype_name, listed, taken, user_path
 from .hub import DTYPES, converted_config, folder_files, gigabytes
 from .layers import Weights
 from .linear import QuantizedLinear, layer_format, layer_formats, quantize
@@ -36,7 +36,7 @@ NAMES = {"2.0": "LTX-2-19b", "2.3": "LTX-2.3-22b", "2.5": "LTX-2.5-22b"}
 SAMPLE = """<!-- A clip that these weights made: upload it and remove this line and the next.
 <video controls src="sample.mp4"></video> -->
 """
-FLOATS = {"float16": "fp16", "float32": "fp32"}
+FLOATS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 Progress = Callable[[int], Any]
 
@@ -174,7 +174,7 @@ class Conversion:
     def hub_name(self) -> str:
         """As mlx-community names models: LTX-2.3-22b-distilled-4bit."""
         q = layer_formats(self.stored).get("")
-        how = FLOATS.get(dtype_name(self.dtype), "bf16")
+        how = FLOATS[dtype_name(self.dtype or mx.bfloat16)]
         if q:
             how = f"{q['bits']}bit" if q["mode"] == "affine" else q["mode"]
         return f"{NAMES[self.source.generation]}-{self.source.kind}-{how}"
@@ -260,7 +260,7 @@ class Conversion:
 
 def check_target(folder: Path, overwrite: bool) -> None:
     """UserError for a target that has anything but a converted model."""
-    if not folder.exists() or folder.is_dir() and not listed(folder):
+    if not taken(folder):
         return
     if not overwrite:
         raise UserError(f"{folder} exists: pass --overwrite to replace it")

@@ -19,14 +19,13 @@ from .options import check, check_choice, check_range, check_step
 from .recipes import follow, makes_matte
 from .request import PRESETS, SIZES, Request
 from .sampling import DISTILLED_SIGMAS, shifted_sigmas
-from .weights import Checkpoint
+from .weights import SIZE, Checkpoint
 
 NEGATIVE_PROMPT = (  # starts with tags of the training captions
     "has_subtitles, has_blurbox, transition from black, transition to black, "
     "speech_ending_short, low quality, blurry, distorted, flickering, watermark, "
     "text on screen, muffled sound, noise, clipping, silence"
 )
-SIZE = {"height": 512, "width": 768, "num_frames": 121, "fps": 24.0}
 MAX_FRAMES, MAX_SIDE = 2049, 4096
 USUAL_FPS = (24, 25, 30, 50, 60)
 AUTO_DURATION = (1.0, 20.0)  # the reference's, in seconds

@@ -388,8 +388,9 @@ class Estimator:
         for _, c, (_, *lengths) in generators(self.config["vocoder"], frames):
             channels = c["upsample_initial_channel"]
             widest = max(n * (channels >> i) for i, n in enumerate(lengths, 1))
-            copies = (25 + 6 * max(c["resblock_kernel_sizes"]), SPECTRAL[1])
-            copies = BIGVGAN if c["resblock"] == "AMP1" else copies
+            unfolded = 25 + 6 * max(c["resblock_kernel_sizes"])
+            hifigan = unfolded, SPECTRAL[1]
+            copies = BIGVGAN if c["resblock"] == "AMP1" else hifigan
             buffers.append(copies[self.gpu] * FLOAT * widest)
         return max(buffers)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Iterable, Iterator, Optional
 
 from . import formats, media
-from .base import UserError, listed, lock
+from .base import UserError, lock, taken
 
 LATENTS, PREVIEW, SHEET = ".latents.safetensors", ".preview.png", "-sheet.png"
 
@@ -71,13 +71,11 @@ class Files:
         return [Path(output), *folders, *(next_to(output, k) for k in self.kinds)]
 
     def free(self, output: str, videos: int, kept: Optional[str] = None) -> list[str]:
-        """The first names of which no file is there, except the file `kept`; an empty
-        folder is nothing."""
+        """The first names of which no file is there, except the file `kept`."""
         for number in count(1):
             found = names(output, videos, number)
             paths = {path for name in found for path in self.of(name)}
-            there = (p for p in paths - {Path(kept or "")} if p.exists())
-            there = any(not p.is_dir() or listed(p) for p in there)
+            there = any(map(taken, paths - {Path(kept or "")}))
             if not there and not any(map(is_claimed, found)):
                 return found
 

@@ -189,8 +189,9 @@ def join_parts(
     if any(part.component in UPSAMPLERS for part in chosen.values()):
         found = {k: p for k, p in found.items() if p.component not in UPSAMPLERS}
     for f in (f for f in others if f.role and f.problem):  # copies in other formats
-        used = {k: p.file.name for (k, _), p in found.items() if k in claims(f)}
-        if used and used.keys() == claims(f) and "config" in " ".join(f.metadata):
+        held = claims(f)
+        used = {k: p.file.name for (k, _), p in found.items() if k in held}
+        if used and used.keys() == held and "config" in " ".join(f.metadata):
             note(f"using {next(iter(used.values()))}, not {f.problem}")
     return found | chosen, problems
 

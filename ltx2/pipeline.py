@@ -176,19 +176,17 @@ class Pipeline(Components):
         if resume and resume.stage == len(jobs[0].stages):
             contexts = {}  # it is only decoded
         plan = self._prepare(jobs, contexts, resume)
+        config = self.checkpoint.config["transformer"]
         for job in jobs if contexts else ():
             given = {p: contexts[p] for p in job.texts if p in contexts}
-            config = self.checkpoint.config["transformer"]
             contexts = contexts | given_contexts(given, config, job.streams)
         run = Run(self, noises, trace, frozen_from_noise, plan.streamed)
-        alone = self.machines.group is None
-        fits = alone and plan.keeps_transformer
+        fits = self.machines.group is None and plan.keeps_transformer
         self._keeps = self.keep and fits
         if not (self._keeps or self._adopted):  # that of an earlier run
             self.free("transformer")
         with memory.limits(plan):
-            at_once = fits and len(jobs) > 1
-            yield from self._events(run, jobs, contexts, resume, at_once)
+            yield from self._events(run, jobs, contexts, resume, fits and len(jobs) > 1)
 
     def _events(self, run: Run, jobs, contexts, resume, at_once) -> Iterator[Event]:
         """What `stream` yields; each video is decoded `at_once`, or all at the end."""

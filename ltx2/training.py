@@ -106,9 +106,8 @@ class Trainer:
         self.group = mx.distributed.init()
         self.streams = STREAMS if o.streams == "both" else (o.streams,)
         self.endings = o.target_modules or TARGETS[o.streams]
-        c.check(
-            "transformer", "connectors", *(dataset.ENCODERS[s] for s in self.streams)
-        )
+        encoders = (dataset.ENCODERS[s] for s in self.streams)
+        c.check("transformer", "connectors", *encoders)
         pipe.check_text_encoder()
         cache = user_path(cache or self.folder / "cache")
         self.data = dataset.Dataset(cache, pipe, o)

@@ -23,7 +23,8 @@ TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 # Computed in float32 whatever the dtype: the vocoder as in the reference, the other
 # convolutions because Metal's fast ones lose up to 5 % a layer in 16 bits.
 FLOAT32 = ("vae", "audio_vae", "vocoder", *UPSAMPLERS)
-SIZE = ("height", "width", "num_frames", "fps")  # of `defaults`
+# Of a video, where neither the request nor the folder's `defaults` have them
+SIZE = {"height": 512, "width": 768, "num_frames": 121, "fps": 24.0}
 SMALL_GROUP = 1 << 20  # bytes to evaluate at a time, if they are computed
 
 
