@@ -11,58 +11,58 @@ from pathlib import Path
 
 from ltx2 import __version__
 from ltx2.base import Parser, UserError, awake, note, run, user_path
-from ltx2.options import name_and_file
+from ltx2.options import add_all, name_and_file
 
 EPILOG = """\
 examples:
-  python convert.py --quantize -q-bits 4
+  python convert.py -q --q-bits 4
   python convert.py --hf-path Lightricks/LTX-2.3 --file ltx-2.3-22b-dev.safetensors
   python convert.py --hf-path mlx_model --dequantize --mlx-path mlx_model_bf16
 """
+
+
+FLAGS = {
+    "hf-path SOURCE": "Hub repository, folder or .safetensors file (default: %(default)s)",
+    "file FILE": "checkpoint in the repository (default: the distilled 19B, or the only one)",
+    "part NAME=FILE": "file to use for a component, like vae=FILE; repeatable",
+    "upsampler FILE": "latent upsampler (default: those next to the checkpoint); repeatable",
+    "mlx-path FOLDER": "folder to write (default: %(default)s)",
+    "overwrite": "replace an existing folder",
+    "quantize -q": "quantize the linear layers of the transformer's blocks",
+    "q-bits -q-bits": "bits per weight (default: 4)",
+    "q-group-size -q-group-size": "number of weights that share a scale (default: 64)",
+    "q-mode -q-mode": "number format (default: affine)",
+    "quant-predicate RECIPE": "bits of each layer: mixed_4_6, mixed_4_8, a JSON file, or "
+    "auto, which measures each kind of layer first (default for 4 bits: by kind of layer "
+    "and depth; with --q-group-size all layers are alike)",
+    "lora FILE[:STRENGTH]": "LoRA to fuse into the transformer before quantizing; repeatable",
+    "dequantize -d": "undo quantization: 16 bits per weight",
+    "dtype": "dtype of the weights that are not quantized (default: unchanged)",
+    "kind": "kind of the checkpoint (default: from its file name)",
+    "text-encoder MODEL": "text encoder to use with the model (default: Gemma 3 12B)",
+    "upload-repo OWNER/NAME": "Hub repository to upload the folder to; an existing folder "
+    "is not converted again",
+}
 
 
 def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     p = Parser(description=__doc__, epilog=EPILOG, formatter_class=raw)
     p.add_argument("--version", action="version", version=f"ltx2 {__version__}")
-    add = p.add_argument
     many = {"action": "append", "default": []}
-    text = "Hub repository, folder or .safetensors file (default: %(default)s)"
-    add("--hf-path", default="Lightricks/LTX-2", help=text)
-    text = "checkpoint in the repository (default: the distilled 19B, or the only one)"
-    add("--file", help=text)
-    text = "file to use for a component, like vae=FILE; repeatable"
-    add("--part", type=name_and_file, metavar="NAME=FILE", help=text, **many)
-    text = "latent upsampler (default: those next to the checkpoint); repeatable"
-    add("--upsampler", metavar="FILE", help=text, **many)
-    text = "folder to write (default: %(default)s)"
-    add("--mlx-path", type=Path, default=Path("mlx_model"), help=text)
-    add("--overwrite", action="store_true", help="replace an existing folder")
-    text = "quantize the linear layers of the transformer's blocks"
-    add("-q", "--quantize", action="store_true", help=text)
-    bits, groups = [2, 3, 4, 5, 6, 8], [32, 64, 128]
-    add("--q-bits", "-q-bits", type=int, choices=bits, help="a weight (default: 4)")
-    text = "weights that share a scale (default: 64)"
-    add("--q-group-size", "-q-group-size", type=int, choices=groups, help=text)
-    modes = ["affine", "mxfp4", "nvfp4", "mxfp8"]
-    add("--q-mode", "-q-mode", choices=modes, help="number format (default: affine)")
-    text = (
-        "bits by layer: mixed_4_6, mixed_4_8, a JSON file, or auto, which measures each "
-        "kind of layer first (default for 4 bits: by kind of layer and depth, unless "
-        "--q-group-size is passed)"
-    )
-    add("--quant-predicate", metavar="RECIPE", help=text)
-    text = "LoRA to fuse into the transformer before quantizing; repeatable"
-    add("--lora", type=lora, metavar="FILE[:STRENGTH]", help=text, **many)
-    add("-d", "--dequantize", action="store_true", help="back to 16 bits a weight")
-    text = "dtype of the weights that are not quantized (default: unchanged)"
-    add("--dtype", choices=["float16", "bfloat16", "float32"], help=text)
-    text = "kind of the checkpoint (default: from its file name)"
-    add("--kind", choices=["dev", "distilled"], help=text)
-    text = "text encoder to use with the model (default: Gemma 3 12B)"
-    add("--text-encoder", help=text)
-    text = "Hub repository to upload the folder to; an existing folder is not converted again"
-    add("--upload-repo", metavar="OWNER/NAME", help=text)
+    details = {
+        "hf-path": {"default": "Lightricks/LTX-2"},
+        "part": {"type": name_and_file, **many},
+        "upsampler": many,
+        "mlx-path": {"type": Path, "default": Path("mlx_model")},
+        "q-bits": {"type": int, "choices": [2, 3, 4, 5, 6, 8]},
+        "q-group-size": {"type": int, "choices": [32, 64, 128]},
+        "q-mode": {"choices": ["affine", "mxfp4", "nvfp4", "mxfp8"]},
+        "lora": {"type": lora, **many},
+        "dtype": {"choices": ["float16", "bfloat16", "float32"]},
+        "kind": {"choices": ["dev", "distilled"]},
+    }
+    add_all(p.add_argument, FLAGS, details)
     return p
 
 
@@ -138,7 +138,7 @@ def convert(args: argparse.Namespace, folder: Path) -> None:
             print(f"{hub.gigabytes(n):>12}  {file}{quantized}")
             size += n
     if job.mean_bits:
-        print(f"{job.mean_bits:.2f} bits a weight in the transformer's blocks")
+        print(f"{job.mean_bits:.2f} bits per weight in the transformer's blocks")
     to_fetch = sum(f.size for f in source.files if f.path is None)
     print(f"{hub.gigabytes(to_fetch)} to download, {hub.gigabytes(size)} to write")
     hub.check_space({hub.cache_folder(): to_fetch, folder: size})
@@ -149,7 +149,7 @@ def convert(args: argparse.Namespace, folder: Path) -> None:
         job.write(folder, args.overwrite, args.upload_repo, bar.update, peaks)
     print(f"wrote {args.mlx_path}. {job.summary()}")
     if not (folder / "LICENSE.md").exists():
-        note("no LICENSE next to the weights: add theirs before sharing them")
+        note("no LICENSE next to the weights: add it before you share them")
 
 
 def peaks(folder: Path) -> str:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ltx2 import REFERENCE, __version__, base, formats, media, outputs, pipeline, timing
 from ltx2.base import UserError, awake, run
 from ltx2.guidance import Guidance
-from ltx2.options import add_flags, check_range, located, name_and_file
+from ltx2.options import add_all, add_flags, check_range, located, name_and_file
 from ltx2.outputs import LATENTS, PREVIEW, SHEET, next_to
 from ltx2.parallel import random_seed
 from ltx2.record import Record, read_config
@@ -38,15 +38,15 @@ a sound, a clip. Guidance is for dev models.
 """
 DEMO = Path(__file__).parent / "demo" / "model"
 NOTICE = """\
-demo model, for prompts like "A red circle moves from left to right, with a low tone": see demo/README.md
-for the real model: python convert.py --quantize -q-bits 4 (lists what it downloads first)"""
+note: no mlx_model here: using the demo model, for prompts like "A red circle moves up, with a low tone"
+for the real model: python convert.py -q --q-bits 4 (first lists what it downloads)"""
 LOADING = ("model", "kind", "text_encoder", "upsamplers", "parts", "dtype")
 
 
-# Flags that are not a request's, by title; with a metavar or DETAILS they take a value.
+# Flags that are not a request's, by title (see add_all)
 FLAGS = {
     "output": {
-        "prompts FILE": "file of prompts, one per line and video",
+        "prompts FILE": "file of prompts, one per line; each makes a video",
         "num-videos N": "videos of each prompt, with seeds SEED, SEED+1, ... (default: 1)",
         "enhance-prompt": "expand the prompt with Gemma",
         "output FILE": "file to write (default: output.mp4)",
@@ -57,7 +57,7 @@ FLAGS = {
         "model MODEL": "model to use (default: mlx_model, or the demo model if there is none)",
         "kind": "kind of the model, if its name does not say",
         "text-encoder MODEL": "folder or repository of Gemma 3 (not for LTX-2.5)",
-        "upsampler FILE": "latent upsampler instead of those next to the model; repeatable",
+        "upsampler FILE": "latent upsampler to use instead of those next to the model; repeatable",
         "part NAME=FILE": "file to use for a component, like vae=FILE; repeatable",
         "dtype": "dtype of the transformer; auto is float16 on M1 and M2, else bfloat16 "
         "(default: auto)",
@@ -107,12 +107,7 @@ def parser() -> argparse.ArgumentParser:
     add_flags(lambda k: add[guidance], Guidance)
     add_flags(lambda k: add[guidance], Guidance, "audio_")
     for title, flags in FLAGS.items():
-        for flag, help in flags.items():
-            name, _, metavar = flag.partition(" ")
-            how = {"metavar": metavar} if metavar else {}
-            how |= DETAILS.get(name, {})
-            how |= {} if how else {"action": "store_true"}
-            add[title](f"--{name}", help=help, **how)
+        add_all(add[title], flags, DETAILS)
     return p
 
 
@@ -135,10 +130,10 @@ def main() -> None:
     pipe = pipeline.load(**load, group=group)
     jobs = [pipe.plan(r) for r in requests]
     if args.recorded and pipe.files() != made.files:
-        print(f"note: {args.recorded} was made with other weights")
+        print(f"note: {args.recorded} was made with other weights: results differ")
     if args.recorded and made.reference != REFERENCE:
         rules = f"rules of an earlier reference than {REFERENCE}"
-        print(f"note: {args.recorded} was made by the {rules}: the result may differ")
+        print(f"note: {args.recorded} follows the {rules}: the result may differ")
     names = name_outputs(args, [job.request for job in jobs], say=True)  # HDR, perhaps
     for line in dict.fromkeys(line for job in jobs for line in job.notes):
         print(f"note: {line}")
@@ -302,14 +297,14 @@ def name_outputs(args: Any, requests: list[Request], say: bool = False) -> list[
     for name in found:
         files.check(name, inputs)
     if say and found != wanted:
-        print(f"note: {wanted[0]} is taken: writing {found[0]} (or use --overwrite)")
+        print(f"note: {wanted[0]} exists: writing {found[0]} (--overwrite replaces it)")
     return found
 
 
 def describe(pipe: Any, job: Any) -> str:
     """The model and the stages of a job."""
     checkpoint, r = pipe.checkpoint, job.request
-    assumed = ", assumed from no name" if checkpoint.kind_assumed else ""
+    assumed = ", assumed: see --kind" if checkpoint.kind_assumed else ""
     kind, dtype = f"{checkpoint.kind}{assumed}", pipe.origin.dtype
     lines = [f"LTX-2 {checkpoint.model_version} ({kind}), {dtype}, seed {r.seed}"]
     at_most = "up to " if r.auto_duration else ""

@@ -16,7 +16,7 @@ from generate import DEMO, init_distributed
 from ltx2 import __version__, adapters, hub, memory, pipeline
 from ltx2.base import Parser, Stopped, UserError, awake, run, user_path
 from ltx2.conversion import OFFICIAL
-from ltx2.options import add_flags
+from ltx2.options import add_all, add_flags
 from ltx2.training import Options, Trainer
 
 EPILOG = """\
@@ -26,31 +26,34 @@ generate.py takes with --lora.
 """
 
 
+FLAGS = {
+    "model MODEL": "model to train (default: mlx_model, or the demo model if there is none)",
+    "data DATA": "folder of clips, or a list of them",
+    "adapter-path FOLDER": "folder to write (default: adapters)",
+    "resume-adapter-file PATH": "folder or file of an earlier training to continue",
+    "cache FOLDER": "folder for encoded clips and captions (default: cache, in --adapter-path)",
+    "kind": "kind of the model, if its name does not say",
+    "text-encoder MODEL": "folder or repository of Gemma 3",
+    "dtype": "dtype of the transformer (default: bfloat16, on a CPU float32)",
+    "low-memory": "always read the transformer's blocks from disk in each step",
+    "plan": "print the memory needed, and exit",
+    "no-caffeinate": "let the Mac sleep during the training",
+    "upload-repo OWNER/NAME": "Hub repository to upload the adapter to",
+}
+DETAILS = {
+    "data": {"required": True},
+    "adapter-path": {"default": "adapters"},
+    "kind": {"choices": ["dev", "distilled"]},
+    "dtype": {"choices": ["bfloat16", "float16", "float32"]},
+    "low-memory": {"action": "store_true", "default": None},
+}
+
+
 def parser() -> argparse.ArgumentParser:
     """All flags. One that is not passed is None: defaults are the options'."""
     p = Parser(description=__doc__, epilog=EPILOG)
     p.add_argument("--version", action="version", version=f"ltx2 {__version__}")
-    add = p.add_argument
-    text = "model to train (default: mlx_model, or the demo model if there is none)"
-    add("--model", help=text)
-    add("--data", required=True, metavar="DATA", help="folder of clips, or a list")
-    folder = "folder to write (default: adapters)"
-    add("--adapter-path", default="adapters", metavar="FOLDER", help=folder)
-    resume = "folder or file of an earlier training to continue"
-    add("--resume-adapter-file", metavar="PATH", help=resume)
-    cache = "folder for encoded clips and captions (default: cache, in --adapter-path)"
-    add("--cache", metavar="FOLDER", help=cache)
-    kind = "kind of the model, if its name does not say"
-    add("--kind", choices=["dev", "distilled"], help=kind)
-    add("--text-encoder", metavar="MODEL", help="folder or repository of Gemma 3")
-    dtypes = ["bfloat16", "float16", "float32"]
-    add("--dtype", choices=dtypes, help="default: bfloat16, on a CPU float32")
-    low = "always read the transformer's blocks from disk in each step"
-    add("--low-memory", action="store_true", default=None, help=low)
-    add("--plan", action="store_true", help="print the memory needed, and exit")
-    sleeps = "let the Mac sleep during the training"
-    add("--no-caffeinate", action="store_true", help=sleeps)
-    add("--upload-repo", metavar="REPO", help="Hub repository to upload the adapter to")
+    add_all(p.add_argument, FLAGS, DETAILS)
     options = p.add_argument_group("training").add_argument
     add_flags(lambda k: options, Options)
     return p
@@ -96,8 +99,7 @@ def main() -> None:
 
 
 def train(trainer: Any) -> None:
-    """Train until all steps are done or a signal ends it: the first one after the current
-    step, a second one at once."""
+    """Train to the end, or until a signal: after the step, a second one at once."""
 
     def stop(number: int, _: Any) -> None:
         if trainer.stopping:
@@ -114,11 +116,11 @@ def train(trainer: Any) -> None:
 
 def describe(trainer: Any) -> str:
     o, data = trainer.options, trainer.data
-    blocks = "recomputed" if trainer.by_block else "kept for the backward pass"
+    kept = "recomputed in" if trainer.by_block else "kept for"
     clips = o.batch_size * o.grad_accumulation_steps
-    counts = f"{len(data.items)}, {len(data.held_out)} held out"
-    steps = f"rank {o.rank}, {o.iters} steps of {clips} clips out of {counts}"
-    return f"{trainer.base}: {steps}; blocks are {blocks}"
+    counts = f"{len(data.items)} clips and {len(data.held_out)} held out"
+    steps = f"rank {o.rank}, {o.iters} steps of {clips} of {counts}"
+    return f"{trainer.base}: {steps}; activations are {kept} the backward pass"
 
 
 if __name__ == "__main__":

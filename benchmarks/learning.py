@@ -34,9 +34,9 @@ DEMO = prompt_adherence.DEMO
 # What is new: the attribute, its words in captions, and what the clip is made of
 NEW = {
     "diagonal": ("motion", ()),
-    "red to blue": ("colour", ("red to blue", "first red, then blue")),
+    "red to blue": ("color", ("red to blue", "first red, then blue")),
     "low then high": ("pitch", ("low then high", "first low, then high")),
-    "mauve": ("colour", ("mauve",)),
+    "mauve": ("color", ("mauve",)),
 }
 DIAGONAL = (
     "{go} diagonally|{go} along the diagonal|{go} diagonally to the bottom right"
@@ -51,11 +51,11 @@ def clip(name: str, rng, unseen: bool) -> tuple[np.ndarray, np.ndarray, str]:
     attribute, words = NEW[name]
     made = {"red to blue": "red", "low then high": "low", "mauve": OLD_COLOR}
     one = {attribute: made.get(name, "right")}
-    if attribute == "colour":
-        one["rgb"] = data.COLOURS[one["colour"]]
+    if attribute == "color":
+        one["rgb"] = data.COLORS[one["color"]]
     first = second = dataclasses.replace(scene, **one)
     if name == "red to blue":
-        second = dataclasses.replace(first, colour="blue", rgb=data.COLOURS["blue"])
+        second = dataclasses.replace(first, color="blue", rgb=data.COLORS["blue"])
     if name == "low then high":
         second = dataclasses.replace(first, pitch="high")
     half = data.FRAMES // 2
@@ -123,7 +123,7 @@ def autoencoded(name: str, folder: Path, count: int) -> float:
     return float(np.mean(found))
 
 
-def learnt(name: str, count: int, loras: tuple) -> float:
+def learned(name: str, count: int, loras: tuple) -> float:
     """The share of generated clips that show what is new, in unseen wordings."""
     rng, found = np.random.default_rng(1), []
     prompts = [(None, clip(name, rng, True)[2]) for _ in range(count)]
@@ -153,14 +153,14 @@ def main():
     clips, adapter = args.work / "clips", args.work / "adapter"
     write_clips(args.name, clips, args.clips)
     print("autoencoders", autoencoded(args.name, clips, args.clips), flush=True)
-    print("before", learnt(args.name, args.judged, ()), flush=True)
+    print("before", learned(args.name, args.judged, ()), flush=True)
     command = [sys.executable, str(ROOT / "train.py"), "--model", str(DEMO)]
     command += ["--data", str(clips), "--adapter-path", str(adapter), *flags]
     begun = time.time()
     subprocess.run(command, check=True)
     print(f"trained in {time.time() - begun:.0f} s", flush=True)
     loras = (LoraFile(str(adapter)),)
-    print("after", learnt(args.name, args.judged, loras), flush=True)
+    print("after", learned(args.name, args.judged, loras), flush=True)
     for label, used in (("known before", ()), ("known after", loras)):
         print(label, json.dumps(known(2 * args.judged, used)), flush=True)
 

@@ -26,7 +26,7 @@ from full_width import checkpoints, encoder_config, encoder_tensors
 
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
-import test_layout as layouts  # noqa: E402
+import released as layouts  # noqa: E402
 
 from ltx2 import chips, conversion, hub, memory, quantization, weights  # noqa: E402
 from ltx2.pipeline import Pipeline  # noqa: E402
@@ -211,8 +211,8 @@ def tables() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="into README.md")
-    found = tables()
-    if parser.parse_args().write:
+    write, found = parser.parse_args().write, tables()
+    if write:
         before, rest = README.read_text().split(BEGIN)
         README.write_text(before + BEGIN + found + END + rest.split(END)[1])
     else:

@@ -29,7 +29,7 @@ from ltx2.quantization import recipe  # noqa: E402
 from ltx2.request import Image, Request  # noqa: E402
 
 DEMO = ROOT / "demo" / "model"
-VIDEO = ("colour", "shape", "motion", "background")
+VIDEO = ("color", "shape", "motion", "background")
 AUDIO = ("pitch",)
 GUIDED = dict(
     steps=12,
@@ -57,7 +57,7 @@ VARIANTS = {
 def scenes(count: int, seed: int) -> list[tuple[data.Scene, str]]:
     """Scenes and captions; all combinations in random order, repeated or cut to `count`."""
     rng = np.random.default_rng(seed)
-    names = dict(shape=data.SHAPES, colour=tuple(data.COLOURS), motion=data.MOTIONS)
+    names = dict(shape=data.SHAPES, color=tuple(data.COLORS), motion=data.MOTIONS)
     names["pitch"] = tuple(data.PITCHES)
     combinations = list(itertools.product(*names.values()))
     order = [combinations[i] for i in rng.permutation(len(combinations))]

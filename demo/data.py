@@ -14,7 +14,7 @@ import numpy as np
 SIZE, FRAMES, FPS = 96, 25, 24.0
 DURATION = FRAMES / FPS
 
-COLOURS = {
+COLORS = {
     "red": (220, 45, 45),
     "yellow": (235, 210, 45),
     "green": (50, 175, 65),
@@ -34,7 +34,7 @@ class Scene:
     """Attributes of a clip; lengths in frame widths, times in seconds, colors 0-255."""
 
     shape: str
-    colour: str
+    color: str
     motion: str
     background: str
     pitch: str
@@ -45,18 +45,18 @@ class Scene:
     travel: float = 0.48
     first_contact: float = 0.3
     rgb: tuple = ()
-    grey: float = -1.0
+    gray: float = -1.0
 
     def __post_init__(self):
-        self.rgb = self.rgb or COLOURS[self.colour]
-        self.grey = self.grey if self.grey >= 0 else BACKGROUNDS[self.background]
+        self.rgb = self.rgb or COLORS[self.color]
+        self.gray = self.gray if self.gray >= 0 else BACKGROUNDS[self.background]
 
 
 def sample_scene(rng: np.random.Generator, **fixed: str) -> Scene:
     """A random scene with some attributes fixed."""
     choices = dict(
         shape=SHAPES,
-        colour=tuple(COLOURS),
+        color=tuple(COLORS),
         motion=MOTIONS,
         background=tuple(BACKGROUNDS),
         pitch=tuple(PITCHES),
@@ -70,8 +70,8 @@ def sample_scene(rng: np.random.Generator, **fixed: str) -> Scene:
         radius=rng.uniform(0.17, 0.22),
         travel=rng.uniform(0.44, 0.52),
         first_contact=int(rng.integers(25, 36)) / 100,
-        rgb=tuple(float(c + rng.uniform(-6, 6)) for c in COLOURS[named["colour"]]),
-        grey=BACKGROUNDS[named["background"]] + rng.uniform(-6, 6),
+        rgb=tuple(float(c + rng.uniform(-6, 6)) for c in COLORS[named["color"]]),
+        gray=BACKGROUNDS[named["background"]] + rng.uniform(-6, 6),
     )
 
 
@@ -123,8 +123,8 @@ def render(scene: Scene, frames=range(FRAMES)) -> np.ndarray:
     cover = coverage(
         scene.shape, pixel[None, None] - x, pixel[None, :, None] - y, radius
     )
-    grey, rgb = np.float32(scene.grey), np.asarray(scene.rgb, np.float32)
-    return (grey + cover[..., None] * (rgb - grey) + 0.5).astype(np.uint8)
+    gray, rgb = np.float32(scene.gray), np.asarray(scene.rgb, np.float32)
+    return (gray + cover[..., None] * (rgb - gray) + 0.5).astype(np.uint8)
 
 
 def sound(scene: Scene, rate: int) -> np.ndarray:
@@ -270,7 +270,7 @@ def caption(scene: Scene, rng: np.random.Generator, unseen: bool = False) -> str
     def word(name, plain=0.5):
         return name if rng.random() < plain else pick(rng, WORDS[name])
 
-    subject = pick(rng, SUBJECTS).format(c=word(scene.colour), s=word(scene.shape))
+    subject = pick(rng, SUBJECTS).format(c=word(scene.color), s=word(scene.shape))
     phrase = pick(rng, PHRASES[scene.motion]).format(go=pick(rng, GO))
     backdrop = pick(rng, BACKDROPS).format(b=word(scene.background))
     pitch = word(scene.pitch)

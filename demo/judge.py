@@ -7,7 +7,6 @@ returns names of `demo.data`.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo import data
+from demo import data  # noqa: E402
+from ltx2 import base, media  # noqa: E402
 
 
 def masks(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -38,8 +38,8 @@ def name_color(frames: np.ndarray, cover: np.ndarray) -> str | None:
     if len(inside) < 20:
         return None
     seen = np.median(inside, 0)
-    names = list(data.COLOURS)
-    palette = np.array([data.COLOURS[name] for name in names], np.float32)
+    names = list(data.COLORS)
+    palette = np.array([data.COLORS[name] for name in names], np.float32)
 
     def chromaticity(rgb):
         centered = rgb - rgb.mean(-1, keepdims=True)
@@ -128,7 +128,7 @@ def judge(frames: np.ndarray, waveform: np.ndarray, rate: int) -> dict:
     pan = pan_track(waveform, len(frames))
     seen = path[:, 2] > 0.004
     return dict(
-        colour=name_color(frames, cover),
+        color=name_color(frames, cover),
         shape=name_shape(cover),
         motion=name_motion(path),
         background="light" if background.mean() > 128 else "dark",
@@ -138,26 +138,16 @@ def judge(frames: np.ndarray, waveform: np.ndarray, rate: int) -> dict:
 
 
 def read_mp4(path: str | Path) -> tuple[np.ndarray, np.ndarray, int]:
-    """Frames, waveform and its rate of an mp4."""
-    import imageio_ffmpeg
+    """Frames, stereo waveform and its rate of a clip; UserError if it cannot be read."""
+    return np.stack([*media.read_video(path)]), *media.read_audio(path)
 
-    reader = imageio_ffmpeg.read_frames(str(path))
-    width, height = next(reader)["size"]
-    frames = [np.frombuffer(f, np.uint8).reshape(height, width, 3) for f in reader]
-    command = [
-        imageio_ffmpeg.get_ffmpeg_exe(),
-        "-v",
-        "error",
-        "-i",
-        str(path),
-        "-f",
-        "f32le",
-    ]
-    command += ["-ac", "2", "-ar", "24000", "-"]
-    sound = subprocess.run(command, capture_output=True, check=True).stdout
-    return np.stack(frames), np.frombuffer(sound, np.float32).reshape(-1, 2), 24000
+
+def main() -> None:
+    if not sys.argv[1:]:
+        raise base.UserError("no clip: python demo/judge.py clip.mp4")
+    for name in sys.argv[1:]:
+        print(name, json.dumps(judge(*read_mp4(name))))
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(name, json.dumps(judge(*read_mp4(name))))
+    base.run(main)

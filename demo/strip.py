@@ -7,8 +7,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo.judge import read_mp4
-from ltx2 import media
+from ltx2 import base, media
 
 
 def strip(clips: list[np.ndarray], count: int = 8) -> np.ndarray:
@@ -20,8 +19,15 @@ def strip(clips: list[np.ndarray], count: int = 8) -> np.ndarray:
     return np.concatenate(rows)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    if len(sys.argv) < 3:
+        raise base.UserError("no clips: python demo/strip.py strip.png a.mp4 b.mp4")
     target, *names = sys.argv[1:]
     if Path(target).exists():  # perhaps the tracked demo/strip.png
-        sys.exit(f"{target} exists: give another name")
-    media.save_png(target, strip([read_mp4(name)[0] for name in names]))
+        raise base.UserError(f"{target} exists: use another name")
+    media.save_png(target, strip([np.stack([*media.read_video(n)]) for n in names]))
+    print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    base.run(main)

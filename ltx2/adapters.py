@@ -34,7 +34,7 @@ def official(parameters: Parameters, dtype: mx.Dtype) -> Parameters:
 
 
 def check_folder(folder: Path, resumed: Optional[str]) -> None:
-    """UserError if a new training would replace files that are not the resumed one's."""
+    """UserError if a training would replace files of another one than the resumed one."""
     own = resumed and adapter_file(resumed).resolve()
     names = (ADAPTERS, STATE, CONFIG, LOSSES, CHART)
     there = [name for name in names if (folder / name).exists()]

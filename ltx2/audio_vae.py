@@ -126,8 +126,7 @@ class ResBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Rows and bins doubled and convolved, the first row dropped: T to 2 T - 1 rows, the
-    inverse of the encoder's length."""
+    """Double rows and bins, convolve, drop the first row: T to 2 T - 1 rows."""
 
     def __init__(self, channels: int):
         super().__init__()

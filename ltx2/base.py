@@ -1,4 +1,4 @@
-"""What every file may use: errors, notes, checked data from outside, tables, scripts."""
+"""Shared by all files: errors, notes, checks of outside data, tables, scripts."""
 
 import argparse
 import dataclasses
@@ -25,8 +25,8 @@ import mlx.core as mx
 
 T = typing.TypeVar("T")
 Trace = Optional[Callable[[str, mx.array], None]]  # None: no traces
-# All that library code has to say goes here: `note` for choices a user should know of,
-# `LOG.info` for progress. `run` prints both; other programs configure logging as usual.
+# Library code reports here: `note` for choices that a user should know of, `LOG.info`
+# for progress. `run` prints both; other programs configure logging as usual.
 LOG = logging.getLogger("ltx2")
 note = LOG.warning
 JSON_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
@@ -34,11 +34,11 @@ JSON_NAMES |= {list: "a list", tuple: "a list", dict: "an object", type(None): "
 
 
 class UserError(Exception):
-    """A user's mistake in one line: what is wrong, what is allowed, what to type."""
+    """A user's mistake, in one line: what is wrong, what is allowed, what to type."""
 
 
 class Stopped(KeyboardInterrupt):
-    """The system ends the program by a signal, whose number it has."""
+    """A signal ends the program; its argument is the signal's number."""
 
 
 class OutputError(Exception):
@@ -49,7 +49,7 @@ class OutputError(Exception):
 
 
 def parse_json(text: Union[str, bytes], path: str, kind: Any = dict) -> Any:
-    """The JSON in `text`, `checked` as `kind`; UserError names its `path`."""
+    """The JSON in `text`, `checked` as `kind`; a UserError names its `path`."""
     try:
         return checked(kind, json.loads(text), path)
     except (ValueError, RecursionError):
@@ -57,9 +57,9 @@ def parse_json(text: Union[str, bytes], path: str, kind: Any = dict) -> Any:
 
 
 def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> Any:
-    """Check a JSON `value` against an annotation: a dataclass, list[int], Literal and
-    the like; arrays are lists, a Path is text, numbers finite and, with a `limit`,
-    above 0 and at most that; UserError names the `path` of a wrong value."""
+    """A JSON `value` as an annotation says: a dataclass, list[int], Literal and so on.
+    Arrays become lists and paths text; numbers must be finite and, with a `limit`, in
+    (0, limit]. A UserError names the `path` of a wrong value."""
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
     if hasattr(value, "tolist") and origin is not type(value):  # numpy's and MLX's
         value = value.tolist()
@@ -116,7 +116,7 @@ def field_kinds(cls: type, value: dict, path: str) -> dict[str, Any]:
 
 
 def read_text(path: str) -> str:
-    """The text of a file in UTF-8, UTF-16 or, if it is neither, Windows' Latin-1."""
+    """The text of a file in UTF-8, UTF-16 or else Windows' Latin-1; UserError if none."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     data = Path(path).read_bytes()
@@ -133,13 +133,12 @@ def read_text(path: str) -> str:
 
 
 def user_path(name: Union[str, PurePath]) -> Path:
-    """A path from ~ on; that of a user who does not exist stays as it is. UserError if
-    it is not UTF-8, which MLX needs."""
+    """A path with ~ expanded; UserError if it is not UTF-8, which MLX needs."""
     return Path(os.path.expanduser(checked(str, name, "a path")))
 
 
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
-    """Paths in a folder by name, without those of macOS: .DS_Store and ._ files."""
+    """Paths in a folder, sorted, without macOS's own: .DS_Store and ._ files."""
     aside = "._", ".DS_Store"
     return [p for p in sorted(folder.glob(pattern)) if not p.name.startswith(aside)]
 
@@ -150,7 +149,7 @@ def taken(path: Path) -> bool:
 
 
 def lock(file: IO) -> Optional[bool]:
-    """Lock an open file, if no other process has; None on a disk without locks."""
+    """Lock an open file: False if another process has, None on a disk without locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -172,7 +171,7 @@ annotations = functools.cache(typing.get_type_hints)
 
 
 def expect(condition: bool, expected: str, value: Any, path: str) -> None:
-    """UserError unless `condition` holds: what the value at `path` must be, and is."""
+    """UserError unless `condition` holds: what `path` must be, and its value."""
     if not condition:
         where = path.removesuffix(": ")
         raise UserError(f"{where} must be {expected}, got {repr(value)[:60]}")
@@ -212,7 +211,7 @@ class Config:
 
 
 def dtype_name(dtype: Any) -> str:
-    """ "bfloat16" of mx.bfloat16; a name as it is."""
+    """The name of a dtype, "bfloat16" of mx.bfloat16; a name stays as it is."""
     return str(dtype).removeprefix("mlx.core.")
 
 
@@ -224,7 +223,7 @@ def traced(trace: Trace, name: str, x: mx.array) -> mx.array:
 
 
 def within(trace: Trace, scope: str) -> Trace:
-    """The trace callback for what happens inside of `scope`, if there is one."""
+    """The trace callback with `scope` in front of its names, if there is one."""
     return trace and (lambda name, x: trace(f"{scope}.{name}", x))
 
 
@@ -234,7 +233,7 @@ def cell(x: Any) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """Aligned columns below their heads: text to the left, 4 digits to the right."""
+    """Columns below their heads: text aligned left, numbers right with 4 digits."""
     columns = []
     for head, *cells in zip(heads, *rows):
         pad = str.ljust if isinstance((cells or [head])[0], str) else str.rjust
@@ -244,7 +243,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence]) -> str:
 
 
 class Printer(logging.Handler):
-    """Prints what library code logs; a note that is repeated, once."""
+    """Prints what library code logs; a repeated note is printed once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +267,7 @@ def hann_sinc(time: Any) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the arguments; --output=~/x is in the home."""
+    """An ArgumentParser whose errors are one line; expands the ~ of --output=~/x, too."""
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
@@ -291,7 +290,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{hint} (--help lists all flags)")
 
 
-# What MLX's error has in it, what has happened, and what helps.
+# A pattern in MLX's error: what happened, and what helps.
 GPU_ERRORS = {
     r"Timeout|Interactivity|Hang": "the system ended a GPU command that took too long: turn "
     "the display off, make a smaller video, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1",
@@ -302,7 +301,7 @@ GPU_ERRORS = {
 
 
 def gpu_error(error: RuntimeError) -> str:
-    """An error of Metal or of MLX's allocator in one line; "" for any other one."""
+    """An error of Metal or of MLX's allocator in one line; "" for other errors."""
     text = " ".join(str(error).split())
     if not re.search(r"\[(METAL|malloc|metal::malloc)\]", text):
         return ""
@@ -317,7 +316,7 @@ def awake() -> None:
 
 
 def open_files(paths: Sequence[str]) -> None:
-    """Open files with a Mac's usual programs."""
+    """Open files with a Mac's default programs."""
     if sys.platform == "darwin":
         subprocess.run(["/usr/bin/open", *paths])
     else:
@@ -332,9 +331,8 @@ def counted(items: Sequence[T], name: str) -> Iterator[T]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main` and print its notes; a user's mistake or the system's
-    refusal is one line and exit code 2, an unfit result or an error of the GPU exit
-    code 1; SIGHUP and SIGTERM end it as Ctrl-C does."""
+    """Call a script's `main` and print its notes. An error is one line: exit code 2 for
+    a user's or the system's, 1 for a rejected result or the GPU's. Signals end it."""
 
     def stop(number: int, _: Any) -> None:
         raise Stopped(number)

@@ -1,4 +1,4 @@
-"""Contexts on the disk: kept by prompt, model and text encoder, or in a file."""
+"""Contexts on disk: a cache by prompt, model and text encoder, or a user's file."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def read_contexts(path: str | Path) -> tuple[Optional[mx.array], ...]:
 
 
 def check_contexts(path: str, contexts: Contexts, config: dict, streams: Sequence):
-    """UserError unless a file's contexts fit the transformer and are of all streams."""
+    """UserError unless a file has contexts of all streams that fit the transformer."""
     for stream, x in zip(("video", "audio"), contexts):
         width = "caption_channels"  # that is projected to the transformer's
         if config.get("caption_proj_before_connector"):
@@ -49,8 +49,8 @@ def check_contexts(path: str, contexts: Contexts, config: dict, streams: Sequenc
 
 
 def given_contexts(given: TextContexts, config: dict, streams: Sequence) -> dict:
-    """Contexts that a caller passes by prompt, as MLX arrays; UserError if they do not
-    fit the transformer or are not of all streams."""
+    """Contexts by prompt, passed by a caller, as MLX arrays; UserError if they do not fit
+    the transformer or a stream lacks them."""
     found = {}
     for prompt, pair in given.items():
         where = f"contexts[{prompt!r}]"
@@ -65,7 +65,7 @@ def given_contexts(given: TextContexts, config: dict, streams: Sequence) -> dict
 
 
 class ContextCache:
-    """A folder of contexts; `made_by` is what else they depend on than the prompt."""
+    """A folder of contexts; besides the prompt they depend on `made_by`."""
 
     def __init__(self, folder: str | Path, made_by: Any):
         self.folder, self.made_by = hub.make_folder(folder), made_by
@@ -76,7 +76,7 @@ class ContextCache:
         return self.folder / f"{name}.safetensors"
 
     def __call__(self, prompts: Sequence[str], encode: Callable) -> TextContexts:
-        """Contexts by prompt; those that are not there are made and kept."""
+        """Contexts by prompt; missing ones are made and saved."""
         kept = {prompt: self.read(prompt) for prompt in prompts}
         missing = [prompt for prompt, contexts in kept.items() if contexts is None]
         found = encode(missing) if missing else {}
@@ -86,7 +86,7 @@ class ContextCache:
         return kept | found
 
     def read(self, prompt: str) -> Optional[Contexts]:
-        """The contexts that are kept of a prompt; None if there are none, or not all."""
+        """The saved contexts of a prompt; None if any is missing."""
         with suppress(UserError):
             arrays, _ = hub.read_arrays(self.path(prompt))
             if arrays.keys() == {"video", "audio"}:

@@ -57,9 +57,9 @@ class Tracer:
         return {name: merged(chunks) for name, chunks in self.chunks.items()}
 
     def flags(self) -> dict[str, list[str]]:
-        """Anomalies by stage. A sign flip: the mean changes sign from one stage of a
-        stream to the next, its size by a factor of 2 at most, and both means are larger
-        than a tenth of the deviation."""
+        """Anomalies by stage. A sign flip: from one stage of a stream to the next the mean
+        changes sign and less than twofold in size, both above a tenth of the deviation.
+        """
         flags, previous = {}, {}
         for name, now in self.stages.items():
             audible = name.endswith("waveform")
@@ -75,8 +75,8 @@ class Tracer:
         return flags
 
     def rows(self, other: Optional[Tracer] = None) -> tuple[list[str], list[list]]:
-        """Heads and a row for each stage; with another trace, also the drift: the change
-        of mean or deviation, in units of the other's deviation."""
+        """Heads, and a row for each stage; with another trace also the drift: the change
+        of mean or deviation, divided by the other's deviation."""
         stages, flags, rows = self.stages, self.flags(), []
         theirs = other.stages if other else {}
         for name, values in stages.items():
@@ -235,7 +235,7 @@ def differences(
 
 
 def check_tensor(stored: list[mx.array], w: mx.array, how: Optional[dict]) -> Check:
-    """Error and fault of what stores `w`: a tensor, or a quantized one's parts."""
+    """Error and fault of the tensor, or the parts of a quantized one, that store `w`."""
     if not stored:
         return None, "is missing"
     if mx.issubdtype(stored[-1].dtype, mx.floating):
@@ -338,20 +338,21 @@ def parser() -> argparse.ArgumentParser:
     size.add_argument("--dtype", default=dtypes[0], choices=dtypes)
     size.add_argument("--html", metavar="FILE", help="page to write, with charts")
 
-    t = checks.add_parser("trace", parents=[model, size], help="statistics of stages")
+    t = checks.add_parser("trace", parents=[model, size], help="statistics by stage")
     start = t.add_mutually_exclusive_group(required=True)
     start.add_argument("--prompt", help="trace a complete run")
     start.add_argument("--latents", help="trace a decode: zeros, random, or a file")
     t.add_argument("--against", choices=dtypes, help="dtype of a second run to compare")
 
-    c = checks.add_parser("compare", parents=[model], help="a folder with its source")
+    text = "errors of a converted folder against its source"
+    c = checks.add_parser("compare", parents=[model], help=text)
     c.add_argument("source", help="what the model was converted from")
     c.add_argument("--upsampler", metavar="FILE", action="append", default=[])
 
     text = "what quantizing costs: errors of x0, picture and sound"
     q = checks.add_parser("quality", parents=[model, size], help=text)
     q.add_argument("--against", metavar="SOURCE", required=True, help="not quantized")
-    text = "repeatable (default: two made-up contexts, without a text encoder)"
+    text = "prompt to run; repeatable (default: two made-up contexts, without a text encoder)"
     q.add_argument("--prompt", action="append", help=text)
     text = "also measure each kind of layer, and save the bits by layer that follow"
     q.add_argument("--recipe", metavar="FILE", help=text)
@@ -362,7 +363,7 @@ def parser() -> argparse.ArgumentParser:
     checks.add_parser("probe", parents=[model], help=text, aliases=["known"])
 
     d = checks.add_parser("device", help="this machine: kernels, rates, memory, disk")
-    d.add_argument("--folder", default=".", help="on the disk to measure (default: .)")
+    d.add_argument("--folder", default=".", help="its disk is measured (default: .)")
     return p
 
 

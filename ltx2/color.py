@@ -128,8 +128,7 @@ def hlg(light: np.ndarray) -> np.ndarray:
 
 
 def hlg_planes(light: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rec.709 light (H, W, 3) with even sides to limited 10-bit planes Y, Cb, Cr, uint16;
-    the colors at half the size."""
+    """Rec.709 light (H, W, 3), even sides, as 10-bit limited Y, Cb, Cr, 4:2:0."""
     x = np.float64(hlg(light)) @ YCBCR.T
     height, width = (side // 2 for side in x.shape[:2])
     chroma = x[..., 1:].reshape(height, 2, width, 2, 2).mean((1, 3))

@@ -62,7 +62,7 @@ class Conversion:
         self.mean_bits = 0.0  # a weight of the transformer's blocks
         quantized = bool(self.source.quantization)
         if self.loras and quantized:
-            raise UserError("LoRAs need unquantized weights: they are fused first")
+            raise UserError("LoRAs can only be fused into unquantized weights")
         if self.quantization and quantized:
             raise UserError("the model is already quantized: use --dequantize first")
         if self.dequantize and not quantized:
@@ -190,7 +190,7 @@ class Conversion:
         groups = f"in groups of {several('group_size')}"
         text = f"The transformer's{gemma} blocks are quantized: {bits} {groups}"
         if self.mean_bits:
-            text += f", with scales {self.mean_bits:.2f} bits a weight"
+            text += f", {self.mean_bits:.2f} bits per weight with scales"
         if self.squares[1]:
             error = (self.squares[0] / self.squares[1]) ** 0.5
             text += f". Rounding changed these weights by {error:.1%} (relative norm)"

@@ -273,7 +273,7 @@ class Dataset:
 
     def _check(self) -> None:
         if not self.items:
-            raise UserError("none of the clips can be used")
+            raise UserError("none of the clips can be used: the notes say why")
 
     def _save(self, clip: Clip, encoders: Encoders) -> None:
         size, arrays = clip.size, {}

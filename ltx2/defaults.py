@@ -117,7 +117,7 @@ class Resolver:
             if options.get("stages") == "hq" and not refines and "stages" not in named:
                 options["stages"] = "one"
                 needs = "hq needs --distilled-lora and an upsampler"
-                self.notes.append(f"--preset {r.preset}: one stage, as {needs}")
+                self.notes.append(f"--preset {r.preset}: one stage, because {needs}")
             found |= {k: value for k, value in options.items() if k not in named}
         self.r = replace(r, **found)
 
@@ -159,7 +159,7 @@ class Resolver:
         if self.makes_light and r.hdr_keyframes is None:
             r = self.r = replace(r, hdr_keyframes="2.5" not in self.unmet)
         if r.hdr_double_frames and (self.codes == "srgb" or frames_in(r.video)):
-            raise UserError("hdr_double_frames needs an adapter and a clip in SDR")
+            raise UserError("hdr_double_frames needs an HDR adapter and an SDR clip")
         if r.hdr_keyframes is not None and not self.makes_light:
             made = "HDR of an SDR clip"
             raise UserError(f"hdr_keyframes needs an adapter that makes {made}")
@@ -210,7 +210,7 @@ class Resolver:
         if r.color_space and not r.has_reference and not all(are_exr):
             yield "color_space without an HDR adapter needs EXR files"
         if self.recipe.codes and any(are_exr):
-            yield "an adapter that makes HDR needs a clip in SDR"
+            yield "an adapter that makes HDR needs an SDR clip"
 
     def stage_faults(self) -> Iterator[str]:
         """Faults of the stages and the files they need."""
@@ -233,7 +233,7 @@ class Resolver:
             if x.stage not in (None, 1, count):
                 yield f"LoRA {x.path} is for stage {x.stage}, but there are {count}"
             if not x.strength:
-                yield f"LoRA {x.path} has strength 0, no effect"
+                yield f"LoRA {x.path} has strength 0 and no effect: remove it"
         for name in ("distilled_lora", "detailing_lora"):
             if (lora := getattr(r, name)) and (lora.stage or not lora.strength):
                 yield f"{name} takes no stage, and its strength must not be 0"
@@ -300,7 +300,7 @@ class Resolver:
         for side in r.tile_size or ():
             check_step("tile_size", side, SPACE_SCALE, 2 * SPACE_SCALE, MAX_SIDE)
         if r.num_frames > (most := self.recipe.frames):
-            note(f"{r.num_frames} frames: an adapter is made for at most {most}")
+            note(f"{r.num_frames} frames: the adapter was made for at most {most}")
         places, most = r.generated_keyframes, r.num_frames - 1
         if not isinstance(places, tuple):  # how many
             places, most = (places,), max(most - 1, 0)
@@ -323,16 +323,16 @@ class Resolver:
             self.check_sound()
 
     def check_sound(self) -> None:
-        """UserError unless there is enough sound to encode; a note if its length is far
-        from the video's."""
+        """UserError if a sound is too short to encode; a note if its length differs."""
         r = self.r
         seconds, length = self.files.probe(r.audio).audio_duration, r.num_frames / r.fps
         rest = seconds - r.audio_start
         if rest < SHORTEST_SOUND:
-            short = f" at {r.audio_start:g} s, only {seconds:.2f} s" * (seconds > 0)
+            short = f" at {r.audio_start:g} s: it has {seconds:.2f} s" * (seconds > 0)
             raise UserError(f"{r.audio} has no sound{short}")
         if abs(rest - length) > max(1, length / 2):
-            heard = f"{rest:.1f} s of sound for {length:.1f} s of video"
+            end = "the rest is cut off" if rest > length else "the rest is silent"
+            heard = f"{rest:.1f} s of sound for {length:.1f} s of video: {end}"
             self.notes.append(f"{r.audio}: {heard}")
 
     def check_segments(self) -> None:

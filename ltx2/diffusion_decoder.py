@@ -65,8 +65,8 @@ class Clip:
 
 
 class Keyframes(NamedTuple):
-    """Latents (1, P, h, w, C) of single frames at places in a video, in order, of which a
-    part from frame `start` on is decoded."""
+    """Latents (1, P, h, w, C) of single frames at places in a video, in order; the
+    video is decoded from frame `start` on."""
 
     latents: mx.array
     places: tuple[int, ...]

@@ -181,8 +181,7 @@ def logits(weights: mx.array, lowest: mx.array) -> mx.array:
 
 @dataclass
 class StreamContext:
-    """What the blocks read of a stream, apart from its state: AdaLN outputs by timestep
-    level, RoPE tables and mask."""
+    """What blocks read besides a stream's state: AdaLN by level, RoPE tables, mask."""
 
     ada: mx.array  # (U, 6 or 9, D)
     embedded: mx.array  # (U, D), for the output layer
@@ -493,8 +492,7 @@ class StreamedBlocks:
 def build_blocks(
     config: DiTConfig, weights: dict[str, mx.array], quantization: Optional[dict] = None
 ) -> Iterator[Block]:
-    """The transformer's blocks, each built when it is needed, with its weights, which
-    are taken out of `weights`."""
+    """The transformer's blocks, built one by one; their tensors leave `weights`."""
     for i in range(config.num_layers):
         prefix = f"transformer_blocks.{i}."
         keys = [key for key in weights if key.startswith(prefix)]

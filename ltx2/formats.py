@@ -182,7 +182,7 @@ class VideoWriter:
         height, width = size = frames.shape[1:3]
         if self.format.even and (height % 2 or width % 2):
             raise UserError(
-                f"{self.path}: {width}x{height} is odd: both sides must be even"
+                f"{self.path}: {width}x{height} has an odd side: both must be even"
             )
         self._size = self._size or size
         if size != self._size or frames.dtype not in (np.uint8, np.float32):

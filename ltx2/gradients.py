@@ -287,8 +287,7 @@ class Trainee:
 def target_layers(
     model: nn.Module, endings: Sequence[str]
 ) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of the linear layers whose names are, or end in "." and, one of
-    these."""
+    """Outputs and inputs of the linear layers whose names have these endings."""
     ends, layers = tuple(f".{ending}" for ending in endings), linear_layers(model)
     found = {path: layer for path, layer in layers.items() if f".{path}".endswith(ends)}
     return {path: linear_shape(layer) for path, layer in found.items()}

@@ -41,10 +41,10 @@ class Guidance(Checked):
         "agreement with the other stream, 1 is off (default: 3)", 1.0, between=SCALES
     )
     rescale_scale: float = ask(
-        "restores contrast that guidance changes (default: 0.7)", 0.0, between=(0, 1)
+        "restores the unguided contrast (default: 0.7)", 0.0, between=(0, 1)
     )
     skip_step: int = ask(
-        "steps that reuse a prediction after it (default: 0)", 0, between=(0, 1000)
+        "steps that reuse each guided prediction (default: 0)", 0, between=(0, 1000)
     )
 
     @property

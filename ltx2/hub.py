@@ -26,7 +26,7 @@ DEFAULT_FILES = (  # where there are several checkpoints
 FOLDERS = "diffusion_models text_encoders vae latent_upscale_models".split()
 FOLDERS += "model_patches loras checkpoints".split()
 ASIDE = ["*.DS_Store", "._*", "*/._*", ".cache/*", ".git/*"]  # never uploaded
-INSTEAD = ": take the original .safetensors file, or a folder that convert.py wrote"
+INSTEAD = ": use the original .safetensors file, or a folder that convert.py wrote"
 DTYPES = {
     "BF16": mx.bfloat16,
     "F16": mx.float16,
@@ -217,13 +217,12 @@ def resolve(
     repo, inner = split_repository(name)
     if repo and (inner or not name.endswith(".safetensors")):
         return repository_files(repo), inner or file
-    missing = "no such file or folder, nor a Hub repository's name"
+    missing = "no such file or folder, and not the name of a Hub repository"
     raise UserError(f"{what}{name}: {missing}")
 
 
 def split_repository(name: str) -> tuple[str, str]:
-    """The repository and the rest of owner/name/rest, which may be a page of the Hub; ""
-    for what is not there."""
+    """Repository and rest of owner/name/rest or a Hub page; "" if there is none."""
     page = r"https://(?:huggingface|hf)\.co/|/(?:blob|resolve|tree)/main(?=/|$)|\?.*|/$"
     name = re.sub(page, "", name) if name.startswith("https://") else name
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)

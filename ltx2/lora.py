@@ -176,7 +176,8 @@ def adapter_file(name: str) -> Path:
     found = [f for f in files if is_one(f.name)]
     found = [f for f in found if f.name in NAMED] or found
     if len(found) != 1:
-        raise UserError(f"LoRA {name}: {len(found)} safetensors files, name one")
+        many = f"has {len(found)} safetensors files: add the name of one"
+        raise UserError(f"LoRA {name} {many if found else 'is not there'}")
     hub.fetch_all([*found, *(f for f in files if f.name == PEFT_CONFIG)])
     return found[0].path
 

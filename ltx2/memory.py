@@ -311,8 +311,8 @@ class Estimator:
         by_block: bool,
         samples: Sequence[Phases] = (),
     ) -> dict[str, Footprint]:
-        """What encoding, training and samples with these phases hold, for clips of these
-        sizes and so many bytes of factors."""
+        """The plan of a training on clips of these sizes, with so many bytes of
+        factors: encoding, training, and samples with these phases."""
         largest = max(sizes, key=lambda s: s.tokens + s.audio_tokens)
         tokens, sound = largest.tokens, largest.audio_tokens
         weights = buffers = 0

@@ -66,6 +66,17 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
         add(name)(f"--{(prefix + flag).replace('_', '-')}", **how)
 
 
+def add_all(add: Callable, flags: Mapping[str, str], details: Mapping = MET) -> None:
+    """Add flags, "name -other METAVAR": help, by `add`, an `add_argument` method; those
+    without a metavar and `details` take no value."""
+    for flag, help in flags.items():
+        name, short, metavar = re.fullmatch(r"(\S+)( -\S+)?( \S+)?", flag).groups("")
+        how = {"metavar": metavar.strip()} if metavar else {}
+        how |= details.get(name, {})
+        names = f"--{name}", *short.split()
+        add(*names, help=help, **(how or {"action": "store_true"}))
+
+
 def check(options: Any, mode: str = "", model: Mapping = MET, label: str = "") -> None:
     """Apply the declared rules; UserError for the first option that breaks one. `model`
     says what is missing, as "a dev model"; `label` precedes the names."""

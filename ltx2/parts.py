@@ -240,7 +240,7 @@ def check_part(part: Part, model_version: str, checkpoint: File) -> None:
             want = source.get("gemma_version")
         if have is None or have != want:
             have, want = have or "as Google released it", want or "another text encoder"
-            other = f"{checkpoint.name} was trained with {want}: use that one"
+            other = f"{checkpoint.name} was trained with {want}: use that encoder"
             raise UserError(f"{f.name} is Gemma 4 {have}, but {other}")
     if part.component != "connectors":  # the checkpoint configures them
         check_config(part.component, part.section, part.tensors)

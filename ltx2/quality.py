@@ -136,7 +136,7 @@ def compare(
     mean = lambda i, k: float(np.mean([f[i][k] for f in found]))
     rows = [[str(i + 1), *(mean(i, k) for k in streams)] for i in sorted(found[0])]
     heads = ["step", *(f"error of x0, {k}" for k in streams)]
-    text = f"error of x0 in all: {math.sqrt(mean_square(found)):.4g}"
+    text = f"overall error of x0: {math.sqrt(mean_square(found)):.4g}"
     worst = max(range(len(rows)), key=lambda n: max(rows[n][1:]))
     lines = page.chart(f"error of x0: {', dashed '.join(streams)}", [*zip(*rows)][1:])
     html = [lines, page.table(heads, rows, {worst})]
@@ -289,7 +289,7 @@ def auto(checkpoint: Checkpoint, how: dict[str, Any], size: dict) -> tuple[dict,
     source, kinds = Pipeline(checkpoint), Kinds(how, checkpoint.shapes("transformer"))
     wanted = requests(source, {}, size)
     count = sum(calls(source, r, None, len(kinds.parts)) for r in wanted)
-    LOG.info(f"measuring each kind of layer: {count} calls of the transformer at most")
+    LOG.info(f"measuring each kind of layer: at most {count} calls of the transformer")
     runs = [run(source, clip, decode=False) for clip in clips(source, wanted, True)]
     kinds.measure(source, runs, OF_A_KIND)
     LOG.info(table(*kinds.table))

@@ -36,14 +36,14 @@ class Recipe:
 
 # Of the official distilled LoRAs, for a dev model and a distilled one
 DISTILLS = "makes this model a distilled one: add --kind distilled"
-ONCE = "is for dev models: remove it, unless this is one with --kind distilled"
+ONCE = "is for dev models, but this one is distilled: remove it, or pass --kind dev"
 ONE = {"stages": "one"}
 NIGHT = ONE | {"fps": 24.0}
 WINDOWS = ONE | {"chunk_frames": 97, "carry_frames": 17}
 DUB = {"stages": "two", "reference_in_stage_2": True}
 LIGHT = {"color_space": "srgb_linear"}
 MATTE = ONE | {"video_guidance": PLAIN}
-SLOW = "add --conditioned-fps, the rate / the speed (1 to 0.025): 48 is half of 24"
+SLOW = "add --conditioned-fps, fps / speed (1 to 0.025): 48 at 24 fps is half speed"
 RECIPES = {
     "alpha-gen": Recipe("", MATTE, 145, "dev", no_prompt=True, matte=True),
     "clean-plate": Recipe("", ONE, advice="the prompt describes the empty scene"),

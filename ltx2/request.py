@@ -74,7 +74,7 @@ class Image(Checked):
             index = round(float(seconds) * fps)
         index += num_frames if index < 0 else 0
         if not 0 <= index < num_frames:
-            frames = f"the video, which has frames 0 to {num_frames - 1}"
+            frames = f"the video, which has frames 0 to {num_frames - 1} at {fps:g} fps"
             raise UserError(
                 f"image {self.path}: frame {self.frame} is outside of {frames}"
             )
@@ -158,10 +158,10 @@ class Request(Checked):
         **WINDOWED,
     )
     carry_frames: Optional[int] = ask(
-        "frames of a window that the next one continues (default: 25)", **WINDOWED
+        "last frames of a window that the next one continues (default: 25)", **WINDOWED
     )
     blend_frames: Optional[int] = ask(
-        "how many of them are blended; 0 is a hard cut (default: all)", **WINDOWED
+        "how many of these are blended; 0 is a hard cut (default: all)", **WINDOWED
     )
     conditioned_fps: Optional[float] = ask(
         "frame rate of motion: twice --fps is slow motion at half speed (default: --fps)",
@@ -170,7 +170,7 @@ class Request(Checked):
         excludes="retake",
     )
     segments: tuple[Segment, ...] = ask(
-        "prompt of a part in seconds, appended to --prompt; repeatable, in order",
+        "prompt of a part, by its seconds, appended to --prompt; repeatable, in order",
         (),
         excludes="auto_duration contexts_file",
     )
@@ -223,7 +223,7 @@ class Request(Checked):
     nag_alpha: float = ask(
         "NAG: share of it in the result", 0.25, between=(0, 1), needs="nag_scale"
     )
-    loras: tuple[LoraFile, ...] = ask("LoRA of all stages, or one; repeatable", ())
+    loras: tuple[LoraFile, ...] = ask("LoRA for all stages or for one; repeatable", ())
     distilled_lora: Optional[LoraFile] = ask(
         "the distilled LoRA, which a dev model needs for two stages",
         metavar="PATH[:STRENGTH]",
@@ -234,8 +234,8 @@ class Request(Checked):
         "double the frame rate with the temporal upsampler", False, **MORE_FRAMES
     )
     generated_keyframes: Union[int, tuple[int, ...]] = ask(
-        "LTX-2.5: also generate single frames, which keep the video sharp: how many, or at "
-        "which frames (24,48 or 24,)",
+        "LTX-2.5: number of single frames to generate too, which keep the video sharp, or "
+        "their places (24,48 or 24,)",
         0,
         type=places,
         **MORE_FRAMES,
@@ -252,7 +252,7 @@ class Request(Checked):
     )
     # Inputs
     images: tuple[Image, ...] = ask(
-        "image at a frame (default: the first): an index, -1 (last) or 1.5s; repeatable",
+        "image at a frame: an index, -1 (last) or 1.5s (default: the first); repeatable",
         (),
         excludes="audio_only",
     )
@@ -295,7 +295,7 @@ class Request(Checked):
         needs="retake",
     )
     extend: Optional[float] = ask(
-        "continue the video by these seconds; negative: before it",
+        "continue the video by these seconds; if negative, add them before it",
         metavar="SECONDS",
         needs="video",
         excludes="images num_frames",
@@ -316,7 +316,7 @@ class Request(Checked):
         "use the reference and LoRA in stage 2 too", False, **OF_REFERENCE, modes="two"
     )
     tile_size: Optional[tuple[int, int]] = ask(
-        "size in pixels of the overlapping tiles that a large video is split into",
+        "size in pixels of overlapping tiles, into which a large video is split",
         type=integers,
         metavar="HEIGHT,WIDTH",
         needs="video",
@@ -329,7 +329,7 @@ class Request(Checked):
         excludes="auto_duration segments",
     )
     color_space: Optional[str] = ask(
-        "HDR: color space of EXR inputs and results (default with adapter: srgb_linear)",
+        "HDR: color space of EXR inputs and results (default with HDR adapters: srgb_linear)",
         choices=("srgb", "srgb_linear", "acescg", "acescct"),
         excludes="audio_only",
         modes=NOT_DFR,
@@ -362,14 +362,14 @@ class Request(Checked):
         model="2.5",
     )
     decode_bias: float = ask(
-        "added to the brightness, for other tools' weights that decode too dark",
+        "value to add to the brightness, if weights converted by another tool decode too dark",
         0.0,
         between=(-1, 1),
         excludes="audio_only",
     )
     # Names and other units for what is above
     preset: Optional[str] = ask(
-        "size, stages, steps and decoder; other flags win", choices=tuple(PRESETS)
+        "size, stages, steps and decoder, if not set by flags", choices=tuple(PRESETS)
     )
     size: Optional[str] = ask(
         f"height and width by name: {', '.join(LANDSCAPE)}, or upright like 720p-portrait",

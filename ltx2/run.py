@@ -204,7 +204,7 @@ class Run:
         seconds = model.machines.on_rank_0(predict)
         frames = min(whole_frames(seconds, r.fps, *r.auto_duration), r.num_frames)
         length = f"{frames} frames, {frames / r.fps:.1f} s"
-        how = f"{seconds:.1f} s predicted from the prompt, --num-frames sets the length"
+        how = f"{seconds:.1f} s predicted from the prompt; --num-frames sets the length"
         note(f"{length} ({how})")
         shorter = replace(r, num_frames=frames, auto_duration=None)
         return plan(shorter, model.checkpoint, self.model.inputs)

@@ -488,8 +488,7 @@ class Planner(Resolver):
                 yield conditions.HoldClip(*part, before)
 
     def images(self, size: Size, first: int, owned: range) -> Iterator[Condition]:
-        """The images of a stage that starts at its frame `first`, at request frames in
-        `owned`."""
+        """Images of a stage from its frame `first` on, at the frames in `owned`."""
         r, crf = self.r, 18 if self.checkpoint.version >= (2, 4) else 33
         crf = crf if r.image_crf is None else r.image_crf
         for image in r.images:

@@ -217,8 +217,7 @@ def _load(folder: Path) -> nn.Module:
 
 
 def _for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration as mlx-lm reads a text model's: it ignores transformers-5 RoPE
-    settings."""
+    """The configuration for mlx-lm, which ignores transformers-5 RoPE settings."""
     text = DEFAULTS | config | config.get("text_config", {})
     ropes = text.get("rope_parameters") or {}
     full, local = ropes.get("full_attention"), ropes.get("sliding_attention")

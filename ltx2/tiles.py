@@ -45,8 +45,7 @@ def lapped(starts: Iterable[int], stops: Iterable[int]) -> list[Span]:
 
 
 def spans(side: int, size: int) -> list[Span]:
-    """Divide a side of cells into spans of `size`, evenly from edge to edge, that overlap
-    by about a half, as the reference does."""
+    """Divide a side of cells evenly into spans of `size` that overlap by about half."""
     if side <= size:
         return [Span(0, side, 0, 0)]
     overlap, count = size // 2, 2

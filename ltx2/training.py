@@ -46,11 +46,11 @@ class Options(Checked):
     iters: int = ask("number of steps", 2000, between=(1, 10**7))
     batch_size: int = ask("clips per batch", 1, between=(1, 1024))
     grad_accumulation_steps: int = ask("batches per step", 1, between=(1, 1024))
-    learning_rate: float = ask("at the first step", 1e-4, between=(1e-9, 1))
+    learning_rate: float = ask("first learning rate", 1e-4, between=(1e-9, 1))
     lr_schedule: str = ask(
         "how the learning rate falls", "linear", choices=tuple(SCHEDULES)
     )
-    max_grad_norm: float = ask("largest norm; 0 is off", 1.0, between=(0, 1e9))
+    max_grad_norm: float = ask("largest gradient norm; 0 is off", 1.0, between=(0, 1e9))
     rank: int = ask("rank of the LoRA", 32, between=(1, 1024))
     streams: str = ask("streams to train", "both", choices=tuple(TARGETS))
     target_modules: tuple[str, ...] = ask(
@@ -68,20 +68,20 @@ class Options(Checked):
         "folder of reference clips, for an IC-LoRA", metavar="PATH"
     )
     reference_downscale: int = ask(
-        "how many times smaller they are", 1, between=(1, 9), needs="reference_data"
+        "how many times smaller those are", 1, between=(1, 9), needs="reference_data"
     )
-    trigger: str = ask("word before each caption (default: none)", "")
+    trigger: str = ask("word to put before each caption (default: none)", "")
     preserve: tuple[str, ...] = ask(
         "prompt whose videos must not change; repeatable (default: the model's)",
         **REPEATED,
     )
     val_clips: Optional[int] = ask("clips held out (default: a tenth, up to 8)")
-    grad_checkpoint: bool = ask("recompute blocks, which saves memory", False)
+    grad_checkpoint: bool = ask("save memory: recompute blocks", False)
     steps_per_report: int = ask("steps between reports", 10, between=(1, 10**7))
     steps_per_eval: int = ask("steps between held-out losses", 200, between=(1, 10**7))
     save_every: int = ask("steps between saved adapters", 250, between=(1, 10**7))
     sample_prompt: tuple[str, ...] = ask("prompt of a sample; repeatable", **REPEATED)
-    sample_every: int = ask("steps between samples; 0: off", 250, between=(0, 10**7))
+    sample_every: int = ask("steps between samples; 0 is off", 250, between=(0, 10**7))
     seed: int = ask("seed of factors, noise and order", 0, between=(0, 2**31))
 
     @classmethod
@@ -125,8 +125,7 @@ class Trainer:
     # Before any weights are read
 
     def plan(self) -> memory.MemoryPlan:
-        """The memory of each phase. Blocks are recomputed, or read from the disk, where
-        it would not do otherwise."""
+        """The memory by phase; blocks are recomputed or streamed if they must be."""
         pipe, factors = self.pipe, self.nbytes
         estimator = memory.Estimator(pipe.checkpoint, pipe.dtype)
         text = estimator.text(dataset.PROMPTS_AT_ONCE, pipe.encoder_files)
@@ -330,8 +329,7 @@ class Trainer:
         return gradients.make_example(model, states, noise, sigmas, contexts)
 
     def _batch(self) -> tuple[float, Parameters]:
-        """The loss and gradients of a step: the means over its clips, of which each
-        machine takes its part."""
+        """The mean loss and gradients of a step's clips, divided among machines."""
         o, total, sums = self.options, 0.0, {}
         ranks = self.group.size()
         count = o.batch_size * o.grad_accumulation_steps
@@ -407,8 +405,8 @@ class Trainer:
     # Files
 
     def save(self, copy: str = "") -> None:
-        """The adapter as an official LoRA, its settings, all that resuming needs, and
-        the losses so far."""
+        """Save the adapter as an official LoRA, its settings, losses and what resuming
+        needs."""
         if self.group.rank() > 0:
             return
         parameters, state = self.trainee.parameters, self.opt.state

@@ -1,5 +1,6 @@
 """The benchmarks count operations of released models without computing them."""
 
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -13,6 +14,12 @@ from ltx2.layers import Attention
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 import benchmark  # noqa: E402
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in ROOT.glob("benchmarks/*.py")))
+def test_benchmarks_need_only_what_the_readme_installs(name):
+    code = f"import sys; sys.path[:0] = ['benchmarks', 'tests']; sys.modules['pytest'] = None; import {name}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_the_flops_of_attention_are_counted():

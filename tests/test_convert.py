@@ -552,10 +552,10 @@ def test_four_bits_are_spent_by_layer(checkpoint, tmp_path, capsys, monkeypatch)
         if "transformer_blocks" in k
     )
     mean = 8 * sum(w.nbytes for w in blocks.values()) / size
-    assert f"{mean:.2f} bits a weight in the transformer's blocks" in out
+    assert f"{mean:.2f} bits per weight in the transformer's blocks" in out
     card = (model / "README.md").read_text()
     assert (
-        f"with scales {mean:.2f} bits a weight. Rounding changed these weights by"
+        f"{mean:.2f} bits per weight with scales. Rounding changed these weights by"
         in card
     )
     # Whole, block by block, and dequantized it is the same model.
@@ -835,7 +835,7 @@ def test_a_lora_that_does_not_fit_is_refused(checkpoint, tmp_path, capsys):
 
 
 def test_a_lora_cannot_be_added_to_quantized_weights(quantized, checkpoint):
-    with pytest.raises(UserError, match="LoRAs need unquantized weights"):
+    with pytest.raises(UserError, match="LoRAs can only be fused into unquantized"):
         Conversion(
             weights.open_model(str(quantized)),
             loras=[(str(checkpoint("ltx-2-lora")), 1)],

@@ -29,8 +29,8 @@ SCENES = [
 ]
 
 
-def scene(shape, colour, motion, pitch) -> data.Scene:
-    return data.Scene(shape, colour, motion, "dark", pitch, "pure")
+def scene(shape, color, motion, pitch) -> data.Scene:
+    return data.Scene(shape, color, motion, "dark", pitch, "pure")
 
 
 def prompt(s: data.Scene) -> tuple[data.Scene, str]:
@@ -41,7 +41,7 @@ def prompt(s: data.Scene) -> tuple[data.Scene, str]:
     }[s.motion]
     return (
         s,
-        f"A {s.colour} {s.shape} {does} on a dark background, with a {s.pitch} tone.",
+        f"A {s.color} {s.shape} {does} on a dark background, with a {s.pitch} tone.",
     )
 
 
@@ -63,7 +63,7 @@ def correct(prompts, found, name: str) -> int:
 
 def test_clips_follow_their_prompts(prompts, made):
     found = [f for _, f in made]
-    for name in ("colour", "motion", "pitch", "background"):
+    for name in ("color", "motion", "pitch", "background"):
         assert correct(prompts, found, name) == len(prompts), (name, found)
     assert correct(prompts, found, "shape") >= len(prompts) - 1, found
 
@@ -80,7 +80,7 @@ def test_the_sound_moves_with_the_shape(prompts, made):
 def test_a_4_bit_model_follows_its_prompt(prompts, tmp_path):
     ((path, _),) = make(DEMO, prompts[:1], tmp_path, bits=4)
     found = judge(*read_mp4(path))
-    assert (found["colour"], found["pitch"]) == ("red", "low")
+    assert (found["color"], found["pitch"]) == ("red", "low")
 
 
 def test_the_first_frame_of_image_to_video_is_the_image(prompts, tmp_path):
@@ -94,7 +94,7 @@ def test_a_guided_run_follows_its_prompt(prompts, tmp_path):
         DEMO, prompts[1:2], tmp_path, kind="dev", options=prompt_adherence.GUIDED
     )
     found = judge(*read_mp4(path))
-    assert found["colour"] == "blue" and found["motion"] == "up"
+    assert found["color"] == "blue" and found["motion"] == "up"
 
 
 def test_clips_are_equal_if_and_only_if_their_seeds_are(prompts):

@@ -22,14 +22,14 @@ def measured(scene: data.Scene, rate: int = 24000) -> dict:
 @pytest.mark.parametrize("motion", data.MOTIONS)
 def test_the_judge_measures_every_attribute_of_synthetic_clips(motion):
     rng = np.random.default_rng(len(motion))
-    for shape, colour in itertools.product(data.SHAPES, data.COLOURS):
-        scene = data.sample_scene(rng, motion=motion, shape=shape, colour=colour)
+    for shape, color in itertools.product(data.SHAPES, data.COLORS):
+        scene = data.sample_scene(rng, motion=motion, shape=shape, color=color)
         found = measured(scene)
         assert {
-            k: found[k] for k in ("shape", "colour", "motion", "background", "pitch")
+            k: found[k] for k in ("shape", "color", "motion", "background", "pitch")
         } == {
             "shape": shape,
-            "colour": colour,
+            "color": color,
             "motion": motion,
             "background": scene.background,
             "pitch": scene.pitch,
@@ -47,7 +47,7 @@ def test_pitch_is_measured_at_any_sample_rate(rate):
 
 def test_an_empty_silent_clip_has_no_attributes():
     found = judge(np.full((25, 96, 96, 3), 30, np.uint8), np.zeros((24000, 2)), 24000)
-    assert [found[k] for k in ("colour", "shape", "motion", "pitch")] == [None] * 4
+    assert [found[k] for k in ("color", "shape", "motion", "pitch")] == [None] * 4
 
 
 def test_in_a_mirrored_clip_motion_is_reversed_and_sound_is_misplaced():
@@ -77,7 +77,7 @@ def test_unseen_captions_name_the_attributes_in_other_wordings():
         scene = data.sample_scene(rng)
         text = data.caption(scene, rng, unseen=True)
         assert text not in seen
-        for attribute in (scene.colour, scene.shape, scene.pitch):
+        for attribute in (scene.color, scene.shape, scene.pitch):
             words = data.WORDS[attribute]
             assert any(word in text.lower() for word in words), text
 

@@ -102,7 +102,7 @@ REFUSED = {
     # inputs
     "--image nowhere.png": "nowhere.png",
     "--image FILES/noise.bin": "noise.bin",
-    "--image FILES/image.png@17": "the video, which has frames 0 to 16",
+    "--image FILES/image.png@17": "the video, which has frames 0 to 16 at 24 fps",
     "--image FILES/image.png@9.5s": "frame 9.5s is outside of the video",
     "--image FILES/image.png:7": "strength must be between 0.01 and 1, got 7",
     "--image FILES/image.png --image-crf 99": "image_crf must be between 0 and 51, got 99",
@@ -129,7 +129,7 @@ REFUSED = {
     "--video FILES/clip.mp4 --extend 1e9": "extend must be between",
     "--lora nowhere.safetensors": "nowhere.safetensors: no such file",
     "--lora FILES/noise.bin": "is not a safetensors file",
-    "--lora FILES/noise.bin:0": "strength 0, no effect",
+    "--lora FILES/noise.bin:0": "strength 0 and no effect",
     "--lora FILES/noise.bin@2": "is for stage 2, but there are 1",
     "--distilled-lora FILES/noise.bin": "distilled_lora needs a dev model",
     # outputs and files

@@ -431,7 +431,7 @@ def test_frames_are_doubled_before_the_autoencoder_sees_them(tmp_path):
             {"chunk_frames": 25},
             "hdr_double_frames cannot be combined with chunk_frames",
         ),
-        ({"name": "mine.safetensors"}, "needs an adapter and a clip in SDR"),
+        ({"name": "mine.safetensors"}, "needs an HDR adapter and an SDR clip"),
     ],
 )
 def test_frames_are_doubled_only_for_hdr(pipe, request_for, options, reason):

@@ -456,7 +456,7 @@ def test_an_adapter_with_a_strange_configuration_is_refused(tmp_path, config):
 def test_a_folder_with_several_files_is_refused(tmp_path):
     for name in ("a", "b"):
         mx.save_safetensors(str(tmp_path / f"{name}.safetensors"), pair())
-    with pytest.raises(UserError, match="2 safetensors files, name one"):
+    with pytest.raises(UserError, match="has 2 safetensors files: add the name of one"):
         Lora.read(tmp_path)
 
 
@@ -488,9 +488,11 @@ def test_a_lora_of_the_hub_is_downloaded_once(fake_hub, checkpoint, name):
 
 
 def test_a_repository_with_several_loras_asks_for_one(fake_hub):
-    with pytest.raises(UserError, match="LoRA me/lora: 4 safetensors files, name one"):
+    with pytest.raises(
+        UserError, match="LoRA me/lora has 4 safetensors files: add the name of one"
+    ):
         Lora.read("me/lora")
-    with pytest.raises(UserError, match="LoRA me/lora/x.safetensors: 0 safetensors"):
+    with pytest.raises(UserError, match="me/lora/x.safetensors is not there"):
         Lora.read("me/lora/x.safetensors")
     assert fake_hub.fetched == []
 

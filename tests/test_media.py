@@ -223,8 +223,8 @@ def test_resize_and_crop_streams_frames_and_keeps_pixels_of_the_right_size():
     frames = clip(3)
     fitted = media.resize_and_crop(iter(frames), 48, 64)
     np.testing.assert_allclose(fitted, frames / 127.5 - 1, atol=1e-6)
-    centre = media.resize_and_crop(frames, 48, 32)
-    np.testing.assert_array_equal(centre, fitted[:, :, 16:48])
+    center = media.resize_and_crop(frames, 48, 32)
+    np.testing.assert_array_equal(center, fitted[:, :, 16:48])
 
 
 def test_png_is_exact_and_frames_become_a_strip(tmp_path):
@@ -477,14 +477,12 @@ def test_an_mp4_has_exactly_its_frames_and_as_much_sound(
     assert os.listdir(tmp_path) == ["out.mp4"]
 
 
-def test_colours_survive_and_are_tagged_bt709(tmp_path):
-    colours = np.array(
-        [[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 100, 50]], np.uint8
-    )
+def test_colors_survive_and_are_tagged_bt709(tmp_path):
+    colors = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 100, 50]], np.uint8)
     with formats.VideoWriter(tmp_path / "out.mp4", 24) as video:
-        video.write(np.tile(colours[:, None, None], (1, 32, 32, 1)))
+        video.write(np.tile(colors[:, None, None], (1, 32, 32, 1)))
     frames = np.stack(list(media.read_video(tmp_path / "out.mp4")))
-    assert np.abs(frames[:, 16, 16].astype(int) - colours).max() <= 3
+    assert np.abs(frames[:, 16, 16].astype(int) - colors).max() <= 3
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "out.mp4"]
     described = subprocess.run(command, capture_output=True, text=True).stderr
     assert "yuv420p(tv, bt709" in described and "h264" in described
@@ -620,7 +618,7 @@ def test_a_video_without_frames_or_of_two_sizes_is_a_bug(earlier):
 
 
 def test_odd_sizes_are_refused(earlier):
-    with pytest.raises(UserError, match="63x48 is odd"):
+    with pytest.raises(UserError, match="63x48 has an odd side"):
         with formats.VideoWriter(earlier, 24) as video:
             video.write(clip(1, width=63))
 

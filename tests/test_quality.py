@@ -185,7 +185,7 @@ def test_the_command_saves_a_recipe_that_convert_takes(
     # Both runs have 2 steps, of which 1 is compared, also for 28 kinds and the quarters
     # of 3 blocks; each with 4 passes of guidance.
     assert out.startswith(f"1 clips, {4 * (2 * 2 + 1 + 31)} calls of the transformer")
-    for text in ("error of x0 in all", "PSNR", "one part quantized", "is expected"):
+    for text in ("overall error of x0", "PSNR", "one part quantized", "is expected"):
         assert text in out
     page = Page((tmp_path / "page.html").read_text())
     numbers = {word for line in out.splitlines() for word in line.split()}

@@ -238,7 +238,7 @@ def test_the_first_commands_make_clips_and_their_image(tmp_path):
     subprocess.run(argv, check=True, cwd=tmp_path)
     assert media.load_image(tmp_path / "strip.png").shape == (96, 8 * 96, 3)
     again = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
-    assert again.stderr == "strip.png exists: give another name\n"
+    assert again.stderr == "error: strip.png exists: use another name\n"
 
 
 @pytest.mark.parametrize("command", GENERATE[2:], ids=lambda c: c[19:60])

@@ -160,7 +160,7 @@ def test_notes_say_what_an_adapter_was_not_made_for(pipe, adapter, tmp_path):
     job = pipe.plan(
         Request("a cat", seed=10, video=video, loras=(adapter("deblur-0.9"),))
     )
-    assert "129 frames: an adapter is made for at most 121" in job.notes
+    assert "129 frames: the adapter was made for at most 121" in job.notes
     notes = pipe.plan(
         Request("", seed=10, video=video, loras=(adapter("alpha-gen-0.9"),))
     ).notes
@@ -169,7 +169,10 @@ def test_notes_say_what_an_adapter_was_not_made_for(pipe, adapter, tmp_path):
 
 @pytest.mark.parametrize(
     "kind, said",
-    [("dev", "add --kind distilled"), ("distilled", "is for dev models: remove it")],
+    [
+        ("dev", "add --kind distilled"),
+        ("distilled", "is for dev models, but this one is distilled"),
+    ],
 )
 def test_a_distilled_lora_among_the_others_is_noted(kind, said):
     """A model would be distilled twice, or take the steps of a dev model."""
@@ -235,7 +238,7 @@ def test_slow_motion_is_said_unless_it_is_asked_for(pipe, adapter):
     options = {"loras": (adapter("slow-motion-control-1.0"),), "num_frames": 9}
     said = lambda job: [n for n in job.notes if "--conditioned-fps" in n]
     [note] = said(pipe.plan(Request("a fountain", seed=10, **options)))
-    assert "the rate / the speed (1 to 0.025)" in note
+    assert "fps / speed (1 to 0.025)" in note
     slow = pipe.plan(
         Request("a fountain", seed=10, conditioned_fps=24 / 0.025, **options)
     )

@@ -391,7 +391,7 @@ def test_notes_say_what_of_a_picture_and_a_sound_is_not_used(pipe, tmp_path):
 
 def test_a_sound_too_short_for_the_encoder_is_refused_in_the_plan(pipe, tmp_path):
     media.write_wav(tmp_path / "a.wav", np.ones((160, 2), np.float32) / 9, 16000)
-    with pytest.raises(UserError, match="has no sound at 0 s, only 0.01 s"):
+    with pytest.raises(UserError, match="has no sound at 0 s: it has 0.01 s"):
         pipe.plan(Request("a", **SIZE, audio=tmp_path / "a.wav"))
 
 
@@ -519,7 +519,7 @@ def test_earlier_files_stay_and_all_new_ones_are_said(command, tmp_path):
     third = command(
         "--from", "new/a.json", "--trust", "--output", "new/a.mp4", small=False
     )
-    assert "note: new/a.mp4 is taken: writing new/a-3.mp4" in third
+    assert "note: new/a.mp4 exists: writing new/a-3.mp4" in third
     assert "wrote new/a-3.mp4 (seed 3)" in third
     there = {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()}
     assert before.items() <= there.items()

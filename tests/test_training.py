@@ -16,9 +16,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from parity import channels_last, cosine, relative_error
+from released import HERE
 from streams import load
 from test_dataset import write_clip
-from test_layout import HERE
 from test_low_memory import in_four_bits
 from test_parallel import ROOT, launch
 
