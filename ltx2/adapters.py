@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from . import hub
 from .base import UserError
-from .conversion import SAMPLE
+from .conversion import SAMPLE, card_head
 from .gradients import Parameters
 from .lora import adapter_file
 
@@ -94,22 +94,9 @@ def upload(folder: Path, repo: str, license: tuple[str, str, str]) -> None:
 
 
 def model_card(config: dict[str, Any], repo: str, license: tuple[str, str, str]) -> str:
-    base, name, link = license
-    options = config["options"]
+    options, name = config["options"], repo.split("/")[-1]
     trigger = options["trigger"] and f"Trigger word: `{options['trigger']}`\n\n"
-    return f"""---
-base_model: {base}
-base_model_relation: adapter
-library_name: mlx
-license: other
-license_name: {name}
-license_link: {link}
-pipeline_tag: text-to-video
-tags: [mlx, lora, ltx-2, text-to-audio-video]
----
-
-# {repo.split("/")[-1]}
-
+    return f"""{card_head(name, license, "adapter", "mlx, lora, ltx-2")}
 A LoRA of rank {options["rank"]} for {config["base_model"]}, trained on {config["clips"]}
 clips in {config["steps"]} steps.
 

@@ -151,11 +151,6 @@ class Level(nn.Module):
         return resample(x) if resample else x
 
 
-def middle(channels: int) -> dict[str, ResBlock]:
-    """The blocks at the lowest resolution."""
-    return {f"block_{i}": ResBlock(channels, channels) for i in (1, 2)}
-
-
 class Encoder(nn.Module):
     """Log-mel (B, T, 64, 2) to means and log-variances (B, ceil(T / 4), 16, 2 C)."""
 
@@ -167,7 +162,7 @@ class Encoder(nn.Module):
         self.down = [Level(*pair, blocks) for pair in pairs]
         for level, n_out in zip(self.down[:-1], widths[1:]):
             level.downsample = CausalConv2d(n_out, n_out, stride=2)
-        self.mid = middle(widths[-1])
+        self.mid = {f"block_{i}": ResBlock(widths[-1], widths[-1]) for i in (1, 2)}
         self.conv_out = CausalConv2d(widths[-1], 2 * config.z_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -184,7 +179,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
         self.conv_in = CausalConv2d(config.z_channels, widths[-1])
-        self.mid = middle(widths[-1])
+        self.mid = {f"block_{i}": ResBlock(widths[-1], widths[-1]) for i in (1, 2)}
         pairs, blocks = zip(widths[1:] + widths[-1:], widths), config.num_res_blocks + 1
         self.up = [Level(*pair, blocks) for pair in pairs]
         for level, n_out in zip(self.up[1:], widths[1:]):

@@ -33,7 +33,7 @@ JSON_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or 
 JSON_NAMES |= {list: "a list", tuple: "a list", dict: "an object", type(None): "null"}
 
 
-class UserError(Exception):
+class UserError(argparse.ArgumentTypeError):  # a parser adds the flag to it
     """A user's mistake, in one line: what is wrong, what is allowed, what to type."""
 
 

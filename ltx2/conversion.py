@@ -55,7 +55,6 @@ class Conversion:
     expected: Optional[float] = None  # error of x0 with this quantization, if measured
 
     def __post_init__(self):
-        self.finite: Weights = {}  # lazily, whether the converted tensors are finite
         self.layers: Weights = {}  # before they are rounded
         self.rounded: Weights = {}  # what is made of them
         self.squares = [0.0, 0.0]  # norms of their errors and of themselves, squared
@@ -95,9 +94,6 @@ class Conversion:
                 del weights[f"{path}.scales"]
                 weights.pop(f"{path}.biases", None)
                 weights[f"{path}.weight"] = layer.dequantized(dtype)
-        # 0 times NaN or infinity is NaN; mx.isfinite would need more memory.
-        floats = [k for k, w in weights.items() if mx.issubdtype(w.dtype, mx.floating)]
-        self.finite = {k: (weights[k] * 0).sum() == 0 for k in floats}
         if self.quantization and name in ("transformer", "gemma"):
             quantize(module, class_predicate=self.chosen)
             done = dict(tree_flatten(module.parameters()))
@@ -120,17 +116,20 @@ class Conversion:
 
     def tensor(self, key: str, w: mx.array) -> mx.array:
         """A tensor of `weights` as it is written; UserError if it is not finite."""
-        if key in self.layers:
-            layer, path = self.layers.pop(key), key.removesuffix(".weight")
-            how = layer_format(self.quantization, path)
-            parts = rounding.quantize(layer, **how)
-            self.rounded |= zip((key, f"{path}.scales", f"{path}.biases"), parts)
-            squares = rounding.squared_error(layer, parts, how)
-            self.squares = [a + b for a, b in zip(self.squares, squares)]
-        w = mx.contiguous(self.rounded.pop(key, w))
+        is_rounded = key in self.layers
+        w = mx.contiguous(self.rounded.pop(key, self.layers.pop(key, w)))
         mx.eval(w)
-        if key in self.finite and not self.finite.pop(key).item():
+        # 0 times NaN or infinity is NaN; mx.isfinite would need more memory.
+        if mx.issubdtype(w.dtype, mx.floating) and (w * 0).sum().item():
             raise UserError(f"{key} has NaN or infinite values: not converted")
+        if is_rounded:
+            path = key.removesuffix(".weight")
+            how = layer_format(self.quantization, path)
+            parts = rounding.quantize(w, **how)
+            squares = rounding.squared_error(w, parts, how)
+            self.squares = [a + b for a, b in zip(self.squares, squares)]
+            self.rounded |= zip((f"{path}.scales", f"{path}.biases"), parts[1:])
+            return parts[0]
         return w
 
     def files(self, name: str) -> dict[str, Weights]:
@@ -278,24 +277,12 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 
 def model_card(config: dict, name: str, generation: str, rows: dict[str, str]) -> str:
-    """README.md of a model folder, with the metadata that the Hub reads."""
-    repo, license_name, link = OFFICIAL[generation]
-    origin = config["provenance"]
+    """README.md of a model folder."""
+    origin, (repo, *license) = config["provenance"], OFFICIAL[generation]
     base = origin["source"] if "/" in origin["source"] else repo
-    relation = "base_model_relation: quantized\n" * ("quantization" in config)
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
-    return f"""---
-base_model: {base}
-{relation}library_name: mlx
-pipeline_tag: text-to-video
-license: other
-license_name: {license_name}
-license_link: {link}
-tags: [mlx, ltx-2, text-to-audio-video]
----
-
-# {name}
-
+    relation = "quantized" if "quantization" in config else ""
+    return f"""{card_head(name, (base, *license), relation, "mlx, ltx-2")}
 LTX-2 {generation} ({config["kind"]}) for MLX: video with sound from a prompt.
 
 | | |
@@ -310,5 +297,23 @@ python generate.py --model {shlex.quote(name)} --prompt "..."
 **Notice of change.** These files were made by {origin["tool"]} from
 {", ".join(origin["files"])} of [{base}](https://huggingface.co/{base}): tensors are
 renamed, laid out for MLX, split by component, and quantized as described above. They
-remain under the [{license_name}]({link}).
+remain under the [{license[0]}]({license[1]}).
+"""
+
+
+def card_head(name: str, base: Sequence[str], relation: str, tags: str) -> str:
+    """The start of a card, with the metadata that the Hub reads; `base` is a repository,
+    name and text of its license, as in OFFICIAL."""
+    relation = f"base_model_relation: {relation}\n" * bool(relation)
+    return f"""---
+base_model: {base[0]}
+{relation}library_name: mlx
+pipeline_tag: text-to-video
+license: other
+license_name: {base[1]}
+license_link: {base[2]}
+tags: [{tags}, text-to-audio-video]
+---
+
+# {name}
 """

@@ -89,29 +89,25 @@ def judge(check: str, cases: Iterable[Case]) -> list[Row]:
 
 def attention_cases(dim: int) -> Iterator[Case]:
     """All kinds of masks, many queries and one; heads share keys, as in Gemma."""
+    hiding = lambda seen: np.where(seen, 0, -np.inf)
+    causal = hiding(np.tri(100, 150, 50, dtype=bool))  # the last query sees all keys
     for dtype in LIMITS:
         q, added = 3 * draw((1, 2, 100, dim), dtype), draw((1, 1, 100, 150), dtype)
         k, v = draw((2, 1, 1, 150, dim), dtype)
-        masks = {"no mask": None, "added mask": added, "boolean mask": added > 0}
-        for kind, mask in (masks | {"causal": "causal"}).items():
-            yield kind, dtype, attention, q, k, v, mask
-        yield "one query", dtype, attention, q[:, :, :1], k, v, None
+        yield "no mask", dtype, attention, q, k, v, None, 0
+        yield "added mask", dtype, attention, q, k, v, added, exact64(added)
+        yield "boolean mask", dtype, attention, q, k, v, added > 0, hiding(added > 0)
+        yield "causal", dtype, attention, q, k, v, "causal", causal
+        yield "one query", dtype, attention, q[:, :, :1], k, v, None, 0
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> Pair:
+def attention(q: mx.array, k: mx.array, v: mx.array, mask: Any, added: Any) -> Pair:
+    """Attention with a mask, which is the same as adding an array to the scores."""
     scale = 1 / math.sqrt(q.shape[-1])
     ours = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     q, k, v = (exact64(x) for x in (q, k, v))
     k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
-    scores = q @ k.swapaxes(2, 3) * scale
-    if isinstance(mask, str):
-        queries, keys = scores.shape[2:]  # the last query sees all keys
-        seen = np.tri(queries, keys, keys - queries, dtype=bool)
-        scores = np.where(seen, scores, -np.inf)
-    elif mask is not None and mask.dtype == mx.bool_:
-        scores = np.where(np.array(mask), scores, -np.inf)
-    elif mask is not None:
-        scores = scores + exact64(mask)
+    scores = q @ k.swapaxes(2, 3) * scale + added
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return ours, weights / weights.sum(-1, keepdims=True) @ v
 
@@ -119,15 +115,22 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> Pair:
 # Convolutions and products in float32
 
 
-def convolution(size: tuple, out: int, taps: tuple, step: int = 1) -> Pair:
+def convolution(size: tuple, out: int, taps: tuple, step=1, groups=1) -> Pair:
     """A convolution of (1, *size), and exact values at some places of its output."""
-    x, w = draw((1, *size)), draw((out, *taps, size[-1]))
+    x, w = draw((1, *size)), draw((out, *taps, size[-1] // groups))
     if len(taps) == 3:
         y = conv.conv3d(x, w, padding=0)
+    elif len(taps) == 2:
+        y = mx.conv2d(x, w)
     else:
-        y = mx.conv2d(x, w) if len(taps) == 2 else mx.conv1d(x, w, dilation=step)
+        y = mx.conv1d(x, w, dilation=step, groups=groups)
+    if groups > 1:  # each output has one input
+        w = mx.where(mx.eye(out)[:, None] == 1, w, 0)
     places = np.random.default_rng(0).integers(0, y.shape[1:-1], (64, y.ndim - 2))
-    return y[0][tuple(map(mx.array, places.T))], exact_at(x, w, places, step)
+    offsets = np.indices(w.shape[1:-1]).reshape(places.shape[1], -1)
+    seen = exact64(x)[0][tuple(np.moveaxis(places[:, :, None] + step * offsets, 1, 0))]
+    exact = np.einsum("ptc,otc->po", seen, exact64(w).reshape(out, -1, size[-1]))
+    return y[0][tuple(map(mx.array, places.T))], exact
 
 
 def winograd_cases() -> Iterator[Case]:
@@ -142,14 +145,8 @@ def convolution_cases() -> Iterator[Case]:
     float32 = mx.float32
     yield "3x3x3", float32, convolution, (6, 22, 26, 32), 48, (3, 3, 3)
     yield "7, dilated", float32, convolution, (2000, 64), 64, (7,), 3
-    yield "depthwise", float32, depthwise, draw((1, 500, 32)), draw((32, 12, 1))
+    yield "depthwise", float32, convolution, (500, 32), 32, (12,), 1, 32
     yield "transposed", float32, transposed, draw((1, 200, 64)), draw((32, 16, 64))
-
-
-def depthwise(x: mx.array, w: mx.array) -> Pair:
-    dense = mx.where(mx.eye(len(w))[:, None] == 1, w, 0)
-    y = mx.conv1d(x, w, groups=len(w))[0]
-    return y, exact_at(x, dense, np.arange(len(y))[:, None], 1)
 
 
 def transposed(x: mx.array, w: mx.array) -> Pair:
@@ -158,13 +155,6 @@ def transposed(x: mx.array, w: mx.array) -> Pair:
     for tap in range(w.shape[1]):
         exact[tap::8][: x.shape[1]] += (exact64(x) @ exact64(w)[:, tap].T)[0]
     return y, exact
-
-
-def exact_at(x: mx.array, w: mx.array, places: np.ndarray, step: int) -> np.ndarray:
-    """The outputs (places, O) of a convolution at `places` (places, axes)."""
-    taps = np.indices(w.shape[1:-1]).reshape(places.shape[1], -1)
-    seen = exact64(x)[0][tuple(np.moveaxis(places[:, :, None] + step * taps, 1, 0))]
-    return np.einsum("ptc,otc->po", seen, exact64(w).reshape(len(w), -1, w.shape[-1]))
 
 
 def layer_cases() -> Iterator[Case]:

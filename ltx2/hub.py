@@ -397,28 +397,16 @@ def upload(folder: Path, repo: str, message: str = "Add the converted model") ->
     """Put a folder into a repository, compare what arrived, and count the files."""
     from huggingface_hub.utils import filter_repo_objects
 
-    options = {"repo_id": repo, "folder_path": folder, "ignore_patterns": ASIDE}
+    options = {"folder_path": folder, "ignore_patterns": ASIDE}
     with hub_api(repo) as api:
-        api.upload_folder(commit_message=message, **options)
-        there = api.model_info(repo, files_metadata=True).siblings
-    arrived = {f.rfilename: f for f in there}
-    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-    sent = sorted(filter_repo_objects(files, ignore_patterns=ASIDE))
-    wrong = [name for name in sent if not is_same(folder / name, arrived.get(name))]
+        api.upload_folder(repo_id=repo, commit_message=message, **options)
+        found = api.verify_repo_checksums(repo, local_dir=folder)
+    lost = filter_repo_objects(found.extra_paths, ignore_patterns=ASIDE)
+    wrong = [*lost, *(changed["path"] for changed in found.mismatches)]
     if wrong:
-        names = ", ".join(wrong[:5])
+        names = ", ".join(sorted(wrong)[:5])
         raise UserError(f"{repo} differs from {folder}: {names}; run the command again")
-    return len(sent)
-
-
-def is_same(path: Path, there: Any) -> bool:
-    """Whether a file arrived: its size and sha256 or, if it is small, its Git blob."""
-    if there is None or there.size != path.stat().st_size:
-        return False
-    if there.lfs:
-        return there.lfs.sha256 == File(path.name, there.size, path).checksum()
-    blob = b"blob %d\0" % there.size + path.read_bytes()
-    return there.blob_id == hashlib.sha1(blob).hexdigest()
+    return found.checked_count
 
 
 def create_repository(repo: str) -> None:

@@ -146,15 +146,11 @@ def located(options: Any, place: Callable[[str], str], but: Container[str] = ())
     return dataclasses.replace(options, **changes)
 
 
-class FormError(UserError, argparse.ArgumentTypeError):
-    """A value of another form; the parser names its flag."""
-
-
 def match_groups(form: str, pattern: str, text: str) -> tuple[Any, ...]:
     """The groups of a flag's value, which must match `pattern`; `form` is its name."""
     match = re.fullmatch(pattern, text)
     if match is None:
-        raise FormError(f"{text!r} is not of the form {form}")
+        raise UserError(f"{text!r} is not of the form {form}")
     return match.groups()
 
 

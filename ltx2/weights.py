@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
+from functools import partialmethod
 from itertools import islice
 from pathlib import Path
 from typing import Any, Optional
@@ -110,16 +111,11 @@ class Checkpoint(FolderConfig):
             raise UserError(f"{own} and cannot use {name}: remove --text-encoder")
         return name or self.text_encoder
 
-    def weights(self, name: str, dtype: Optional[mx.Dtype] = None) -> Weights:
+    def weights(
+        self, name: str, dtype: Optional[mx.Dtype] = None, read: Callable = File.arrays
+    ) -> Weights:
         """A component's tensors, lazily, with its module's names and layouts; floating
         ones cast to `dtype`, fp8 decoded to bfloat16."""
-        return self._tensors(name, dtype, File.arrays)
-
-    def shapes(self, name: str, dtype: Optional[mx.Dtype] = None) -> Weights:
-        """As `weights`, but zeros, for planning: only headers are read."""
-        return self._tensors(name, dtype, File.zeros)
-
-    def _tensors(self, name: str, dtype: Optional[mx.Dtype], read: Callable) -> Weights:
         self.require(name)
         part = self.parts[name]
         arrays = {f: read(f) for f in {f for f, _ in part.values()}}
@@ -129,6 +125,9 @@ class Checkpoint(FolderConfig):
             weights = COMPONENTS[name][1].sanitize(decode_fp8(weights, fp8))
         cast = lambda w: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w
         return {key: cast(w) for key, w in weights.items()} if dtype else weights
+
+    # The same as zeros, for planning: only headers are read
+    shapes = partialmethod(weights, read=File.zeros)
 
     def build(self, name: str, weights: Weights) -> nn.Module:
         """The component as configured, not loaded; `weights` must fit it exactly."""
@@ -351,7 +350,7 @@ def fetch_text_encoder(name: str) -> Path:
     if not folder.is_dir():
         files = text_encoder_files(name)
         hub.fetch_all(files)
-        folder = files[0].fetch().parent
+        folder = files[0].path.parent
     return folder
 
 

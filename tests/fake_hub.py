@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from huggingface_hub.hf_api import RepoFile
 
 from ltx2 import hub
 
@@ -66,6 +67,16 @@ class FakeHub:
             folder_path, self.uploads / repo_id, ignore=ignore, dirs_exist_ok=True
         )
         self.uploaded = repo_id, sorted(p.name for p in Path(folder_path).iterdir())
+
+    def list_repo_tree(self, repo_id, **_):
+        there = self.uploads / repo_id
+        for path in (p for p in there.rglob("*") if p.is_file()):
+            facts, name = about(path, ""), path.relative_to(there).as_posix()
+            size, lfs = facts["size"], facts["lfs"]
+            lfs = lfs and {"size": size, "oid": lfs.sha256, "pointerSize": 0}
+            yield RepoFile(path=name, size=size, oid=facts["blob_id"], lfs=lfs)
+
+    verify_repo_checksums = huggingface_hub.HfApi.verify_repo_checksums
 
     def cached(self, repo, name, revision):
         path = self.cache / name
