@@ -9,7 +9,6 @@ import argparse
 import re
 from pathlib import Path
 
-from ltx2 import __version__
 from ltx2.base import Parser, UserError, awake, note, run, user_path
 from ltx2.options import add_all, name_and_file
 
@@ -48,7 +47,6 @@ FLAGS = {
 def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     p = Parser(description=__doc__, epilog=EPILOG, formatter_class=raw)
-    p.add_argument("--version", action="version", version=f"ltx2 {__version__}")
     many = {"action": "append", "default": []}
     details = {
         "hf-path": {"default": "Lightricks/LTX-2"},

@@ -18,7 +18,7 @@ from typing import Any, Iterator, Optional
 import mlx.core as mx
 from tqdm import tqdm
 
-from ltx2 import REFERENCE, __version__, base, formats, media, outputs, pipeline, timing
+from ltx2 import REFERENCE, base, formats, media, outputs, pipeline, timing
 from ltx2.base import UserError, awake, run
 from ltx2.guidance import Guidance
 from ltx2.options import add_all, add_flags, check_range, located, name_and_file
@@ -98,7 +98,6 @@ DETAILS = {
 def parser() -> argparse.ArgumentParser:
     """All flags. One that is not passed is None: defaults are the request's."""
     p = base.Parser(description=__doc__, epilog=EPILOG)
-    p.add_argument("--version", action="version", version=f"ltx2 {__version__}")
     guidance = "guidance (--audio-... for the sound)"
     titles = "output", "sampling", "inputs", guidance, "model", "run"
     add = {title: p.add_argument_group(title).add_argument for title in titles}

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from generate import DEMO, init_distributed
-from ltx2 import __version__, adapters, hub, memory, pipeline
+from ltx2 import adapters, hub, memory, pipeline
 from ltx2.base import Parser, Stopped, UserError, awake, run, user_path
 from ltx2.conversion import OFFICIAL
 from ltx2.options import add_all, add_flags
@@ -52,7 +52,6 @@ DETAILS = {
 def parser() -> argparse.ArgumentParser:
     """All flags. One that is not passed is None: defaults are the options'."""
     p = Parser(description=__doc__, epilog=EPILOG)
-    p.add_argument("--version", action="version", version=f"ltx2 {__version__}")
     add_all(p.add_argument, FLAGS, DETAILS)
     options = p.add_argument_group("training").add_argument
     add_flags(lambda k: options, Options)

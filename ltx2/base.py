@@ -23,14 +23,14 @@ from typing import IO, Any, ClassVar, Literal, Optional, Union
 
 import mlx.core as mx
 
+from . import __version__
+
 T = typing.TypeVar("T")
 Trace = Optional[Callable[[str, mx.array], None]]  # None: no traces
 # Library code reports here: `note` for choices that a user should know of, `LOG.info`
 # for progress. `run` prints both; other programs configure logging as usual.
 LOG = logging.getLogger("ltx2")
 note = LOG.warning
-JSON_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-JSON_NAMES |= {list: "a list", tuple: "a list", dict: "an object", type(None): "null"}
 
 
 class UserError(argparse.ArgumentTypeError):  # a parser adds the flag to it
@@ -46,6 +46,18 @@ class OutputError(Exception):
 
 
 # Data from outside
+
+
+class PathName(str):
+    """A path as text, with ~ expanded; UserError if it is not UTF-8, which MLX needs."""
+
+    def __new__(cls, name: Union[str, PurePath]) -> "PathName":
+        return super().__new__(cls, os.path.expanduser(checked(str, name, "a path")))
+
+
+JSON_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+JSON_NAMES |= {list: "a list", tuple: "a list", dict: "an object", type(None): "null"}
+JSON_NAMES[PathName] = "text"
 
 
 def parse_json(text: Union[str, bytes], path: str, kind: Any = dict) -> Any:
@@ -66,6 +78,7 @@ def checked(kind: Any, value: Any, path: str, limit: Optional[float] = None) -> 
     value = str(value) if isinstance(value, PurePath) else value
     if isinstance(value, str):
         expect(not re.search("[\0\ud800-\udfff]", value), "valid text", value, path)
+        value = PathName(value) if origin is PathName else str(value)
     if origin in (Union, types.UnionType):
         for other in args[1:]:
             with suppress(UserError):
@@ -120,8 +133,12 @@ def read_text(path: str) -> str:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     data = Path(path).read_bytes()
-    codecs = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-    codec = codecs.get(data[:2], "utf-16-le" if data[1:2] == b"\0" else "utf-8-sig")
+    codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    zeros = [
+        data[i::2].count(0) for i in (0, 1)
+    ]  # of ASCII's high bytes, without a mark
+    if codec != "utf-16" and any(zeros):
+        codec = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
     try:
         text = data.decode(codec)
     except UnicodeDecodeError:
@@ -133,8 +150,8 @@ def read_text(path: str) -> str:
 
 
 def user_path(name: Union[str, PurePath]) -> Path:
-    """A path with ~ expanded; UserError if it is not UTF-8, which MLX needs."""
-    return Path(os.path.expanduser(checked(str, name, "a path")))
+    """The path of a `PathName`."""
+    return Path(PathName(name))
 
 
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
@@ -267,14 +284,16 @@ def hann_sinc(time: Any) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line; expands the ~ of --output=~/x, too."""
+    """An ArgumentParser with --version whose errors are one line."""
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+        if self.add_help:
+            text = f"ltx2 {__version__}"
+            self.add_argument("--version", action="version", version=text)
 
     def parse_args(self, args: Optional[Sequence[str]] = None, namespace: Any = None):
         args = sys.argv[1:] if args is None else [*args]
-        args = [re.sub(r"^(--[\w-]+=|)~/", rf"\1{Path.home()}/", x) for x in args]
         for flag, value in zip(["", *args], args):
             if flag == "--prompt":  # may be empty for some adapters
                 continue

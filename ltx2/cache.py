@@ -14,6 +14,7 @@ from .base import UserError, expect
 from .guidance import Contexts, TextContexts
 from .weights import save_arrays
 
+STREAMS = "video", "audio"
 NAMES = "{}_context", "{}_prompt_embeds", "{}"  # adapters', diffusers', a cache's
 
 
@@ -21,7 +22,7 @@ def read_contexts(path: str | Path) -> tuple[Optional[mx.array], ...]:
     """Contexts (1, N, D) of video and audio, None for a missing one, in a file."""
     arrays, _ = hub.read_arrays(path)
     found = []
-    for stream in ("video", "audio"):
+    for stream in STREAMS:
         names = [name.format(stream) for name in NAMES]
         x = next((arrays[name] for name in names if name in arrays), None)
         if x is not None:
@@ -37,7 +38,7 @@ def read_contexts(path: str | Path) -> tuple[Optional[mx.array], ...]:
 
 def check_contexts(path: str, contexts: Contexts, config: dict, streams: Sequence):
     """UserError unless a file has contexts of all streams that fit the transformer."""
-    for stream, x in zip(("video", "audio"), contexts):
+    for stream, x in zip(STREAMS, contexts):
         width = "caption_channels"  # that is projected to the transformer's
         if config.get("caption_proj_before_connector"):
             width = "audio_" * (stream == "audio") + "cross_attention_dim"
@@ -65,10 +66,12 @@ def given_contexts(given: TextContexts, config: dict, streams: Sequence) -> dict
 
 
 class ContextCache:
-    """A folder of contexts; besides the prompt they depend on `made_by`."""
+    """A folder of contexts for the transformer with this `config`; besides the prompt
+    they depend on `made_by`."""
 
-    def __init__(self, folder: str | Path, made_by: Any):
+    def __init__(self, folder: str | Path, made_by: Any, config: dict):
         self.folder, self.made_by = hub.make_folder(folder), made_by
+        self.config = config
 
     def path(self, prompt: str) -> Path:
         key = json.dumps([prompt.strip(), self.made_by], sort_keys=True)
@@ -81,14 +84,14 @@ class ContextCache:
         missing = [prompt for prompt, contexts in kept.items() if contexts is None]
         found = encode(missing) if missing else {}
         for prompt, contexts in found.items():
-            arrays = dict(zip(("video", "audio"), contexts))
+            arrays = dict(zip(STREAMS, contexts))
             save_arrays(self.path(prompt), arrays, {"prompt": prompt})
         return kept | found
 
     def read(self, prompt: str) -> Optional[Contexts]:
-        """The saved contexts of a prompt; None if any is missing."""
+        """The saved contexts of a prompt; None if there are none that fit."""
         with suppress(UserError):
             arrays, _ = hub.read_arrays(self.path(prompt))
-            if arrays.keys() == {"video", "audio"}:
-                return arrays["video"], arrays["audio"]
+            given = {prompt: tuple(map(arrays.get, STREAMS))}
+            return given_contexts(given, self.config, STREAMS)[prompt]
         return None

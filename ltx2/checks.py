@@ -413,10 +413,11 @@ def write_trace(args: Any, tracers: list[Tracer], dtypes: list[str]) -> None:
 
 def main() -> None:
     args = parser().parse_args()
-    if getattr(args, "html", None):
+    if outputs := [x for k in ("html", "recipe") if (x := getattr(args, k, None))]:
         from .media import check_output
 
-        check_output(args.html)
+        for path in outputs:
+            check_output(path)
     if args.check == "quality":
         from . import pipeline, quality
 

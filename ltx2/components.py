@@ -214,7 +214,12 @@ class Components:
     def context_cache(self, folder: str | Path) -> ContextCache:
         """A folder of contexts that this model and its text encoder make."""
         encoder = {f.name: f.fingerprint for f in self.encoder_files}
-        return ContextCache(folder, [self.files(), encoder, str(self.dtype)])
+        made_by, config = [
+            self.files(),
+            encoder,
+            str(self.dtype),
+        ], self.checkpoint.config
+        return ContextCache(folder, made_by, config["transformer"])
 
     def encode_prompts(self, prompts: list[str], trace: Trace = None) -> TextContexts:
         """Contexts (video, audio), each (1, 1024, D), by prompt; frees what it loads."""

@@ -15,10 +15,10 @@ from mlx.utils import tree_flatten
 from . import __version__, media
 from . import quantization as rounding
 from .base import UserError, dtype_name, listed, taken, user_path
-from .hub import DTYPES, converted_config, folder_files, gigabytes
+from .hub import DTYPES, converted_config, folder_files, gigabytes, split_repository
 from .layers import Weights
 from .linear import QuantizedLinear, layer_format, layer_formats, quantize
-from .lora import Lora, adapter_file, attach
+from .lora import Lora, adapter_file, attach, check_once
 from .parts import COMPONENTS, GEMMA_4
 from .quantization import quant_predicate, quantization  # noqa: F401, names of the API
 from .weights import FLOAT32, Checkpoint, FolderConfig, check_text_encoder, shard_names
@@ -69,12 +69,14 @@ class Conversion:
         stored = self.quantization or self.source.quantization  # in the folder
         self.stored = None if self.dequantize else stored
         self._files = [(adapter_file(path), strength) for path, strength in self.loras]
+        check_once(path for path, _ in self._files)
         for path, _ in self._files:
             Lora.planned(path)
         self.text_encoder = self.source.encoder(self.text_encoder)
         folder = user_path(self.text_encoder)
-        if self.source.version < GEMMA_4 and folder.is_dir():
-            check_text_encoder(str(folder), self.source)
+        is_local = folder.is_dir() or not split_repository(self.text_encoder)[0]
+        if self.source.version < GEMMA_4 and is_local:
+            check_text_encoder(self.text_encoder, self.source)
             self.text_encoder = str(folder.resolve())  # from any working directory
 
     def weights(self, name: str) -> Weights:

@@ -167,9 +167,10 @@ def read_header(path: Path) -> tuple[Header, dict[str, str]]:
 
 def read_arrays(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """The tensors of a safetensors file, lazily, and its metadata; else UserError."""
-    if not Path(path).is_file():
+    path = user_path(path)
+    if not path.is_file():
         raise UserError(f"{path}: no such file")
-    metadata = read_header(Path(path))[1]
+    metadata = read_header(path)[1]
     try:
         return mx.load(str(path), "safetensors"), metadata
     except RuntimeError as error:  # of dtypes

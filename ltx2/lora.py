@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,14 @@ DIFFUSERS_NAMES = {
     "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
 }
 DIFFUSERS_NAMES |= {f"audio_{k}": f"audio_{v}" for k, v in DIFFUSERS_NAMES.items()}
+# Ends of modules' names, and those of ltx-2-mlx's trainer
+MLX_NAMES = {
+    "to_out.0": "to_out",
+    "net.0.proj": "proj_in",
+    "net.2": "proj_out",
+    "linear_1": "linear1",
+    "linear_2": "linear2",
+}
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAMED = "adapters.safetensors", PEFT_FILE
 LORA = re.compile(r"[^/]*\.safetensors")
@@ -146,7 +155,9 @@ class Lora:
         for path in paths:
             head, _, rest = path.partition(".")
             other = f"{DIFFUSERS_NAMES.get(head, head)}.{rest}".strip(".")
-            names[other.replace(".", "_")] = names[path.replace(".", "_")] = path
+            ends = [end for end in MLX_NAMES if path.endswith(f".{end}")]
+            own = [path.removesuffix(end) + MLX_NAMES[end] for end in ends]
+            names |= {name.replace(".", "_"): path for name in (other, path, *own)}
         found = {}
         for module in self.factors:
             name, between = module, "." if "." in module else "_"
@@ -180,6 +191,14 @@ def adapter_file(name: str) -> Path:
         raise UserError(f"LoRA {name} {many if found else 'is not there'}")
     hub.fetch_all([*found, *(f for f in files if f.name == PEFT_CONFIG)])
     return found[0].path
+
+
+def check_once(files: Iterable[Path]) -> None:
+    """UserError if two of the files of LoRAs used together are the same."""
+    for path, count in Counter(path.resolve() for path in files).items():
+        if count > 1:
+            how = "pass it once, with the sum of the strengths"
+            raise UserError(f"LoRA {path.name} is used {count} times: {how}")
 
 
 def parse(path: Path, key: str) -> tuple[str, str]:

@@ -24,7 +24,7 @@ import pillow_heif
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageCms, ImageOps
 
-from .base import UserError, hann_sinc, listed, lock, note, parse_json
+from .base import UserError, hann_sinc, listed, lock, note, parse_json, user_path
 
 PathLike, Metadata = str | Path, dict[str, Any]
 
@@ -384,7 +384,7 @@ def resample(waveform: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
 def workspace(path: PathLike, folder: str = "") -> Iterator[str]:
     """A hidden folder next to `path`; "new" in it, a file or a folder with names like
     `folder`, replaces `path`. Its lock lets the next run remove what is left."""
-    path, problem = Path(path), f"{path}: cannot be written"
+    path, problem = user_path(path), f"{path}: cannot be written"
     if path.is_dir() and not folder:
         raise UserError(f"{path}: is a folder: pass the name of a file")
     if path.is_dir() and not all(re.fullmatch(folder, p.name) for p in listed(path)):
@@ -411,7 +411,7 @@ def workspace(path: PathLike, folder: str = "") -> Iterator[str]:
 def check_output(path: PathLike, folder: str = "") -> None:
     """Raise before any work if a file, or a folder of frames with names that match the
     pattern `folder`, cannot be written at `path`; no folder is left behind."""
-    made = [p for p in Path(path).absolute().parents if not p.exists()]
+    made = [p for p in user_path(path).absolute().parents if not p.exists()]
     with workspace(path, folder):
         pass
     for parent in made:

@@ -7,7 +7,7 @@ import typing
 from types import MappingProxyType
 from typing import Any, Callable, Container, Mapping
 
-from .base import UserError
+from .base import PathName, UserError
 
 MET: Mapping[str, str] = MappingProxyType({})  # all requirements are met
 
@@ -30,6 +30,7 @@ def is_set(options: Any, name: str) -> bool:
     return getattr(options, name) != type(options).__dataclass_fields__[name].default
 
 
+lower = str.lower  # argparse shows this name
 VALUES = {int: "N", float: "X", str: "TEXT"}  # as --help names them
 
 
@@ -53,7 +54,7 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
         how |= {"action": "append"} if parsed or rules.get("repeat") else {}
         how |= {k: rules[k] for k in ("type", "metavar", "nargs") if k in rules}
         if "type" not in rules and "choices" in rules:
-            how["choices"] = rules["choices"]
+            how |= {"choices": rules["choices"], "type": lower if kind is str else kind}
         elif kind in VALUES:
             how.setdefault("metavar", VALUES[kind])
         dashed, default, text = name.replace("_", "-"), field.default, rules["help"]
@@ -68,10 +69,10 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
 
 def add_all(add: Callable, flags: Mapping[str, str], details: Mapping = MET) -> None:
     """Add flags, "name -other METAVAR": help, by `add`, an `add_argument` method; those
-    without a metavar and `details` take no value."""
+    with a metavar take a path or what `details` say, the others no value."""
     for flag, help in flags.items():
         name, short, metavar = re.fullmatch(r"(\S+)( -\S+)?( \S+)?", flag).groups("")
-        how = {"metavar": metavar.strip()} if metavar else {}
+        how = {"metavar": metavar.strip(), "type": PathName} if metavar else {}
         how |= details.get(name, {})
         names = f"--{name}", *short.split()
         add(*names, help=help, **(how or {"action": "store_true"}))
@@ -127,22 +128,19 @@ def check_step(name: str, value: int, step: int, low: int, high: int, plus=0) ->
 
 
 def located(options: Any, place: Callable[[str], str], but: Container[str] = ()) -> Any:
-    """Options with paths changed by `place`: a `path`, or text of metavar FILE, PATH."""
+    """Options with each `PathName` in them changed by `place`."""
 
-    def moved(value: Any, is_path: bool) -> Any:
+    def moved(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {k: moved(v, is_path) for k, v in value.items()}
+            return {k: moved(v) for k, v in value.items()}
         if isinstance(value, tuple):
-            return tuple(moved(v, is_path) for v in value)
-        if hasattr(value, "path"):
-            return dataclasses.replace(value, path=place(value.path))
-        return place(value) if is_path and isinstance(value, str) else value
+            return tuple(map(moved, value))
+        if dataclasses.is_dataclass(value):
+            return located(value, place)
+        return place(value) if isinstance(value, PathName) else value
 
-    changes = {}
-    for field in dataclasses.fields(options):
-        is_path = str(field.metadata.get("metavar")).startswith(("FILE", "PATH"))
-        if field.name not in but:
-            changes[field.name] = moved(getattr(options, field.name), is_path)
+    names = [f.name for f in dataclasses.fields(options) if f.name not in but]
+    changes = {name: moved(getattr(options, name)) for name in names}
     return dataclasses.replace(options, **changes)
 
 

@@ -17,6 +17,7 @@ from .chips import this_chip
 from .components import Components
 from .guidance import TextContexts, guidance_passes
 from .linear import layer_formats
+from .lora import check_once
 from .options import check_choice
 from .parallel import Group, Machines, random_seed
 from .preview import Preview
@@ -48,6 +49,8 @@ class Pipeline(Components):
         self.checkpoint.check(*(set(job.components) - self._checked))
         self._checked |= set(job.components)
         files = {file.path for stage in job.stages for file in stage.loras}
+        for stage in job.stages:
+            check_once(self.inputs.lora_file(file.path) for file in stage.loras)
         loras = [lora for lora in map(self.inputs.lora, files) if not lora.fits]
         if loras:
             model = self.checkpoint.load("transformer", self.dtype, lazy=True)

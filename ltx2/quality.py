@@ -9,14 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Optional
 
 import mlx.core as mx
 import numpy as np
 
 from . import page
-from .base import LOG, UserError, table
+from .base import LOG, UserError, table, user_path
 from .guidance import Contexts, guidance_passes
 from .latents import Streams
 from .linear import layer_format, layer_formats
@@ -274,7 +273,7 @@ def report(model: Pipeline, source: Pipeline, options: dict, size: dict) -> None
     if file:
         kinds.measure(source, runs, min(limit or OF_A_KIND, OF_A_KIND))
         recipe, expected = kinds.recipe()
-        Path(file).write_text(json.dumps(recipe, indent=1), "utf-8")
+        user_path(file).write_text(json.dumps(recipe, indent=1), "utf-8")
         text = f"wrote {file}: an error of x0 of {expected:.3g} is expected"
         print(f"\n{table(*kinds.table)}\n{text}")
         html.append(page.section("Layers", text, [page.table(*kinds.table, {0})]))

@@ -11,24 +11,22 @@ from typing import Any, Literal, Optional
 import mlx.core as mx
 
 from . import REFERENCE, __version__, hub, media
-from .base import Checked, UserError, checked, parse_json, user_path
+from .base import Checked, PathName, UserError, checked, parse_json, user_path
 from .linear import layer_formats
 from .options import located
 from .request import Request
-
-FILE = {"metavar": "FILE"}
 
 
 @dataclass(frozen=True)
 class Load(Checked):
     """The arguments of `pipeline.load` that decide what a request gives."""
 
-    model: str = field(metadata=FILE)
+    model: PathName
     kind: Literal["dev", "distilled", None] = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    upsamplers: tuple[str, ...] = field(default=(), metadata=FILE)
-    parts: dict[str, str] = field(default_factory=dict, metadata=FILE)
-    text_encoder: Optional[str] = field(default=None, metadata=FILE)
+    upsamplers: tuple[PathName, ...] = ()
+    parts: dict[str, PathName] = field(default_factory=dict)
+    text_encoder: Optional[PathName] = None
 
 
 KINDS = {"request": Request, "load": Load}  # of what a record holds

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, fields
 from typing import Any, Mapping, Optional, Union
 
-from .base import Checked, UserError, checked
+from .base import Checked, PathName, UserError, checked
 from .guidance import Guidance
 from .options import ask, comma_separated, integers, match_groups, numbers, span
 from .sampling import SAMPLERS
@@ -51,7 +51,7 @@ MORE_FRAMES = {"modes": NOT_DFR, "excludes": "audio_only retake extend"}
 class Image(Checked):
     """A picture at a frame of the video: an index, -1 for the last, or a time "1.5s"."""
 
-    path: str
+    path: PathName
     frame: Union[int, str] = 0
     strength: float = 1.0
 
@@ -85,7 +85,7 @@ class Image(Checked):
 class LoraFile(Checked):
     """A LoRA with its strength, in all stages (None) or in one (1, 2)."""
 
-    path: str
+    path: PathName
     strength: float = 1.0
     stage: Optional[int] = None
 
@@ -264,7 +264,7 @@ class Request(Checked):
         needs="images",
         between=(0, 51),
     )
-    audio: Optional[str] = ask(
+    audio: Optional[PathName] = ask(
         "audio to condition on, kept as the soundtrack",
         type=sound,
         metavar="FILE[@START]",
@@ -272,7 +272,7 @@ class Request(Checked):
         modes=NOT_DFR,
     )
     audio_start: float = ask("", 0.0, between=(0, 86400), needs="audio")
-    video: Optional[str] = ask(
+    video: Optional[PathName] = ask(
         "clip to change, or the reference of an IC-LoRA",
         metavar="FILE",
         excludes="audio_only",
@@ -307,7 +307,7 @@ class Request(Checked):
     reference_attention: float = ask(
         "how much the video attends to the reference, 0 to 1", 1.0, **WEIGHT
     )
-    attention_mask: Optional[str] = ask(
+    attention_mask: Optional[PathName] = ask(
         "clip or picture of where the reference counts: black (nowhere) to white (fully)",
         metavar="FILE",
         **OF_REFERENCE,
@@ -322,7 +322,7 @@ class Request(Checked):
         needs="video",
         excludes="retake extend audio_only step_cache",
     )
-    contexts_file: Optional[str] = ask(
+    contexts_file: Optional[PathName] = ask(
         "file of text embeddings instead of a prompt; some adapters ship one",
         flag="contexts",
         metavar="FILE",
@@ -380,7 +380,7 @@ class Request(Checked):
     duration: Optional[float] = ask(
         "length in seconds; the nearest 8k+1 frames are made",
         metavar="SECONDS",
-        between=(0, 3600),
+        between=(0.01, 3600),
         instead_of="num_frames",
         excludes="auto_duration extend",
     )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
+
+import mlx.core as mx
 
 from .base import UserError, checked, parse_json
 from .hub import read_arrays
@@ -64,24 +67,32 @@ class Snapshot:
         for part in self.ARRAYS:
             arrays |= {f"{part}.{k}": x for k, x in state.pop(part).items()}
         state |= {k: dataclasses.asdict(state[k]) for k in ("request", "load")}
-        state["shapes"] = {key: x.shape for key, x in arrays.items()}
-        save_arrays(path, arrays, {"ltx2": json.dumps(state)})
+        text = json.dumps(state)
+        metadata = {"ltx2": text, "sha256": digest(text, arrays)}
+        save_arrays(path, arrays, metadata)
 
     @classmethod
     def read(cls, path: Union[str, Path]) -> Snapshot:
-        """Read what `save` wrote; UserError for any other file."""
+        """Read what `save` wrote; UserError for any other file, and for a changed one."""
         arrays, metadata = read_arrays(path)
-        state = parse_json(metadata.get("ltx2", "{}"), f"{path}: ")
-        shapes = state.pop("shapes", {})
+        text = metadata.get("ltx2", "")
+        if metadata.get("sha256") != digest(text, arrays):
+            raise UserError(f"{path} does not contain saved latents, or not unchanged")
         streams: dict[str, Streams] = {part: {} for part in cls.ARRAYS}
         for key, x in arrays.items():
             part, _, name = key.partition(".")
             streams.get(part, {})[name] = x
-        count = sum(map(len, streams.values()))
-        if not count or shapes != {k: [*x.shape] for k, x in arrays.items()}:
-            raise UserError(f"{path} does not contain saved latents")
-        found = checked(cls, state | streams, f"{path}: ")
+        found = checked(cls, parse_json(text, f"{path}: ") | streams, f"{path}: ")
         return dataclasses.replace(found, request=recorded(found.request))
+
+
+def digest(text: str, arrays: Streams) -> str:
+    """The sha256 of saved latents and their settings, by which a change is seen."""
+    found = hashlib.sha256(text.encode())
+    for name, x in sorted(arrays.items()):
+        found.update(f"{name} {x.shape} {x.dtype}".encode())
+        found.update(memoryview(x.flatten().view(mx.uint8)))
+    return found.hexdigest()
 
 
 def as_json(job: Job) -> list[dict[str, Any]]:

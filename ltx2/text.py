@@ -19,6 +19,7 @@ from .base import Config, Trace, UserError, counted, note, parse_json, traced
 from .layers import Attention, Component, FeedForward, Section, Shapes
 
 MAX_TOKENS = 1024  # of a prompt, and the length of every context
+TOKENIZERS = "tokenizer.json", "tokenizer.model"
 
 
 class TextEncoder:
@@ -31,7 +32,7 @@ class TextEncoder:
     def __init__(
         self, folder: Path, dtype: Optional[mx.Dtype] = None, low_memory: bool = False
     ):
-        self.encode, self.bos = _tokenizer(Path(folder))
+        self.encode, self.bos = _tokenizer(tokenizer_folder(Path(folder)))
         self.model = _load(Path(folder)).model
         self.low_memory = low_memory
         if dtype is not None:
@@ -83,6 +84,12 @@ class TextEncoder:
 def read_config(folder: Path) -> dict[str, Any]:
     """A text encoder's config.json."""
     return parse_json((folder / "config.json").read_bytes(), f"{folder}/config.json: ")
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of a text encoder's folder is: in it or, of diffusers, beside."""
+    inside = any((folder / name).is_file() for name in TOKENIZERS)
+    return folder if inside else folder / "../tokenizer"
 
 
 def _tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], int]:
@@ -255,7 +262,8 @@ def enhance(folder: Path, prompt: str, seed: int, max_tokens: int = 400) -> str:
         few = f"text encoder {folder} has {count} layers, too few to write"
         raise UserError(f"{few}: remove --enhance-prompt")
     model = _load(folder)
-    tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    ends = config.get("eos_token_id")
+    tokenizer = load_tokenizer(tokenizer_folder(folder), eos_token_ids=ends)
     mx.random.seed(seed)
     turn = ENHANCE.format(prompt=prompt.strip())
     turn = f"<start_of_turn>user\n{turn}<end_of_turn>\n<start_of_turn>model\n"

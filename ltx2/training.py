@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from . import __version__, dataset, gradients, latents, media, memory
 from .adapters import ADAPTERS, CONFIG, STATE, official, save_losses
-from .base import Checked, OutputError, UserError, note, parse_json, user_path
+from .base import Checked, OutputError, PathName, UserError, note, parse_json, user_path
 from .dataset import Clip, of_streams
 from .dit import StreamedBlocks
 from .gradients import SCHEDULES, STREAMS, TARGETS, Parameters, factor_parameters
@@ -64,7 +64,7 @@ class Options(Checked):
     resolution: tuple[str, ...] = ask(
         "WxHxF, a size to fit clips to; repeatable (default: the model's)", **REPEATED
     )
-    reference_data: Optional[str] = ask(
+    reference_data: Optional[PathName] = ask(
         "folder of reference clips, for an IC-LoRA", metavar="PATH"
     )
     reference_downscale: int = ask(

@@ -1,5 +1,6 @@
 """Checkpoints: official files and converted folders, checked and strictly loaded."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
@@ -18,7 +19,7 @@ from .hub import File
 from .layers import Weights
 from .linear import Quantization, layer_formats, quantize_stored
 from .parts import COMPONENTS, GEMMA_4, KINDS, UPSAMPLERS, Parts, Tensors, read_chosen
-from .text import text_name
+from .text import TOKENIZERS, text_name
 
 TEXT_ENCODER = "mlx-community/gemma-3-12b-it-qat-4bit"
 # Computed in float32 whatever the dtype: the vocoder as in the reference, the other
@@ -277,20 +278,25 @@ def shard_names(name: str, count: int) -> Iterator[str]:
 
 
 def text_encoder_files(name: str) -> list[File]:
-    """The files of a text encoder's folder or repository that are used."""
-    folder = user_path(name)
+    """The files of a text encoder that are used: its config.json first, all in one
+    folder or repository, or as diffusers has them, in text_encoder and tokenizer."""
+    folder, (repo, inner) = user_path(name), hub.split_repository(name)
     if folder.is_file():
         instead = f"pass a folder or repository like {TEXT_ENCODER}"
-        raise UserError(f"{name} is a single file without tokenizer: {instead}")
-    repo, inner = hub.split_repository(name)
-    if folder.is_dir():
-        found = hub.folder_files(folder)
-    elif repo:  # or a folder in a converted model's repository
-        found = hub.repository_files(repo, inner)
-    else:
+        raise UserError(f"{name} is a single file: {instead}")
+    if not folder.is_dir() and not repo:
         raise UserError(f"text encoder {name}: no such folder")
-    kinds = (".safetensors", ".json", ".model")
-    return [f for f in found if f.name.endswith(kinds)]
+    place = lambda sub: os.path.normpath(f"/{inner}/{sub}").strip("/")
+    read = lambda sub: hub.repository_files(repo, place(sub))
+    read = (lambda sub: hub.folder_files(folder / sub)) if folder.is_dir() else read
+    found, beside = read(""), "../tokenizer"
+    has = lambda *names: {f.name.split("/")[-1] for f in found} & {*names}
+    if not has("config.json"):
+        found, beside = read("text_encoder"), "tokenizer"
+    if not has(*TOKENIZERS):
+        found += read(beside)
+    found = [f for f in found if f.name.endswith((".safetensors", ".json", ".model"))]
+    return sorted(found, key=lambda f: f.name.split("/")[-1] != "config.json")
 
 
 def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
@@ -298,7 +304,7 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
     that `model` was trained with, by headers alone."""
     where = f"text encoder {name}"
     files = {f.name.split("/")[-1]: f for f in text_encoder_files(name)}
-    for names in (["config.json"], ["tokenizer.json", "tokenizer.model"]):
+    for names in (["config.json"], TOKENIZERS):
         if not files.keys() & {*names}:
             raise UserError(f"{where} has no {' or '.join(names)}")
     config = files["config.json"].json()
@@ -346,12 +352,9 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
 
 def fetch_text_encoder(name: str) -> Path:
     """The folder of a text encoder in Hugging Face's layout, downloaded if needed."""
-    folder = user_path(name)
-    if not folder.is_dir():
-        files = text_encoder_files(name)
-        hub.fetch_all(files)
-        folder = files[0].path.parent
-    return folder
+    files = text_encoder_files(name)
+    hub.fetch_all(files)
+    return files[0].path.parent
 
 
 def decode_fp8(weights: Weights, names: Iterable[str]) -> Weights:

@@ -140,11 +140,3 @@ def test_the_home_of_nobody_is_a_name(monkeypatch):
     assert str(base.user_path("~nobody-here/x")) == "~nobody-here/x"
     with pytest.raises(UserError, match="a path must be valid text"):
         base.user_path(Path("caf\udce9"))  # Latin-1, on a disk that allows it
-
-
-def test_the_home_folder_is_found_after_an_equals_sign(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    p = base.Parser()
-    p.add_argument("--output")
-    for args in (["--output=~/x.mp4"], ["--output", "~/x.mp4"]):
-        assert p.parse_args(args).output == "/home/me/x.mp4"

@@ -63,6 +63,17 @@ def test_damaged_contexts_are_made_again(run, tmp_path, damage):
     assert not run("a dog")[1]
 
 
+def test_contexts_of_another_width_are_made_again(run, tmp_path):
+    first, _ = run("a dog")
+    (path,) = (tmp_path / "cache").iterdir()
+    arrays = {k: mx.ones((1, 8, 7)) for k in ("video", "audio")}
+    mx.save_safetensors(str(path), arrays)
+    again, encoded = run("a dog")
+    assert encoded == ["a dog"] and mx.array_equal(first, again)
+    mx.save_safetensors(str(path), {k: mx.ones((8, 72)) for k in arrays})
+    assert run("a dog")[1] == ["a dog"]
+
+
 def test_a_cache_that_is_a_file_is_refused(checkpoint, tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(UserError, match="cache: cannot be written"):

@@ -221,19 +221,19 @@ def test_config_records_the_source(checkpoint, tmp_path):
     source = weights.open_model(
         str(official), upsamplers=[str(tmp_path / "up.safetensors")]
     )
-    Conversion(source, text_encoder="gemma").write(folder)
+    Conversion(source, text_encoder="owner/gemma").write(folder)
     config = json.loads((folder / "config.json").read_text())
     metadata = json.loads(hub.read_header(official)[1]["config"])
     assert {key: config[key] for key in metadata} == metadata
     assert config["spatial_upsampler"]["mid_channels"] == 32
     assert (config["model_type"], config["model_version"]) == ("ltx2", "2.0.0")
-    assert (config["kind"], config["text_encoder"]) == ("distilled", "gemma")
+    assert (config["kind"], config["text_encoder"]) == ("distilled", "owner/gemma")
     sha256 = subprocess.check_output(["sha256sum", official], text=True).split()[0]
     assert config["provenance"]["files"]["ltx-2-19b-distilled.safetensors"] == sha256
     assert config["provenance"]["tool"].startswith("ltx2 ")
     converted = weights.open_model(str(folder))
     assert (converted.kind, converted.kind_assumed) == ("distilled", False)
-    assert converted.text_encoder == "gemma" and converted.version == (2, 0, 0)
+    assert converted.text_encoder == "owner/gemma" and converted.version == (2, 0, 0)
     converted.load("spatial_upsampler")
     converted = weights.open_model(
         str(folder), upsamplers=[str(tmp_path / "up.safetensors")]
@@ -445,6 +445,14 @@ def test_a_text_encoder_elsewhere_is_found_from_any_folder(
     assert weights.open_model(str(tmp_path / "model")).text_encoder == str(gemma)
 
 
+@pytest.mark.parametrize("name", ["nothere", "./no/folder", "gemma.safetensors"])
+def test_a_text_encoder_that_is_not_there_is_refused(small, tmp_path, capsys, name):
+    args = ("--hf-path", small, "--mlx-path", tmp_path / "model")
+    message = refused(capsys, *args, "--text-encoder", name)
+    assert f"text encoder {name}: no such folder" in message
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_text_encoder_that_does_not_fit_is_refused(
     small, quantized, checkpoint, tmp_path, capsys
 ):
@@ -513,6 +521,9 @@ def test_a_lora_that_is_not_finite_is_refused(small, checkpoint, tmp_path, capsy
     assert "strength 0" in refused(capsys, *args, "--lora", f"{lora}:0")
     with pytest.raises(UserError, match="strength inf"):
         write(small, tmp_path / "m", loras=[(str(lora), float("inf"))])
+    assert "is used 2 times" in refused(
+        capsys, *args, "--lora", lora, "--lora", f"{lora}:0.5"
+    )
 
 
 # The command line
@@ -573,13 +584,13 @@ def test_four_bits_are_spent_by_layer(checkpoint, tmp_path, capsys, monkeypatch)
 
 
 def test_kind_and_dtype_from_the_command_line(checkpoint, tmp_path, monkeypatch):
-    args = ("--kind", "distilled", "--dtype", "float32", "--text-encoder", "here")
+    args = ("--kind", "distilled", "--dtype", "float32", "--text-encoder", "owner/here")
     model, kept = tmp_path / "model", []
     monkeypatch.setattr(base, "awake", lambda: kept.append("awake"))
     assert convert("--hf-path", checkpoint("ltx-2"), "--mlx-path", model, *args) == 0
     assert kept == ["awake"]
     source = weights.open_model(str(model))
-    assert (source.kind, source.text_encoder) == ("distilled", "here")
+    assert (source.kind, source.text_encoder) == ("distilled", "owner/here")
     assert source.weights("connectors").popitem()[1].dtype == mx.float32
     # What is computed in float32 in any case is stored as released.
     assert source.weights("vae")["encoder.conv_in.conv.bias"].dtype == mx.bfloat16

@@ -1,6 +1,9 @@
 """The command line: mistakes are one-line errors, found before weights are read."""
 
+import dataclasses
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ import pytest
 import generate
 from ltx2 import base, formats, media, text, weights
 from ltx2.base import UserError
+from ltx2.record import Load
+from ltx2.request import Image, LoraFile, Request
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +59,49 @@ def cli(checkpoint, files, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "data",
-    ["Zwölf\nBären".encode(codec) for codec in ("utf-8-sig", "utf-16", "utf-16-le")]
+    [
+        "Zwölf\nBären".encode(codec)
+        for codec in ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be")
+    ]
     + ["Zwölf\r\nBären\r\n".encode("latin-1")],
 )
 def test_prompts_may_have_any_encoding(tmp_path, data):
     (tmp_path / "prompts.txt").write_bytes(data)
     text = base.read_text(tmp_path / "prompts.txt")
     assert text.splitlines() == ["Zwölf", "Bären"]
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+def test_utf_16_needs_no_mark_in_any_language(tmp_path, codec):
+    (tmp_path / "prompts.txt").write_text("一只猫在跑\nsie läuft\n", codec)
+    text = base.read_text(tmp_path / "prompts.txt")
+    assert text.splitlines() == ["一只猫在跑", "sie läuft"]
+
+
+def test_paths_begin_at_home_and_prompts_do_not(monkeypatch, tmp_path):
+    """On the command line, also after an equals sign, and in Python."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = lambda name: str(tmp_path / name)
+    flags = "--video ~/v.mp4 --image ~/a.png@-1 --lora=~/l --audio ~/a.wav@2".split()
+    args = generate.parser().parse_args(["--prompt=~/ is", "--output=~/x.mp4", *flags])
+    assert (args.prompt, args.output) == ("~/ is", home("x.mp4"))
+    assert (args.video, args.images[0].path) == (home("v.mp4"), home("a.png"))
+    assert args.loras == [LoraFile(home("l"))]
+    assert generate.passed_options(args)["audio"] == "~/a.wav"  # until it is a request
+    r = Request("~/ is", images=["~/a.png"], audio=Path("~/a.wav"), loras=("~/l",))
+    assert (r.prompt, r.images, r.audio) == (
+        "~/ is",
+        (Image(home("a.png")),),
+        home("a.wav"),
+    )
+    assert r.loras == (LoraFile(home("l")),) and Load("~/m").model == home("m")
+    assert json.loads(json.dumps(dataclasses.asdict(r)))["audio"] == home("a.wav")
+    media.write_wav("~/new/out.wav", np.zeros((4, 2), np.float32), 48000)
+    assert (tmp_path / "new" / "out.wav").is_file()
+
+
+def test_sizes_may_be_in_capitals():
+    assert generate.parser().parse_args(["--size", "4K-Portrait"]).size == "4k-portrait"
 
 
 @pytest.mark.parametrize("name", ["nowhere", "/dev/zero", "/", "clip.mp4", "image.png"])
@@ -79,6 +120,7 @@ REFUSED = {
     "--num-frames 16": "num_frames must be 8k+1 from 1 to 2049, got 16: use 17",
     "--num-frames 0": "got 0: use 1",
     "--num-frames 99999": "use 2049",
+    "--duration 0": "duration must be between 0.01 and 3600, got 0",
     "--fps 0": "fps must be between 1 and 120, got 0",
     "--fps 1000": "got 1000",
     "--fps nan": "fps must be a finite number, got nan",

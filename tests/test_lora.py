@@ -226,6 +226,15 @@ def peft_name(prefix, adapter=""):
     return lambda module, part: f"{prefix}{module}.lora_{part}{adapter}.weight"
 
 
+def mlx_name(module, part):
+    """As the trainer of ltx-2-mlx writes."""
+    names = {".to_out.0": ".to_out", ".net.0.proj": ".proj_in", ".net.2": ".proj_out"}
+    names |= {".linear_1": ".linear1", ".linear_2": ".linear2"}
+    for official, name in names.items():
+        module = module.replace(official, name)
+    return f"diffusion_model.{module}.lora_{part}.weight"
+
+
 RENAMES = {
     "official": peft_name("diffusion_model."),
     "with the file's prefix": peft_name("model.diffusion_model."),
@@ -243,6 +252,7 @@ RENAMES = {
     "bare": peft_name(""),
     "compiled": peft_name("_orig_mod."),
     "another tool": peft_name("net.dit."),
+    "ltx-2-mlx": mlx_name,
     "another flat one": flat_name("lora_dit_"),
 }
 

@@ -11,6 +11,7 @@ from test_dit import four_passes
 from test_pipeline import latents_of, recorded_contexts
 
 from ltx2 import conversion, pipeline, weights
+from ltx2.base import UserError
 from ltx2.dit import Block, DiT, Pass, StreamedBlocks, build_blocks
 from ltx2.request import LoraFile, Request
 
@@ -81,6 +82,17 @@ def test_streamed_stages_have_different_loras(checkpoint, latents):
     assert_identical(*with_lora)
     without = latents(True, model, "distilled", up, **size)
     assert not mx.allclose(without["video"], with_lora[1]["video"], atol=1e-3)
+
+
+def test_a_lora_is_used_once_in_a_stage(checkpoint, tmp_path):
+    """A second one would add to its strength in silence."""
+    file, other = Path(checkpoint("ltx-2-lora")), tmp_path / "other.safetensors"
+    other.symlink_to(file)
+    twice = LoraFile(str(file), 0.5), LoraFile(str(other), 0.7)
+    pipe = pipeline.load(str(checkpoint("ltx-2")), kind="distilled")
+    assert pipe.plan(Request("a", seed=1, loras=twice[:1])).stages[0].loras
+    with pytest.raises(UserError, match="is used 2 times: pass it once, with the sum"):
+        pipe.plan(Request("a", seed=1, loras=twice))
 
 
 def test_each_streamed_block_is_used_before_the_next_is_built(checkpoint, monkeypatch):

@@ -38,7 +38,7 @@ def test_a_size_by_name(planned):
 
 @pytest.mark.parametrize(
     "seconds, fps, frames",
-    [(5, None, 121), (5, 25.0, 129), (5, 30.0, 153), (0.3, None, 9), (0, None, 1)],
+    [(5, None, 121), (5, 25.0, 129), (5, 30.0, 153), (0.3, None, 9), (0.01, None, 1)],
 )
 def test_a_duration_is_the_nearest_length(planned, seconds, fps, frames):
     job = planned(duration=seconds, fps=fps, no_audio=True)

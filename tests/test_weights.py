@@ -17,6 +17,7 @@ from ltx2 import hub, weights
 from ltx2 import parts as model_parts  # "parts" is a fixture
 from ltx2.base import UserError
 from ltx2.components import Components
+from ltx2.text import TextEncoder
 
 
 def save(path: Path, tensors: dict, metadata: dict) -> Path:
@@ -438,8 +439,9 @@ def test_refusals_of_the_hub_are_one_line(fake_hub, monkeypatch):
 
 
 def test_a_text_encoder_is_a_folder_or_a_repository(fake_hub, tmp_path):
+    for folder in (tmp_path, fake_hub.repo):
+        (folder / "config.json").write_text("{}")
     assert weights.fetch_text_encoder(str(tmp_path)) == tmp_path
-    (fake_hub.repo / "config.json").write_text("{}")
     folder = weights.fetch_text_encoder("mlx-community/gemma")
     assert folder == fake_hub.cache and (folder / "config.json").exists()
     assert "LICENSE" not in fake_hub.fetched
@@ -850,8 +852,29 @@ def test_a_text_encoder_of_another_size_is_refused(gemma, checkpoint):
 
 
 def test_a_text_encoder_in_a_single_file_is_refused(gemma):
-    with pytest.raises(UserError, match="single file without tokenizer"):
+    with pytest.raises(UserError, match="is a single file: pass a folder"):
         weights.check_text_encoder(str(gemma / MODEL))
+
+
+@pytest.mark.parametrize("name", ["", "text_encoder"])
+def test_a_text_encoder_may_be_laid_out_as_in_diffusers(
+    gemma, fake_hub, tmp_path, name
+):
+    """With its tokenizer in a folder beside it, as in Lightricks/LTX-2 itself."""
+    local = tmp_path / "diffusers"
+    (local / "tokenizer").mkdir(parents=True)
+    (gemma / "tokenizer.json").rename(local / "tokenizer" / "tokenizer.json")
+    gemma.rename(local / "text_encoder")
+    shutil.rmtree(fake_hub.repo)
+    shutil.copytree(local, fake_hub.repo)
+    repo = f"Lightricks/LTX-2/{name}".strip("/")
+    places = {str(local / name): local, repo: fake_hub.cache}
+    for place, folder in places.items():
+        weights.check_text_encoder(place)
+        found = weights.fetch_text_encoder(place)
+        assert found == folder / "text_encoder"
+        assert TextEncoder(found).tokenize("a cat")[0] == 2
+    assert "tokenizer/tokenizer.json" in fake_hub.fetched
 
 
 # Loading
