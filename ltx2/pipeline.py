@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import hub, memory, weights
-from .base import Trace, UserError, checked, counted, dtype_name
+from .base import Trace, UserError, checked, counted, dtype_name, expect
 from .cache import given_contexts
 from .chips import this_chip
 from .components import Components
@@ -172,7 +172,7 @@ class Pipeline(Components):
         noise, as the reference does. Raises UserError before any weights are read.
         """
         jobs = self._jobs(requests, checked(Optional[Snapshot], resume, "resume"))
-        contexts = checked(Optional[dict], contexts, "contexts")
+        expect(isinstance(contexts, Optional[dict]), "an object", contexts, "contexts")
         noises = noise if isinstance(noise, Sequence) else [noise] * len(jobs)
         if len(noises) != len(jobs):
             raise UserError(f"{len(noises)} noise callbacks for {len(jobs)} requests")
