@@ -67,11 +67,8 @@ class AudioVAEConfig(Config):
 
 
 def mel_filters() -> np.ndarray:
-    """Triangular filters of equal area on Slaney's mel scale: (N_FFT / 2 + 1, MEL_BINS).
-
-    The scale of his Auditory Toolbox (1998): linear up to 1 kHz, 15 mels of 200/3 Hz,
-    then logarithmic, 27 mels for each factor of 6.4.
-    """
+    """Triangular filters of equal area (N_FFT / 2 + 1, MEL_BINS) on Slaney's mel scale
+    (1998): 15 mels of 200/3 Hz up to 1 kHz, then 27 for each factor of 6.4."""
     mels = np.linspace(0, 15 + 27 * np.log(8) / np.log(6.4), MEL_BINS + 2)
     edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
     left, center, right = edges[:-2], edges[1:-1], edges[2:]

@@ -42,13 +42,10 @@ def held(size: tuple[int, int, int], dim_in: int, dim: int, ahead: int) -> int:
 
 
 def conv3d(x: mx.array, weight: mx.array, padding: int) -> mx.array:
-    """Convolve `x` (B, F + taps - 1, H, W, C) with `weight` (O, taps, 3, 3, C): to
-    (B, F, H', W', O), rows and columns zero-padded by `padding`.
-
-    Equal to `mx.conv3d` up to rounding. Clips are convolved one at a time and time is
-    not padded, for which Metal is fast; where the workspace would exceed WORKSPACE,
-    output channels, frames or rows are computed in parts.
-    """
+    """As `mx.conv3d`, up to rounding: `x` (B, F + taps - 1, H, W, C) with `weight`
+    (O, taps, 3, 3, C) to (B, F, H', W', O), rows and columns zero-padded by `padding`.
+    Clips are convolved one at a time, for which Metal is fast, and output channels, frames
+    or rows in parts where the workspace would exceed WORKSPACE."""
     return mx.concatenate([_convolve(x, weight, padding) for x in mx.split(x, len(x))])
 
 

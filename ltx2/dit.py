@@ -100,20 +100,15 @@ class DiTConfig(Config):
 
 @dataclass
 class Tokens:
-    """One stream's input, shared by all passes of a step.
-
-    A conditioned run has two or three denoise-mask levels, so timesteps are by level
-    (U,), float32 in [0, 1], and `level_index` (T,) is the level of each token (None: all
-    tokens have the only one). `sigma` is the stream's scalar noise level, 0 when the
-    stream is frozen.
-    """
+    """One stream's input, shared by all passes of a step. Timesteps are by level, as a
+    conditioned run has two or three; `sigma` is the stream's, 0 when it is frozen."""
 
     latent: mx.array  # (B, T, C)
-    timesteps: mx.array  # (U,)
+    timesteps: mx.array  # (U,) float32 in [0, 1]
     sigma: mx.array  # (1,)
     rope: Rope  # from DiT.rope
     cross_rope: Rope
-    level_index: Optional[mx.array] = None  # (T,)
+    level_index: Optional[mx.array] = None  # (T,); None: of all tokens 0
     mask: Optional[mx.array] = None  # self-attention weights (T, T) in [0, 1]
     keyframes: Optional[mx.array] = None  # (T,), > 0: stands for a single frame (2.5)
     steering: layers.Steering = layers.Steering()  # to text 0, away from text 1
@@ -448,7 +443,6 @@ class DiT(Component):
         trace: Trace = None,
     ) -> list[Both]:
         """Velocities (video (B, T, C), audio (B, T, C)) of each pass.
-
         Either stream may be None; `texts` is what `project_text` returned. All passes go
         through a block together, so its text keys and values are computed once a text,
         and a pass that differs from an earlier one only by its skips starts from that

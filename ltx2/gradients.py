@@ -117,8 +117,7 @@ def run(block: Block, states: Parameters, streams: Streams, texts: Both) -> Para
 def end(
     model: DiT, example: Example, states: Parameters, streams: Streams, texts: Both
 ) -> Parameters:
-    """The mean squared error of each stream's generated tokens, 0 where all are held, and
-    their sum."""
+    """The mean squared error of each stream's generated tokens (0: none), and the sum."""
     found, velocities = {}, model.velocities(tuple(map(states.get, STREAMS)), streams)
     parts = zip(STREAMS, velocities, example.targets, example.masks)
     for name, v, target, mask in parts:

@@ -21,7 +21,6 @@ SCALES = (-100, 100)
 @dataclass(frozen=True)
 class Guidance(Checked):
     """How one stream's prediction is moved away from three weaker ones.
-
     `cfg_scale`: from that of the negative prompt; `stg_scale`: from one without
     self-attention in `stg_blocks` (None: in all); `modality_scale`: from one without
     attention between the streams. `rescale_scale` restores the conditional prediction's

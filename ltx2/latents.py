@@ -92,10 +92,8 @@ def audio_tokens(num_frames: int, fps: float) -> int:
 def video_bounds(
     frames: int, height: int, width: int, fps: float, causal: bool = True
 ) -> np.ndarray:
-    """[start, end) of each token in seconds, rows and columns of pixels: (3, T, 2).
-
-    With `causal`, the first latent frame covers one pixel frame, like the encoder's.
-    """
+    """[start, end) of each token in seconds, rows and columns of pixels: (3, T, 2); with
+    `causal`, the first latent frame covers one pixel frame, like the encoder's."""
     time, row, column = np.indices((frames, height, width)).reshape(3, -1)
     edges = np.arange(frames + 1, dtype=np.float32) * TIME_SCALE
     if causal:

@@ -22,11 +22,8 @@ Rope = tuple[mx.array, mx.array]  # cos and sin, each (heads, T, head_dim / 2)
 
 @contextmanager
 def no_random_weights() -> Iterator[None]:
-    """Keep `mx.random.state` while modules are built whose weights will be loaded.
-
-    MLX's layers draw initial weights lazily. Each draw makes the graph of the random
-    state longer, which would never be evaluated and grow with every module.
-    """
+    """Keep `mx.random.state` while modules are built: MLX's layers draw initial weights
+    lazily, and the state's graph would grow with every module."""
     high, low = mx.random.state[0].tolist()
     try:
         yield
@@ -231,7 +228,6 @@ class Attention(nn.Module):
         negative: Optional[tuple[mx.array, mx.array]] = None,
     ) -> mx.array:
         """Attend from `x` (B, T, query_dim) to `keys_values`, or to itself if None.
-
         `mask` (1, 1, T, S) is additive or boolean; it may be (1, 1, T, n), for n equal
         parts of the keys. `values_only` is the STG perturbation: each head returns its
         values; gate and output projection still apply. `nag` moves the result away from

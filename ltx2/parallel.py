@@ -1,8 +1,5 @@
-"""Distributed generation with MLX: data, pass and tensor parallel.
-
-All ranks run the same program on the same request. Rank 0 encodes the prompts, decodes
-and writes; the denoising steps are split in one of MODES.
-"""
+"""Several machines: all run the same program on the same request. Rank 0 encodes the
+prompts, decodes and writes; the denoising steps are split in one of MODES."""
 
 import pickle
 import secrets

@@ -7,11 +7,8 @@ from .vae import VideoVAE
 
 
 class Preview:
-    """A least-squares map from a latent's channels to the mean color of its pixels.
-
-    The matrix is fitted on the decoder itself: static latents of seeded normals, mixed
-    over space so that neighbors are similar as in pictures, and their decoded patches.
-    """
+    """A least-squares map from a latent's channels to the mean color of its pixels, which
+    the decoder makes of random latents, smoothed so that neighbors are similar."""
 
     def __init__(self, vae: VideoVAE, size: int = 16):
         channels = vae.config.latent_channels

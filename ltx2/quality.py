@@ -1,7 +1,5 @@
-"""What quantizing costs: errors of x0, picture and sound, by step and kind of layer.
-
-A step of the source starts the same step of the model, so that errors do not add up.
-"""
+"""What quantizing costs: errors of x0, picture and sound, by step and kind of layer. Each
+step of the model starts as the source's, so that errors do not add up."""
 
 import json
 import math

@@ -1,7 +1,4 @@
-"""Prompt to contexts: all hidden states of Gemma, feature extraction, connectors.
-
-Gemma runs on mlx-lm, which only this file imports.
-"""
+"""Prompt to contexts: all hidden states of Gemma (mlx-lm's), features, connectors."""
 
 import json
 import math
@@ -23,11 +20,8 @@ TOKENIZERS = "tokenizer.json", "tokenizer.model"
 
 
 class TextEncoder:
-    """Gemma 3 from a folder in Hugging Face layout, quantized or not, without LM head.
-
-    With `low_memory`, layers are loaded one at a time and freed after use, so that at
-    most two are in memory; such an encoder can be called only once.
-    """
+    """Gemma 3 from a folder in Hugging Face layout, quantized or not, without LM head. With
+    `low_memory`, at most two layers are in memory, and it can be called only once."""
 
     def __init__(
         self, folder: Path, dtype: Optional[mx.Dtype] = None, low_memory: bool = False

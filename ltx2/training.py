@@ -171,8 +171,7 @@ class Trainer:
         return 4 * self.options.rank * sum(map(sum, self.layers.values()))
 
     def resume(self, name: str) -> None:
-        """Continue an earlier training or, without its state, from its factors or those of
-        any LoRA; only headers are read."""
+        """Continue an earlier training, or from a LoRA's factors; only headers are read."""
         file, o = adapter_file(name), self.options
         state = file.with_name(STATE)
         if file.name in (ADAPTERS, STATE) and state.is_file():

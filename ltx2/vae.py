@@ -353,10 +353,8 @@ class Decoder(nn.Module):
 
 
 class VideoVAE(Component):
-    """Video (B, 8k + 1, 32h, 32w, 3) to normalized latents (B, k + 1, h, w, C) and back.
-
-    Activations have the input's dtype, whatever the weights' dtype is.
-    """
+    """Video (B, 8k + 1, 32h, 32w, 3) to normalized latents (B, k + 1, h, w, C) and back,
+    in the input's dtype, whatever the weights' is."""
 
     config_class = VideoVAEConfig
     UNUSED = "per_channel_statistics.channel", "per_channel_statistics.mean-of-stds"
@@ -380,9 +378,8 @@ class VideoVAE(Component):
     def encode_stream(
         self, chunks: Chunks, trace: Trace = None, single: bool = False
     ) -> Chunks:
-        """`encode` for a clip in chunks of any length: yields one latent frame
-        (B, 1, h, w, C) at a time. A `single` one is all there is, which takes less
-        memory. `trace` is called with the chunks of each layer."""
+        """`encode` for a clip in chunks of any length: yields single latent frames. A
+        `single` one is all there is, which takes less memory."""
         patches = partial(layers.patchify, size=self.config.patch_size)
         latents = self.encoder(map(patches, latent_groups(chunks)), trace, single)
         return map(materialize, map(self.normalize, latents))
@@ -404,13 +401,9 @@ class VideoVAE(Component):
         [0, 1], in memory that does not grow with F.
 
         The decoder of the first distilled upload is conditioned on a timestep:
-        DEFAULT_TIMESTEP is 0.05 for it and None, no conditioning, for all others, which
-        accept no number. A conditioned decode mixes `noise`, of the latents' shape, into
-        them by `noise_scale`. (0.05 and 0.025 are the reference's.)
-        `bias` is added before clipping, for weights converted by other tools. Released
-        weights need 0: pictures that are too dark come from a decoder without upsampler
-        residuals or reflected borders, or with causal convolutions.
-        `trace` is called with the chunks of each layer.
+        DEFAULT_TIMESTEP is the reference's 0.05 for it and None, no conditioning, for all
+        others. A conditioned decode mixes `noise`, of the latents' shape, into them by
+        `noise_scale`. `bias` is added before clipping; released weights need 0.
         """
         conditioned = self.config.timestep_conditioning
         if timestep is DEFAULT_TIMESTEP:
