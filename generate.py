@@ -296,7 +296,9 @@ def name_outputs(args: Any, requests: list[Request], say: bool = False) -> list[
     for name in found:
         files.check(name, inputs)
     if say and found != wanted:
-        print(f"note: {wanted[0]} exists: writing {found[0]} (--overwrite replaces it)")
+        print(
+            f"note: earlier files stay: writing {found[0]} (--overwrite replaces them)"
+        )
     return found
 
 

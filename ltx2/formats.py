@@ -27,8 +27,7 @@ FRAME = "frame_%05d.exr"
 
 
 def _pam(frame: np.ndarray, space: str, first: bool) -> bytes:
-    """A frame (H, W, 3 or 4) uint8 or float as a picture with 8 or, of floats or with
-    alpha, 16 bits."""
+    """A frame (H, W, 3 or 4) as a PAM picture: 16 bits for float or alpha, else 8."""
     if frame.dtype != np.uint8:
         frame = np.rint(frame.clip(0, 1) * 65535).astype(">u2")
     elif frame.shape[-1] == 4:

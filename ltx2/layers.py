@@ -154,8 +154,8 @@ def _normalized(z, g, norms, tau, alpha):
 
 
 class Steering(NamedTuple):
-    """How tokens read a prompt: which of its equal parts, by a mask (1, 1, T, n), and
-    away from a negative prompt."""
+    """How tokens read a prompt: which part, by a mask (1, 1, T, n), and away from
+    what."""
 
     mask: Optional[mx.array] = None
     nag: Optional[Nag] = None

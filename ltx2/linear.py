@@ -97,8 +97,8 @@ def shard_columns(layer: nn.Module, group: Group) -> None:
 
 
 def shard_rows(layer: nn.Module, group: Group) -> None:
-    """Keep this rank's inputs of a linear layer; its output is a term of the sum over
-    the ranks. Rank 0 adds the bias."""
+    """Keep this rank's inputs of a linear layer; outputs must be summed over the ranks,
+    and rank 0 adds the bias."""
     complete = ("bias", "lora_b", "strength")
     shard_inplace(layer, lambda k, _: None if k.endswith(complete) else -1, group=group)
     if group.rank() > 0:

@@ -149,8 +149,8 @@ class Lora:
         self.fits = True
 
     def find(self, paths: Iterable[str]) -> dict[str, str]:
-        """The model's path of each module, compared as kohya writes it: with _. Tools put
-        names of their own in front."""
+        """The model's path of each module, compared as kohya writes it, with _; tools
+        put names of their own in front."""
         names: dict[str, str] = {}
         for path in paths:
             head, _, rest = path.partition(".")

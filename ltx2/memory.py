@@ -83,7 +83,7 @@ class MemoryPlan:
 
     @property
     def keeps_transformer(self) -> bool:
-        """Whether the transformer fits next to what each of the other phases needs."""
+        """Whether the transformer fits next to each of the other phases."""
         apart = {"text", "inputs", "audio", "video"}
         held = max(n.weights for k, n in self.phases.items() if k not in apart)
         rest = max((self.phases[k].total() for k in apart & {*self.phases}), default=0)
@@ -103,7 +103,7 @@ class MemoryPlan:
             parts = (total - need.buffers, need.buffers, total)
             rows.append((phase, *(part / 1e9 for part in parts)))
         how = "read block by block" if self.streamed else "held in memory"
-        heads = "phase", "weights", "buffers", "peak GB"
+        heads = "GB by phase", "weights", "buffers", "peak"
         limit = f"{self.limit / 1e9:.2f} GB available; the transformer is {how}"
         return f"{table(heads, rows)}\n{limit}"
 
@@ -124,7 +124,7 @@ def joined(plans: Iterable[MemoryPlan], low_memory: Optional[bool]) -> MemoryPla
 
 
 def suggest_smaller(r: Request, fits: Callable[[Request], bool]) -> str:
-    """Find what fits: windows, a shorter or a smaller video; else say what may help."""
+    """Find what fits: windows, a shorter or a smaller video, or say what may help."""
     short = (n for n in (97, 65, 41) if n < r.num_frames)  # with 25 carried frames
     windows = next((n for n in short if fits(replace(r, chunk_frames=n))), None)
     found = [f"it fits in windows: --chunk-frames {windows}"] if windows else []

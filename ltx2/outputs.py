@@ -13,16 +13,15 @@ LATENTS, PREVIEW, SHEET = ".latents.safetensors", ".preview.png", "-sheet.png"
 
 
 def next_to(output: str, kind: str) -> Path:
-    """A file of another kind next to an output, with its stem."""
+    """A file of another kind next to an output, with the same stem."""
     return Path(output).with_name(Path(output).stem + kind)
 
 
 def names(output: str, videos: int, number: int = 1) -> list[str]:
-    """out.mp4, or out-1.mp4, out-2.mp4, ... of several; from a second `number` on
-    out-2.mp4, or out-2-1.mp4, out-2-2.mp4, ..."""
+    """out.mp4, or out-1.mp4, ... of several; of set 2 out-2.mp4, or out-2-1.mp4, ..."""
     path = Path(output)
     if not path.name:
-        raise UserError(f"--output {output}: give the name of a file or a new folder")
+        raise UserError(f"--output {output} is no name: pass a file or a new folder")
     stem = path.stem + f"-{number}" * (number > 1)
     stems = [f"{stem}-{n}" for n in range(1, videos + 1)] if videos > 1 else [stem]
     return [str(path.with_name(stem + path.suffix)) for stem in stems]
@@ -30,13 +29,13 @@ def names(output: str, videos: int, number: int = 1) -> list[str]:
 
 @contextmanager
 def claimed(outputs: Iterable[str]) -> Iterator[None]:
-    """Other runs take other names in the meantime; UserError if one has such a name."""
+    """Keep these names from other runs; UserError if another run has one of them."""
     with ExitStack() as held:
         for output in outputs:
             path = lock_of(output)
             path.parent.mkdir(parents=True, exist_ok=True)
             if lock(held.enter_context(path.open("w"))) is False:
-                raise UserError(f"another run is writing {output}: change --output")
+                raise UserError(f"another run writes {output}: pass another --output")
             held.callback(path.unlink, missing_ok=True)
         yield
 
@@ -46,7 +45,7 @@ def lock_of(output: str) -> Path:
 
 
 def is_claimed(output: str) -> bool:
-    """Whether another run writes it, which its lock tells, even if that run was killed."""
+    """Whether another run is writing it, by its lock, which ends with that run."""
     path = lock_of(output)
     if not path.exists():
         return False
@@ -56,7 +55,7 @@ def is_claimed(output: str) -> bool:
 
 @dataclass(frozen=True)
 class Files:
-    """What a run may write for each video, next to it files of these `kinds`."""
+    """What a run may write for each video: also files of these `kinds` next to it."""
 
     kinds: tuple[str, ...]
     codec: Optional[str]
@@ -71,7 +70,7 @@ class Files:
         return [Path(output), *folders, *(next_to(output, k) for k in self.kinds)]
 
     def free(self, output: str, videos: int, kept: Optional[str] = None) -> list[str]:
-        """The first names of which no file is there, except the file `kept`."""
+        """The first names without files or other runs; the file `kept` does not count."""
         for number in count(1):
             found = names(output, videos, number)
             paths = {path for name in found for path in self.of(name)}
@@ -80,7 +79,7 @@ class Files:
                 return found
 
     def check(self, output: str, inputs: Iterable[str]) -> None:
-        """UserError unless all can be written, and none is an input."""
+        """UserError unless all files can be written and none is an input."""
         formats.check_output(output, self.codec, self.space, self.sound_only)
         inputs = {Path(file).resolve() for file in inputs}
         for path in self.of(output):

@@ -122,7 +122,7 @@ class Res2sStep:
         return self._renoised(self.start + self.a21 * self.slope, sigma, noise)
 
     def anchor(self, midpoint: mx.array) -> None:
-        """Move the start to where the noised midpoint implies that it was, the fixed point
+        """Move the start to where the noised midpoint implies it was, the fixed point
         of 100 iterations in the reference."""
         if self.h < 0.5 and self.s > 0.03:
             midpoint = np.array(midpoint, np.float64)

@@ -199,8 +199,8 @@ def text_name(key: str) -> str:
 
 
 def _load(folder: Path) -> nn.Module:
-    """Gemma 3's text model with its LM head, which is the embedding, lazily; mlx-lm alone
-    reads only some spellings of its names."""
+    """Gemma 3's text model and its LM head, the embedding, lazily; mlx-lm alone reads
+    only some spellings of its names."""
     # Late, because it takes seconds and lowers the limit of open files.
     from mlx_lm.models import gemma3_text
     from mlx_lm.utils import load_model

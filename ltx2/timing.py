@@ -1,5 +1,5 @@
-"""How long a run takes: its counted operations, by the rate at which this machine multiplies
-matrices, measured on the spot, and the share of that rate that is reached."""
+"""The time of a run: counted operations, divided by this machine's matmul rate,
+measured on the spot, and by the share of it that is reached."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ LOW, HIGH = (0.4, 0.2, 0.1), (0.95, 1.5, 0.8)  # for all others
 
 @dataclass(frozen=True)
 class TimePlan:
-    """Operations by phase, operations a second of a matmul, and the shares of it that
-    may be reached at least and at most."""
+    """Operations by phase, the matmul rate (per second), and the least and largest
+    shares of it that are reached."""
 
     work: Mapping[str, float]
     rate: float
@@ -32,7 +32,7 @@ class TimePlan:
     where: str
 
     def seconds(self, phase: str) -> tuple[float, float]:
-        """At least and at most."""
+        """The least and the largest time of a phase."""
         kind, best = KINDS.get(phase, 0), self.work[phase] / self.rate
         return best / self.high[kind], best / self.low[kind]
 
@@ -41,10 +41,10 @@ class TimePlan:
         rows.append(("all", *map(sum, list(zip(*rows))[1:])))
         heads = ("phase", "TFLOP", "seconds")
         rate = f"{self.rate / 1e12:.3g} TFLOP/s"
-        how = f"computed from {rate}, measured here; without reading files"
+        how = f"computed from a matmul rate of {rate}, measured now; without reading files"
         if self.low != self.high:
-            heads = (*heads[:2], "s from", "to")
-            how += f"; a range, as {self.where} was never timed"
+            heads = (*heads[:2], "seconds from", "to")
+            how += f"; a range, because {self.where} was never timed"
         return f"{table(heads, [row[: len(heads)] for row in rows])}\n{how}"
 
 

@@ -404,8 +404,7 @@ class Trainer:
     # Files
 
     def save(self, copy: str = "") -> None:
-        """Save the adapter as an official LoRA, its settings, losses and what resuming
-        needs."""
+        """Save the adapter as an official LoRA, its settings, losses and state."""
         if self.group.rank() > 0:
             return
         parameters, state = self.trainee.parameters, self.opt.state

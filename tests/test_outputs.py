@@ -56,7 +56,7 @@ def test_another_run_takes_another_name(folder):
     """Also while the first one's file is not there yet, and if that run was killed."""
     with claimed(["new/a.mp4"]):
         assert VIDEO.free("new/a.mp4", 1) == ["new/a-2.mp4"]
-        with pytest.raises(UserError, match="another run is writing new/a.mp4: change"):
+        with pytest.raises(UserError, match="another run writes new/a.mp4: pass"):
             with claimed(["new/a.mp4"]):
                 pass
     assert not [*(folder / "new").iterdir()]

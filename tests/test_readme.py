@@ -72,6 +72,8 @@ def test_every_command_is_tested():
     tested = {*GENERATE, *CONVERT, *CHECKS, *LAUNCHED, *TRAIN, *UV}
     assert UV == [GENERATE[0].replace("python", "uv run")]
     assert set(COMMANDS) - tested == {
+        "python3 -m venv .venv",
+        "source .venv/bin/activate",
         "pip install -e .",
         "pip install -r requirements.txt",
         "pip install -r requirements.txt pytest pytest-xdist",
@@ -114,6 +116,28 @@ def test_the_tables_of_macs_are_what_the_planner_says(name, bits):
     for size in macs.SIZES:
         assert macs.time_row(name, size, bits) in rows
     assert all(heads in rows for heads in macs.HEADS)
+
+
+def test_the_short_answers_are_those_of_the_tables():
+    text, tables = README.split("In short:")[1].split(macs.BEGIN)
+    rows = [line.strip("| ").split(" | ") for line in tables.splitlines()]
+    (heads, _, *memory), (_, _, *times) = (
+        [row for row in rows if len(row) == len(head)] for head in macs.HEADS
+    )
+    at = heads.index("8 GB")
+    small = {("LTX-2 19B", "draft"), ("LTX-2.3 22B", "no"), ("LTX-2.5 22B", "?")}
+    assert {(row[0], row[at]) for row in memory} == small
+    assert {cell for row in memory for cell in row[at + 1 :]} == {"streamed", "yes"}
+    assert f"downloads {memory[0][2]} GB" in text
+    for chip in ("M4", "M4 Max"):
+        at = macs.HEADS[1].index(chip)
+        full, draft = (
+            [[float(x) for x in row[at].split(" to ")] for row in times if size in row]
+            for size in ("1536x1024", "768x512")
+        )
+        low, high = min(a for a, _ in draft), max(b for _, b in draft)
+        assert f"{low:g} to {high:g} minutes on an" in " ".join(text.split())
+        assert all(4.5 < a / b < 6.5 for (a, _), (b, _) in zip(full, draft))
 
 
 def test_the_python_example_runs(folder, checkpoint, quick_vocoder, monkeypatch):
@@ -244,7 +268,7 @@ def test_the_first_commands_make_clips_and_their_image(tmp_path):
 @pytest.mark.parametrize("command", GENERATE[2:], ids=lambda c: c[19:60])
 def test_generate(command, folder, saved, checkpoint, request, capsys):
     if command == SAVES:  # has been run
-        names = {f"output{end}" for end in SAVED}
+        names = {f"kept{end}" for end in SAVED}
         assert names <= {path.name for path in saved.iterdir()}
         return
     if "--audio-only" not in command:  # else nothing looks at the waveform

@@ -519,7 +519,7 @@ def test_earlier_files_stay_and_all_new_ones_are_said(command, tmp_path):
     third = command(
         "--from", "new/a.json", "--trust", "--output", "new/a.mp4", small=False
     )
-    assert "note: new/a.mp4 exists: writing new/a-3.mp4" in third
+    assert "note: earlier files stay: writing new/a-3.mp4" in third
     assert "wrote new/a-3.mp4 (seed 3)" in third
     there = {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()}
     assert before.items() <= there.items()

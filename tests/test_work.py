@@ -140,7 +140,7 @@ def test_of_an_unmeasured_device_a_range_is_told(planned):
     plan = planned(mx.gpu, "applegpu_g99x")
     least, most = plan.seconds("stage1")
     assert 0 < least < most
-    assert "a range, as applegpu_g99x in float32 was never timed" in str(plan)
+    assert "a range, because applegpu_g99x in float32 was never timed" in str(plan)
     assert re.search(r"phase +TFLOP +s from +to\n", str(plan))
 
 
