@@ -189,7 +189,7 @@ class ReferenceClip(Condition):
         smaller = size.divided(self.downscale)
         frames = self.window.start, self.num_frames
         how = self.slow, self.tiles, self.repeats
-        clip = source.clip(self.path, *frames, smaller, *how)
+        clip = source.clip(self.path, *frames, smaller, *how, pads=True)
         clip = self.part.under(clip)
         scale, visible = (self.downscale, self.slow), self.attention
         if self.mask:

@@ -387,8 +387,9 @@ class Resolver:
         frames, other_rate = min(frames, total), media.frame_rate(fps) != clip.fps
         new = (height, width) != (clip.height * larger, clip.width * larger)
         silent = self.recipe.uses_sound and not clip.has_audio
+        cut = "padded" if r.has_reference and frames_in(r.video) else "cropped"
         changes = {
-            f"{clip.width}x{clip.height} resized and cropped to {width}x{height}": new,
+            f"{clip.width}x{clip.height} resized and {cut} to {width}x{height}": new,
             f"{float(clip.fps):g} fps changed to {fps:g}": other_rate,
             f"{frames} of {there} frames are read (8k+1)": frames != there,
             "it has no sound, so none is given to the adapter": silent,

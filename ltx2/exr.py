@@ -4,6 +4,7 @@ ffmpeg reads and writes them. Where it converts between floating-point formats, 
 light off at 1, so frames are read in the format that it finds, and with this file's tags.
 """
 
+import math
 import os
 import re
 import struct
@@ -34,6 +35,8 @@ def probe(path: media.PathLike) -> media.Media:
     """The size and number of frames; EXR files say no rate."""
     files = frames_in(path)
     *_, width, height = _format(files[0])
+    for file in files:
+        _layout(file)
     return media.Media(int(width), int(height), num_frames=len(files))
 
 
@@ -68,9 +71,37 @@ def read(
 
 
 def _layout(path: Path) -> list[bytes]:
-    """The channels and sides in a file's header."""
+    """The channels and sides in a file's header; UserError if the file is cut off, of
+    which ffmpeg would read the rest as black."""
     with open(path, "rb") as file:
-        return re.findall(LAYOUT, file.read(2**16), re.DOTALL)
+        head = file.read(2**20)
+        try:
+            tiled, several = b"tiledimage" in head or head[5] & 2, head[5] & 16
+            before = (16 if tiled else 4) + 4 * bool(several)
+            file.seek(int(_chunks(head)[1].max()) + before)  # to the last one's size
+            size = struct.unpack("<i", file.read(4))[0] + file.tell()
+        except (IndexError, ValueError, struct.error):
+            size = math.inf
+    if os.path.getsize(path) < size:
+        raise UserError(f"{path}: the file ends too early: copy or render it again")
+    return re.findall(LAYOUT, head, re.DOTALL)
+
+
+def _chunks(data: bytes) -> tuple[int, np.ndarray]:
+    """Where a file's table of chunks of pixels begins, and the chunks' places in it."""
+    several, start = data[5] & 16, 8
+    while True:
+        while data[start]:  # attributes: name, type, size, value
+            kind_end = data.index(0, data.index(0, start) + 1)
+            start = kind_end + 5 + struct.unpack_from("<i", data, kind_end + 1)[0]
+        start += 1
+        if not several or not data[start]:  # else the next part's header
+            break
+    start += bool(several)
+    places = np.frombuffer(data, "<u8", (len(data) - start) // 8, start)
+    ends = start + 8 * np.arange(1, len(places) + 1)
+    count = np.argmax(ends >= np.minimum.accumulate(places)) + 1  # the first chunk's
+    return start, places[:count]
 
 
 def still(path: media.PathLike) -> np.ndarray:
@@ -81,19 +112,10 @@ def still(path: media.PathLike) -> np.ndarray:
 def with_color(data: bytes, space: color.Space) -> bytes:
     """An EXR file of one part in scan lines with the attributes `chromaticities` and
     `colorSpace`, which ffmpeg does not write."""
-    end, height = 8, 0
-    while data[end]:
-        name_end = data.index(0, end)
-        kind_end = data.index(0, name_end + 1)
-        (size,) = struct.unpack_from("<i", data, kind_end + 1)
-        if data[end:name_end] == b"dataWindow":
-            _, top, _, bottom = struct.unpack_from("<4i", data, kind_end + 5)
-            height = bottom - top + 1
-        end = kind_end + 5 + size
     name = space.name.encode()
     added = struct.pack("<i8f", 32, *space.primaries)
     added = b"chromaticities\0chromaticities\0" + added
     added += b"colorSpace\0string\0" + struct.pack("<i", len(name)) + name
-    table = np.frombuffer(data, "<u8", -(-height // 16), end + 1) + len(added)
-    rest = data[end + 1 + table.nbytes :]
-    return data[:end] + added + b"\0" + table.tobytes() + rest
+    start, table = _chunks(data)
+    rest = data[start + table.nbytes :]
+    return data[: start - 1] + added + b"\0" + (table + len(added)).tobytes() + rest

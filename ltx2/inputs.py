@@ -22,7 +22,7 @@ from .lora import Lora, adapter_file
 from .request import LoraFile
 from .tiles import Span, Tiles, blended, cells, sized_spans
 
-Frames = Iterator[np.ndarray]  # (H, W, 3) uint8, or (1, H, W, 3) in [-1, 1]
+Frames = Iterator[np.ndarray]  # (H, W, 3) uint8, or of EXR files float32
 
 
 class InputFiles:
@@ -96,11 +96,15 @@ class Encoders:
             frames = 2 * color.convert(frames / 2 + 0.5, "srgb", self.codes) - 1
         return mx.array(frames)[None]
 
-    def seen(self, path: str, frames: Iterable[np.ndarray], size: Size) -> Iterator:
-        """A file's frames (H, W, 3) at the size's sides, each as the VAE sees it."""
+    def seen(
+        self, path: str, frames: Iterable[np.ndarray], size: Size, pads: bool = False
+    ) -> Iterator[mx.array]:
+        """A file's frames (H, W, 3) at the size's sides, each as the VAE sees it; cropped,
+        EXR frames padded with `pads`."""
         light = bool(exr.frames_in(path))
         for frame in frames:
-            yield self.encoder_input(filling(frame[None], size, light), light)
+            frame = filling(frame, size, light, not (light and pads))
+            yield self.encoder_input(frame[None], light)
 
     def image(self, path: str, crf: int, size: Size) -> mx.array:
         """One latent frame (1, 1, h, w, C)."""
@@ -121,9 +125,10 @@ class Encoders:
         slow: int = 1,
         tiles: Tiles = (),
         repeats: int = 1,
+        pads: bool = False,
     ) -> mx.array:
         """Latents (1, f, h, w, C) of a clip, of every `slow`-th frame, with each frame
-        `repeats` times; encoded in `tiles` of latents, or whole."""
+        `repeats` times; encoded in `tiles` of latents, or whole. See `seen`."""
         size = replace(size, num_frames=1 - (1 - num_frames) // slow)
         lengths = zip(size.latent, tiles or ((n, 0) for n in size.latent))
         times, *sides = (sized_spans(side, *length) for side, length in lengths)
@@ -134,9 +139,9 @@ class Encoders:
             first, stop = max(time.start - 1, 0), (time.stop - 1) * TIME_SCALE + 1
             frames = frames_of(path, start, -(-num_frames // repeats), size.fps)
             frames = islice((x for x in frames for _ in range(repeats)), num_frames)
-            ends = first * TIME_SCALE, stop if time.after else None
-            frames = islice(every(frames, slow), *ends)
-            parts = zip(tee(self.seen(path, frames, size), len(places)), places)
+            frames = (x for n, x in enumerate(frames, -1) if n < 0 or n % slow == 0)
+            frames = islice(frames, first * TIME_SCALE, stop if time.after else None)
+            parts = zip(tee(self.seen(path, frames, size, pads), len(places)), places)
             made = zip(*(encoder.encode_stream(cropped(*part)) for part in parts))
             for x, place in zip(zip(*made), places):
                 x = mx.concatenate(x, axis=1)[:, time.start - first :]
@@ -155,7 +160,7 @@ class Encoders:
             frames = frames_of(path, start, num_frames, size.fps)
         _, h, w = grid.latent
         shape = h, size.height // h, w, size.width // w, 3
-        pixels = (filling(x[None], size).reshape(shape) for x in frames)
+        pixels = (filling(x, size).reshape(shape) for x in frames)
         shown = np.array([x.mean((1, 3, 4)) / 2 + 0.5 for x in pixels])
         shown = shown.repeat(num_frames if still else 1, axis=0)
         # As in the reference, also frames count that a slow clip leaves out.
@@ -187,20 +192,17 @@ def cropped(frames: Iterable[mx.array], place: Iterable[Span]) -> Iterator[mx.ar
     return (x[:, :, rows, columns] for x in frames)
 
 
-def every(frames: Frames, slow: int) -> Frames:
-    """Every `slow`-th frame after the first."""
-    return (x for i, x in enumerate(frames) if i == 0 or (i - 1) % slow == 0)
-
-
-def filling(frames: np.ndarray, size: Size, light: bool = False) -> np.ndarray:
-    """Frames (n, H, W, 3) uint8 at the size's sides, in [-1, 1]: resized and cropped to
-    what is shown of it, which the padding reflects; `light` is not scaled."""
-    height, width = shown = size.shown or (size.height, size.width)
-    frames = media.resize_and_crop(frames, height, width, light)
-    rest = size.height - height, size.width - width
-    small = any(a >= b for a, b in zip(rest, shown))
-    pads = (0, 0), (0, rest[0]), (0, rest[1]), (0, 0)
-    return np.pad(frames, pads, "edge" if small else "reflect")
+def filling(
+    frame: np.ndarray, size: Size, light: bool = False, crop: bool = True
+) -> np.ndarray:
+    """A frame (H, W, 3) uint8 at the size's sides, in [-1, 1]: brought by `media.resize`
+    to what is shown of it, which the padding reflects; `light` is not scaled."""
+    frame = media.resize(frame, *(size.shown or (size.height, size.width)), crop)
+    frame = frame if light else frame / np.float32(127.5) - 1
+    rest = size.height - frame.shape[0], size.width - frame.shape[1]
+    small = any(a >= b for a, b in zip(rest, frame.shape))
+    pads = (0, rest[0]), (0, rest[1]), (0, 0)
+    return np.pad(frame, pads, "edge" if small else "reflect")
 
 
 def frames_of(path: str, start: int, num_frames: int, fps: float) -> Frames:

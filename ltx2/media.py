@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from subprocess import PIPE, Popen, run
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterator
 
 import imageio_ffmpeg
 import numpy as np
@@ -109,30 +109,24 @@ def _to_srgb(image: Image.Image, profile: bytes, path: PathLike) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_and_crop(
-    frames: Iterable[np.ndarray], height: int, width: int, light: bool = False
-) -> np.ndarray:
-    """Fill a size with frames (H, W, 3) uint8: (F, height, width, 3) float32 in [-1, 1];
-    `light` is not scaled.
-
-    The aspect is kept and the center cropped; bilinear, when shrinking too without
-    antialiasing, as the reference. `frames` may be an array or an iterator.
-    """
-
-    def fit(frame: np.ndarray) -> np.ndarray:
-        scale = max(height / frame.shape[0], width / frame.shape[1])
-        for axis, kept in enumerate((height, width)):
-            size = frame.shape[axis]
-            resized = math.ceil(size * scale)
-            pixels = np.arange(kept, dtype=np.float32) + (resized - kept) // 2
-            position = np.maximum((pixels + 0.5) * np.float32(size / resized) - 0.5, 0)
-            first = position.astype(int)
-            weight = np.expand_dims(position % 1, [1, 2][: 2 - axis])
-            second = frame.take(np.minimum(first + 1, size - 1), axis) * weight
-            frame = frame.take(first, axis) * (1 - weight) + second
-        return frame if light else frame / np.float32(127.5) - 1
-
-    return np.fromiter(map(fit, frames), np.dtype((np.float32, (height, width, 3))))
+def resize(frame: np.ndarray, height: int, width: int, crop: bool = True) -> np.ndarray:
+    """A frame (H, W, 3) as float32 that fills a size, with the center cropped, or without
+    `crop` fits in it and is not enlarged. The aspect is kept; bilinear, when shrinking
+    too without antialiasing, as the reference."""
+    ratios = height / frame.shape[0], width / frame.shape[1]
+    if crop:
+        kept, sides = (height, width), [math.ceil(n * max(ratios)) for n in frame.shape]
+    else:
+        kept = sides = [round(n * min(1, *ratios)) for n in frame.shape[:2]]
+    for axis, count in enumerate(kept):
+        size, side = frame.shape[axis], sides[axis]
+        pixels = np.arange(count, dtype=np.float32) + (side - count) // 2
+        position = np.maximum((pixels + 0.5) * np.float32(size / side) - 0.5, 0)
+        first = position.astype(int)
+        weight = np.expand_dims(position % 1, [1, 2][: 2 - axis])
+        second = frame.take(np.minimum(first + 1, size - 1), axis) * weight
+        frame = frame.take(first, axis) * (1 - weight) + second
+    return frame
 
 
 def enlarge(frame: np.ndarray, height: int, width: int) -> np.ndarray:

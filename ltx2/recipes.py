@@ -1,7 +1,7 @@
 """The official adapters by file name, and what their cards ask for."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
@@ -24,7 +24,7 @@ class Recipe:
     kind: str = "distilled"  # the kind of model that it needs
     scale: int = 1  # the result's sides, relative to the clip's
     # Sides of tiles for a wide clip, swapped for an upright one
-    tile: Optional[tuple[int, int]] = None
+    tile: tuple[int, ...] = ()
     no_prompt: bool = False  # the prompt may be empty
     uses_sound: bool = False  # the clip's sound is a reference, too
     extra: int = 0  # frames that are generated and cut off
@@ -46,7 +46,7 @@ MATTE = ONE | {"video_guidance": PLAIN}
 SLOW = "add --conditioned-fps, fps / speed (1 to 0.025): 48 at 24 fps is half speed"
 RECIPES = {
     "alpha-gen": Recipe("", MATTE, 145, "dev", no_prompt=True, matte=True),
-    "clean-plate": Recipe("", ONE, advice="the prompt describes the empty scene"),
+    "clean-plate": Recipe("", ONE, 49, advice="the prompt describes the empty scene"),
     "water-simulation": Recipe("ADD WATER", ONE, 185),
     "deblur": Recipe("DEBLUR", ONE, 121),
     "decompression": Recipe("ENHANCE QUALITY", ONE, 121),
@@ -80,7 +80,8 @@ def makes_matte(r: Request) -> bool:
 def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
     """Fill in what the adapters' cards ask for: the request, all recipes as one, and
     notes. Raises UserError for an adapter that cannot be used."""
-    all_of, shown, notes = Recipe(), r.has_reference, []
+    shown, notes = r.has_reference, []
+    rules = {field.name: field.metadata for field in fields(Request)}
     found = [(Path(x.path).name, find(x.path)) for x in r.loras]
     if r.has_reference and found and not any(recipe for _, recipe in found):
         notes = [f"{found[0][0]} is unknown: its card may ask for --stages one"]
@@ -97,11 +98,8 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
             notes.append(f"{name} was made for its text embeddings (--contexts)")
         usual = dict(recipe.defaults) if shown or not r.video else {}
         mode = r.stages or usual.get("stages", "one")
-        changes = {}
-        for k, value in usual.items():
-            modes = Request.__dataclass_fields__[k].metadata.get("modes", mode)
-            if not is_set(r, k) and mode in modes.split():
-                changes[k] = value
+        allowed = [k for k in usual if mode in rules[k].get("modes", mode).split()]
+        changes = {k: usual[k] for k in allowed if not is_set(r, k)}
         if kind == "distilled":  # has no guidance
             changes.pop("video_guidance", None)
         if recipe.trigger and not re.search(rf"\b{recipe.trigger}\b", r.prompt, re.I):
@@ -116,14 +114,8 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
         if recipe.kind != kind:
             notes.append(f"{name} was made for a {recipe.kind} model")
         r = replace(r, **changes)
-        all_of = Recipe(
-            frames=min(all_of.frames, recipe.frames),
-            scale=max(all_of.scale, recipe.scale if shown else 1),
-            tile=recipe.tile or all_of.tile,
-            no_prompt=recipe.no_prompt or all_of.no_prompt,
-            uses_sound=shown and (recipe.uses_sound or all_of.uses_sound),
-            extra=max(all_of.extra, recipe.extra if shown else 0),
-            pads=shown,
-            codes=recipe.codes or all_of.codes,
-        )
-    return r, all_of, notes
+    recipes = [Recipe(), *(recipe for _, recipe in found if recipe)]
+    names = "tile", "no_prompt", "codes", *("scale", "uses_sound", "extra") * shown
+    most = {k: max(getattr(recipe, k) for recipe in recipes) for k in names}
+    frames, pads = min(recipe.frames for recipe in recipes), shown and len(recipes) > 1
+    return r, Recipe(frames=frames, pads=pads, **most), notes

@@ -218,7 +218,7 @@ class Request(Checked):
         between=(1, 100),
     )
     nag_tau: float = ask(
-        "NAG: how much attention may grow", 2.5, between=(0, 10), needs="nag_scale"
+        "NAG: how much attention may grow", 2.5, between=(0.01, 10), needs="nag_scale"
     )
     nag_alpha: float = ask(
         "NAG: share of it in the result", 0.25, between=(0, 1), needs="nag_scale"

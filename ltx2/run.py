@@ -100,8 +100,8 @@ def save(path: str, r: Request, fps, events, codec=None, metadata=True) -> Resul
     picture = None
     if makes_matte(r):
         clip = frames_of(r.video, 0, round(r.num_frames * fps / r.fps), fps)
-        sized = (media.resize_and_crop(x[None], r.height, r.width)[0] for x in clip)
-        picture = (np.rint((x + 1) * 127.5).astype(np.uint8) for x in sized)
+        sized = (media.resize(x, r.height, r.width) for x in clip)
+        picture = (np.rint(x).astype(np.uint8) for x in sized)
     space = r.color_space or "srgb"
     facts = {"codec": codec, "color_space": space, "picture": picture}
     with formats.VideoWriter(path, fps, **facts) as video:

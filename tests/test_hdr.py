@@ -543,13 +543,35 @@ def test_a_folder_is_read_by_one_process_for_frames_that_are_alike(
         np.testing.assert_array_equal(frame, other.astype(np.float32))
 
 
-@pytest.mark.parametrize("size", [0, 200, 300])
-def test_a_damaged_frame_is_one_line(tmp_path, size):
-    write_exr(tmp_path / "a", light(3, 6, 8), "acescg")
+@pytest.mark.parametrize("size", [0, 200, 400, 700, -1])
+def test_a_file_that_is_cut_off_is_one_line(tmp_path, size):
+    write_exr(tmp_path / "a", light(3, 40, 60), "acescg")
     file = tmp_path / "a" / "frame_00001.exr"
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(UserError, match="cannot be read|is empty"):
-        [*exr.read(tmp_path / "a")]
+    for read in (lambda path: [*exr.read(path)], exr.probe):
+        with pytest.raises(UserError, match="00001.exr: the file ends too early"):
+            read(tmp_path / "a")
+
+
+def test_an_exr_reference_is_padded_not_cropped(tmp_path):
+    ramp = np.tile(np.arange(80)[:, None] / 128, (1, 40, 1, 3))
+    write_exr(tmp_path / "a", ramp, "acescct")
+    pixels, config = [], SimpleNamespace(latent_channels=4)
+
+    def encode_stream(frames):
+        pixels.extend(frames)
+        yield mx.zeros((1, 1, *(side // 32 for side in pixels[-1].shape[2:4]), 4))
+
+    encoder = SimpleNamespace(config=config, encode_stream=encode_stream)
+    source = Encoders(InputFiles(), lambda name: encoder, space="acescct")
+    clip = conditions.ReferenceClip(str(tmp_path / "a"), 1, 1.0, 1.0, 1, 1)
+    for side in (64, 96):
+        clip.load(Size(side, side, 1, 24.0), source)
+    smaller, larger = (np.array(x[0, 0] + 1) * 64 for x in pixels)
+    expected = np.arange(64) * 1.25 + 0.125  # 32x64, and its last row
+    np.testing.assert_allclose(smaller[..., 1], np.tile(expected, (64, 1)), atol=1e-4)
+    expected = [*range(80), *[79] * 16]  # not scaled
+    np.testing.assert_allclose(larger[..., 0], np.tile(expected, (96, 1)), atol=1e-4)
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):

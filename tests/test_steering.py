@@ -295,6 +295,7 @@ def segments(*times):
         (segments((0, 0.7)) | {"auto_duration": (1, 2)}, "combined with auto_duration"),
         ({"nag_scale": 0.5}, "nag_scale must be between 1 and 100, got 0.5"),
         ({"nag_tau": 2.0}, "nag_tau needs nag_scale"),
+        ({"nag_scale": 2.0, "nag_tau": 0.0}, "nag_tau must be between 0.01 and 10"),
         ({"nag_scale": 2.0, "nag_alpha": 1.5}, "nag_alpha must be between 0 and 1"),
         ({"negative_prompt": "ugly"}, "negative_prompt needs .* or nag_scale above 1"),
     ],
