@@ -71,8 +71,7 @@ def read(
 
 
 def _layout(path: Path) -> list[bytes]:
-    """The channels and sides in a file's header; UserError if the file is cut off, of
-    which ffmpeg would read the rest as black."""
+    """The channels and sides in a file's header; UserError if the file is cut off."""
     with open(path, "rb") as file:
         head = file.read(2**20)
         try:
@@ -82,22 +81,20 @@ def _layout(path: Path) -> list[bytes]:
             size = struct.unpack("<i", file.read(4))[0] + file.tell()
         except (IndexError, ValueError, struct.error):
             size = math.inf
-    if os.path.getsize(path) < size:
+    if os.path.getsize(path) < size:  # ffmpeg would read the rest as black
         raise UserError(f"{path}: the file ends too early: copy or render it again")
     return re.findall(LAYOUT, head, re.DOTALL)
 
 
-def _chunks(data: bytes) -> tuple[int, np.ndarray]:
+def _chunks(data: bytes, start: int = 8) -> tuple[int, np.ndarray]:
     """Where a file's table of chunks of pixels begins, and the chunks' places in it."""
-    several, start = data[5] & 16, 8
-    while True:
-        while data[start]:  # attributes: name, type, size, value
-            kind_end = data.index(0, data.index(0, start) + 1)
-            start = kind_end + 5 + struct.unpack_from("<i", data, kind_end + 1)[0]
-        start += 1
-        if not several or not data[start]:  # else the next part's header
-            break
-    start += bool(several)
+    while data[start]:  # attributes: name, type, size, value
+        kind_end = data.index(0, data.index(0, start) + 1)
+        start = kind_end + 5 + struct.unpack_from("<i", data, kind_end + 1)[0]
+    start, several = start + 1, bool(data[5] & 16)
+    if several and data[start]:  # the next part's header
+        return _chunks(data, start)
+    start += several
     places = np.frombuffer(data, "<u8", (len(data) - start) // 8, start)
     ends = start + 8 * np.arange(1, len(places) + 1)
     count = np.argmax(ends >= np.minimum.accumulate(places)) + 1  # the first chunk's

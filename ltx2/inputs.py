@@ -96,9 +96,7 @@ class Encoders:
             frames = 2 * color.convert(frames / 2 + 0.5, "srgb", self.codes) - 1
         return mx.array(frames)[None]
 
-    def seen(
-        self, path: str, frames: Iterable[np.ndarray], size: Size, pads: bool = False
-    ) -> Iterator[mx.array]:
+    def seen(self, path: str, frames: Iterable, size: Size, pads=False) -> Iterator:
         """A file's frames (H, W, 3) at the size's sides, each as the VAE sees it; cropped,
         EXR frames padded with `pads`."""
         light = bool(exr.frames_in(path))
@@ -109,8 +107,7 @@ class Encoders:
     def image(self, path: str, crf: int, size: Size) -> mx.array:
         """One latent frame (1, 1, h, w, C)."""
         pixels = self.files.image(path)
-        if not exr.frames_in(path):
-            pixels = media.recompress(pixels, crf)
+        pixels = pixels if exr.frames_in(path) else media.recompress(pixels, crf)
         [pixels] = self.seen(path, [pixels], size)
         x = self.component("vae.encoder").encode(pixels)
         mx.eval(x)
@@ -154,10 +151,8 @@ class Encoders:
         """The brightness (f, h, w) in [0, 1] of a clip's frames or a picture at the sides
         of `size`, averaged over each latent of `grid` that `clip` would give."""
         still = self.files.probe(path).num_frames == 1
-        if still:
-            frames = [self.files.image(path)]
-        else:
-            frames = frames_of(path, start, num_frames, size.fps)
+        frames = frames_of(path, start, num_frames, size.fps)
+        frames = [self.files.image(path)] if still else frames
         _, h, w = grid.latent
         shape = h, size.height // h, w, size.width // w, 3
         pixels = (filling(x, size).reshape(shape) for x in frames)
@@ -192,9 +187,7 @@ def cropped(frames: Iterable[mx.array], place: Iterable[Span]) -> Iterator[mx.ar
     return (x[:, :, rows, columns] for x in frames)
 
 
-def filling(
-    frame: np.ndarray, size: Size, light: bool = False, crop: bool = True
-) -> np.ndarray:
+def filling(frame: np.ndarray, size: Size, light=False, crop=True) -> np.ndarray:
     """A frame (H, W, 3) uint8 at the size's sides, in [-1, 1]: brought by `media.resize`
     to what is shown of it, which the padding reflects; `light` is not scaled."""
     frame = media.resize(frame, *(size.shown or (size.height, size.width)), crop)

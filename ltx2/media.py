@@ -114,11 +114,9 @@ def resize(frame: np.ndarray, height: int, width: int, crop: bool = True) -> np.
     `crop` fits in it and is not enlarged. The aspect is kept; bilinear, when shrinking
     too without antialiasing, as the reference."""
     ratios = height / frame.shape[0], width / frame.shape[1]
-    if crop:
-        kept, sides = (height, width), [math.ceil(n * max(ratios)) for n in frame.shape]
-    else:
-        kept = sides = [round(n * min(1, *ratios)) for n in frame.shape[:2]]
-    for axis, count in enumerate(kept):
+    scale, whole = (max(ratios), math.ceil) if crop else (min(1, *ratios), round)
+    sides = [whole(n * scale) for n in frame.shape[:2]]
+    for axis, count in enumerate((height, width) if crop else sides):
         size, side = frame.shape[axis], sides[axis]
         pixels = np.arange(count, dtype=np.float32) + (side - count) // 2
         position = np.maximum((pixels + 0.5) * np.float32(size / side) - 0.5, 0)

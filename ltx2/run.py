@@ -100,8 +100,8 @@ def save(path: str, r: Request, fps, events, codec=None, metadata=True) -> Resul
     picture = None
     if makes_matte(r):
         clip = frames_of(r.video, 0, round(r.num_frames * fps / r.fps), fps)
-        sized = (media.resize(x, r.height, r.width) for x in clip)
-        picture = (np.rint(x).astype(np.uint8) for x in sized)
+        fit = lambda x: np.rint(media.resize(x, r.height, r.width)).astype(np.uint8)
+        picture = map(fit, clip)
     space = r.color_space or "srgb"
     facts = {"codec": codec, "color_space": space, "picture": picture}
     with formats.VideoWriter(path, fps, **facts) as video:

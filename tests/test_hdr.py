@@ -339,7 +339,7 @@ def test_only_some_clips_are_encoded_in_tiles(
 ):
     seen, clip = [], Encoders.clip
 
-    def encoded(self, path, start, count, size, slow=1, tiles=(), repeats=1):
+    def encoded(self, path, start, count, size, slow=1, tiles=(), *more, **how):
         seen.append(tiles)
         return clip(self, path, start, count, size, slow, tiles)
 

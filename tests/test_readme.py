@@ -18,6 +18,7 @@ import generate
 import ltx2
 import train
 from ltx2 import checks, formats, media, pipeline
+from ltx2.defaults import NEGATIVE_PROMPT
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -66,6 +67,10 @@ UPSAMPLERS = {  # of LTX-2.5
 SAVES = next(c for c in GENERATE if "--save-latents" in c)
 SAVED = (".mp4", ".json", ".preview.png", "-sheet.png", ".latents.safetensors")
 GUIDED = ("--cfg-scale", "--distilled-lora", "alpha-gen")  # for a dev model
+
+
+def test_the_default_negative_prompt_is_complete():
+    assert NEGATIVE_PROMPT in README.replace("\n> ", " ")
 
 
 def test_every_command_is_tested():
