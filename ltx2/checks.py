@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # imported where they are used, so that --help answers at onc
     from .weights import Checkpoint, Weights
 
 SIZE = {"height": 256, "width": 256, "num_frames": 9}  # of a traced run
+SPREAD = {"waveform": USUAL_LEVEL, "frames": USUAL_CONTRAST}  # on scales of their own
 
 
 class Report(NamedTuple):
@@ -62,13 +63,13 @@ class Tracer:
         """
         flags, previous = {}, {}
         for name, now in self.stages.items():
-            audible = name.endswith("waveform")
+            least = SPREAD.get(name.rpartition(".")[2])
             last, previous[series(name)] = previous.get(series(name), now), now
-            clear = all(abs(v.mean) > 0.1 * v.std for v in (last, now)) and not audible
+            clear = all(abs(v.mean) > 0.1 * v.std for v in (last, now)) and not least
             conditions = {
                 "not finite": not math.isfinite(now.mean),
                 "explosion": max(now.max, -now.min) > LARGEST,
-                "collapse": now.std < (USUAL_LEVEL if audible else USUAL_STD[0]),
+                "collapse": now.std < (least or USUAL_STD[0]),
                 "sign flip": clear and -2 <= now.mean / last.mean <= -0.5,
             }
             flags[name] = [flag for flag, met in conditions.items() if met]

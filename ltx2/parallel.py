@@ -15,8 +15,8 @@ from .options import check_choice
 Group = mx.distributed.Group
 T = TypeVar("T")
 MODES = {
-    "data": "each machine denoises other videos",
-    "passes": "each machine computes other guidance passes of a step",
+    "data": "each machine makes some of the videos",
+    "passes": "each machine computes some guidance passes of a step",
     "tensor": "each machine holds a part of every transformer block",
 }
 EARLIER_NAMES = {"many": "data", "shards": "tensor"}

@@ -138,7 +138,7 @@ def compare(
     lines = page.chart(f"error of x0: {', dashed '.join(streams)}", [*zip(*rows)][1:])
     html = [lines, page.table(heads, rows, {worst})]
     yield f"{table(heads, rows)}\n{text}\n", page.section("Steps", text, html)
-    heads = ["decoded", "PSNR, dB", "spectra of the sound, dB"]
+    heads = ["decoded", "PSNR, dB", "error of the sound's spectra, dB"]
     worst = min(range(len(ends)), key=lambda n: ends[n][1])
     html = page.section("Decoded", "", [page.table(heads, ends, {worst})])
     yield table(heads, ends), "\n".join([html, *pictures])
@@ -146,7 +146,7 @@ def compare(
 
 def side_by_side(ours: Clip, theirs: Clip) -> str:
     """A section with pictures of a clip's source, of the model, and of the difference."""
-    sounds = {"source": theirs.sound, "model": ours.sound, "difference, 8 times": None}
+    sounds = {"source": theirs.sound, "model": ours.sound, "difference, times 8": None}
     sheets = [Sheet(theirs.result.fps, count=4) for _ in sounds]
     end, total = 0, sum(map(len, theirs.frames))
     for a, b in zip(ours.frames, theirs.frames):

@@ -88,6 +88,8 @@ def test_chunks_of_a_stage_add_up():
         ("block0.video", [float("inf"), 1.0], ["not finite", "explosion"]),
         ("audio.waveform", [-0.01, 0.01], []),  # -40 dB
         ("audio.waveform", [-1e-4, 1e-4], ["collapse"]),
+        ("video.frames", [0.07, 0.13], []),  # a dark picture
+        ("video.frames", [0.1, 0.13], ["collapse"]),
     ],
 )
 def test_anomalies_are_flagged(name, x, flags):
@@ -110,6 +112,7 @@ def test_anomalies_are_flagged(name, x, flags):
         ),  # both are almost zero
         (("block0.video", 1.0, 2.0), ("block0.audio", -1.0, 2.0), False),
         (("audio.mel", 1.0, 2.0), ("audio.waveform", -1.0, 2.0), False),
+        (("video.conv_out", -0.34, 0.4), ("video.frames", 0.33, 0.2), False),
     ],
 )
 def test_a_sign_flip_is_a_mean_of_opposite_sign(before, after, flips):
