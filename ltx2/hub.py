@@ -108,8 +108,9 @@ class File:
 
     def arrays(self) -> dict[str, mx.array]:
         """The tensors, lazily: evaluating one reads it. Zeros if it is on the Hub."""
-        return mx.load(str(self.path), "safetensors") if self.path else self.zeros()
+        return mx.load(str(self.path), "safetensors") if self.path else self.zeros
 
+    @cached_property
     def zeros(self) -> dict[str, mx.array]:
         """Zeros, lazily, with the shapes and dtypes of the tensors."""
         return {k: mx.zeros(shape, DTYPES[t]) for k, (t, shape) in self.header.items()}

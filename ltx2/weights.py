@@ -128,7 +128,7 @@ class Checkpoint(FolderConfig):
         return {key: cast(w) for key, w in weights.items()} if dtype else weights
 
     # The same as zeros, for planning: only headers are read
-    shapes = partialmethod(weights, read=File.zeros)
+    shapes = partialmethod(weights, read=lambda file: file.zeros)
 
     def build(self, name: str, weights: Weights) -> nn.Module:
         """The component as configured, not loaded; `weights` must fit it exactly."""
