@@ -1,4 +1,4 @@
-"""Files of a training: the adapter, what resuming needs, the losses, a model card."""
+"""Files of a training: the adapter, the state to resume, the losses, a model card."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ COLORS = {"loss": (160, 190, 220), "mean": (20, 80, 160), "held out": (210, 80, 
 
 
 def official(parameters: Parameters, dtype: mx.Dtype) -> Parameters:
-    """Factors with the keys of official LoRAs."""
+    """Factors under the key names of official LoRAs."""
     names, found = {"lora_a": "lora_A", "lora_b": "lora_B"}, {}
     for key, w in parameters.items():
         path, name = key.rsplit(".", 1)
@@ -58,7 +58,7 @@ def save_losses(folder: Path, history: Sequence[Row]) -> None:
 
 
 def draw_chart(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """Lines of (step, value) as a picture with their names and ranges."""
+    """A picture of lines (step, value) with their names and ranges."""
     width, height, edge = 960, 540, 50
     points = [point for line in lines.values() for point in line]
     last = max((n for n, _ in points), default=1)

@@ -50,7 +50,7 @@ class AudioVAEConfig(Config):
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> Config:
-        """Read the section, whose keys are nested at several depths."""
+        """Read the section, whose keys are nested."""
         flat: dict[str, Any] = {}
         is_leaf = lambda value: not isinstance(value, dict)
         for path, value in tree_flatten(section, is_leaf=is_leaf):
@@ -62,7 +62,7 @@ class AudioVAEConfig(Config):
 
     @property
     def latent_bins(self) -> int:
-        """Mel bins of a latent: halved by every level except the last."""
+        """Mel bins of a latent: every level except the last halves them."""
         return MEL_BINS // 2 ** (len(self.ch_mult) - 1)
 
 

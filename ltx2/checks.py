@@ -28,7 +28,7 @@ SPREAD = {"waveform": USUAL_LEVEL, "frames": USUAL_CONTRAST}  # on scales of the
 
 
 class Report(NamedTuple):
-    """A table of what was measured, and a line for each fault."""
+    """A table of measurements, and one line for each fault."""
 
     text: str
     faults: list[str]
@@ -42,7 +42,7 @@ Values = namedtuple("Values", "mean std min max")
 
 
 class Tracer:
-    """A `trace=` callback that collects statistics by stage; chunks are merged."""
+    """A `trace=` callback that collects statistics by stage, of chunks together."""
 
     def __init__(self) -> None:
         self.chunks: dict[str, list] = defaultdict(list)
@@ -97,7 +97,7 @@ class Tracer:
         return f"{table(*self.rows(other))}\n{self.summary()}"
 
     def html(self, other: Optional[Tracer] = None) -> Iterator[str]:
-        """The same as parts of a page, with charts of stages of the same kind."""
+        """The table as parts of a page, with charts of stages of the same kind."""
         from . import page
 
         heads, rows = self.rows(other)
@@ -130,14 +130,14 @@ def merged(chunks: list) -> Values:
 
 
 def series(stage: str) -> str:
-    """The name of the chart that shows a stage: blocks of a step, layers of a model."""
+    """The chart that shows a stage: the blocks of a step, or the layers of a model."""
     stream = next((s for s in ("audio", "video") if s in stage), "")
     name = re.sub(r"\.block\d+\.\w+$|\.\w+$", "", stage)
     return name if stream in name else f"{name}, {stream}"
 
 
 def trace(pipe: Pipeline, tracer: Tracer, start: Snapshot) -> None:
-    """Trace a run from `start`, which may be any of its steps, or its decode."""
+    """Trace a run from `start`: from any of its steps, or only its decode."""
     from .pipeline import Result
     from .sheet import Sheet
 
@@ -220,7 +220,7 @@ def compare(converted: Checkpoint, source: Checkpoint) -> Report:
 def differences(
     ours: Weights, theirs: Weights, quantization: Optional[dict[str, Any]]
 ) -> Iterator[tuple[str, Optional[float], Optional[str]]]:
-    """Name, quantization error and fault of each tensor, one in memory at a time."""
+    """Name, quantization error and fault of each tensor; one is in memory at a time."""
     from .linear import layer_format
 
     for key in sorted(theirs):

@@ -1,4 +1,4 @@
-"""What pays on which chip, and how that is known."""
+"""What is faster on which chip, with the evidence."""
 
 import math
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ import mlx.core as mx
 
 @dataclass(frozen=True)
 class Chip:
-    """The dtype of `--dtype auto`; from how many rows on a quantized layer is dequantized
-    before it multiplies; how many inputs a dense layer multiplies at a time."""
+    """The dtype of `--dtype auto`; how many rows make dequantizing a layer first pay;
+    how many inputs a dense layer multiplies at a time."""
 
     dtype: str = "bfloat16"
     dequantize_from: float = math.inf
@@ -34,13 +34,13 @@ CHIPS = {
 
 
 def chip_named(architecture: str) -> Chip:
-    """The first row that fits, or what is usual."""
+    """The first row whose pattern fits, or the usual chip."""
     fits = (chip for name, chip in CHIPS.items() if architecture.startswith(name))
     return next(fits, Chip())
 
 
 @cache
 def this_chip() -> Chip:
-    """That of MLX's default device."""
+    """The chip of MLX's default device."""
     cpu = mx.default_device().type == mx.cpu
     return chip_named("cpu" if cpu else mx.device_info().get("architecture", ""))

@@ -1,6 +1,6 @@
-"""Color: transfer functions, primaries, the spaces of frames, HLG video.
+"""Color: transfer functions, primaries, color spaces of frames, HLG video.
 
-Arrays (..., 3) or of any shape; results are float32. Linear light 1 is diffuse white.
+Arrays have shape (..., 3) or any; results are float32. Linear light 1 is diffuse white.
 """
 
 from typing import Callable, NamedTuple
@@ -23,7 +23,7 @@ DIFFUSE_WHITE = (np.exp((0.75 - HLG_C) / HLG_A) + HLG_B) / 12  # light of signal
 
 
 def _xyz(chromaticities: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The matrix from RGB to XYZ, and white's XYZ."""
+    """The matrix from RGB to XYZ, and the XYZ of white."""
     x, y = np.reshape(chromaticities, (4, 2)).T
     columns = np.stack([x / y, np.ones(4), (1 - x - y) / y])
     white = columns[:, 3]
@@ -42,21 +42,21 @@ def identity(x: np.ndarray) -> np.ndarray:
 
 
 def srgb_to_linear(x: np.ndarray) -> np.ndarray:
-    """sRGB's curve to light, above 1 as below."""
+    """From sRGB's curve to light; the curve goes on above 1."""
     x = np.float64(x)
     power = ((np.maximum(x, 0) + 0.055) / 1.055) ** 2.4
     return np.where(x <= 0.04045, x / 12.92, power).astype(np.float32)
 
 
 def linear_to_srgb(x: np.ndarray) -> np.ndarray:
-    """Light to sRGB's curve, above 1 as below."""
+    """From light to sRGB's curve; the curve goes on above 1."""
     x = np.float64(x)
     power = 1.055 * np.maximum(x, 0.0031308) ** (1 / 2.4) - 0.055
     return np.where(x <= 0.0031308, x * 12.92, power).astype(np.float32)
 
 
 def linear_to_acescct(x: np.ndarray) -> np.ndarray:
-    """Light over AP1 to codes in [0, 1]."""
+    """From light in AP1 to ACEScct codes in [0, 1]."""
     x = np.maximum(np.float64(x), 0)
     log = (np.log2(np.maximum(x, 1e-12)) + 9.72) / 17.52
     line = 10.5402377416545 * x + 0.0729055341958355
@@ -71,7 +71,7 @@ def acescct_to_linear(x: np.ndarray) -> np.ndarray:
 
 
 def linear_to_logc3(x: np.ndarray) -> np.ndarray:
-    """Light to codes in [0, 1] of ARRI LogC3 at EI 800."""
+    """From light to ARRI LogC3 codes in [0, 1], at EI 800."""
     x = np.maximum(np.float64(x), 0)
     log = 0.247190 * np.log10(5.555556 * x + 0.052272) + 0.385537
     line = 5.367655 * x + 0.092809
@@ -86,7 +86,7 @@ def logc3_to_linear(x: np.ndarray) -> np.ndarray:
 
 
 class Space(NamedTuple):
-    """What the numbers of a frame mean."""
+    """What the values of a frame mean."""
 
     primaries: tuple[float, ...]
     to_linear: Callable[[np.ndarray], np.ndarray]
@@ -104,8 +104,8 @@ SPACES = {
 
 
 def convert(frames: np.ndarray, source: str, target: str) -> np.ndarray:
-    """Frames (..., 3), float or uint8 of 255, from one of SPACES to another. As in the
-    reference, what is outside of the target's primaries is cut off at 0."""
+    """Convert frames (..., 3), float or uint8, from one of SPACES to another. As in the
+    reference, negative values, outside of the target's primaries, become 0."""
     x = frames / 255 if frames.dtype == np.uint8 else frames
     if source == target:
         return identity(x)
@@ -117,8 +117,8 @@ def convert(frames: np.ndarray, source: str, target: str) -> np.ndarray:
 
 
 def hlg(light: np.ndarray) -> np.ndarray:
-    """Rec.709 light (..., 3) to HLG's signal over Rec.2020: diffuse white at 0.75, what
-    is brighter is rolled off towards 1 with the same slope at white."""
+    """Rec.709 light (..., 3) to an HLG signal in Rec.2020. Diffuse white is at 0.75;
+    what is brighter rolls off to 1, with the same slope at white."""
     x = np.maximum(np.float64(light) @ matrix(REC709, REC2020).T, 0)
     slope = DIFFUSE_WHITE / (1 - DIFFUSE_WHITE)
     brighter = 1 - (1 - DIFFUSE_WHITE) * np.exp(-slope * np.maximum(x - 1, 0))

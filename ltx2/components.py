@@ -1,4 +1,4 @@
-"""The model's components: loaded when they are needed, freed afterwards."""
+"""The model's components: loaded when needed, freed after use."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -57,8 +57,8 @@ class Components:
         self.fallback: Optional[mx.Dtype] = None  # if a first step is not finite
 
     def component(self, name: str, exact: bool = False) -> nn.Module:
-        """A component of the model, loaded once; of "vae.encoder" and "vae.decoder", the
-        video VAE, only this half; `exact` in float32."""
+        """A component of the model, loaded once; "vae.encoder" and "vae.decoder" are
+        halves of the video VAE. `exact`: in float32."""
         half = name.partition("vae.")[2]
         name = "vae" if half else name
         if exact != (name in self._exact):
@@ -83,14 +83,14 @@ class Components:
 
     @property
     def _stored(self) -> mx.Dtype:
-        """The dtype in which the transformer's layers are stored, not fp8's scales."""
+        """The dtype of the transformer's stored layers, except fp8's scales."""
         tensors = self.checkpoint.parts["transformer"].items()
         file, key = next(place for name, place in tensors if name.endswith(".weight"))
         dtype = hub.DTYPES[file.header[key][0]]
         return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
 
     def free(self, *names: str) -> None:
-        """Free the memory of these components."""
+        """Free the memory of components."""
         for name in names:
             self._loaded.pop(name, None)
             if name == "transformer":
@@ -98,7 +98,7 @@ class Components:
         mx.clear_cache()
 
     def _bytes(self, name: str) -> int:
-        """Bytes of a loaded component, 0 if it is not."""
+        """The bytes of a component, 0 if it is not loaded."""
         module = self._loaded.get(name)
         return sum(w.nbytes for _, w in tree_flatten(module)) if module else 0
 
@@ -110,7 +110,7 @@ class Components:
         return self.origin.dtype
 
     def _factors(self, loras: tuple[LoraFile, ...]) -> list[Scaled]:
-        """LoRAs whose factors are not read yet, with their strengths."""
+        """LoRAs, whose factors are not read yet, with their strengths."""
         read = lambda file: Lora.read(self.inputs.lora_file(file.path))
         return [(read(file), file.strength) for file in loras]
 
@@ -120,8 +120,8 @@ class Components:
         self._adopted = True
 
     def transformer_with(self, loras: tuple[LoraFile, ...], streamed: bool) -> DiT:
-        """The transformer with a stage's LoRAs: in memory, or with blocks that are read
-        in each step, or this machine's part of it."""
+        """The transformer with a stage's LoRAs: in memory, with blocks read in each
+        step, or this machine's part of it."""
         rebuilt = streamed or self.machines.mode == "tensor"
         if loras != self._loras and rebuilt:
             self.free("transformer")
@@ -148,7 +148,7 @@ class Components:
         return DiTConfig.from_dict(self.checkpoint.config["transformer"])
 
     def blocks(self, loras: list[Scaled], apart: bool = False) -> Iterator[Block]:
-        """The transformer's blocks with LoRAs (see `attach`); nothing is read yet."""
+        """The transformer's blocks with LoRAs (see `attach`), lazily."""
         tensors = self.checkpoint.weights("transformer", self.dtype)
         blocks = build_blocks(self.dit_config, tensors, self.checkpoint.quantization)
         for i, block in enumerate(blocks):
@@ -160,7 +160,7 @@ class Components:
     def decoded(
         self, decoder: str, latents: mx.array, draw: Noise, exact: bool, **how: Any
     ) -> Iterator[mx.array]:
-        """Frames that a component decodes (see its `decode_stream`)."""
+        """The frames that a component decodes (see its `decode_stream`)."""
         half = ".decoder" * (decoder == "vae")  # is all that is read
         model = self.component(decoder + half, exact)
         if decoder == "diffusion_decoder":
@@ -173,8 +173,8 @@ class Components:
     def enlarged(
         self, decoder: str, stills: list[mx.array], height: int, width: int, draw: Noise
     ) -> mx.array:
-        """Latents (1, K, H, W, C) of single frames that are decoded, enlarged as pictures
-        and encoded again; each is `decoder`'s (1, 1, h, w, C)."""
+        """Latents (1, K, H, W, C) of stills (1, 1, h, w, C): decoded, enlarged as
+        pictures and encoded again."""
         made = []
         for n, still in enumerate(stills):
             noise = lambda name, shape, n=n: draw(f"plane{n}.{name}", shape)
@@ -193,13 +193,13 @@ class Components:
 
     @cached_property
     def encoder_files(self) -> list[hub.File]:
-        """The text encoder's weights, if they are not among the model's own."""
+        """The text encoder's files, if they are not the model's own."""
         packed = self.checkpoint.version >= weights.GEMMA_4
         files = [] if packed else weights.text_encoder_files(self.text_encoder)
         return [f for f in files if f.name.endswith(".safetensors")]
 
     def check_text_encoder(self) -> None:
-        """UserError unless the text encoder is complete and of the model's size."""
+        """UserError unless the text encoder is complete and fits the model."""
         if self.checkpoint.version >= weights.GEMMA_4:
             return self.checkpoint.require("gemma")
         weights.check_text_encoder(self.text_encoder, self.checkpoint)
@@ -212,7 +212,7 @@ class Components:
         return self.context_cache(self.cache_contexts)(prompts, encode)
 
     def context_cache(self, folder: str | Path) -> ContextCache:
-        """A folder of contexts that this model and its text encoder make."""
+        """A folder of contexts made by this model and its text encoder."""
         encoder = {f.name: f.fingerprint for f in self.encoder_files}
         made_by, config = [
             self.files(),

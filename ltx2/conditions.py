@@ -1,7 +1,7 @@
 """What a stage is conditioned on: images, clips, sounds, keyframes, earlier latents.
 
 A condition holds paths and numbers, so that a stage can be planned, compared and saved;
-`load` turns it into a conditioning of the latent state when its source is there.
+`load` makes a conditioning of the latent state when its source is available.
 """
 
 import math
@@ -31,7 +31,7 @@ class Condition:
     num_encoded = property(lambda self: getattr(self, "num_frames", 1))
 
     def tokens(self, size: Size) -> int:
-        """How many tokens it appends."""
+        """How many tokens it appends at a size."""
         return 0
 
     def load(self, size: Size, source: Encoders) -> Conditioning:
@@ -75,7 +75,7 @@ class GuideImage(ShowImage):
 
 @dataclass(frozen=True)
 class ClipPart(Condition):
-    """A part of a clip: its video or its sound."""
+    """The video or the sound of a part of a clip."""
 
     path: str
     start: int  # its first frame
@@ -95,7 +95,7 @@ class ClipPart(Condition):
 
 @dataclass(frozen=True)
 class HoldClip(ClipPart):
-    """Hold a clip at the start of the result, or at its end: an extension."""
+    """Hold a clip at the start or the end of the result: an extension."""
 
     at_end: bool
 
@@ -110,7 +110,7 @@ class HoldClip(ClipPart):
 
 @dataclass(frozen=True)
 class RetakeClip(ClipPart):
-    """Start from a clip and regenerate a span of seconds, or nothing (None)."""
+    """Start from a clip and regenerate a span of seconds; None: regenerate nothing."""
 
     span: Optional[tuple[float, float]]
 
@@ -143,7 +143,7 @@ class HoldSound(Condition):
 
 @dataclass(frozen=True)
 class ReferenceSound(HoldSound):
-    """Condition an IC-LoRA on a clip's sound."""
+    """Show a clip's sound to an IC-LoRA."""
 
     def tokens(self, size: Size) -> int:
         return size.audio_tokens
@@ -179,7 +179,7 @@ class ReferenceClip(Condition):
 
     @property
     def skip(self) -> int:
-        """How many latents touch frames that are carried in."""
+        """How many latents touch frames carried in from the window before."""
         per_latent = latents.TIME_SCALE * self.slow
         carried = self.window.carried_in
         return 1 + (carried + per_latent - 2) // per_latent if carried else 0
@@ -206,7 +206,7 @@ class ReferenceClip(Condition):
 
 @dataclass(frozen=True)
 class Keyframes(Condition):
-    """Single frames at these places (frames of the window)."""
+    """Single frames at these places, frames of the window."""
 
     frames: tuple[int, ...]
 
@@ -233,7 +233,7 @@ class ClipKeyframes(Keyframes):
 
 
 class Carried(Condition):
-    """A condition that is made from the latents of the stages before."""
+    """A condition made from the latents of earlier stages."""
 
     carried = True
 
@@ -243,7 +243,7 @@ class Carried(Condition):
 
 
 class NewKeyframes(Carried, Keyframes):
-    """Generate single frames, starting from those of the stage before."""
+    """Generate single frames, starting from those of the previous stage."""
 
     def apply(self, state: LatentState, size: Size, before: Streams) -> LatentState:
         return state.generate_stills(self.frames, size, before.get("keyframes"))
@@ -251,7 +251,7 @@ class NewKeyframes(Carried, Keyframes):
 
 @dataclass(frozen=True)
 class CarriedLatents(Carried):
-    """Hold the last latents that the window before made in the same stage."""
+    """Hold the last latents of the window before, of the same stage."""
 
     stream: str
     stage: str
@@ -339,7 +339,7 @@ class SliceSound(Carried):
 @dataclass(frozen=True)
 class Tile(Whole):
     """A tile of a video's frames, rows and columns, denoised by itself as if the video
-    began with it. Tiles are added by their weights."""
+    began with it; tiles are added by their weights."""
 
     spans: tuple[Span, Span, Span]
     full: Size  # of the video
@@ -396,7 +396,7 @@ class Stage:
 
     @property
     def spans(self) -> list[list[Span]]:
-        """The tiles' rows and columns, [] without tiles; a model call sees one tile."""
+        """The tiles' rows and columns, [] without tiles; a call sees one tile."""
         sides = self.size.latent_sides
         if self.part.grid:
             return [equal_spans(side, self.part.grid) for side in sides]
@@ -417,7 +417,7 @@ class Stage:
 
     @property
     def phase(self) -> str:
-        """Its name without the window's prefix."""
+        """Its name without the prefix of its window."""
         return self.name.removeprefix(self.window.prefix)
 
     def carry(self, made: Streams) -> Streams:

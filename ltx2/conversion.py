@@ -80,7 +80,7 @@ class Conversion:
             self.text_encoder = str(folder.resolve())  # from any working directory
 
     def weights(self, name: str) -> Weights:
-        """A component's tensors as they will be written."""
+        """A component's tensors as they will be written; none is rounded yet."""
         dtype = None if name in FLOAT32 else self.dtype
         weights = self.source.weights(name, dtype)
         module = self.source.build(name, weights)  # UserError if they do not fit
@@ -111,7 +111,7 @@ class Conversion:
         return weights
 
     def chosen(self, path: str, layer: nn.Module) -> Union[bool, dict[str, Any]]:
-        """How a layer is quantized: if it is picked, and groups divide its width."""
+        """How a layer is quantized: if it is chosen and groups divide its width."""
         how = layer_format(self.quantization, path)
         linear = isinstance(layer, nn.Linear) and self.predicate(path)
         return linear and layer.weight.shape[1] % how["group_size"] == 0 and how
@@ -135,7 +135,7 @@ class Conversion:
         return w
 
     def files(self, name: str) -> dict[str, Weights]:
-        """A component's tensors by the file they go to."""
+        """A component's tensors, by the file that they are written to."""
         shards, size = [{}], 0
         for key, w in self.weights(name).items():
             size += w.nbytes
@@ -146,7 +146,7 @@ class Conversion:
 
     @property
     def own_encoder(self) -> Optional[Path]:
-        """The text encoder's folder, if it is inside the source's model folder."""
+        """The text encoder's folder, if it is inside the source's folder."""
         path, model = Path(self.text_encoder), self.source.files[0].path
         inside = self.source.provenance and model.parent.resolve() in path.parents
         return path if inside else None
@@ -173,7 +173,7 @@ class Conversion:
 
     @property
     def hub_name(self) -> str:
-        """As mlx-community names models: LTX-2.3-22b-distilled-4bit."""
+        """The name that mlx-community gives it, like LTX-2.3-22b-distilled-4bit."""
         q = layer_formats(self.stored).get("")
         how = FLOATS[dtype_name(self.dtype or mx.bfloat16)]
         if q:
@@ -181,7 +181,7 @@ class Conversion:
         return f"{NAMES[self.source.generation]}-{self.source.kind}-{how}"
 
     def summary(self) -> str:
-        """How the weights are quantized, and how well, in a sentence of the card."""
+        """How the weights are quantized, and with which error, for the card."""
         how = layer_formats(self.stored)
         if not how:
             return "The weights are not quantized."
@@ -207,8 +207,8 @@ class Conversion:
         progress: Progress = lambda size: None,
         peaks: Callable[[Path], str] = lambda folder: "",
     ) -> None:
-        """Write the model folder, complete or not at all; `name` and `peaks` (its
-        memory) are for the model card, `progress` gets numbers of bytes."""
+        """Write the model folder completely or not at all. `name` and `peaks` (its
+        memory) are for the model card; `progress` gets numbers of bytes."""
         folder = user_path(folder).resolve()
         check_target(folder, overwrite)
         with media.workspace(folder, ".*") as hidden:
@@ -240,7 +240,7 @@ class Conversion:
                 shutil.copyfile(f.fetch(), partial / "LICENSE.md")
 
     def write_file(self, path: Path, weights: Weights, progress: Progress) -> None:
-        """Write a safetensors file, one tensor in memory, and empty the dictionary."""
+        """Write a safetensors file, one tensor in memory; empties the dictionary."""
         names = {dtype: name for name, dtype in DTYPES.items() if name != "F8_E4M3"}
         header, end = {"__metadata__": {"format": "mlx"}}, 0
         for key, w in weights.items():
@@ -260,7 +260,7 @@ class Conversion:
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """UserError for a target that has anything but a converted model."""
+    """UserError for a target that contains anything but a converted model."""
     if not taken(folder):
         return
     if not overwrite:
@@ -279,7 +279,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 
 def model_card(config: dict, name: str, generation: str, rows: dict[str, str]) -> str:
-    """README.md of a model folder."""
+    """README.md of a model folder, with the metadata that the Hub reads."""
     origin, (repo, *license) = config["provenance"], OFFICIAL[generation]
     base = origin["source"] if "/" in origin["source"] else repo
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)

@@ -1,4 +1,4 @@
-"""Clips to train on: found with their captions, fitted to buckets, encoded once."""
+"""Clips to train on: found with captions, fitted to buckets, encoded once."""
 
 import csv
 import glob
@@ -47,7 +47,7 @@ PROMPTS_AT_ONCE = 16  # whose hidden states are held together
 
 @dataclass(frozen=True)
 class Clip:
-    """A file of the data, its caption and reference clip, and how it is trained on."""
+    """A clip of the data with its caption and reference, and how it is trained on."""
 
     path: Path
     caption: str
@@ -59,14 +59,14 @@ class Clip:
 
 
 def of_streams(size: Size, streams: Sequence[str]) -> Size:
-    """What these streams have of a clip."""
+    """What a clip has of these streams."""
     width, height = (size.width, size.height) if "video" in streams else (0, 0)
     sound = size.audio_tokens if "audio" in streams else 0
     return replace(size, width=width, height=height, audio_tokens=sound)
 
 
 def find_clips(data: str) -> list[Clip]:
-    """The clips of a list, or of a folder with a list or with captions in .txt files."""
+    """The clips of a list, or of a folder with a list or captions in .txt files."""
     path = user_path(data)
     lists = [path] if path.is_file() else [path / name for name in LISTS]
     listed = next((p for p in lists if p.is_file()), None)
@@ -93,7 +93,7 @@ def _captioned(folder: Path) -> Iterator[Clip]:
 
 
 def _listed(path: Path) -> Iterator[Clip]:
-    """Rows of a .jsonl, .json or .csv; paths are relative to it."""
+    """Rows of a .jsonl, .json or .csv; their paths are relative to it."""
     for n, row in enumerate(_rows(path), 1):
         found = {}
         with skipping(f"row {n} of {path.name}"):
@@ -131,7 +131,7 @@ def find_reference(clip: Clip, folder: str) -> Path:
 
 @contextmanager
 def skipping(what: Path | str) -> Iterator[None]:
-    """Note a mistake in a part of the data, which is then left out."""
+    """Note a mistake in a part of the data, which is then skipped."""
     try:
         yield
     except UserError as error:
@@ -139,7 +139,7 @@ def skipping(what: Path | str) -> Iterator[None]:
 
 
 def parse_bucket(text: str) -> Size:
-    """WxHxF, the value of --resolution."""
+    """The value of --resolution, WxHxF."""
     form = "WxHxF (--resolution 768x512x49)"
     w, h, f = map(int, match_groups(form, r"(\d+)x(\d+)x(\d+)", text))
     for side in (w, h):
@@ -149,7 +149,7 @@ def parse_bucket(text: str) -> Size:
 
 
 def default_buckets(defaults: Mapping[str, float]) -> list[Size]:
-    """The model's own size, or three shapes; each with several lengths."""
+    """The model's own size, or three shapes, each with several lengths."""
     sides, lengths = SIDES, LENGTHS
     if "width" in defaults:
         sides = ((defaults["width"], defaults["height"]),)
@@ -159,7 +159,7 @@ def default_buckets(defaults: Mapping[str, float]) -> list[Size]:
 
 
 def choose_bucket(width: int, height: int, frames: int, buckets: list[Size]) -> Size:
-    """The nearest shape, longest, largest bucket that is not longer, as the reference."""
+    """The bucket of the nearest shape, longest, largest, not longer than the clip."""
     short = [b for b in buckets if b.num_frames <= frames]
     if not short:
         least = f"the {min(b.num_frames for b in buckets)} of the shortest bucket"
@@ -170,7 +170,7 @@ def choose_bucket(width: int, height: int, frames: int, buckets: list[Size]) -> 
 
 
 def fit(clip: Clip, buckets: Sequence[Size], streams: str) -> tuple[Clip, str]:
-    """A clip with its size and streams, and what has to be done to it, or UserError."""
+    """A clip with its size and streams, and what is done to it; else UserError."""
     wants = ("video", "audio") if streams == "both" else (streams,)
     if clip.path.suffix.lower() in PICTURES:
         height, width = media.load_image(clip.path).shape[:2]
@@ -205,7 +205,7 @@ class Dataset:
     held_out = property(lambda self: [c for c in self.clips if c.held_out])
 
     def find(self, data: str) -> None:
-        """Find clips, choose their buckets, and hold out some; bad ones are named."""
+        """Find clips, choose their buckets, hold out some; skipped ones are named."""
         o = self.options
         buckets = [parse_bucket(text) for text in o.resolution]
         buckets = buckets or default_buckets(self.pipe.checkpoint.defaults)
@@ -253,14 +253,14 @@ class Dataset:
         return self.folder / f"{clip.key}.latents.safetensors"
 
     def encode(self, prompts: Sequence[str] = ()) -> None:
-        """Encode captions, other prompts and clips that are not there yet."""
+        """Encode captions, other prompts and clips that are not in the folder yet."""
         captions = dict.fromkeys([*(clip.caption for clip in self.clips), *prompts])
         missing = [c for c in captions if self.contexts.read(c) is None]
         for i in range(0, len(missing), PROMPTS_AT_ONCE):
             self.contexts(missing[i : i + PROMPTS_AT_ONCE], self.pipe.encode_prompts)
         encoders, clips = Encoders(InputFiles(), self.pipe.component), self.clips
         self.clips = []
-        for clip in clips:
+        for clip in base.counted(clips, "clips"):
             with skipping(clip.path):
                 try:
                     read_arrays(self.path(clip))

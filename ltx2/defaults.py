@@ -76,14 +76,14 @@ class Resolver:
 
     @property
     def makes_light(self) -> bool:
-        """Whether an adapter makes HDR, encoded as ACEScct, of an SDR clip."""
+        """Whether an adapter makes HDR (as ACEScct) of an SDR clip."""
         r = self.r
         shown = r.has_reference and not frames_in(r.video)
         return shown and self.codes == "acescct"
 
     @property
     def tiled(self) -> bool:
-        """Whether tiles are possible: all stages see the reference, none reuses x0."""
+        """Whether tiles can be used: all stages see the reference, none reuses x0."""
         shown = self.mode == "one" or self.r.reference_in_stage_2
         skips = any(g.skip_step for g in self.guidance.values())
         return shown and not self.r.step_cache and not skips
@@ -124,7 +124,7 @@ class Resolver:
     # Checks
 
     def check(self) -> None:
-        """UserError for options that cannot be combined, or need a missing file."""
+        """UserError for options that cannot be combined or need a missing file."""
         r = self.r
         check(r, self.mode, self.unmet)
         faults = chain(self.faults(), self.light_faults(), self.stage_faults())
@@ -144,7 +144,7 @@ class Resolver:
         self.check_hdr()
 
     def check_hdr(self) -> None:
-        """Find out how decoded frames are encoded, also by a LoRA's metadata."""
+        """Find how decoded frames are encoded, also from a LoRA's metadata."""
         r = self.r
         for lora in r.loras if r.has_reference else ():
             found = self.files.lora(lora.path).metadata
@@ -246,7 +246,7 @@ class Resolver:
     # Size, length and rate
 
     def fit_duration(self) -> None:
-        """Set the longest duration that may be predicted, if nothing else decides it."""
+        """Set the longest duration to predict, if nothing else sets the length."""
         r, head = self.r, "duration_head"
         fps = SIZE["fps"] if r.fps is None else r.fps
         if r.segments and not r.video and r.num_frames is None:
@@ -349,12 +349,12 @@ class Resolver:
             )
 
     def padded(self, side: int) -> int:
-        """The next side that the model can have."""
+        """The next larger side that the model can have."""
         multiple, low = self.grid
         return max(-(-side // multiple) * multiple, low)
 
     def fit_clip(self) -> None:
-        """Take the size, length and rate of the input video, as far as the model can."""
+        """Take the size, length and rate of the input video, if the model can."""
         r, clip = self.r, self.files.probe(self.r.video)
         if frames_in(r.video):
             if r.fps is None:
@@ -415,7 +415,7 @@ class Resolver:
             )
 
     def reference_scale(self) -> tuple[int, int]:
-        """How many times smaller and slower the LoRAs want a reference clip."""
+        """How many times smaller and slower the LoRAs need a reference clip."""
         loras = [lora for lora in self.r.loras if lora.stage in (None, 1)]
         return self.files.reference_factors(loras if self.r.has_reference else ())
 
@@ -453,7 +453,7 @@ class Resolver:
         return ()
 
     def decoder(self) -> str:
-        """The component that decodes the video: by default the lighter one."""
+        """The component that decodes the video; by default the lighter one."""
         c, parts = self.checkpoint.config.get("vae", {}), self.checkpoint.components
         has = {"conv": "decoder_blocks" in c, "diffusion": "diffusion_decoder" in parts}
         kind = self.r.video_decoder or ("conv" if has["conv"] else "diffusion")
@@ -484,14 +484,14 @@ class Resolver:
 
 
 def frames_at(clip: media.Media, fps: float) -> int:
-    """How many frames a clip has at this rate."""
+    """How many frames a clip has at a rate."""
     if media.frame_rate(fps) == clip.fps:
         return clip.num_frames
     return math.floor(clip.duration * fps + 0.01)
 
 
 def default_guidance(checkpoint: Checkpoint, mode: str = "one") -> dict[str, Guidance]:
-    """The reference's guidance of dev models, by stream."""
+    """The reference's guidance for dev models, by stream."""
     last = checkpoint.config["transformer"]["num_layers"] - 1
     blocks = (min(28 if checkpoint.version >= (2, 3) else 29, last),)
     if mode == "hq":  # STG is off, but has its usual block

@@ -40,7 +40,7 @@ MODES += [("mxfp4", 4, (32,)), ("nvfp4", 4, (16,)), ("mxfp8", 8, (32,))]
 
 
 class Row(NamedTuple):
-    """A line of the table; state is ok, slow, wrong or "-" (not checked)."""
+    """A line of the table; the state is ok, slow, wrong or "-" (not checked)."""
 
     check: str
     state: str
@@ -67,7 +67,7 @@ def exact64(x: mx.array) -> np.ndarray:
 
 
 def judge(check: str, cases: Iterable[Case]) -> list[Row]:
-    """One row for all cases, or one for each that is wrong."""
+    """One row for all cases, or one for each wrong case."""
     mx.random.seed(0)
     cases, rows, largest = [*cases], [], (0.0, "")
     for case, dtype, compute, *inputs in cases:
@@ -141,7 +141,7 @@ def winograd_cases() -> Iterator[Case]:
 
 
 def convolution_cases() -> Iterator[Case]:
-    """Narrow ones, and those of the vocoder."""
+    """Narrow convolutions, and those of the vocoder."""
     float32 = mx.float32
     yield "3x3x3", float32, convolution, (6, 22, 26, 32), 48, (3, 3, 3)
     yield "7, dilated", float32, convolution, (2000, 64), 64, (7,), 3
@@ -209,7 +209,7 @@ def fp8(codes: np.ndarray) -> np.ndarray:
 
 
 def decoded(parts: list[mx.array], group_size: int, bits: int, mode: str) -> np.ndarray:
-    """The weights (N, K) in a quantized matrix, in numpy."""
+    """The weights (N, K) of a quantized matrix, in numpy."""
     packed = np.array(parts[0])
     stream = np.unpackbits(packed.view(np.uint8), axis=1, bitorder="little")
     codes = stream.reshape(len(packed), -1, bits) @ (1 << np.arange(bits))
@@ -269,7 +269,7 @@ def large_offsets() -> Row:
 
 
 def disk(folder: Path) -> list[Row]:
-    """Measure reading a file that is not cached; check tensors used out of order."""
+    """Measure reading an uncached file; check tensors that are used out of order."""
     size = min(FILE_BYTES, shutil.disk_usage(folder).free // 4)
     if size < FILE_BYTES // 16:
         return [Row("disk", "-", "the disk is full")]
@@ -309,7 +309,7 @@ def memory() -> Row:
 
 
 def seconds(compute: Callable[[], mx.array]) -> float:
-    """The shorter of two runs after a warm-up."""
+    """The shorter time of two runs, after a warm-up."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -360,7 +360,7 @@ def rates() -> list[Row]:
 
 
 def machine() -> str:
-    """The machine and its versions in a line."""
+    """The machine and its versions, in one line."""
     info = mx.device_info()
     kind = "CPU" if mx.default_device().type == mx.cpu else "GPU"
     chip = " ".join(str(info[k]) for k in ("device_name", "architecture") if k in info)
@@ -369,7 +369,7 @@ def machine() -> str:
 
 
 def checks(folder: Path) -> Iterator[Row]:
-    """All rows; takes less than a minute."""
+    """All rows; they take less than a minute."""
     yield memory()
     for dim in HEADS:
         yield from judge(f"attention, heads of {dim}", attention_cases(dim))

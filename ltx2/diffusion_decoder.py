@@ -56,7 +56,7 @@ class DiffusionDecoderConfig(Config):
 
 @dataclass
 class Clip:
-    """Frames one by one, and planes at `times` in frames, in order."""
+    """Frames one by one, and planes at `times` (in frames), in order."""
 
     frames: Frames
     length: int
@@ -73,7 +73,7 @@ class Keyframes(NamedTuple):
     start: int = 0
 
     def times(self, rate: int) -> np.ndarray:
-        """Where they are among frames that cover `rate` pixel frames, the first one."""
+        """Their places in frames; all but the first cover `rate` pixel frames."""
         frames = np.array([*self.places, self.start], np.float32)
         times = np.where(frames == 0, 0, (frames + (rate - 1) / 2) / rate)
         return times[:-1] - times[-1]
@@ -89,7 +89,7 @@ def nearest(places: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def group_size(kernel: int) -> int:
-    """The number of queries along an axis that share the keys in all their windows."""
+    """The number of queries along an axis that share the keys of all their windows."""
     return max(4, (kernel + 1) // 2)
 
 
@@ -221,7 +221,7 @@ def modulate(x: mx.array, scale_shift: Optional[mx.array]) -> mx.array:
 
 
 class Held:
-    """A stream of frames for some readers; frames that all have done with are dropped."""
+    """A stream of frames for several readers; one that all have read is dropped."""
 
     def __init__(self, frames: Frames, readers: int):
         self.frames, self.held, self.start = frames, [], 0
@@ -268,7 +268,7 @@ class Block(nn.Module):
             yield x
 
     def frames(self, clip: Clip, frames: Held, planes: Held, attend) -> Frames:
-        """A clip's frames, each from its window and the two planes nearest to it."""
+        """A clip's frames, each from its window and its two nearest planes."""
         near, count = nearest(np.arange(clip.length), clip.times), len(clip.times)
         last, done = near.max(axis=1, initial=-1), 0
         time = QueryGroups(clip.length, self.attn.kernel[0], shifted=not count)
@@ -303,7 +303,7 @@ class Block(nn.Module):
 
 
 class DiffusionBlock(Block):
-    """A block conditioned on the context of each frame and on the noise level."""
+    """A block conditioned on each frame's context and on the noise level."""
 
     def __init__(self, dim: int, head_dim: int, kernel: Size):
         super().__init__(dim, head_dim, kernel)
@@ -458,7 +458,7 @@ class DiffusionDecoder(Component):
 
     @classmethod
     def sanitize(cls, weights: Weights) -> Weights:
-        """Official names to the module's; released files nest the fused projection."""
+        """Official names as the module's; released files nest the fused projection."""
         width = weights["conv_in.weight"].shape[1] if "conv_in.weight" in weights else 0
         odd = lambda k, w: k == "type_emb" and w.shape == (TYPE_EMB,) != (width,)
         name = lambda k: k.replace("attn.qkv.qkv.", "attn.qkv.")

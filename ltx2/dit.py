@@ -146,8 +146,8 @@ def common_start(passes: list[Pass], n: int, blocks: int) -> tuple[int, int]:
 
 
 def by_token(values: mx.array, levels: Optional[mx.array]) -> mx.array:
-    """Values (U, D) by level as (1, D), or for tokens of several levels (T,) as (T, D).
-    Few are selected, not gathered: a compiled function then makes no array of them."""
+    """Values (U, D) by level as (1, D), or by token as (T, D). Few levels are selected,
+    not gathered: a compiled function then makes no array of them."""
     if len(values) > FEW_LEVELS:
         return values[levels]
     found = values[:1]
@@ -169,7 +169,7 @@ def gated_add(x: mx.array, y: mx.array, gate: mx.array, levels=None) -> mx.array
 
 @mx.compile
 def logits(weights: mx.array, lowest: mx.array) -> mx.array:
-    """An additive mask from weights in [0, 1], in the dtype of its lowest value."""
+    """An additive mask from weights in [0, 1]; 0 is the dtype's lowest value."""
     found = mx.where(weights > 0, mx.log(mx.maximum(weights, 1e-38)), lowest)
     return found.astype(lowest.dtype)
 
@@ -187,7 +187,7 @@ class StreamContext:
     cross_gate: Optional[mx.array] = None  # (1, 1, D)
 
     def modulation(self, table: mx.array, ada: mx.array, rows: slice) -> list[mx.array]:
-        """Rows of table + AdaLN output by level, each (U, D), and the tokens' levels."""
+        """Rows of table + AdaLN output by level, each (U, D); the tokens' levels."""
         values = table[rows].astype(ada.dtype) + ada[:, rows]
         return [*values.swapaxes(0, 1), self.tokens.level_index]
 

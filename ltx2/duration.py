@@ -1,4 +1,4 @@
-"""Predicts the video's duration from its prompt's contexts (2.5)."""
+"""Predict the video's duration from the contexts of its prompt (2.5)."""
 
 import math
 from dataclasses import dataclass

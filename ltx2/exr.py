@@ -1,7 +1,7 @@
 """EXR pictures: one file or a folder of frames, whose light has no upper limit.
 
-ffmpeg reads and writes them. Where it converts between floating-point formats, it cuts
-light off at 1, so frames are read in the format that it finds, and with this file's tags.
+ffmpeg reads and writes them. Its conversions between floating-point formats clip light
+at 1, so frames are read in the file's own format and with this file's tags.
 """
 
 import math
@@ -26,13 +26,13 @@ PLANES = {b"gray": (1, [0] * 3), b"gbrp": (3, [2, 0, 1]), b"gbrap": (4, [2, 0, 1
 
 
 def frames_in(path: media.PathLike) -> list[Path]:
-    """An EXR file, or the EXR files of a folder by name; none for anything else."""
+    """An EXR file, or the EXR files of a folder by name; [] for anything else."""
     found = [Path(path)] if os.path.isfile(path) else listed(Path(path))
     return [file for file in found if file.suffix.lower() == ".exr"]
 
 
 def probe(path: media.PathLike) -> media.Media:
-    """The size and number of frames; EXR files say no rate."""
+    """The size and number of frames; EXR files have no frame rate."""
     files = frames_in(path)
     *_, width, height = _format(files[0])
     for file in files:
@@ -41,7 +41,7 @@ def probe(path: media.PathLike) -> media.Media:
 
 
 def _format(path: Path) -> tuple[bytes, ...]:
-    """Planes, bits, byte order, width and height of a file as ffmpeg reads it."""
+    """Planes, bits, byte order, width and height of a file, as ffmpeg reads it."""
     found = re.search(FORMAT, media.describe(path))
     if found is None:
         raise UserError(f"{path}: cannot be read as an EXR picture of gray or RGB")
@@ -51,7 +51,7 @@ def _format(path: Path) -> tuple[bytes, ...]:
 def read(
     path: media.PathLike, start: int = 0, count: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Frames (H, W, 3) float32 of a file or folder, from `start` on; without alpha."""
+    """Frames (H, W, 3) float32 of a file or folder, from `start` on, without alpha."""
     files = frames_in(path)[start : count and start + count]
     for _, same in groupby(files, _layout):  # one process reads all that are alike
         files = [*same]
@@ -71,7 +71,7 @@ def read(
 
 
 def _layout(path: Path) -> list[bytes]:
-    """The channels and sides in a file's header; UserError if the file is cut off."""
+    """The channels and sides in a file's header."""
     with open(path, "rb") as file:
         head = file.read(2**20)
         try:

@@ -40,7 +40,7 @@ def _pam(frame: np.ndarray, space: str, first: bool) -> bytes:
 
 
 def _y4m(frame: np.ndarray, space: str, first: bool) -> bytes:
-    """A frame as HLG, 10-bit 4:2:0."""
+    """A frame as HLG in 10-bit 4:2:0."""
     height, width = frame.shape[:2]
     header = f"YUV4MPEG2 W{width} H{height} F1:1 Ip A1:1 C420p10\n" * first + "FRAME\n"
     planes = color.hlg_planes(color.convert(frame, space, "srgb_linear"))
@@ -48,7 +48,7 @@ def _y4m(frame: np.ndarray, space: str, first: bool) -> bytes:
 
 
 def _pfm(frame: np.ndarray, space: str, first: bool) -> bytes:
-    """A frame as float32 from the bottom up; sRGB becomes linear."""
+    """A frame as float32, bottom row first; sRGB becomes linear."""
     height, width = frame.shape[:2]
     frame = color.convert(frame, space, exr_space(space)).clip(-65504, 65504)
     frame = frame.astype(np.float16).astype("<f4")  # ffmpeg would not round
@@ -56,7 +56,7 @@ def _pfm(frame: np.ndarray, space: str, first: bool) -> bytes:
 
 
 def exr_space(space: str) -> str:
-    """What EXR frames hold."""
+    """The color space of EXR frames."""
     return "srgb_linear" if space == "srgb" else space
 
 
@@ -94,8 +94,8 @@ FORMATS = {
 
 
 def choose(path: PathLike, codec: Optional[str] = None, space: str = "srgb") -> str:
-    """The codec of a file, by its ending unless it is named: .mp4, .mov, .mkv, or a
-    folder. Frames that are not sRGB go into a .mp4 as HLG."""
+    """The codec of a file, by its ending unless `codec` names it: .mp4, .mov, .mkv, or
+    a folder. Frames that are not sRGB go into an .mp4 as HLG."""
     suffix, hdr = Path(path).suffix.lower(), space != "srgb"
     other = "h264" if hdr else "hevc"
     usual = {f.suffix: k for k, f in FORMATS.items() if k != other}
@@ -114,7 +114,7 @@ def choose(path: PathLike, codec: Optional[str] = None, space: str = "srgb") -> 
 
 
 def frames_next_to(path: PathLike, codec: str, space: str) -> list[Path]:
-    """The folder of EXR frames next to an HLG video of light."""
+    """The folder of EXR frames next to an HDR video."""
     path = Path(path)
     folder = path.with_name(f"{path.stem}_{space}_exr")
     return [folder] if codec == "hevc" and space != "srgb" else []
@@ -126,7 +126,7 @@ def check_output(
     space: str = "srgb",
     sound_only: bool = False,
 ) -> None:
-    """Raise before any work if a video or, as a .wav, sound cannot be written here."""
+    """UserError before any work if a video, or sound as .wav, cannot be written."""
     if sound_only and (codec or Path(path).suffix.lower() != ".wav"):
         raise UserError(f"{path}: sound alone must end in .wav, and has no codec")
     names = {} if sound_only else {path: choose(path, codec, space)}
@@ -224,7 +224,7 @@ class VideoWriter:
                 raise RuntimeError(f"{there} after {self.num_frames}")
 
     def _finish_folder(self, folder: Path) -> int:
-        """Tag EXR frames, and add the sound and metadata; the number of frames."""
+        """Tag EXR frames, add the sound and metadata; returns the number of frames."""
         space = color.SPACES[exr_space(self.color_space)]
         frames = sorted(folder.glob("*.exr"))
         for path in frames:
@@ -240,7 +240,7 @@ class VideoWriter:
         return len(frames)
 
     def _sound_options(self, duration: Fraction) -> tuple[str, bytes]:
-        """The options that add `duration` seconds of sound, and what they read."""
+        """The options that add `duration` seconds of sound, and their input."""
         if self.sound is None:
             return "", b""
         limit = f"-t {float(duration)} -c:a"

@@ -137,7 +137,7 @@ def losses(found: Parameters) -> Losses:
 
 
 def put(module: nn.Module, parameters: Parameters, prefix: str = "") -> None:
-    """Set parameters, named from `prefix` on."""
+    """Set a module's parameters, named with `prefix` in front."""
     named = [(k.removeprefix(prefix), w) for k, w in parameters.items()]
     if named:
         module.update(tree_unflatten(named))
@@ -212,7 +212,7 @@ class Trainee:
 
     @contextmanager
     def untrained(self) -> Iterator[None]:
-        """The base in a block: with B zero, factors have no effect."""
+        """Use the base model in a block: with B zero, factors have no effect."""
         trained = self.parameters
         zero = lambda k, w: mx.zeros_like(w) if k.endswith("lora_b") else w
         self.update({k: zero(k, w) for k, w in trained.items()})
@@ -222,7 +222,7 @@ class Trainee:
             self.update(trained)
 
     def preserved(self, example: Example, contexts: Both) -> Example:
-        """With another text, for which the base's velocities are to stay."""
+        """The example with another text, for which the base's velocities must stay."""
         other = replace(example, contexts=contexts)
         with self.untrained():
             states, streams = self._forward(other)[-2], begin(self.model, other)[1]
@@ -246,7 +246,7 @@ class Trainee:
         return found
 
     def _by_block(self, example: Example) -> tuple[Losses, Parameters]:
-        """As `gradients`; each stage is computed again."""
+        """As `gradients`, but each stage is computed again in the backward pass."""
         *before, made = self._forward(example)
         grads, cotangents = {}, {"loss": mx.array(1.0)}
         outer, fixed = part(self.parameters, ""), begin(self.model, example)
@@ -293,7 +293,7 @@ def target_layers(
 
 
 def new_factors(layers: Mapping[str, tuple[int, int]], rank: int, seed: int) -> Lora:
-    """A LoRA without effect, as PEFT begins: A is uniform within 1/sqrt(in), B zero."""
+    """A LoRA without effect, as PEFT starts: A uniform within 1/sqrt(in), B zero."""
     factors = {}
     for path, (outputs, inputs) in layers.items():
         rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
@@ -303,7 +303,7 @@ def new_factors(layers: Mapping[str, tuple[int, int]], rank: int, seed: int) -> 
 
 
 def factor_parameters(lora: Lora) -> Parameters:
-    """The factors by their names in a transformer that they are attached to."""
+    """The factors, by their names in a transformer with the LoRA attached."""
     return {
         f"{path}.{name}": w.astype(mx.float32)
         for path, pair in lora.factors.items()
@@ -312,7 +312,7 @@ def factor_parameters(lora: Lora) -> Parameters:
 
 
 def optimizer(learning_rate: float) -> optim.AdamW:
-    """The reference's; MLX's default is without bias correction."""
+    """AdamW as in the reference, with bias correction, which MLX leaves off."""
     return optim.AdamW(learning_rate, [0.9, 0.999], 1e-8, 0.01, bias_correction=True)
 
 

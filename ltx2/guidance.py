@@ -1,4 +1,4 @@
-"""Guidance: its settings, the model passes it needs, and the guided denoiser."""
+"""Guidance: its settings, the model passes that it needs, the guided denoiser."""
 
 from dataclasses import dataclass, field
 from typing import Any, Mapping, Optional
@@ -48,17 +48,17 @@ class Guidance(Checked):
 
     @property
     def strengths(self) -> tuple[float, float, float]:
-        """How far it moves away from each of the weaker predictions; 0: not at all."""
+        """How far it moves away from each weaker prediction; 0: not at all."""
         return self.cfg_scale - 1, self.stg_scale, self.modality_scale - 1
 
     active = property(lambda self: any(self.strengths))
 
     def skips(self, step: int) -> bool:
-        """Whether this step reuses the last prediction."""
+        """Whether a step reuses the last prediction."""
         return step % (self.skip_step + 1) != 0
 
     def __call__(self, cond, uncond=None, perturbed=None, isolated=None) -> mx.array:
-        """Combine predictions of x0 (1, T, C); None for those that no scale uses."""
+        """Combine predictions of x0 (1, T, C); those that no scale uses are None."""
         x = cond
         for strength, weaker in zip(self.strengths, (uncond, perturbed, isolated)):
             if strength:
@@ -73,8 +73,8 @@ NO_GUIDANCE = Guidance()
 
 
 def guidance_passes(guidance: Mapping[str, Guidance]) -> dict[str, Pass]:
-    """The passes of a step, each for both streams, by the name of the prediction; in
-    "uncond" a stream without guidance keeps the positive prompt."""
+    """The passes of a step, each for both streams, by the name of the prediction. In
+    "uncond", a stream without guidance keeps the positive prompt."""
     video, audio = (guidance.get(k, NO_GUIDANCE) for k in ("video", "audio"))
     cfg, stg, modality = map(any, zip(video.strengths, audio.strengths))
     passes = {"cond": Pass(POSITIVE, POSITIVE)}
@@ -93,8 +93,8 @@ def guidance_passes(guidance: Mapping[str, Guidance]) -> dict[str, Pass]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """How a stage reads its prompts: normalized attention guidance, and the segments: the
-    prompt of each, and by stream its start and end in seconds of token positions."""
+    """How a stage reads its prompts: normalized attention guidance, and the prompts of
+    its segments with, by stream, their start and end in seconds."""
 
     nag: Optional[Nag] = None
     segments: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ class Prompts:
     count = property(lambda self: max(len(self.segments), 1))
 
     def steering(self, name: str, state: LatentState) -> Steering:
-        """A token reads the segment at its middle, or the nearest one."""
+        """A token reads the segment that its middle is in, or the nearest one."""
         if len(self.segments) < 2:
             return Steering(None, self.nag)
         starts, ends = np.array(self.times[name]).T
@@ -118,7 +118,7 @@ class Prompts:
 def stream_tokens(
     state: LatentState, x: mx.array, sigma: float, ropes: tuple[Rope, Rope], *more: Any
 ) -> Tokens:
-    """The transformer's input of tokens `x`; `more` are the other fields of Tokens."""
+    """The transformer's input for tokens `x`; `more` are other fields of Tokens."""
     levels, index = state.levels
     sigmas = levels * np.float32(sigma), [0.0 if state.frozen else sigma]
     mask = None if state.attention is None else mx.array(state.attention)
@@ -157,7 +157,7 @@ class GuidedDenoiser:
         return {k: self.states[k].blend(self.cached_x0[k]) for k in x}
 
     def _predict(self, x: Streams, sigma: float, step: int, skipped) -> Streams:
-        """x0 of the streams that are not skipped, guided inside of the interval."""
+        """x0 of the streams that are not skipped, guided inside the interval."""
         low, high = self.interval
         guided = low <= sigma <= high
         passes = self.passes if guided else {"cond": self.passes["cond"]}

@@ -112,7 +112,7 @@ class File:
 
     @cached_property
     def zeros(self) -> dict[str, mx.array]:
-        """Zeros, lazily, with the shapes and dtypes of the tensors."""
+        """Zeros with the shapes and dtypes of the tensors, lazily."""
         return {k: mx.zeros(shape, DTYPES[t]) for k, (t, shape) in self.header.items()}
 
     def fetch(self) -> Path:
@@ -179,7 +179,7 @@ def read_arrays(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def invalid(path: Path, error: str) -> str:
-    """What is wrong with a file that safetensors refuses."""
+    """What is wrong with a file that safetensors cannot read."""
     with open(path, "rb") as f:
         start = f.read(64)
     if start.startswith(b"version https://git-lfs"):
@@ -200,8 +200,8 @@ def invalid(path: Path, error: str) -> str:
 def resolve(
     name: str, file: Optional[str] = None, what: str = ""
 ) -> tuple[list[File], Optional[str]]:
-    """The files that a name stands for, and which of them is chosen, if one is: a
-    safetensors file, a folder, a Hub repository, or a file in one (owner/name/file)."""
+    """The files that a name stands for, and the chosen one, if one is: a safetensors
+    file, a folder, a Hub repository, or a file in a repository (owner/name/file)."""
     path = user_path(name or "/dev/null")  # "" would be this folder
     if path.is_dir():
         return folder_files(path), file
@@ -232,7 +232,7 @@ def split_repository(name: str) -> tuple[str, str]:
 
 
 def cached_copy(repo: str) -> Optional[Path]:
-    """The folder of a repository in the Hub's cache, None if it is not there."""
+    """The folder of a repository in the Hub's cache, None if there is none."""
     from huggingface_hub import errors, snapshot_download
 
     # allow_patterns lets it accept a partial snapshot
@@ -251,8 +251,8 @@ def single_file(name: str) -> File:
 
 
 def choose(name: str, files: list[File], file: Optional[str] = None) -> list[File]:
-    """The files of one model: its config.json or checkpoint, what may hold other parts,
-    the newest of each upsampler, the license."""
+    """The files of one model: config.json or checkpoint, files that may have other
+    parts, the newest of each upsampler, the license."""
     weights = [f for f in files if f.name.endswith(".safetensors")]
     licenses = [f for f in files if f.name.startswith("LICENSE")]
     config = None if file else converted_config(files)
@@ -271,13 +271,13 @@ def choose(name: str, files: list[File], file: Optional[str] = None) -> list[Fil
 
 
 def converted_config(files: list[File]) -> Optional[File]:
-    """The config.json among the files of a converted folder; None for other folders."""
+    """The config.json among a converted folder's files; None for other folders."""
     config = next((f for f in files if f.name == "config.json"), None)
     return config if config and config.json().get("model_type") == "ltx2" else None
 
 
 def choose_checkpoint(checkpoints: list[File]) -> list[File]:
-    """The default one; else the only one, or the only one that can be used."""
+    """The default one, else the only one, or the only one that can be used."""
     default = [f for f in checkpoints if f.name.split("/")[-1] in DEFAULT_FILES]
     if default and len(checkpoints) > 1:
         return default[:1]
@@ -292,7 +292,7 @@ def choose_checkpoint(checkpoints: list[File]) -> list[File]:
 
 
 def found_instead(files: list[File]) -> str:
-    """What a folder without a checkpoint holds."""
+    """What a folder without a checkpoint contains."""
     unsupported = {"model_index.json": "diffusers folders", ".gguf": "GGUF files"}
     for end, kind in unsupported.items():
         if any(f.name.endswith(end) for f in files):
@@ -304,7 +304,7 @@ def found_instead(files: list[File]) -> str:
 
 
 def model_files(names: Iterable[str]) -> list[str]:
-    """Names at the top and in a split model's folders; others are other tools'."""
+    """Names at the top and in a split model's folders; others are not ours."""
     names = sorted(names)
     split = any(name.startswith(f"{FOLDERS[0]}/") for name in names)
     folders = ("", *FOLDERS) if split else ("",)
@@ -319,7 +319,7 @@ def folder_files(folder: Path, repo: str = "") -> list[File]:
 
 
 def repository_files(repo: str, folder: str = "") -> list[File]:
-    """The files of a model in a repository or its cached copy, or of one `folder`."""
+    """The files of a model in a repository, its cached copy or one `folder` of it."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
@@ -344,7 +344,7 @@ def repository_files(repo: str, folder: str = "") -> list[File]:
 
 
 def fetch_all(files: list[File]) -> None:
-    """List the files to download and download them, if the disk has room for all."""
+    """List the files to download; download them if the disk has room for all."""
     missing = [f for f in files if f.path is None]
     if missing:
         LOG.info(listing(missing))
@@ -360,7 +360,7 @@ def cache_folder() -> Path:
 
 
 def listing(files: list[File]) -> str:
-    """One line a file: size, name, whether it is to be downloaded."""
+    """One line per file: its size, its name, whether it is downloaded."""
     missing = lambda f: "" if f.path else "  to be downloaded"
     return "\n".join(f"{gigabytes(f.size):>12}  {f.name}{missing(f)}" for f in files)
 
@@ -370,7 +370,7 @@ def gigabytes(size: int) -> str:
 
 
 def make_folder(path: str | Path) -> Path:
-    """Make a folder to write files into, if it is not there; UserError if it cannot."""
+    """Make a folder, unless it exists; UserError if it cannot be made."""
     try:
         folder = user_path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -381,7 +381,7 @@ def make_folder(path: str | Path) -> Path:
 
 
 def check_space(needed: dict[Path, int]) -> None:
-    """Report the space needed (bytes by folder) and free; UserError if it is too little."""
+    """Report the space needed (bytes by folder) and free; UserError if too little."""
     disks: dict[int, int] = defaultdict(int)
     for folder, size in needed.items():
         while not folder.exists():
@@ -396,7 +396,7 @@ def check_space(needed: dict[Path, int]) -> None:
 
 
 def upload(folder: Path, repo: str, message: str = "Add the converted model") -> int:
-    """Put a folder into a repository, compare what arrived, and count the files."""
+    """Upload a folder to a repository, compare what arrived, and count the files."""
     from huggingface_hub.utils import filter_repo_objects
 
     options = {"folder_path": folder, "ignore_patterns": ASIDE}
@@ -412,7 +412,7 @@ def upload(folder: Path, repo: str, message: str = "Add the converted model") ->
 
 
 def create_repository(repo: str) -> None:
-    """Say who uploads; create a repository, which shows whether it can be written."""
+    """Say who uploads, and create a repository, which shows if it can be written."""
     with hub_api(repo) as api:
         note(f"uploading to {repo} as {api.whoami()['name']}")
         api.create_repo(repo_id=repo, exist_ok=True)

@@ -39,15 +39,15 @@ class InputFiles:
         return self._read[key]
 
     def image(self, path: str) -> np.ndarray:
-        """Pixels (H, W, 3) uint8, or of an EXR file float32."""
+        """Pixels (H, W, 3), uint8 or, of an EXR file, float32."""
         return self._once(exr.still if exr.frames_in(path) else media.load_image, path)
 
     def probe(self, path: str) -> media.Media:
-        """What a clip or sound file holds."""
+        """What a clip or sound file contains."""
         return self._once(exr.probe if exr.frames_in(path) else media.probe, path)
 
     def lora_file(self, path: str) -> Path:
-        """The file of a LoRA, downloaded if it is of the Hub."""
+        """The file of a LoRA; one of the Hub is downloaded."""
         return self._once(adapter_file, path)
 
     def lora(self, path: str) -> Lora:
@@ -69,17 +69,17 @@ class InputFiles:
         return tuple(factors)
 
     def contexts(self, path: str) -> Contexts:
-        """Contexts of video and audio in a file; None for what is not in it."""
+        """Contexts of video and audio in a file, None if missing."""
         return self._once(read_contexts, path)
 
     def clear(self) -> None:
-        """Free what was read."""
+        """Free everything that was read."""
         self._read.clear()
 
 
 @dataclass
 class Encoders:
-    """Encodes input files; latents are evaluated, so that the encoder can be freed."""
+    """Encode input files; latents are evaluated, so that encoders can be freed."""
 
     files: InputFiles
     component: Callable[[str], nn.Module]
@@ -148,8 +148,8 @@ class Encoders:
     def weights(
         self, path: str, start: int, num_frames: int, size: Size, grid: Size, slow: int
     ) -> np.ndarray:
-        """The brightness (f, h, w) in [0, 1] of a clip's frames or a picture at the sides
-        of `size`, averaged over each latent of `grid` that `clip` would give."""
+        """The brightness (f, h, w) in [0, 1] of a picture or of a clip's frames at the
+        sides of `size`, averaged over each latent of `grid` that `clip` would give."""
         still = self.files.probe(path).num_frames == 1
         frames = frames_of(path, start, num_frames, size.fps)
         frames = [self.files.image(path)] if still else frames
@@ -182,7 +182,7 @@ def stereo(path: str, start: float, seconds: float, rate: int) -> np.ndarray:
 
 
 def cropped(frames: Iterable[mx.array], place: Iterable[Span]) -> Iterator[mx.array]:
-    """The part of frames (1, 1, H, W, 3) under rows and columns of latents."""
+    """The part of frames (1, 1, H, W, 3) under these rows and columns of latents."""
     rows, columns = cells(place, SPACE_SCALE)
     return (x[:, :, rows, columns] for x in frames)
 
@@ -199,7 +199,7 @@ def filling(frame: np.ndarray, size: Size, light=False, crop=True) -> np.ndarray
 
 
 def frames_of(path: str, start: int, num_frames: int, fps: float) -> Frames:
-    """Frames of a clip, whose last one is repeated."""
+    """Frames of a clip; the last one is repeated."""
     is_exr = bool(exr.frames_in(path))  # has no rate of its own
     read = exr.read if is_exr else partial(media.read_video, fps=fps)
     for frame in read(path, start, num_frames):
