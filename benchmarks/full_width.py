@@ -32,7 +32,7 @@ import checkpoints  # noqa: E402
 from ltx2 import conversion, hub, media, pipeline, weights  # noqa: E402
 from ltx2.base import table  # noqa: E402
 from ltx2.layers import no_random_weights  # noqa: E402
-from ltx2.quantization import layers  # noqa: E402
+from ltx2.quantization import layers, recipe  # noqa: E402
 from ltx2.request import Image, LoraFile, Request  # noqa: E402
 
 SMALL = 1 << 20  # elements: larger tensors stay zeros
@@ -93,15 +93,17 @@ def write_model(folder: Path, encoder: Path, args: argparse.Namespace) -> Path:
     for file in model.files:
         file.sha256 = "0" * 64  # not computed: the file is empty
     how = conversion.quantization(bits=args.bits)
-    recipe = conversion.Conversion(model, how, text_encoder=str(encoder))
+    if args.bits == 4:  # as convert.py: some layers have other bits
+        how = recipe(None, how, model.shapes("transformer"))
+    job = conversion.Conversion(model, how, text_encoder=str(encoder))
     target = folder / "mlx_model"
     target.mkdir()
     for name in model.components:
         vae = FILLED[args.model]
         filled = {"vae": vae, "audio_vae": ("",), "vocoder": ("",)}.get(name, ())
-        for file, tensors in recipe.files(name).items():
+        for file, tensors in job.files(name).items():
             write_sparse(target / file, tensors, filled)
-    (target / "config.json").write_text(json.dumps(recipe.config()))
+    (target / "config.json").write_text(json.dumps(job.config()))
     if args.lora:
         write_lora(folder / "lora.safetensors", model, args.lora)
     source.unlink()

@@ -2,7 +2,7 @@
 
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any, Literal, Optional
+from typing import Any, Callable, Literal, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +12,7 @@ from mlx.utils import tree_map_with_path
 from .chips import this_chip
 
 Group = mx.distributed.Group
+Change = Callable[[slice], mx.array]
 
 
 @dataclass
@@ -29,14 +30,22 @@ class QuantizedLinear(nn.QuantizedLinear):
     parts = property(lambda self: (self.weight, self.scales, self.get("biases")))
     format = property(lambda self: (self.group_size, self.bits, self.mode))
 
-    def dequantized(self, dtype: mx.Dtype) -> mx.array:
-        return mx.dequantize(*self.parts, *self.format, dtype=dtype)
+    def dequantized(self, dtype: mx.Dtype, rows: slice = slice(None)) -> mx.array:
+        parts = (None if part is None else part[rows] for part in self.parts)
+        return mx.dequantize(*parts, *self.format, dtype=dtype)
 
-    def product(self, x: mx.array) -> mx.array:
-        """Without the bias."""
-        if x.size // x.shape[-1] >= this_chip().dequantize_from:
-            return x @ self.dequantized(x.dtype).T
-        return mx.quantized_matmul(x, *self.parts, True, *self.format)
+    def product(self, x: mx.array, change: Optional[Change] = None) -> mx.array:
+        """Without the bias; `change(rows)` is added to these rows of the weight, which is
+        then dequantized."""
+        if change is None and x.size // x.shape[-1] < this_chip().dequantize_from:
+            return mx.quantized_matmul(x, *self.parts, True, *self.format)
+        y, outputs, inputs = [], len(self.weight), x.shape[-1]
+        size = int(min(outputs, max(this_chip().weights_at_a_time / inputs, 1)))
+        for i in range(0, outputs, size):
+            rows = slice(i, i + size)
+            w = self.dequantized(x.dtype, rows)
+            y.append(x @ (w if change is None else w + change(rows)).T)
+        return mx.concatenate(y, axis=-1) if len(y) > 1 else y[0]
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.product(x)

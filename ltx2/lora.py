@@ -294,7 +294,7 @@ class LoRALinear(nn.Module):
         rows, linear = x.size // x.shape[-1], self.linear
         if rows < MERGE_FROM or not isinstance(linear, QuantizedLinear):
             return linear(x) + (x @ a.T * s) @ b.T
-        y = x @ (linear.dequantized(x.dtype) + b * s @ a).T
+        y = linear.product(x, lambda rows: b[rows] * s @ a)
         return y + linear.bias if "bias" in linear else y
 
 

@@ -45,6 +45,7 @@ KEPT, DURING = (38, 5, 1.2), 1.3
 # Float32 copies of the factors: moments, gradients and what a step makes, which are not
 # there while samples are made.
 FACTORS = 6, 3
+IN_FLIGHT = 16  # parts of weights that are dequantized at once, with their copies
 AHEAD = 2  # copies of a frame that the diffusion decoder computes ahead
 
 
@@ -242,9 +243,11 @@ class Estimator:
 
     def dequantized(self, rows: int) -> int:
         """Bytes of a block that is dequantized ahead, and of the quantized next one."""
-        if not self.bits or rows < this_chip().dequantize_from:
+        chip = this_chip()
+        if not self.bits or rows < chip.dequantize_from:
             return 0
-        ahead = 8 * (self.dit.video_dim**2 + self.dit.audio_dim**2) * self.dtype.size
+        ahead = 8 * (self.dit.video_dim**2 + self.dit.audio_dim**2)
+        ahead = int(min(ahead, IN_FLIGHT * chip.weights_at_a_time)) * self.dtype.size
         return ahead + self.blocks // self.dit.num_layers
 
     def scores(self, heads: int, queries: int, keys: int) -> int:
