@@ -35,20 +35,19 @@ class QuantizedLinear(nn.QuantizedLinear):
         return mx.dequantize(*parts, *self.format, dtype=dtype)
 
     def product(self, x: mx.array, change: Optional[Change] = None) -> mx.array:
-        """Without the bias; `change(rows)` is added to these rows of the weight, which is
-        then dequantized."""
-        if change is None and x.size // x.shape[-1] < this_chip().dequantize_from:
+        """Without the bias; `change(rows)` is added to these rows of the weight."""
+        chip, inputs, outputs = this_chip(), x.shape[-1], len(self.weight)
+        if change is None and x.size // inputs < chip.dequantize_from:
             return mx.quantized_matmul(x, *self.parts, True, *self.format)
-        y, outputs, inputs = [], len(self.weight), x.shape[-1]
-        size = int(min(outputs, max(this_chip().weights_at_a_time / inputs, 1)))
-        for i in range(0, outputs, size):
-            rows = slice(i, i + size)
-            w = self.dequantized(x.dtype, rows)
-            y.append(x @ (w if change is None else w + change(rows)).T)
-        return mx.concatenate(y, axis=-1) if len(y) > 1 else y[0]
+        size = int(min(outputs, max(chip.weights_at_a_time / inputs, 1)))
+        rows = [slice(i, i + size) for i in range(0, outputs, size)]
+        parts = [self.dequantized(x.dtype, r) for r in rows]
+        if change is not None:
+            parts = [w + change(r) for w, r in zip(parts, rows)]
+        return mx.concatenate([x @ w.T for w in parts], axis=-1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.product(x)
+    def __call__(self, x: mx.array, change: Optional[Change] = None) -> mx.array:
+        y = self.product(x, change)
         return y + self.bias if "bias" in self else y
 
 

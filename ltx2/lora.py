@@ -294,8 +294,7 @@ class LoRALinear(nn.Module):
         rows, linear = x.size // x.shape[-1], self.linear
         if rows < MERGE_FROM or not isinstance(linear, QuantizedLinear):
             return linear(x) + (x @ a.T * s) @ b.T
-        y = linear.product(x, lambda rows: b[rows] * s @ a)
-        return y + linear.bias if "bias" in linear else y
+        return linear(x, lambda rows: b[rows] * s @ a)
 
 
 def merge(w: mx.array, factors: Iterable[tuple], stored=None) -> mx.array:
