@@ -10,7 +10,7 @@ from .base import Checked, within
 from .dit import ALL_BLOCKS, NO_BLOCKS, DiT, Pass, Tokens
 from .latents import LatentState, States, Streams
 from .layers import Nag, Rope, Steering
-from .options import ask, integers
+from .options import ask, many
 
 Contexts = tuple[mx.array, mx.array]  # of video and audio, each (1, 1024, D)
 TextContexts = dict[str, Contexts]  # by prompt
@@ -34,7 +34,7 @@ class Guidance(Checked):
         "spatio-temporal guidance, 0 is off (default: 1, hq 0)", 0.0, between=SCALES
     )
     stg_blocks: Optional[tuple[int, ...]] = ask(
-        "blocks that STG perturbs (default: 29, 28 from LTX-2.3 on)", (), type=integers
+        "blocks that STG perturbs (default: 29, 28 from LTX-2.3 on)", (), type=many(int)
     )
     modality_scale: float = ask(
         "agreement with the other stream, 1 is off (default: 3)", 1.0, between=SCALES

@@ -162,16 +162,10 @@ def span(text: str) -> tuple[float, ...]:
     return tuple(map(float, match_groups("FROM-TO", r"([\d.]+)-([\d.]+)", text)))
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """Numbers separated by commas."""
-    return tuple(map(float, text.split(",")))
+def many(kind: type) -> Callable[[str], tuple]:
+    """The type of a flag whose values are separated by commas."""
 
+    def numbers(text: str) -> tuple:  # argparse shows this name
+        return tuple(kind(part) for part in text.split(",") if part)
 
-def integers(text: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas."""
-    return tuple(int(part) for part in text.split(",") if part)
-
-
-def comma_separated(text: str) -> tuple[str, ...]:
-    """Words separated by commas."""
-    return tuple(text.split(","))
+    return numbers

@@ -8,7 +8,7 @@ from typing import Any, Mapping, Optional, Union
 
 from .base import Checked, PathName, UserError, checked
 from .guidance import Guidance
-from .options import ask, comma_separated, integers, match_groups, numbers, span
+from .options import ask, match_groups, many, span
 from .sampling import SAMPLERS
 
 STAGES = ("one", "two", "hq", "dfr")
@@ -125,7 +125,7 @@ def sound(text: str) -> tuple[str, float]:
 
 def places(text: str) -> Union[int, tuple[int, ...]]:
     """The value of --generated-keyframes: a count, or frames."""
-    return integers(text) if "," in text else int(text)
+    return many(int)(text) if "," in text else int(text)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Request(Checked):
         modes=NOT_DFR,
     )
     sigmas: Optional[tuple[float, ...]] = ask(
-        "sigmas of stage 1 (default: the model's)", type=numbers, metavar="1,...,0"
+        "sigmas of stage 1 (default: the model's)", type=many(float), metavar="1,...,0"
     )
     sampler: Optional[str] = ask(
         "sampler of stage 1 (default: the model's)", choices=tuple(SAMPLERS)
@@ -289,7 +289,7 @@ class Request(Checked):
     retake_streams: tuple[str, ...] = ask(
         "what to regenerate",
         ("video", "audio"),
-        type=comma_separated,
+        type=many(str),
         metavar="video,audio",
         choices=("video", "audio"),
         needs="retake",
@@ -317,7 +317,7 @@ class Request(Checked):
     )
     tile_size: Optional[tuple[int, int]] = ask(
         "size in pixels of overlapping tiles, into which a large video is split",
-        type=integers,
+        type=many(int),
         metavar="HEIGHT,WIDTH",
         needs="video",
         excludes="retake extend audio_only step_cache",

@@ -25,7 +25,7 @@ from .gradients import SCHEDULES, STREAMS, TARGETS, Parameters, factor_parameter
 from .hub import check_space, fetch_all, make_folder, read_arrays
 from .latents import LatentState, Size
 from .lora import Lora, adapter_file, attach
-from .options import ask, check, comma_separated, located
+from .options import ask, check, located, many
 from .pipeline import Pipeline, Result
 from .record import name_only
 from .request import Request
@@ -56,7 +56,7 @@ class Options(Checked):
     target_modules: tuple[str, ...] = ask(
         "layers to train, by the ends of their names (default: attention)",
         (),
-        type=comma_separated,
+        type=many(str),
     )
     first_frame_prob: float = ask(
         "share of the steps in which the first frame is given", 0.1, between=(0, 1)
