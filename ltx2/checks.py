@@ -211,8 +211,7 @@ def compare(converted: Checkpoint, source: Checkpoint) -> Report:
     rows = []
     for kind in sorted(errors, key=lambda kind: max(errors[kind]), reverse=True):
         values, _ = zip(*errors[kind])
-        mean = sum(values) / len(values)
-        rows.append([kind, len(values), mean, *max(errors[kind])])
+        rows.append([kind, len(values), sum(values) / len(values), *max(errors[kind])])
     heads = ["quantized", "layers", "mean error", "worst", "layer"]
     return Report(f"{text}\n\n{table(heads, rows)}" if rows else text, faults)
 

@@ -71,15 +71,13 @@ class Resolver:
         if self.distilled:
             self.unmet["dev"] = "a dev model (this one is distilled)"
         if not checkpoint.config["transformer"].get("use_keyframes_abs_pos_embedding"):
-            version = checkpoint.model_version
-            self.unmet["2.5"] = f"LTX-2.5 (this model is {version})"
+            self.unmet["2.5"] = f"LTX-2.5 (this model is {checkpoint.model_version})"
 
     @property
     def makes_light(self) -> bool:
         """Whether an adapter makes HDR (as ACEScct) of an SDR clip."""
         r = self.r
-        shown = r.has_reference and not frames_in(r.video)
-        return shown and self.codes == "acescct"
+        return r.has_reference and not frames_in(r.video) and self.codes == "acescct"
 
     @property
     def tiled(self) -> bool:

@@ -226,8 +226,7 @@ class Trainee:
         other = replace(example, contexts=contexts)
         with self.untrained():
             states, streams = self._forward(other)[-2], begin(self.model, other)[1]
-            both = tuple(map(states.get, STREAMS))
-            velocities = self.model.velocities(both, streams)
+            velocities = self.model.velocities(tuple(map(states.get, STREAMS)), streams)
             mx.eval(velocities)
         cut = lambda v, t: None if t is None else v[:, : t.shape[1]].astype(t.dtype)
         return replace(other, targets=tuple(map(cut, velocities, example.targets)))

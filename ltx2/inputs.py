@@ -90,8 +90,7 @@ class Encoders:
     def encoder_input(self, frames: np.ndarray, light: bool = False) -> mx.array:
         """Frames (n, H, W, 3), in [-1, 1] or EXR's, as the VAE sees them, (1, ...)."""
         if light:
-            codes = color.convert(frames, self.space, "acescct").clip(0, 1)
-            frames = 2 * codes - 1
+            frames = 2 * color.convert(frames, self.space, "acescct").clip(0, 1) - 1
         elif self.codes != "srgb":
             frames = 2 * color.convert(frames / 2 + 0.5, "srgb", self.codes) - 1
         return mx.array(frames)[None]

@@ -144,6 +144,17 @@ def located(options: Any, place: Callable[[str], str], but: Container[str] = ())
     return dataclasses.replace(options, **changes)
 
 
+def parse(kind: type, text: str) -> Any:
+    """A flag's value whose fields the groups of PATTERN name, and which FORM shows."""
+    hints, groups = typing.get_type_hints(kind), re.compile(kind.PATTERN).groupindex
+    found = match_groups(kind.FORM, kind.PATTERN, text)
+    given = {k: found[n - 1] for k, n in groups.items() if found[n - 1] is not None}
+    for name, x in given.items():
+        if hints[name] not in (str, PathName) and not x.endswith("s"):  # as in 1.5s
+            given[name] = float(x) if "." in x else int(x)
+    return kind(**given)
+
+
 def match_groups(form: str, pattern: str, text: str) -> tuple[Any, ...]:
     """The groups of a flag's value, which must match `pattern`; `form` is its name."""
     match = re.fullmatch(pattern, text)

@@ -79,8 +79,7 @@ class Pipeline(Components):
         fits = found.fits and not found.streamed
         self.machines.split(len(jobs), passes, fits, self.dit_config, group_size)
         if self.machines.mode == "tensor":
-            count = self.machines.count
-            parts = [self._estimate(job, count) for job in jobs]
+            parts = [self._estimate(job, self.machines.count) for job in jobs]
             found = memory.joined(parts, self.low_memory)
         prompts = {prompt for job in jobs for prompt in job.texts}
         if text and prompts and self.machines.rank == 0:

@@ -1,7 +1,5 @@
 """How a result was made: what its file says of it, and what such a file may name."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -42,7 +40,7 @@ class Record:
     reference: Optional[str]  # the version of the reference that it follows
 
     @classmethod
-    def read(cls, path: str) -> Record:
+    def read(cls, path: str) -> "Record":
         """From a video, a sound or the .json next to it; UserError for other files."""
         is_json = Path(path).suffix.lower() == ".json"
         found = read_json(path) if is_json else media.read_metadata(path)
@@ -55,7 +53,9 @@ class Record:
         files = checked(dict[str, str], files, f"{path}: model.files")
         return cls(recorded(o["request"]), o["load"], files, version)
 
-    def find(self, path: str, nearby: list[Path], but: set[str], trust: bool) -> Record:
+    def find(
+        self, path: str, nearby: list[Path], but: set[str], trust: bool
+    ) -> "Record":
         """With the files that it names, but those of the fields `but`, found next to
         the record `path`, the model's also in `nearby` folders and the Hub's cache;
         without `trust` UserError for others."""

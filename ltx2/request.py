@@ -1,14 +1,12 @@
 """Requests: what a user can ask for. Each field declares its flag, help and rules."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, fields
 from typing import Any, Mapping, Optional, Union
 
 from .base import Checked, PathName, UserError, checked
 from .guidance import Guidance
-from .options import ask, match_groups, many, span
+from .options import ask, many, match_groups, parse, span
 from .sampling import SAMPLERS
 
 STAGES = ("one", "two", "hq", "dfr")
@@ -56,14 +54,8 @@ class Image(Checked):
     strength: float = 1.0
 
     FORM, BARE = "PATH[@FRAME][:STRENGTH]", "path"
-
-    @classmethod
-    def parse(cls, text: str) -> Image:
-        """The value of --image."""
-        pattern = r"(.+?)(?:@(-?\d+|[\d.]+s))?(?::(\d*\.?\d+))?"
-        path, frame, strength = match_groups(cls.FORM, pattern, text)
-        index = frame if frame and frame.endswith("s") else int(frame or 0)
-        return cls(path, index, float(strength or 1))
+    PATTERN = r"(?P<path>.+?)(@(?P<frame>-?\d+|[\d.]+s))?(:(?P<strength>\d*\.?\d+))?"
+    parse = classmethod(parse)
 
     def index(self, num_frames: int, fps: float) -> int:
         """The frame as an index from 0; UserError if the video does not have it."""
@@ -90,13 +82,8 @@ class LoraFile(Checked):
     stage: Optional[int] = None
 
     FORM, BARE = "PATH[:STRENGTH][@STAGE]", "path"
-
-    @classmethod
-    def parse(cls, text: str) -> LoraFile:
-        """The value of --lora."""
-        pattern = r"(.+?)(?::(-?\d*\.?\d+))?(?:@(\d+))?"
-        path, strength, stage = match_groups(cls.FORM, pattern, text)
-        return cls(path, float(strength or 1), int(stage) if stage else None)
+    PATTERN = r"(?P<path>.+?)(:(?P<strength>-?\d*\.?\d+))?(@(?P<stage>\d+))?"
+    parse = classmethod(parse)
 
 
 @dataclass(frozen=True)
@@ -108,13 +95,8 @@ class Segment:
     prompt: str
 
     FORM = "FROM-TO:PROMPT"
-
-    @classmethod
-    def parse(cls, text: str) -> Segment:
-        """The value of --segment."""
-        number = r"(\d*\.?\d+)"
-        start, end, prompt = match_groups(cls.FORM, f"{number}-{number}:(.+)", text)
-        return cls(float(start), float(end), prompt)
+    PATTERN = r"(?P<start>\d*\.?\d+)-(?P<end>\d*\.?\d+):(?P<prompt>.+)"
+    parse = classmethod(parse)
 
 
 def sound(text: str) -> tuple[str, float]:

@@ -102,8 +102,7 @@ def save(path: str, r: Request, fps, events, codec=None, metadata=True) -> Resul
         clip = frames_of(r.video, 0, round(r.num_frames * fps / r.fps), fps)
         fit = lambda x: np.rint(media.resize(x, r.height, r.width)).astype(np.uint8)
         picture = map(fit, clip)
-    space = r.color_space or "srgb"
-    facts = {"codec": codec, "color_space": space, "picture": picture}
+    facts = {"codec": codec, "color_space": r.color_space or "srgb", "picture": picture}
     with formats.VideoWriter(path, fps, **facts) as video:
         for event in events:
             if event.frames is not None:
@@ -441,5 +440,4 @@ class Run:
             stills = mx.concatenate(stills, axis=1)
             facts = sum(places.values(), ()), window.start
             how["keyframes"] = Keyframes(stills, *facts)
-        exact = job.codes != "srgb"
-        return self.model.decoded(job.decoder, video, draw, exact, **how)
+        return self.model.decoded(job.decoder, video, draw, job.codes != "srgb", **how)

@@ -68,8 +68,7 @@ class Snapshot:
             arrays |= {f"{part}.{k}": x for k, x in state.pop(part).items()}
         state |= {k: dataclasses.asdict(state[k]) for k in ("request", "load")}
         text = json.dumps(state)
-        metadata = {"ltx2": text, "sha256": digest(text, arrays)}
-        save_arrays(path, arrays, metadata)
+        save_arrays(path, arrays, {"ltx2": text, "sha256": digest(text, arrays)})
 
     @classmethod
     def read(cls, path: Union[str, Path]) -> Snapshot:

@@ -1,7 +1,5 @@
 """Train a LoRA on clips: options, the memory plan, steps, held-out loss, samples, files."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -85,11 +83,10 @@ class Options(Checked):
     seed: int = ask("seed of factors, noise and order", 0, between=(0, 2**31))
 
     @classmethod
-    def of(cls, model: Mapping[str, Any], passed: Mapping[str, Any]) -> Options:
+    def of(cls, model: Mapping[str, Any], passed: Mapping[str, Any]) -> "Options":
         """Those that are passed (not None), else the model's defaults, checked."""
         given = {**model, **{k: v for k, v in passed.items() if v is not None}}
-        names = cls.__dataclass_fields__
-        found = cls(**{k: v for k, v in given.items() if k in names})
+        found = cls(**{k: v for k, v in given.items() if k in cls.__dataclass_fields__})
         check(found)
         return found
 

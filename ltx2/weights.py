@@ -364,9 +364,8 @@ def decode_fp8(weights: Weights, names: Iterable[str]) -> Weights:
         scale = weights.pop(f"{name}_scale", mx.array(1.0))
         if scale.size != 1:
             raise UserError(f"{name}: block-scaled fp8 is not supported")
-        w = w * scale
         weights.pop(f"{name.removesuffix('weight')}input_scale", None)
-        weights[name] = w.astype(mx.bfloat16)
+        weights[name] = (w * scale).astype(mx.bfloat16)
     return weights
 
 
