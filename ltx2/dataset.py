@@ -99,7 +99,8 @@ def _listed(path: Path) -> Iterator[Clip]:
         with skipping(f"row {n} of {path.name}"):
             for k, names in COLUMNS.items():
                 value = next((row[c] for c in names if row.get(c)), None)
-                found[k] = checked(Optional[str], value, k)
+                kind = str if k == "caption" else base.PathName
+                found[k] = checked(Optional[kind], value, k)
             caption = (found["caption"] or "").split()
             if not found["path"] or not caption:
                 raise UserError("it needs file_name and caption")

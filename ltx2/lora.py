@@ -46,13 +46,8 @@ DIFFUSERS_NAMES = {
 }
 DIFFUSERS_NAMES |= {f"audio_{k}": f"audio_{v}" for k, v in DIFFUSERS_NAMES.items()}
 # Ends of modules' names, and those of ltx-2-mlx's trainer
-MLX_NAMES = {
-    "to_out.0": "to_out",
-    "net.0.proj": "proj_in",
-    "net.2": "proj_out",
-    "linear_1": "linear1",
-    "linear_2": "linear2",
-}
+MLX_NAMES = {"to_out.0": "to_out", "net.0.proj": "proj_in", "net.2": "proj_out"}
+MLX_NAMES |= {"linear_1": "linear1", "linear_2": "linear2"}
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAMED = "adapters.safetensors", PEFT_FILE
 LORA = re.compile(r"[^/]*\.safetensors")
@@ -187,7 +182,8 @@ def adapter_file(name: str) -> Path:
     found = [f for f in files if is_one(f.name)]
     found = [f for f in found if f.name in NAMED] or found
     if len(found) != 1:
-        many = f"has {len(found)} safetensors files: add the name of one"
+        some = ", ".join(f.name for f in found[:5]) + ", ..." * (len(found) > 5)
+        many = f"has {len(found)} safetensors files: add the name of one ({some})"
         raise UserError(f"LoRA {name} {many if found else 'is not there'}")
     hub.fetch_all([*found, *(f for f in files if f.name == PEFT_CONFIG)])
     return found[0].path

@@ -31,7 +31,7 @@ def is_set(options: Any, name: str) -> bool:
 
 
 lower = str.lower  # argparse shows this name
-VALUES = {int: "N", float: "X", str: "TEXT"}  # as --help names them
+VALUES = {int: "N", float: "X", str: "TEXT", PathName: "FILE"}  # as --help names them
 
 
 def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -> None:

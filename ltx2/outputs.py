@@ -1,5 +1,6 @@
 """The files that a run writes: names that are free, and what is next to each video."""
 
+import os
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -81,9 +82,10 @@ class Files:
     def check(self, output: str, inputs: Iterable[str]) -> None:
         """UserError unless all files can be written and none is an input."""
         formats.check_output(output, self.codec, self.space, self.sound_only)
-        inputs = {Path(file).resolve() for file in inputs}
+        inputs = [file for file in inputs if os.path.exists(file)]
         for path in self.of(output):
             if path.name.endswith(self.kinds):
                 media.check_output(path)
-            if path.resolve() in inputs:
+            # By the file itself: a Mac's disk may not tell A.mp4 from a.mp4.
+            if path.exists() and any(path.samefile(file) for file in inputs):
                 raise UserError(f"{path} would be overwritten, but is an input")

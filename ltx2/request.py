@@ -256,7 +256,6 @@ class Request(Checked):
     audio_start: float = ask("", 0.0, between=(0, 86400), needs="audio")
     video: Optional[PathName] = ask(
         "clip to change, or the reference of an IC-LoRA",
-        metavar="FILE",
         excludes="audio_only",
         modes=NOT_DFR,
     )
@@ -291,7 +290,6 @@ class Request(Checked):
     )
     attention_mask: Optional[PathName] = ask(
         "clip or picture of where the reference counts: black (nowhere) to white (fully)",
-        metavar="FILE",
         **OF_REFERENCE,
     )
     reference_in_stage_2: bool = ask(
@@ -307,7 +305,6 @@ class Request(Checked):
     contexts_file: Optional[PathName] = ask(
         "file of text embeddings instead of a prompt; some adapters ship one",
         flag="contexts",
-        metavar="FILE",
         excludes="auto_duration segments",
     )
     color_space: Optional[str] = ask(

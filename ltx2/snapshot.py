@@ -76,7 +76,7 @@ class Snapshot:
         arrays, metadata = read_arrays(path)
         text = metadata.get("ltx2", "")
         if metadata.get("sha256") != digest(text, arrays):
-            raise UserError(f"{path} does not contain saved latents, or not unchanged")
+            raise UserError(f"{path} does not contain saved latents, or was changed")
         streams: dict[str, Streams] = {part: {} for part in cls.ARRAYS}
         for key, x in arrays.items():
             part, _, name = key.partition(".")

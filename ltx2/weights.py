@@ -281,11 +281,10 @@ def text_encoder_files(name: str) -> list[File]:
     """The files of a text encoder that are used: its config.json first, all in one
     folder or repository, or as diffusers has them, in text_encoder and tokenizer."""
     folder, (repo, inner) = user_path(name), hub.split_repository(name)
-    if folder.is_file():
-        instead = f"pass a folder or repository like {TEXT_ENCODER}"
-        raise UserError(f"{name} is a single file: {instead}")
-    if not folder.is_dir() and not repo:
-        raise UserError(f"text encoder {name}: no such folder")
+    if folder.is_file() or not (folder.is_dir() or repo):
+        what = "a single file" if folder.is_file() else "no such folder"
+        like = f"pass a folder or repository like {TEXT_ENCODER}"
+        raise UserError(f"text encoder {name}: {what}: {like}")
     place = lambda sub: os.path.normpath(f"/{inner}/{sub}").strip("/")
     read = lambda sub: hub.repository_files(repo, place(sub))
     read = (lambda sub: hub.folder_files(folder / sub)) if folder.is_dir() else read

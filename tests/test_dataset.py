@@ -184,6 +184,13 @@ def test_lists_have_paths_relative_to_them(notes, tmp_path, name):
     assert name == "mine.json" or any("row 2" in n for n in notes)
 
 
+def test_a_list_may_name_clips_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n~/a.mp4,~/ is home\n")
+    [clip] = find_clips(str(tmp_path))
+    assert (clip.path, clip.caption) == (tmp_path / "me" / "a.mp4", "~/ is home")
+
+
 def test_captions_and_lists_are_read_in_several_encodings(notes, tmp_path):
     for name, codec in (("a", "utf-16"), ("b", "latin-1"), ("c", "utf-8-sig")):
         (tmp_path / f"{name}.mp4").touch()

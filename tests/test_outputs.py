@@ -1,5 +1,7 @@
 """A run replaces nothing: its files take the first names that are free."""
 
+from pathlib import Path
+
 import pytest
 
 from ltx2.base import UserError
@@ -69,5 +71,8 @@ def test_a_name_is_replaced_only_if_it_is_no_input(folder):
     VIDEO.check("a.mp4", ["b.mp4"])
     with pytest.raises(UserError, match="a.mp4 would be overwritten, but is an input"):
         VIDEO.check("a.mp4", ["./a.mp4"])
+    Path("A.mp4").hardlink_to("a.mp4")  # as on a disk that ignores case
+    with pytest.raises(UserError, match="A.mp4 would be overwritten, but is an input"):
+        VIDEO.check("A.mp4", ["a.mp4"])
     assert names("new/a.mp4", 1) == ["new/a.mp4"]
     VIDEO.check("new/a.mp4", [])  # a missing folder is made

@@ -852,7 +852,7 @@ def test_a_text_encoder_of_another_size_is_refused(gemma, checkpoint):
 
 
 def test_a_text_encoder_in_a_single_file_is_refused(gemma):
-    with pytest.raises(UserError, match="is a single file: pass a folder"):
+    with pytest.raises(UserError, match="a single file: pass a folder"):
         weights.check_text_encoder(str(gemma / MODEL))
 
 
