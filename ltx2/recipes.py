@@ -83,7 +83,7 @@ def follow(r: Request, kind: str) -> tuple[Request, Recipe, list[str]]:
     shown, notes = r.has_reference, []
     rules = {field.name: field.metadata for field in fields(Request)}
     found = [(Path(x.path).name, find(x.path)) for x in r.loras]
-    if r.has_reference and found and not any(recipe for _, recipe in found):
+    if shown and r.stages != "one" and found and not any(x for _, x in found):
         notes = [f"{found[0][0]} is unknown: its card may ask for --stages one"]
     for name, recipe in found:
         if "distilled-lora" in name:

@@ -78,6 +78,13 @@ def test_what_the_user_asks_for_goes_before_the_card(pipe, adapter, clip):
     assert (job.request.prompt, len(job.stages)) == ("Deblur it", 2)
 
 
+def test_an_unknown_adapter_in_one_stage_needs_no_advice(pipe, adapter, clip):
+    lora = adapter("something-new-1.0")
+    request = Request("a cat", seed=10, video=clip, loras=(lora,))
+    notes = lambda r: [note for note in pipe.plan(r).notes if "is unknown" in note]
+    assert notes(request) and not notes(dataclasses.replace(request, stages="one"))
+
+
 PLAIN_LORAS = ("cinemagraph", "slow-motion-control")
 
 
