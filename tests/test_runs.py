@@ -734,6 +734,12 @@ def test_saved_latents_that_were_changed_are_refused(pipe, contexts, tmp_path):
     arrays, metadata = mx.load(str(path), return_metadata=True)
     mx.eval(arrays)
     assert Snapshot.read(path).tokens["video"].shape == arrays["tokens.video"].shape
+    old = json.loads(metadata["ltx2"]) | {
+        "shapes": {k: x.shape for k, x in arrays.items()}
+    }
+    before_digests = str(tmp_path / "old.safetensors")
+    mx.save_safetensors(before_digests, arrays, {"ltx2": json.dumps(old)})
+    assert Snapshot.read(before_digests).step == 2
     for changed in (
         {k: x[:, 1:] for k, x in arrays.items()},
         {k: x * 2 for k, x in arrays.items()},
