@@ -13,27 +13,20 @@ from .media import PathLike, png, system_errors, workspace
 
 WIDTH, HEIGHT, EDGE = 240, 60, 5  # of a chart
 STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1d1d1f; --soft: #6b6b70;
-  --rule: #e3e3e6; --line: #0a63c9; --second: #b45309; --red: #c62828; --mark: #fde9e7 }
-@media (prefers-color-scheme: dark) { :root { --paper: #18181b; --ink: #e8e8ea;
-  --soft: #a1a1a8; --rule: #3a3a40; --line: #60a5fa; --second: #f0b35b; --red: #ff8a80;
-  --mark: #4a2224 } }
-body { background: var(--paper); color: var(--ink); max-width: 1320px; margin: 2em auto;
+body { background: #fff; color: #1d1d1f; max-width: 1320px; margin: 2em auto;
   padding: 0 1em; font: 15px/1.45 system-ui, sans-serif }
 h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin: 2em 0 .5em }
-h1, p { overflow-wrap: anywhere } p, figcaption { color: var(--soft) }
+h1, p { overflow-wrap: anywhere } p, figcaption { color: #6b6b70 }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
-th, td { padding: 2px 10px; text-align: left; border-bottom: 1px solid var(--rule) }
-th { background: var(--paper); position: sticky; top: 0 } .number { text-align: right }
-.marked td { background: var(--mark); color: var(--red); font-weight: 600 }
+th, td { padding: 2px 10px; text-align: left; border-bottom: 1px solid #e3e3e6 }
+th { background: #fff; position: sticky; top: 0 } .number { text-align: right }
+.marked td { background: #fde9e7; color: #c62828; font-weight: 600 }
 div { display: flex; flex-wrap: wrap; align-items: start; gap: 12px 20px } figure { margin: 0 }
 figcaption { font-size: 12px } img { max-width: 100%; height: auto; display: block }
-svg + figcaption { width: 240px }
-svg { display: block; border: 1px solid var(--rule) } polyline { fill: none;
-  stroke-width: 1.5; stroke-linecap: round; stroke: var(--line) }
-polyline + polyline { stroke: var(--second); stroke-dasharray: 4 3 }
-polygon { fill: var(--line); stroke: var(--line); opacity: .18 }
-circle { fill: var(--red) }
+svg { display: block; border: 1px solid #e3e3e6 } svg + figcaption { width: 240px }
+polyline { fill: none; stroke: #0a63c9; stroke-width: 1.5; stroke-linecap: round }
+polyline + polyline { stroke: #b45309; stroke-dasharray: 4 3 }
+polygon { fill: #0a63c9; stroke: #0a63c9; opacity: .18 } circle { fill: #c62828 }
 """
 
 
