@@ -25,7 +25,7 @@ MEL_FRAMES_PER_TOKEN = 4
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a clip: pixels, frames and frames per second; with its audio tokens."""
+    """Size of a clip: pixels, frames and frames per second, and its audio tokens."""
 
     width: int
     height: int
@@ -184,7 +184,7 @@ class LatentState:
         return replace(self, latent=tokens, clean_latent=tokens)
 
     def hold(self, latents: mx.array, at: int = 0, strength=1.0) -> LatentState:
-        """Hold latents in place from latent frame or audio token `at` on."""
+        """Hold latents in place, from latent frame or audio token `at` on."""
         tokens = to_tokens(latents)
         start = at * (tokens.shape[1] // latents.shape[1])
         stop = start + tokens.shape[1]
@@ -259,7 +259,7 @@ class LatentState:
     def generate_stills(
         self, frames: tuple[int, ...], size: Size, initial: Optional[mx.array] = None
     ) -> LatentState:
-        """Generate single frames too, from zeros or latents (1, K, H, W, C)."""
+        """Also generate single frames, from zeros or latents (1, K, H, W, C)."""
         grid = video_bounds(1, *size.latent_sides, 1.0)
         bounds = np.concatenate([grid] * len(frames), axis=1)
         starts = np.repeat(np.float32(frames), grid.shape[1])

@@ -32,14 +32,14 @@ def no_random_weights() -> Iterator[None]:
 
 
 class Component(nn.Module):
-    """A part of the model: built from its section of a checkpoint's configuration."""
+    """A part of the model, built from its section of a checkpoint's configuration."""
 
     config_class: ClassVar[type[Config]]
     UNUSED: ClassVar[tuple[str, ...]] = ()  # prefixes of official tensors
 
     @classmethod
     def from_config(cls, section: Section) -> nn.Module:
-        """The module with parameters of the configured shapes, not loaded."""
+        """The module with parameters of the configured shapes, without weights."""
         with no_random_weights():
             return cls.build(section)
 
@@ -49,7 +49,7 @@ class Component(nn.Module):
 
     @classmethod
     def infer_sizes(cls, section: Section, shapes: Shapes) -> Section:
-        """The section with sizes that only the tensors' shapes tell."""
+        """The section with the sizes that only the tensors' shapes tell."""
         return section
 
     @classmethod
@@ -99,8 +99,8 @@ def apply_rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 
 
 def prefetch(modules: Iterator[nn.Module]) -> Iterator[nn.Module]:
-    """Modules with their weights loaded: takes and loads the next one while the current
-    one computes (with `mx.async_eval` by the caller), then frees that."""
+    """Modules with their weights loaded: loads the next one while the current one
+    computes (the caller uses `mx.async_eval`), then frees the current one."""
     current = next(modules, None)
     while current is not None:
         mx.eval(current.parameters())
@@ -115,7 +115,7 @@ MAX_TOKENS = 8192  # at a time; also keeps the feed-forward's hidden state small
 
 
 def pieces(x: mx.array, limit: float = math.inf) -> list[slice]:
-    """Equal slices of axis 1 of `x` (B, T, D), of at most `limit` and MAX_TOKENS."""
+    """Equal slices of axis 1 of `x` (B, T, D), each at most `limit` and MAX_TOKENS."""
     length = x.shape[1]
     size = math.ceil(length / math.ceil(length / min(limit, MAX_TOKENS)))
     return [slice(i, i + size) for i in range(0, length, size)]
@@ -123,8 +123,8 @@ def pieces(x: mx.array, limit: float = math.inf) -> list[slice]:
 
 @dataclass(frozen=True)
 class Nag:
-    """Normalized attention guidance: moves attention to a prompt away from that to a
-    negative prompt. The defaults are those of other tools."""
+    """Normalized attention guidance: moves the attention to a prompt away from that to
+    a negative prompt. The defaults are those of other tools."""
 
     scale: float
     tau: float = 2.5

@@ -25,7 +25,7 @@ class Quantization:
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """Multiplies by the quantized weight, or dequantizes it first where that is faster."""
+    """Multiplies by the quantized weight, or dequantizes it first if that is faster."""
 
     parts = property(lambda self: (self.weight, self.scales, self.get("biases")))
     format = property(lambda self: (self.group_size, self.bits, self.mode))
@@ -72,7 +72,7 @@ def layer_format(quantization: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def layer_formats(quantization: Optional[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """All formats: the common one under "", and those of layers by path."""
+    """All formats: the common one under "", and those of single layers by path."""
     own = [k for k, v in (quantization or {}).items() if isinstance(v, dict)]
     return {k: layer_format(quantization, k) for k in ["", *own] if quantization}
 
@@ -115,7 +115,7 @@ def shard_rows(layer: nn.Module, group: Group) -> None:
 
 
 def all_sum(x: mx.array, group: Optional[Group]) -> mx.array:
-    """The sum over the ranks of the group, if there is one."""
+    """The sum over the ranks of a group, if there is one."""
     return x if group is None else mx.distributed.all_sum(x, group=group)
 
 

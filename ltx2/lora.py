@@ -102,7 +102,7 @@ class Lora:
 
     @classmethod
     def planned(cls, path: str | Path) -> Lora:
-        """As `read`, but the factors are zeros once their values are tested."""
+        """As `read`, but factors become zeros after their values were tested."""
         lora, changes = cls.read(path), False
         for module, pair in lora.factors.items():
             lora.check_finite(module)
@@ -113,7 +113,7 @@ class Lora:
         return lora
 
     def check_finite(self, *modules: str) -> None:
-        """Read the factors of modules (default: all); UserError if one is not finite."""
+        """Read modules' factors (default: all); UserError if one is not finite."""
         for module in modules or self.factors:
             for name, w in zip("AB", self.factors[module]):
                 if not mx.isfinite(w).all().item():
@@ -163,7 +163,7 @@ class Lora:
         return found
 
     def describe(self, strength: float) -> str:
-        """One line: what was found, and with which strength it is used."""
+        """One line: what was found, and the strength."""
         ranks = {len(a) for a, _ in self.factors.values()}
         numbers = lambda n: " to ".join(f"{x:g}" for x in sorted({min(n), max(n)}))
         alpha = f"alpha {numbers(self.alphas)}" if self.alphas else "no alpha"
@@ -198,7 +198,7 @@ def check_once(files: Iterable[Path]) -> None:
 
 
 def parse(path: Path, key: str) -> tuple[str, str]:
-    """A key's module, without prefixes, and its part: "A", "B" or "alpha"."""
+    """The module of a key, without prefixes, and the part: "A", "B" or "alpha"."""
     name = key
     while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
         name = name.removeprefix(prefix)
@@ -214,7 +214,7 @@ def parse(path: Path, key: str) -> tuple[str, str]:
 
 @dataclass
 class Adapter:
-    """What a trainer says of a LoRA, in peft's terms."""
+    """What a trainer says about a LoRA, in peft's terms."""
 
     peft_type: Literal["LORA"] = "LORA"
     use_dora: Literal[False, None] = False
@@ -244,7 +244,7 @@ class Adapter:
         return found
 
     def alpha(self, module: str, tensor: Optional[mx.array]) -> Any:
-        """A module's alpha: its tensor, its pattern as in peft, or the one of all."""
+        """A module's alpha: its tensor, its pattern (as in peft), or the one."""
         if tensor is not None:
             return tensor.item() if tensor.size == 1 else math.nan
         found = (a for k, a in self.alpha_pattern.items() if k.fullmatch(module))
@@ -271,7 +271,7 @@ def linear_shape(layer: nn.Module) -> Optional[tuple[int, int]]:
 
 
 class FusedLinear(nn.Linear):
-    """A linear layer whose weight contains LoRAs."""
+    """A linear layer into whose weight LoRAs are fused."""
 
 
 class LoRALinear(nn.Module):

@@ -56,7 +56,7 @@ def system_errors(problem: str) -> Iterator[None]:
 
 
 def check_file(path: PathLike) -> None:
-    """Raise if `path` is not a file with contents."""
+    """UserError if `path` is not a file with contents."""
     with system_errors(f"{path}: cannot be opened"):
         size = os.stat(path).st_size
     if not os.path.isfile(path):  # reading a pipe would wait
@@ -135,7 +135,7 @@ def enlarge(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @contextmanager
 def ffmpeg(problem: str, *options: str, folder: str = ".") -> Iterator[Popen]:
-    """Run ffmpeg during a block; raise `problem` with its reason if it fails."""
+    """Run ffmpeg during a block; UserError with `problem` and why if it fails."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-xerror"]
     command += shlex.split(" ".join(options))
     with (
@@ -171,13 +171,13 @@ def run_ffmpeg(problem: str, *options: str, data=b"", folder: str = ".") -> byte
 
 @functools.cache
 def encoders() -> frozenset[str]:
-    """The names of what ffmpeg can write."""
+    """The names of the encoders that ffmpeg has."""
     listing = run_ffmpeg("ffmpeg does not run", "-encoders").decode()
     return frozenset(re.findall(r"^ [VAS][\w.]{5} (\w+)", listing, re.MULTILINE))
 
 
 def input_option(path: PathLike) -> str:
-    """The option that opens an existing file, whatever characters its name has."""
+    """The option that opens an existing file, whatever its name contains."""
     check_file(path)
     return f"-i {shlex.quote(f'file:{os.path.abspath(path)}')}"
 
@@ -212,7 +212,7 @@ def recompress(image: np.ndarray, crf: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Media:
-    """What a file holds; 0 and "" stand for a stream that is not there."""
+    """What a file contains; 0 and "" stand for a missing stream."""
 
     width: int = 0
     height: int = 0
@@ -401,8 +401,8 @@ def workspace(path: PathLike, folder: str = "") -> Iterator[str]:
 
 
 def check_output(path: PathLike, folder: str = "") -> None:
-    """Raise before any work if a file, or a folder of frames with names that match the
-    pattern `folder`, cannot be written at `path`; no folder is left behind."""
+    """UserError before any work if a file, or a folder of frames with names that match
+    the pattern `folder`, cannot be written at `path`; no folder is left behind."""
     made = [p for p in user_path(path).absolute().parents if not p.exists()]
     with workspace(path, folder):
         pass

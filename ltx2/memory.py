@@ -110,13 +110,13 @@ class MemoryPlan:
 
 
 def planned(phases: Phases, limit: int, low_memory: Optional[bool]) -> MemoryPlan:
-    """A plan that streams blocks with `low_memory`, or if it is None and they do not fit."""
+    """A plan, streamed if `low_memory`, or if that is None and it does not fit."""
     must = low_memory is None and not MemoryPlan(phases, limit).fits
     return MemoryPlan(phases, limit, bool(low_memory) or must)
 
 
 def joined(plans: Iterable[MemoryPlan], low_memory: Optional[bool]) -> MemoryPlan:
-    """The plan for several jobs in one run."""
+    """The plan of several jobs in one run."""
     phases: dict[str, Footprint] = {}
     for plan in plans:
         for phase, need in plan.phases.items():
@@ -168,7 +168,7 @@ def limits(plan: MemoryPlan) -> Iterator[None]:
 
 
 class Estimator:
-    """Estimates what a model's phases need; its headers are read once."""
+    """Estimates what a model's phases need; headers are read once."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, gpu=None):
         self.config, self.dtype = checkpoint.config, dtype
@@ -238,7 +238,7 @@ class Estimator:
         return self.neighborhoods(size, ahead)
 
     def per_token(self, video: int, audio: int) -> int:
-        """Bytes of a hidden state for this many tokens of each stream."""
+        """Bytes of a hidden state, for this many tokens of each stream."""
         return (video * self.dit.video_dim + audio * self.dit.audio_dim) * self.item
 
     def dequantized(self, rows: int) -> int:
@@ -258,7 +258,7 @@ class Estimator:
         return prompts * MAX_TOKENS * width * self.item
 
     def text(self, prompts: int, encoder: list[File]) -> Footprint:
-        """The text phase: layers are streamed, prompts go through the connectors singly."""
+        """The text phase: layers are streamed, prompts connected one by one."""
         if encoder:
             unused, sizes = "vision|multi_modal|lm_head", {}
             for f in encoder:
@@ -282,7 +282,7 @@ class Estimator:
         return "audio_vae", self.spectra(size.audio_tokens)
 
     def stage(self, stage: Stage, loras: int, contexts: int, shards: int) -> Footprint:
-        """A stage with these bytes of LoRA factors and contexts."""
+        """A stage, with these bytes of LoRA factors and contexts."""
         (tokens, sound), passes = stage.tokens, guidance_passes(stage.guidance)
         segments, nag = stage.prompts.count, stage.prompts.nag is not None
         texts = 7.2 * segments - 0.7 + max(3 * ("uncond" in passes), 4.3 * nag)
@@ -386,7 +386,7 @@ class Estimator:
         return SPECTRAL[self.gpu] * FLOAT * widest
 
     def sound(self, tokens: int) -> float:
-        """Bytes of the audio VAE's decoder, or of the vocoder if it has wider tensors."""
+        """Bytes of the audio VAE's decoder or, if it is wider, of the vocoder."""
         buffers, frames = [self.spectra(tokens)], MEL_FRAMES_PER_TOKEN * tokens
         for _, c, (_, *lengths) in generators(self.config["vocoder"], frames):
             channels = c["upsample_initial_channel"]

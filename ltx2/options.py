@@ -1,4 +1,4 @@
-"""Options declared once: a dataclass field holds its help, range and rules."""
+"""Options, declared once: a dataclass field has its help, range and rules."""
 
 import argparse
 import dataclasses
@@ -35,8 +35,8 @@ VALUES = {int: "N", float: "X", str: "TEXT", PathName: "FILE"}  # as --help name
 
 
 def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -> None:
-    """Add a flag for each option by `add(name)`, an `add_argument` method; None if not
-    passed, and with a `prefix` a variant with a short help."""
+    """Add a flag for each option by `add(name)`, an `add_argument` method; a flag that
+    is not passed is None. With a `prefix`, add variants with a short help."""
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         rules, name, hint = field.metadata, field.name, hints[field.name]
@@ -80,7 +80,7 @@ def add_all(add: Callable, flags: Mapping[str, str], details: Mapping = MET) -> 
 
 def check(options: Any, mode: str = "", model: Mapping = MET, label: str = "") -> None:
     """Apply the declared rules; UserError for the first option that breaks one. `model`
-    says what is missing, as "a dev model"; `label` precedes the names."""
+    says what is missing, like "a dev model"; `label` is put before the names."""
     for field in dataclasses.fields(options):
         rules, value = field.metadata, getattr(options, field.name)
         name, modes = label + field.name, rules.get("modes", "").split()
@@ -128,7 +128,7 @@ def check_step(name: str, value: int, step: int, low: int, high: int, plus=0) ->
 
 
 def located(options: Any, place: Callable[[str], str], but: Container[str] = ()) -> Any:
-    """Options with each `PathName` in them changed by `place`."""
+    """Options with paths changed by `place`: `path`, or text of metavar FILE, PATH."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -156,7 +156,7 @@ def parse(kind: type, text: str) -> Any:
 
 
 def match_groups(form: str, pattern: str, text: str) -> tuple[Any, ...]:
-    """The groups of a flag's value, which must match `pattern`; `form` is its name."""
+    """The groups of a flag's value, which must match `pattern`; `form` describes it."""
     match = re.fullmatch(pattern, text)
     if match is None:
         raise UserError(f"{text!r} is not of the form {form}")
@@ -164,12 +164,12 @@ def match_groups(form: str, pattern: str, text: str) -> tuple[Any, ...]:
 
 
 def name_and_file(text: str) -> tuple[str, str]:
-    """NAME=FILE in its two parts."""
+    """The two parts of NAME=FILE."""
     return match_groups("NAME=FILE", r"([^=]+)=(.+)", text)
 
 
 def span(text: str) -> tuple[float, ...]:
-    """FROM-TO as two numbers."""
+    """The two numbers of FROM-TO."""
     return tuple(map(float, match_groups("FROM-TO", r"([\d.]+)-([\d.]+)", text)))
 
 

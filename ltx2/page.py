@@ -1,4 +1,4 @@
-"""One HTML page of what a check found, tables, charts and pictures: it loads nothing."""
+"""One HTML page of what a check found: tables, charts, pictures; it loads nothing."""
 
 import base64
 import math
@@ -47,7 +47,7 @@ def section(head: str, text: str, parts: Iterable[str]) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence, marked: Collection[int] = ()) -> str:
-    """The same as `base.table`, with some rows, by number, highlighted."""
+    """The same as `base.table`, with some rows, given by number, highlighted."""
 
     def line(tag: str, cells: Sequence, kinds: Sequence) -> str:
         style = (" class='number'" * (not isinstance(x, str)) for x in kinds)
@@ -74,9 +74,9 @@ def chart(
     bands: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
     marks: Mapping[int, str] = {},
 ) -> str:
-    """A sparkline: lines (the second one dashed), areas between two lines each, and
-    marks by place with texts; values are logarithms above 1, and left out if infinite.
-    """
+    """A sparkline: lines (the second one dashed), areas between pairs of lines, and
+    marks with texts by place. Values above 1 are logarithmic, infinite ones left
+    out."""
     curves = [*lines, *(curve for band in bands for curve in band)]
     values = [math.asinh(v) for c in curves for v in c if math.isfinite(v)]
     values += [0.0] * (not (bands and values))

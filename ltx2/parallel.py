@@ -23,7 +23,7 @@ EARLIER_NAMES = {"many": "data", "shards": "tensor"}
 
 
 def broadcast(group: Optional[Group], value: Any, root: int = 0) -> Any:
-    """The root's value on every rank, pickled: all ranks are the same user's."""
+    """The root's value on every rank, pickled: all ranks belong to the same user."""
     if group is None:
         return value
     is_root = group.rank() == root
@@ -107,7 +107,7 @@ class Machines:
         self.mode = mode
 
     def deal(self, jobs: Sequence[T]) -> list[tuple[int, T]]:
-        """The jobs, with their numbers, that this machine denoises."""
+        """The jobs that this machine denoises, with their numbers."""
         jobs = list(enumerate(jobs))
         return jobs[self.rank :: self.count] if self.mode == "data" else jobs
 
@@ -126,11 +126,11 @@ class Machines:
     share_steps = property(lambda self: self.mode in ("passes", "tensor"))
 
     def agree(self, value: float) -> float:
-        """Rank 0's value, where ranks compute the same step."""
+        """Rank 0's value, if ranks compute the same step."""
         return broadcast(self.group, value) if self.share_steps else value
 
     def wait(self) -> None:
-        """For machines of the same step: no GPU waits while one still reads weights."""
+        """Wait for machines of the same step: no GPU waits while one reads weights."""
         if self.share_steps:
             mx.eval(mx.distributed.all_sum(mx.zeros(1), group=self.group))
 

@@ -1,4 +1,4 @@
-"""The parts of official files: which tensors of which component a file holds."""
+"""The parts of official files: which tensors of which component are in a file."""
 
 import re
 from collections import defaultdict
@@ -67,7 +67,7 @@ Parts = dict[tuple[str, str], Part]
 
 
 def read_parts(f: File) -> Parts:
-    """What an official file holds."""
+    """What an official file contains."""
     if f.problem:
         raise UserError(f.problem)
     if f.role == "upsampler":
@@ -94,7 +94,7 @@ def add_tensor(
 
 
 def upsampler_name(f: File, section: dict[str, Any]) -> str:
-    """The component that an upsampler is."""
+    """Which component an upsampler is."""
     with config_errors(f.name):
         c = UpsamplerConfig.from_dict(section)
     axis = "temporal" if c.temporal_upsample else "spatial"
@@ -106,7 +106,7 @@ def upsampler_name(f: File, section: dict[str, Any]) -> str:
 
 
 def sections(f: File) -> dict[str, Any]:
-    """The configuration of an official file by section."""
+    """The configuration in an official file, by section."""
     if "gemma_config" in f.metadata:
         return {"gemma": f.json_metadata("gemma_config")}
     config = {"duration_head": {}} | f.json_metadata("config")
@@ -166,8 +166,8 @@ def read_chosen(upsamplers: Iterable[str], files: Mapping[str, str]) -> Parts:
 def join_parts(
     own: Parts, chosen: Parts, others: list[File], version: str, kind: str = ""
 ) -> tuple[Parts, list[Problem]]:
-    """A checkpoint's `own` parts, `chosen` ones instead (an upsampler instead of all),
-    and what is in neither, the best of `others`; files among them that do not fit."""
+    """A checkpoint's `own` parts; `chosen` ones replace them (an upsampler all of
+    them), missing ones are from the `others`; and files among these that do not fit."""
     checkpoint = next((part.file for part in own.values()), None)
     for part in chosen.values():
         check_part(part, version, checkpoint)
@@ -197,7 +197,7 @@ def join_parts(
 
 
 def claims(f: File) -> set[str]:
-    """The components that a file seems to hold; all, if its header cannot be read."""
+    """The components that a file seems to have; all if its header cannot be read."""
     if f.role == "upsampler":
         return {*UPSAMPLERS}
     try:
@@ -250,7 +250,7 @@ def check_part(part: Part, model_version: str, checkpoint: File) -> None:
 
 
 def parse_version(model_version: str) -> tuple[int, ...]:
-    """ "2.4-rc2" is (2, 4, 0); what is older than 2 is another model."""
+    """ "2.4-rc2" as (2, 4, 0); UserError for versions below 2, another model."""
     numbers = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", model_version)
     version = tuple(int(n or 0) for n in numbers.groups()) if numbers else ()
     if version < (2,):
@@ -285,7 +285,7 @@ ERRORS += (RecursionError,)
 
 @contextmanager
 def config_errors(file: str) -> Iterator[None]:
-    """Whatever is wrong with a configuration from outside, as one line."""
+    """Turn anything that is wrong with a configuration from outside into one line."""
     try:
         yield
     except UserError as error:
@@ -296,7 +296,7 @@ def config_errors(file: str) -> Iterator[None]:
 
 
 def check_config(name: str, section: Any, tensors: Tensors) -> None:
-    """Check a component's section, as far as it can be without building a module."""
+    """Check a component's section, as far as possible without building a module."""
     component, file = COMPONENTS[name][1], first_file(tensors).name
     if section is None:
         raise UserError(f"{file} has no configuration of the {name}")
@@ -308,7 +308,7 @@ def check_config(name: str, section: Any, tensors: Tensors) -> None:
 
 
 def limit_depth(section: Any, tensors: int) -> None:
-    """No model has more layers than tensors; building those would not end."""
+    """UserError for more layers than tensors; building those would not end."""
     for path, value in tree_flatten(section):
         *_, name = re.sub(r"(\.\d+)+$", "", path).split(".")  # of a list's items, too
         counts = isinstance(value, int) and re.search("layers|blocks|depth", name)

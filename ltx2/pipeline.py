@@ -40,8 +40,8 @@ class Pipeline(Components):
     """A model that makes videos: plan a request, then `generate` or `stream`."""
 
     def plan(self, request: Request) -> Job:
-        """What a request means with this model and its input files, and the memory it
-        takes; UserError if it cannot be done. A seed is drawn if it has none."""
+        """Plan a request with this model and its input files, and the memory it takes;
+        UserError if it cannot be done. Without a seed, one is drawn."""
         request = checked(Request, request, "request")
         if request.seed is None:
             request = replace(request, seed=random_seed(self.machines.group))
@@ -71,7 +71,7 @@ class Pipeline(Components):
         return memory.planned(needs, memory.available(), self.low_memory)
 
     def memory(self, *jobs: Job, text: bool = True) -> memory.MemoryPlan:
-        """The memory of jobs done together; decides how machines split the work."""
+        """The memory of jobs that run together; decides how machines split the work."""
         found = memory.joined([job.memory for job in jobs], self.low_memory)
         passes = max(len(guidance_passes(s.guidance)) for j in jobs for s in j.stages)
         how = layer_formats(self.checkpoint.quantization).values()
@@ -93,18 +93,18 @@ class Pipeline(Components):
         return found
 
     def _fits(self, request: Request) -> bool:
-        """Whether a request can be done, and in the memory there is."""
+        """Whether a request can be done in the memory that there is."""
         try:
             return self.plan(request).memory.fits
         except UserError:
             return False
 
     def initial_snapshot(self, job: Job) -> Snapshot:
-        """A job before its first step."""
+        """The snapshot before a job's first step."""
         return Snapshot(job.request, as_json(job), self.origin, self.files())
 
     def enhance(self, prompt: str, seed: int) -> str:
-        """The prompt expanded by the text encoder's Gemma."""
+        """The prompt, expanded by the text encoder's Gemma."""
         if self.checkpoint.version >= weights.GEMMA_4:
             raise UserError("prompt enhancement is not available with LTX-2.5")
         folder = weights.fetch_text_encoder(self.text_encoder)
@@ -229,7 +229,7 @@ class Pipeline(Components):
         run.meter.kept = 0
 
     def _jobs(self, requests: Sequence, resume: Optional[Snapshot]) -> list[Job]:
-        """The plans of requests, or of the one that is resumed."""
+        """The plans of requests, or of the resumed one."""
         requests = requests or [resume.request if resume else None]
 
         def planned(r: Any) -> Job:
@@ -248,7 +248,7 @@ class Pipeline(Components):
         return jobs
 
     def _prepare(self, jobs: list[Job], contexts, resume) -> memory.MemoryPlan:
-        """Check what can be checked before weights are read, and fetch them."""
+        """Check what can be checked before weights are read, and download them."""
         lacks = {p for job in jobs for p in job.texts} - {*(contexts or ())}
         if lacks and (contexts or contexts == {} and resume is None):
             raise UserError(f"contexts lack the prompt {min(lacks)!r}")

@@ -1,5 +1,5 @@
 """What quantizing costs: errors of x0, picture and sound, by step and kind of layer. Each
-step of the model starts as the source's, so that errors do not add up."""
+step starts from the source's state, so that errors do not add up."""
 
 import json
 import math
@@ -33,7 +33,7 @@ PLAIN = 1.25  # squared error of `mx.quantize` relative to that of our rounding
 
 @dataclass
 class Clip:
-    """A run: before each step its state, and the x0 that it leads to."""
+    """A run: the state before each step, and the x0 that the step predicted."""
 
     request: Request
     contexts: dict[str, Contexts]
@@ -44,7 +44,7 @@ class Clip:
 
 
 def clips(pipe: Pipeline, requests: Sequence[Request], made_up: bool) -> list[Clip]:
-    """What will be run; made-up contexts are made of a text encoder's random states."""
+    """The runs to make; made-up contexts come from random states of a text encoder."""
     prompts = sorted({p for r in requests for p in pipe.plan(r).prompts})
     if not made_up:
         pipe.check_text_encoder()
@@ -61,7 +61,7 @@ def clips(pipe: Pipeline, requests: Sequence[Request], made_up: bool) -> list[Cl
 
 
 def run(pipe: Pipeline, clip: Clip, decode: bool = True) -> Clip:
-    """A clip's request from its first step to the decoded end, if that is wanted."""
+    """A clip's request, from its first step to the decoded end (with `decode`)."""
     job, done = pipe.plan(clip.request), replace(clip, steps=[], frames=[])
     at = pipe.initial_snapshot(job)
     for event in pipe.stream(job, contexts=clip.contexts):
@@ -78,13 +78,13 @@ def run(pipe: Pipeline, clip: Clip, decode: bool = True) -> Clip:
 
 
 def spread(count: int, limit: int) -> list[int]:
-    """At most `limit` of so many steps, evenly, with the last."""
+    """At most `limit` of `count` steps, evenly, with the last one."""
     limit = min(limit, count)
     return sorted(count - 1 - i * count // limit for i in range(limit))
 
 
 def errors(pipe: Pipeline, clip: Clip, limit: int) -> dict[int, dict[str, float]]:
-    """By step and stream, the norm of the difference of x0 relative to the source's."""
+    """The relative error of x0 against the source's, by step and stream."""
     job, found = pipe.plan(clip.request), {}
     relative = lambda a, b: (mx.linalg.norm(a - b) / mx.linalg.norm(b)).item()
     for i in spread(len(clip.steps), limit):
@@ -98,7 +98,7 @@ def errors(pipe: Pipeline, clip: Clip, limit: int) -> dict[int, dict[str, float]
 
 
 def mean_square(found: Iterable[dict[int, dict[str, float]]]) -> float:
-    """Of the errors of all clips, steps and streams."""
+    """The mean squared error of all clips, steps and streams."""
     return float(np.mean([e**2 for f in found for s in f.values() for e in s.values()]))
 
 
@@ -122,7 +122,7 @@ def spectra(ours: np.ndarray, theirs: np.ndarray) -> float:
 def compare(
     model: Pipeline, runs: list[Clip], limit: Optional[int]
 ) -> Iterator[tuple[str, str]]:
-    """Errors of x0 by step, of pictures and sound: text, and parts of a page."""
+    """Errors of x0 by step, of pictures and sound: as text, and as parts of a page."""
     found, ends, pictures = [], [], []
     for clip in runs:
         found.append(errors(model, clip, limit or len(clip.steps)))
@@ -145,7 +145,7 @@ def compare(
 
 
 def side_by_side(ours: Clip, theirs: Clip) -> str:
-    """A section with pictures of a clip's source, of the model, and of the difference."""
+    """A section with pictures of the source, the model and their difference."""
     sounds = {"source": theirs.sound, "model": ours.sound, "difference, times 8": None}
     sheets = [Sheet(theirs.result.fps, count=4) for _ in sounds]
     end, total = 0, sum(map(len, theirs.frames))
@@ -197,7 +197,7 @@ class Kinds:
             self.parts[QUARTER.format(quarter + 1)] += paths
 
     def measure(self, source: Pipeline, runs: list[Clip], limit: int) -> None:
-        """Quantize one part after the other, and compare `limit` steps of each run."""
+        """Quantize one part after the other; compare `limit` steps of each run."""
         for part, paths in self.parts.items():
             checkpoint = quantized(source.checkpoint, dict.fromkeys(paths, self.how))
             pipe = Pipeline(checkpoint, None, source.dtype)
@@ -205,12 +205,12 @@ class Kinds:
             LOG.info(f"{part}: error of x0 {self.squares[part] ** 0.5:.3g}")
 
     def shares(self, kind: str, quarter: int) -> float:
-        """The squared error that the kind of layer causes there."""
+        """The squared error that a kind of layer causes in a quarter of the blocks."""
         quarters = [self.squares.get(QUARTER.format(n + 1), 0.0) for n in range(4)]
         return self.squares[kind] * quarters[quarter] / max(sum(quarters), 1e-30)
 
     def recipe(self) -> tuple[dict[str, Any], float]:
-        """The bits by layer, see `allocate`, and x0's error if layers add up."""
+        """The bits by layer (see `allocate`), and the error of x0 if layers add up."""
         recipe = self.how | allocate(self.shapes, self.how, self.shares)
         bits = lambda paths: layer_format(recipe, paths[0])["bits"]
         found = groups(self.found).items()
@@ -234,7 +234,7 @@ class Kinds:
 
 
 def requests(pipe: Pipeline, options: dict[str, Any], size: dict) -> list[Request]:
-    """Clips of a model's own size, or a small one, of each prompt or of made-up ones."""
+    """Clips of a model's own or a small size, of each prompt or of made-up ones."""
     given = {k: v for k in (*size, "steps") if (v := options.get(k)) is not None}
     how = size | {k: v for k, v in pipe.checkpoint.defaults.items() if k in size}
     seed = 10 if options.get("seed") is None else options["seed"]
@@ -253,7 +253,7 @@ def calls(pipe: Pipeline, request: Request, limit: Optional[int], kinds: int) ->
 
 
 def report(model: Pipeline, source: Pipeline, options: dict, size: dict) -> None:
-    """Print what quantizing cost and, for a recipe's file, by each kind of layer."""
+    """Print what quantizing costs and, with a recipe's file, by each kind of layer."""
     if source.checkpoint.quantization:
         raise UserError("--against needs the unquantized source")
     limit, file = options["limit"], options["recipe"]

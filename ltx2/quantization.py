@@ -1,4 +1,4 @@
-"""How linear layers are quantized: bits by layer, and rounding by least squares."""
+"""How linear layers are quantized: bits by layer, rounding by least squares."""
 
 import itertools
 import math
@@ -48,14 +48,14 @@ def quantization(
 
 
 def quant_predicate(path: str) -> bool:
-    """Attention and feed-forward of all blocks, Gemma's too, which is most weights."""
+    """Attention and feed-forward of all blocks, also Gemma's: most of the weights."""
     layer = r"transformer_blocks\.\d+\.\w+\.(to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"
     gemma = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
     return re.fullmatch(f"{layer}|{gemma}", path) is not None
 
 
 def layers(weights: Weights, group_size: int) -> dict[str, mx.array]:
-    """The weights of the layers that can be quantized, by path."""
+    """The weights that can be quantized, by path."""
     named = {k.removesuffix(".weight"): w for k, w in weights.items()}
     found = {path: w for path, w in named.items() if quant_predicate(path)}
     return {path: w for path, w in found.items() if w.shape[1] % group_size == 0}
@@ -119,7 +119,7 @@ def place(path: str) -> tuple[int, str]:
 
 
 def groups(found: Weights) -> dict[tuple[str, int], list[str]]:
-    """Paths of the transformer's layers by kind and quarter of the depth."""
+    """Paths of the transformer's layers, by kind and quarter of the depth."""
     alike, count = defaultdict(list), 1 + max((place(p)[0] for p in found), default=0)
     for path in found:
         n, kind = place(path)
@@ -128,7 +128,7 @@ def groups(found: Weights) -> dict[tuple[str, int], list[str]]:
 
 
 def from_file(path: Path, how: dict, found: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe that was saved, or that of a folder's config.json."""
+    """A saved recipe, or that of a folder's config.json."""
     saved = parse_json(path.read_bytes(), str(path))
     saved = how | checked(dict, saved.get("quantization", saved), str(path))
     for layer, options in layer_formats(saved).items():
@@ -200,7 +200,7 @@ def pieces(w: mx.array) -> Iterator[slice]:
 
 
 def squared_error(w: mx.array, parts: Parts, how: dict) -> tuple[float, float]:
-    """The squared norms of what quantizing changed, and of the weights."""
+    """The squared norms of the rounding errors and of the weights."""
     sums = mx.zeros(2)
     for rows in pieces(w):
         x = w[rows].astype(mx.float32)

@@ -1,4 +1,4 @@
-"""How a result was made: what its file says of it, and what such a file may name."""
+"""How a result was made: what its file stores, and which files that may name."""
 
 import platform
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ KINDS = {"request": Request, "load": Load}  # of what a record holds
 
 @dataclass(frozen=True)
 class Record:
-    """What a file says of how it was made."""
+    """What a file stores about how it was made."""
 
     request: Request
     load: Load
@@ -80,12 +80,12 @@ class Record:
 
 
 def recorded(r: Request) -> Request:
-    """A request that was read; earlier versions set hdr_keyframes in all of them."""
+    """A request that was read; earlier versions stored hdr_keyframes in all of them."""
     return r if r.color_space and r.has_reference else replace(r, hdr_keyframes=None)
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """The object in a .json file; UserError for any other."""
+    """The object in a .json file; UserError for any other file."""
     media.check_file(path)
     return parse_json(Path(path).read_bytes(), f"{path}: ")
 
@@ -131,12 +131,12 @@ def changed(metadata: Mapping[str, Any], place: Callable[[str], str]) -> dict[st
 
 
 def name_only(path: str) -> str:
-    """The name of a file or folder without where it is; a repository as it is."""
+    """The name of a file or folder without its folder; a repository as it is."""
     file = user_path(path)
     return file.name if file.exists() or not hub.split_repository(path)[0] else path
 
 
 def absolute(path: str) -> str:
-    """The path from any working directory; a repository as it is."""
+    """The absolute path of a file; a repository as it is."""
     file = user_path(path)
     return str(file.absolute()) if file.exists() else path

@@ -75,7 +75,7 @@ class Image(Checked):
 
 @dataclass(frozen=True)
 class LoraFile(Checked):
-    """A LoRA with its strength, in all stages (None) or in one (1, 2)."""
+    """A LoRA with its strength, for all stages (None) or for one (1, 2)."""
 
     path: PathName
     strength: float = 1.0
@@ -88,7 +88,7 @@ class LoraFile(Checked):
 
 @dataclass(frozen=True)
 class Segment:
-    """What is seen and heard between two times in seconds."""
+    """What is seen and heard between two times, in seconds."""
 
     start: float
     end: float
@@ -100,7 +100,7 @@ class Segment:
 
 
 def sound(text: str) -> tuple[str, float]:
-    """The value of --audio: a file, and the second at which to start."""
+    """The value of --audio: a file, and the second at which it starts."""
     path, start = match_groups("FILE[@START]", r"(.+?)(?:@([\d.]+)s?)?", text)
     return path, float(start or 0)
 
@@ -374,7 +374,7 @@ class Request(Checked):
     }  # all others are "sampling"
 
     def __post_init__(self) -> None:
-        """Check the types of all values; settings of guidance stay a part of them."""
+        """Check the types of all values; partial guidance settings stay partial."""
         super().__post_init__()
         for name in ("video_guidance", "audio_guidance"):
             settings = getattr(self, name)
@@ -386,14 +386,14 @@ class Request(Checked):
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """What is encoded: a file, the prompt, or segments' prompts after it."""
+        """What is encoded: a file, the prompt, or the segments' prompts after it."""
         begin = lambda s: "" if s.startswith(self.prompt) else self.prompt + " "
         texts = tuple(begin(s.prompt) + s.prompt for s in self.segments)
         return texts or (self.contexts_file or self.prompt,)
 
     @property
     def changes_clip(self) -> bool:
-        """Whether the video is changed, not a reference."""
+        """Whether the video is changed, not used as a reference."""
         return self.retake is not None or self.extend is not None
 
     @property

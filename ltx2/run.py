@@ -55,15 +55,15 @@ class Event:
 
 
 class Phase(Event):
-    """A phase begins: step 0 of its steps. In "latents" a video is denoised."""
+    """A phase begins, at step 0 of `steps`. In "latents" a video is denoised."""
 
 
 class Step(Event):
-    """A denoising step is done: a snapshot, and the x0 it predicted."""
+    """A denoising step is done: the snapshot, and the x0 that it predicted."""
 
 
 class Frames(Event):
-    """Frames are decoded; `step` of `steps` frames are."""
+    """Frames are decoded: `step` of `steps`."""
 
 
 Steps = Generator[Step, None, Snapshot]
@@ -137,7 +137,7 @@ class Meter:
 
 
 def finished(job: Job, at: Snapshot) -> Snapshot:
-    """The snapshot after the last stage: only the streams of the result, by window."""
+    """The snapshot after the last stage, with only the result's streams, by window."""
     latents = {k: x for k, x in at.kept.items() if not k.startswith("carry.")}
     latents = latents or dict(at.latents)  # resumed after its last stage
     for window, places in job.keyframes.items():
@@ -162,7 +162,7 @@ class Run:
     meter: Meter = field(default_factory=Meter)
 
     def noise_of(self, n: int, job: Job) -> Noise:
-        """The noise callback of a job, with its results checked and in float32."""
+        """The noise callback of a job; its results are checked and made float32."""
         if (made := self.noises[n]) is None:
             return seeded_noise(job.request.seed)
 
@@ -175,7 +175,7 @@ class Run:
         return noise
 
     def encode_text(self, jobs: list[Job], contexts: Optional[TextContexts]):
-        """Contexts by prompt, encoded unless `contexts` has them, and by contexts file."""
+        """Contexts by prompt: from a file, from `contexts`, or encoded."""
         files = {job.request.contexts_file for job in jobs} - {None}
         found = {path: self.model.inputs.contexts(path) for path in files}
         prompts = list(dict.fromkeys(p for job in jobs for p in job.texts))
@@ -186,7 +186,7 @@ class Run:
         return (contexts or {}) | found
 
     def texts(self, job: Job, stage: Stage, contexts: TextContexts) -> list[Contexts]:
-        """A stage's contexts: of its prompt or segments, then of the negative prompt."""
+        """A stage's contexts: of its prompt or segments, then the negative prompt."""
         prompts = stage.prompts.segments or job.request.prompts
         parts = zip(*(contexts[prompt] for prompt in prompts))
         join = lambda x: None if x[0] is None else mx.concatenate(x, axis=1)
@@ -194,7 +194,7 @@ class Run:
         return [tuple(map(join, parts)), *(contexts[prompt] for prompt in negative)]
 
     def predict_duration(self, job: Job, contexts: TextContexts) -> Job:
-        """Plan the job again with the duration that the model predicts, if it does."""
+        """The job, planned again if the model predicts its duration."""
         r, model = job.request, self.model
         if r.auto_duration is None or not contexts:
             return job
@@ -217,7 +217,7 @@ class Run:
         return Encoders(*facts, *spaces)
 
     def load_conditions(self, job: Job, resume: Optional[Snapshot]) -> list[Loaded]:
-        """Encode input files: the conditionings of each stage that is not done yet."""
+        """Encode input files: the conditionings of each stage not done yet."""
         encoders, loaded = self.encoders(job), [{}] * (resume.stage if resume else 0)
         encoders.clip = lru_cache(1)(encoders.clip)  # tiles see one after the other
         with self.meter.phase("inputs"):
@@ -238,7 +238,7 @@ class Run:
         return (yield from self._denoise(job, stage, at, *inputs))
 
     def _denoise(self, job: int, stage: Stage, at: Snapshot, loaded, contexts, noise):
-        """`denoise`, in the model's dtype."""
+        """`denoise`, in the model's current dtype."""
         with self.meter.phase(stage.phase):
             trace = within(self.trace, stage.name)
             before = self.upsampled(stage, {} if stage.first else at.latents, noise)
@@ -281,7 +281,7 @@ class Run:
             return replace(at, **after, latents=latents, kept=kept)
 
     def states(self, stage: Stage, at: Snapshot, before: Streams, loaded: Loaded):
-        """The streams at the stage's start, from zeros or earlier latents, conditioned."""
+        """A stage's first streams, from zeros or earlier latents, conditioned."""
         source = before | {k: x for k, x in at.kept.items() if "carry." in k}
         source.setdefault("smaller", at.latents.get("video"))
         source["final_audio"] = at.kept.get("audio")
@@ -349,7 +349,7 @@ class Run:
         return latents
 
     def decode(self, n: int, job: Job, latents: Streams) -> Iterator[Event]:
-        """Decode the audio, then frame by frame the video, then yield the result."""
+        """Decode the audio, then the video frame by frame, then yield the result."""
         size, first = job.size, job.windows[0].prefix
         streams = [s for s in job.streams if first + s in latents]
         result = Result(request=job.request, fps=size.fps, job=n)
@@ -395,7 +395,7 @@ class Run:
         yield result
 
     def decode_audio(self, job: Job, latents: Streams, result: Result) -> None:
-        """Set the waveform: an input file's, unchanged, or the decoded one."""
+        """Set the waveform: that of an input file, unchanged, or the decoded one."""
         r, model, size = job.request, self.model, job.size
         if job.soundtrack:
             path, start = job.soundtrack

@@ -118,7 +118,7 @@ class Res2sStep:
         self.a21 = self.h * 0.5 * _phi1(self.h / 2)
 
     def midpoint(self, sigma: float, noise: mx.array) -> mx.array:
-        """The state at half of the step, with new noise."""
+        """The state after half of the step, with new noise."""
         return self._renoised(self.start + self.a21 * self.slope, sigma, noise)
 
     def anchor(self, midpoint: mx.array) -> None:

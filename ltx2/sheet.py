@@ -1,4 +1,4 @@
-"""A contact sheet: frames of a video with their times, and below the waveform of its sound."""
+"""A contact sheet: frames of a video with their times, and its sound as a waveform."""
 
 from typing import Any, Iterator, Optional
 

@@ -1,4 +1,4 @@
-"""A checkpoint of a run: resume it, or only decode."""
+"""A checkpoint of a run: resume the run, or only decode."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Snapshot:
     ARRAYS = ("tokens", "guided", "latents", "kept")
 
     def check_request(self, request: Request) -> None:
-        """UserError if a planned request differs, except in a predicted length."""
+        """UserError if a planned request differs, except for a predicted length."""
         mine = vars(self.request)
         length = ("num_frames", "auto_duration") if request.auto_duration else ()
         changed = [k for k in mine if mine[k] != vars(request)[k] and k not in length]
@@ -72,7 +72,7 @@ class Snapshot:
 
     @classmethod
     def read(cls, path: Union[str, Path]) -> Snapshot:
-        """Read what `save` wrote; UserError for any other file, and for a changed one."""
+        """Read what `save` wrote; UserError for any other file."""
         arrays, metadata = read_arrays(path)
         text = metadata.get("ltx2", "{}")
         state = parse_json(text, f"{path}: ")
@@ -98,5 +98,5 @@ def digest(text: str, arrays: Streams) -> str:
 
 
 def as_json(job: Job) -> list[dict[str, Any]]:
-    """A job's stages as JSON, to be saved and compared."""
+    """A job's stages as JSON, to save and compare."""
     return json.loads(json.dumps([dataclasses.asdict(stage) for stage in job.stages]))

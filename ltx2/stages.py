@@ -79,7 +79,7 @@ SLICE_SIGMAS, SLICE_SAMPLER = DISTILLED_SIGMAS[4:], "euler_half_ancestral"
 
 @dataclass(frozen=True)
 class Job:
-    """A planned request: everything that will be done, and the memory it needs."""
+    """A planned request: everything that will be done, and the memory that it needs."""
 
     request: Request  # with size, length and rate filled in
     stages: tuple[Stage, ...]
@@ -94,7 +94,7 @@ class Job:
 
     @property
     def negative_prompt(self) -> Optional[str]:
-        """The negative prompt, None if none is used."""
+        """The negative prompt; None if it is not used."""
         count = len(self.request.prompts)
         return self.prompts[count] if len(self.prompts) > count else None
 
@@ -160,7 +160,7 @@ class Job:
 
     @property
     def soundtrack(self) -> Optional[tuple[str, float]]:
-        """The file whose sound the result gets, and from which second, if any."""
+        """The file whose sound the result gets, and the second to start at, if any."""
         r = self.request
         if r.audio or r.no_audio or "audio" in self.streams:
             return r.audio and (r.audio, r.audio_start)
@@ -168,7 +168,7 @@ class Job:
 
     @property
     def encoded(self) -> list[tuple[Condition, Size]]:
-        """The conditions that need an encoder, each with its video's size; tiles share."""
+        """The conditions that need an encoder, each with its size; tiles share one."""
         whole = lambda c: replace(c, part=WHOLE) if hasattr(c, "part") else c
         pairs = ((c, s.whole) for s in self.stages for c in s.all_conditions)
         return [*dict.fromkeys((whole(c), size) for c, size in pairs if c.encoder)]
@@ -202,7 +202,7 @@ class Planner(Resolver):
     """Lays out the stages of a request whose defaults are filled in."""
 
     def stages(self) -> Iterator[Stage]:
-        """The stages by the rows of the mode."""
+        """The stages, by the rows of the mode."""
         r, rows = self.r, self.rows()
         if self.mode == "dfr":
             frames, keyframes = windows.canvas(r.num_frames)

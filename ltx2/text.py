@@ -87,7 +87,7 @@ def tokenizer_folder(folder: Path) -> Path:
 
 
 def _tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], int]:
-    """Text to token ids, and the id of BOS, by whichever tokenizer file there is."""
+    """A function from text to token ids, and BOS's id, of either tokenizer file."""
     if (path := folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
@@ -193,7 +193,7 @@ DEFAULTS = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads
 
 
 def text_name(key: str) -> str:
-    """The name of a tensor or layer in Gemma 3's text model; "" for other parts'."""
+    """A tensor's or layer's name in Gemma 3's text model; "" for other parts."""
     match = TEXT_NAME.fullmatch(key)
     return match[1] if match else ""
 
@@ -244,7 +244,7 @@ Idea: {prompt}"""
 
 
 def enhance(folder: Path, prompt: str, seed: int, max_tokens: int = 400) -> str:
-    """A longer prompt, written by the same Gemma with its LM head; depends on `seed`."""
+    """A longer prompt, written by the same Gemma with its LM head and a `seed`."""
     from mlx_lm import generate
     from mlx_lm.sample_utils import make_sampler
     from mlx_lm.utils import load_tokenizer
@@ -292,7 +292,7 @@ class TextConfig(Config):
     PARTIAL = True
 
     def __post_init__(self):
-        """Heads and the size of one, by stream."""
+        """The number of heads and their size, by stream."""
         self.video = (
             self.connector_num_attention_heads,
             self.connector_attention_head_dim,

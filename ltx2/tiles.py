@@ -20,7 +20,7 @@ LIGHT_PIXELS = 512 * 768
 
 
 class Span(NamedTuple):
-    """Cells [start, stop) of a side; its neighbors share `before` and `after` of them."""
+    """Cells [start, stop) of a side; neighbors share `before` and `after` of them."""
 
     start: int
     stop: int
@@ -67,7 +67,7 @@ def equal_spans(side: int, count: int, overlap: int = OVERLAP) -> list[Span]:
 
 
 def sized_spans(side: int, size: int, overlap: int) -> list[Span]:
-    """Divide a side of cells into spans of `size`, of which the last may be shorter."""
+    """Divide a side of cells into spans of `size`; the last one may be shorter."""
     starts = range(0, max(side - overlap, 1), size - overlap)
     return lapped(starts, (min(start + size, side) for start in starts))
 

@@ -1,4 +1,4 @@
-"""Train a LoRA on clips: options, the memory plan, steps, held-out loss, samples, files."""
+"""Train a LoRA on clips: options, memory plan, steps, held-out loss, samples, files."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ REPEATED = {"default": (), "type": str, "repeat": True}
 
 @dataclass(frozen=True)
 class Options(Checked):
-    """How to train: the reference's defaults."""
+    """How to train; the defaults are the reference's."""
 
     iters: int = ask("number of steps", 2000, between=(1, 10**7))
     batch_size: int = ask("clips per batch", 1, between=(1, 1024))
@@ -274,7 +274,7 @@ class Trainer:
             raise OutputError(f"{what}: test the model with {how}")
 
     def _losses(self, times: list[float]) -> Iterator[str]:
-        """The losses that are due; `times` are the seconds of the steps since the last."""
+        """The losses that are due; `times` are seconds of the steps since the last."""
         o, left = self.options, self.options.iters - self.step
         if self.data.held_out and (self.step % o.steps_per_eval == 0 or not left):
             self.history[-1][2] = loss = self.held_out_loss()
@@ -291,7 +291,7 @@ class Trainer:
             )
 
     def _stopped(self) -> int:
-        """The signal by which one of the machines is to stop, or 0."""
+        """The signal by which one of the machines must stop, or 0."""
         number = mx.array(self.stopping)
         self.stopping = mx.distributed.all_max(number, group=self.group).item()
         return self.stopping
@@ -348,14 +348,14 @@ class Trainer:
         return total, sums
 
     def _clip(self, index: int) -> Clip:
-        """The clip of a number that counts through all epochs, each in another order."""
+        """The clip of a number that counts through epochs, each in another order."""
         clips = self.data.items
         epoch, place = divmod(index, len(clips))
         order = np.random.default_rng([self.options.seed, 0, epoch])
         return clips[order.permutation(len(clips))[place]]
 
     def held_out_loss(self) -> float:
-        """The mean loss of the held-out clips, always with the same noise and sigmas."""
+        """The mean loss of the held-out clips, with fixed noise and sigmas."""
         clips, seed, losses = self.data.held_out, self.options.seed, []
         count = max(len(clips), 8)
         for n in range(count):
@@ -368,7 +368,7 @@ class Trainer:
 
     @cached_property
     def samples(self) -> list[Job]:
-        """Clips of the most common size, with fixed seeds; none with reference clips."""
+        """Clips of the most common size, with fixed seeds; none with references."""
         o, clips = self.options, self.data.items
         if clips[0].reference or not o.sample_every:
             return []
@@ -419,7 +419,7 @@ class Trainer:
         save_losses(self.folder, self.history)
 
     def metadata(self) -> dict[str, str]:
-        """What the adapter's file says about itself; alpha is the rank: a scale of 1."""
+        """What the adapter's file says about itself; alpha is the rank: scale 1."""
         o, version = self.options, self.pipe.checkpoint.model_version
         found = {"format": "pt", "rank": str(o.rank), "alpha": str(o.rank)}
         found |= {"base_model": self.base, "model_version": version}
@@ -430,7 +430,7 @@ class Trainer:
         return found
 
     def config(self) -> dict[str, Any]:
-        """How the adapter was made; an upload does not tell where files were."""
+        """How the adapter was made; an upload has no paths of files."""
         o = self.options
         layers = {"rank": o.rank, "scale": 1.0, "dropout": 0.0, "keys": self.endings}
         return {

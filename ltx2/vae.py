@@ -66,8 +66,8 @@ computing: deque[mx.array] = deque()
 
 
 def materialize(x: mx.array) -> mx.array:
-    """A copy that is being evaluated: a slice keeps its parent's buffer, a lazy array its
-    graph. A GPU computes one while the next is prepared: each needs workspace."""
+    """A copy that is being evaluated: a slice keeps its parent's buffer, a lazy array
+    its graph. A GPU computes one while the next is prepared: each needs workspace."""
     x = mx.contiguous(x)
     mx.async_eval(x)
     computing.append(x)
@@ -92,7 +92,7 @@ def frames_at_once(pixels: int) -> int:
 
 
 def few_frames(frames: Chunks) -> Chunks:
-    """As many frames together as pays."""
+    """As many frames together as is fastest."""
     first = next(frames, None)
     if first is None:
         return

@@ -46,7 +46,7 @@ class FolderConfig:
 
 @dataclass(kw_only=True)
 class Checkpoint(FolderConfig):
-    """A model as its headers and its configuration describe it; nothing is read yet."""
+    """A model as its headers and configuration describe it; no weights are read yet."""
 
     kind_assumed: bool = False  # neither chosen nor in the file's name
     problems: Sequence[parts.Problem] = ()
@@ -85,7 +85,7 @@ class Checkpoint(FolderConfig):
     components = property(lambda self: list(self.parts))
 
     def require(self, *names: str) -> None:
-        """Raise UserError for parts that this model does not have."""
+        """UserError for parts that this model does not have."""
         missing = [name for name in names if name not in self.parts]
         if missing:
             problems = [text for held, text in self.problems if held & {*missing}]
@@ -94,7 +94,7 @@ class Checkpoint(FolderConfig):
             raise UserError(f"{text} that holds all files, or --part NAME=FILE")
 
     def check(self, *names: str) -> None:
-        """UserError for missing components, or ones that do not match; by headers."""
+        """UserError for components that are missing or do not fit, by headers alone."""
         self.require(*names)
         for name in names:
             self.build(name, self.shapes(name))
@@ -106,7 +106,7 @@ class Checkpoint(FolderConfig):
             raise UserError(f"parts of different models: latent channels are {sizes}")
 
     def encoder(self, name: Optional[str] = None) -> str:
-        """The text encoder to use: the model's, or `name` if that is possible."""
+        """The text encoder to use: the model's own, or `name` if it is usable."""
         if self.version >= GEMMA_4 and name not in (None, self.text_encoder):
             own = f"LTX-2 {self.model_version} has its own Gemma 4"
             raise UserError(f"{own} and cannot use {name}: remove --text-encoder")
@@ -268,7 +268,7 @@ def converted(files: list[File], chosen: Parts) -> Checkpoint:
 
 
 def shard_names(name: str, count: int) -> Iterator[str]:
-    """Names of `count` files of a component."""
+    """The names of a component's `count` files."""
     for i in range(count):
         shard = f"-{i + 1:05d}-of-{count:05d}" if count > 1 else ""
         yield f"{name}{shard}.safetensors"
@@ -350,14 +350,14 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
 
 
 def fetch_text_encoder(name: str) -> Path:
-    """The folder of a text encoder in Hugging Face's layout, downloaded if needed."""
+    """The folder of a text encoder in Hugging Face layout, downloaded if needed."""
     files = text_encoder_files(name)
     hub.fetch_all(files)
     return files[0].path.parent
 
 
 def decode_fp8(weights: Weights, names: Iterable[str]) -> Weights:
-    """Official fp8 layers times weight_scale as bfloat16; activations are not fp8."""
+    """Official fp8 layers times weight_scale, as bfloat16; activations are not fp8."""
     for name in names:
         w = mx.from_fp8(weights[name], mx.float32)
         scale = weights.pop(f"{name}_scale", mx.array(1.0))
@@ -369,7 +369,7 @@ def decode_fp8(weights: Weights, names: Iterable[str]) -> Weights:
 
 
 def save_arrays(path: str | Path, arrays: Weights, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, which takes its name when it is complete."""
+    """Write a safetensors file; it gets its name when it is complete."""
     with media.workspace(path) as folder:
         file = Path(folder, "arrays.safetensors")
         try:

@@ -61,7 +61,7 @@ class Window:
 
 
 def divide(num_frames: int, chunk: int, carry: int, blend: int) -> list[Window]:
-    """The windows of a video: full ones of `chunk` frames, and one of what is left."""
+    """The windows of a video: full ones of `chunk` frames, and one of the rest."""
     if num_frames <= chunk:
         return [Window(0, num_frames)]
     lengths = [latents.latent_frames(n) for n in (num_frames, chunk, carry)]
@@ -241,7 +241,7 @@ class Slice(Whole):
         return mx.concatenate([self.plane(before), made], axis=1)
 
     def seeds(self, before: Streams) -> mx.array:
-        """Initial latents of its keyframes: the nearest of its start."""
+        """Initial latents of its keyframes: the nearest ones at its start."""
         nearest = [round(place / TIME_SCALE) for place in self.slots]
         return self.cut(before)[:, mx.array(nearest)]
 

@@ -33,7 +33,7 @@ class Conv(NamedTuple):
 
 
 def video_convs(vae: VideoVAE, size: Size, half: str, frames: int) -> Iterator[Conv]:
-    """The convolutions of half a video VAE; `frames` is how many are encoded."""
+    """The convolutions of half a video VAE; `frames` are encoded."""
     up, model, patch = half == "decoder", vae[half], vae.config.patch_size
     (total, rows, columns), at_once = size.latent, LATENTS_PER_CHUNK
     if not up:
@@ -67,7 +67,7 @@ def video_convs(vae: VideoVAE, size: Size, half: str, frames: int) -> Iterator[C
 
 
 def counted(weights: Weights, places: Mapping[str, float]) -> float:
-    """Operations of weights; each is used as often as the first pattern in its name says."""
+    """Operations of weights, each used as often as its first matching pattern says."""
     total = 0.0
     for key, w in weights.items():
         if w.ndim > 1 and key.endswith("weight"):
