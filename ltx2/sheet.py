@@ -59,24 +59,21 @@ class Sheet:
             sheet.paste(image, (x, y))
             pen.text((x, y + height + 2), f"{seconds:.2f} s", INK, font)
         if lanes:
-            peak = draw_sound(pen, waveform, rate, across, below)
+            peak = draw_sound(pen, waveform, across, below)
             level = f"peak {20 * np.log10(peak):.0f} dB" if peak else "silent"
             text = f"{len(waveform) / rate:.2f} s of sound, {level}"
             pen.text((GAP, sheet.height - GAP - LABEL + 2), text, INK, font)
         return np.asarray(sheet)
 
 
-def draw_sound(pen: Any, sound: np.ndarray, rate: int, width: int, top: int) -> float:
-    """Each channel in a lane from `top` on, by the extremes of every 20 ms (the period
-    of the lowest tones) or pixel; returns the peak, which is as high as a lane."""
+def draw_sound(pen: Any, sound: np.ndarray, width: int, top: int) -> float:
+    """Each channel in a lane from `top` on, by its extremes in each column of pixels;
+    returns the peak, which is as high as a lane."""
     peak = float(np.abs(sound).max(initial=0))
-    bars = np.arange(min(width, len(sound) * 50 // rate + 1))
-    first = bars * len(sound) // len(bars)
-    left = GAP + bars * width // len(bars)
-    right = np.append(left[1:], GAP + width) - 1
+    first = np.arange(width) * len(sound) // width
     for n, wave in enumerate(sound.T):
         middle, scale = top + (n + 0.5) * LANE, (LANE / 2 - 2) / max(peak, 1e-9)
         heights = (middle - scale * f.reduceat(wave, first) for f in (np.fmax, np.fmin))
-        for x0, x1, y0, y1 in zip(left, right, *heights):
-            pen.rectangle((x0, y0, x1, y1), WAVE)
+        for x, (y0, y1) in enumerate(zip(*heights), GAP):
+            pen.rectangle((x, y0, x, y1), WAVE)
     return peak
