@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Iterator, NamedTuple, Optional
 
 import mlx.core as mx
 
-from .base import LOG, Parser, UserError, dtype_name, run, table
+from .base import LOG, Parser, PathName, UserError, dtype_name, run, table
 from .guards import LARGEST, USUAL_CONTRAST, USUAL_LEVEL, USUAL_STD
 from .options import check_range
 
@@ -363,7 +363,8 @@ def parser() -> argparse.ArgumentParser:
     checks.add_parser("probe", parents=[model], help=text, aliases=["known"])
 
     d = checks.add_parser("device", help="this machine: kernels, rates, memory, disk")
-    d.add_argument("--folder", default=".", help="its disk is measured (default: .)")
+    text = "its disk is measured (default: .)"
+    d.add_argument("--folder", type=PathName, default=".", help=text)
     return p
 
 

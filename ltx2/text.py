@@ -226,7 +226,8 @@ def _for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
         text["rope_scaling"] = {"rope_type": "linear", "factor": full.get("factor", 1)}
         text["rope_theta"] = full["rope_theta"]
         text["rope_local_base_freq"] = local["rope_theta"]
-    if how := text.get("quantization"):  # layers that are quantized in another way
+    how = text.get("quantization") or text.get("quantization_config") or {}
+    if how and "quant_method" not in how:  # MLX's; it has layers in another format, too
         name = lambda key: f"model.{text_name(key)}" if text_name(key) else key
         text["quantization"] = {name(key): value for key, value in how.items()}
     return text
