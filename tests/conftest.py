@@ -53,6 +53,17 @@ def usb_disk() -> Callable[[Path], None]:
     return add
 
 
+@pytest.fixture
+def in_step(monkeypatch) -> None:
+    """MLX waits for each operation, so that peaks of memory do not depend on how busy the
+    computer is: at other times up to ten wait for their turn, with all their arrays."""
+    before = mx.set_memory_limit(1)
+    monkeypatch.setattr(mx, "set_memory_limit", lambda limit: before)
+    yield
+    monkeypatch.undo()
+    mx.set_memory_limit(before)
+
+
 class QuickVocoder:
     """Replaces the vocoder, which is slow, in tests that do not look at the waveform."""
 

@@ -442,6 +442,7 @@ def test_an_upsampler_is_part_of_the_source(check, checkpoint, tmp_path):
 
 
 @pytest.mark.cpu
+@pytest.mark.usefixtures("in_step")
 def test_tensors_are_compared_one_at_a_time(checkpoint, tmp_path):
     source = weights.open_model(str(checkpoint("ltx-2")))
     Conversion(source).write(tmp_path / "model")

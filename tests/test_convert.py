@@ -198,6 +198,7 @@ def test_large_components_are_sharded(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.cpu
+@pytest.mark.usefixtures("in_step")
 def test_one_tensor_is_in_memory_at_a_time(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(rounding.PIECE, mx.cpu, 1 << 12)
     source = weights.open_model(str(checkpoint("ltx-2.3")))

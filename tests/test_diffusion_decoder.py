@@ -96,6 +96,7 @@ def test_groups_of_queries_give_the_same_as_one(source, monkeypatch):
 
 
 @pytest.mark.cpu
+@pytest.mark.usefixtures("in_step")
 @pytest.mark.parametrize("keyframes", [False, True])
 def test_memory_does_not_grow_with_the_clip(keyframes):
     block = Block(16, 16, (5, 3, 3))

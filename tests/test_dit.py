@@ -232,6 +232,7 @@ def test_no_operation_takes_seconds_at_67000_tokens(monkeypatch):
 
 
 @pytest.mark.cpu
+@pytest.mark.usefixtures("in_step")
 def test_timesteps_by_token_take_no_memory():
     """As with an image, whose tokens have their own: AdaLN's rows are not copied."""
     x, rows = mx.random.normal((1, 4096, 64)), mx.random.normal((3, 64))

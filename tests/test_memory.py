@@ -149,6 +149,7 @@ def test_all_phases_of_the_demo_are_predicted():
     assert_predicted(pipe, Request("a", seed=1, num_frames=9, sigmas=(1.0, 0.0)))
 
 
+@pytest.mark.usefixtures("in_step")
 def test_memory_does_not_grow_with_the_number_of_windows(load):
     pipe = load("ltx-2.5")
     options = {"height": 128, "width": 192, "stages": "one", "no_audio": True}
@@ -169,6 +170,7 @@ def test_memory_does_not_grow_with_the_number_of_windows(load):
     assert ten < 1.05 * two
 
 
+@pytest.mark.usefixtures("in_step")
 def test_blocks_are_streamed_if_they_do_not_fit(load, request_, monkeypatch):
     pipe = load("ltx-2.3", transformer={"num_layers": 16})
     job = pipe.plan(request_(no_audio=True))

@@ -166,10 +166,11 @@ def test_the_first_latent_is_one_frame_and_each_other_eight(model, frames):
 
 
 @pytest.mark.cpu
+@pytest.mark.usefixtures("in_step")
 def test_memory_does_not_grow_with_the_clip(model):
     def peak(frames):
         latents, noise = draw(model, frames)
-        mx.eval(latents, noise)
+        mx.eval(model.parameters(), latents, noise)
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         for _ in model.decode_stream(latents, **noise):
@@ -213,8 +214,10 @@ def test_a_latent_does_not_depend_on_later_frames(model):
 
 
 @pytest.mark.cpu
+@pytest.mark.usefixtures("in_step")
 def test_encoding_memory_does_not_grow_with_the_clip(model):
     def peak(chunks):
+        mx.eval(model.parameters())
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         for _ in model.encode_stream(iter([video(1)] + [video(8)] * chunks)):
