@@ -133,7 +133,7 @@ def test_the_short_answers_are_those_of_the_tables():
     small = {("LTX-2 19B", "draft"), ("LTX-2.3 22B", "no"), ("LTX-2.5 22B", "?")}
     assert {(row[0], row[at]) for row in memory} == small
     assert {cell for row in memory for cell in row[at + 1 :]} == {"streamed", "yes"}
-    assert f"downloads {memory[0][2]} GB" in text
+    assert f"download {memory[0][2]} GB" in text
     for chip in ("M4", "M4 Max"):
         at = macs.HEADS[1].index(chip)
         full, draft = (
