@@ -15,6 +15,7 @@ from fake_hub import fake_hub  # noqa: F401 (a fixture)
 from safetensors import safe_open
 
 from ltx2 import pipeline
+from ltx2.text import TextConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -26,7 +27,18 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--gpu", action="store_true", help=text)
 
 
+# Files that take longest come first: with `-n 2 --dist loadfile`, one that begins last
+# would leave a core idle. (Else xdist begins with those of the most tests.)
+FIRST = "readme parallel runs memory convert training demo hdr checks reference".split()
+
+
+def pytest_collection_modifyitems(items) -> None:
+    order = {f"test_{name}": n for n, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 def pytest_configure(config) -> None:
+    config.option.loadscopereorder = False  # of xdist
     if config.getoption("--gpu"):
         if not mx.is_available(mx.gpu):
             raise pytest.UsageError("--gpu: MLX has no GPU here")
@@ -76,6 +88,22 @@ class QuickVocoder:
 @pytest.fixture
 def quick_vocoder(monkeypatch) -> None:
     monkeypatch.setattr(pipeline.Pipeline, "vocoder", QuickVocoder())
+
+
+def some_contexts(pipe, prompts, trace=None):
+    """Short random contexts, which depend on the length of the prompt."""
+    c, found = TextConfig.from_dict(pipe.checkpoint.config["transformer"]), {}
+    for prompt in prompts:
+        key = mx.random.key(len(prompt))
+        shapes = [(1, 64, heads * dim) for heads, dim in (c.video, c.audio)]
+        found[prompt] = tuple(mx.random.normal(shape, key=key) for shape in shapes)
+    return found
+
+
+@pytest.fixture
+def quick_text(monkeypatch) -> None:
+    """Replaces the text encoder in tests that do not look at what a prompt does."""
+    monkeypatch.setattr(pipeline.Pipeline, "encode_prompts", some_contexts)
 
 
 @pytest.fixture(scope="session")

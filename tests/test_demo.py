@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from test_pipeline import latents_of
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -21,6 +22,7 @@ from demo import data  # noqa: E402
 from demo.judge import judge, pan_track, read_mp4  # noqa: E402
 from ltx2 import pipeline  # noqa: E402
 from ltx2.base import UserError  # noqa: E402
+from ltx2.request import Request  # noqa: E402
 
 SCENES = [
     ("circle", "red", "right", "low"),
@@ -99,13 +101,14 @@ def test_a_guided_run_follows_its_prompt(prompts, tmp_path):
 
 def test_clips_are_equal_if_and_only_if_their_seeds_are(prompts):
     pipe, prompt = pipeline.load(str(DEMO), dtype="float32"), prompts[0][1]
-    options = dict(contexts=pipe.encode_prompts([prompt]), no_audio=True)
+    contexts, options = pipe.encode_prompts([prompt]), {"sigmas": (1.0, 0.5, 0.0)}
     first, again, other = (
-        pipe.generate(prompt, seed=seed, sigmas=(1.0, 0.5, 0.0), **options)
+        latents_of(pipe, Request(prompt, seed=seed, **options), contexts=contexts)
         for seed in (1000, 1000, 1001)
     )
-    assert mx.array_equal(again.video_latents, first.video_latents)
-    assert not mx.allclose(other.video_latents, first.video_latents, atol=0.1)
+    for name in ("video", "audio"):
+        assert mx.array_equal(again[name], first[name])
+        assert not mx.allclose(other[name], first[name], atol=0.1)
 
 
 def test_audio_only_has_the_right_pitch(prompts):

@@ -52,8 +52,7 @@ def test_loss_and_gradients_are_those_of_the_pytorch_description(batches):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-4 * largest), name
 
 
-@pytest.mark.parametrize("streams", ["both", "held first frame", "sound held", "alone"])
-def test_batches_hold_first_frames_and_sound_and_drop_streams(batches, streams):
+def test_batches_hold_first_frames_and_sound_and_drop_streams(batches):
     kinds = set()
     for seed in range(40):
         video, audio = batches.draw(np.random.default_rng(seed), np.arange(2)).tokens
@@ -62,7 +61,7 @@ def test_batches_hold_first_frames_and_sound_and_drop_streams(batches, streams):
             kinds.add("held first frame")
         if audio and audio.sigma.item() == 0:
             kinds.add("sound held")
-    assert streams in kinds
+    assert kinds == {"both", "held first frame", "sound held", "alone"}
 
 
 def test_new_weights_learn(batches):

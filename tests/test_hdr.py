@@ -205,10 +205,11 @@ def test_an_mp4_is_hlg_with_its_exr_frames_beside_it(
 
 
 @pytest.fixture(scope="module")
-def pipe_2_3(checkpoint):
+def pipe_2_3(checkpoint, tmp_path_factory):
     files = (str(checkpoint(n)) for n in ("ltx-2.3", "gemma3", "spatial-x2"))
     model, encoder, upsampler = files
-    return pipeline.load(model, encoder, "distilled", "float32", [upsampler])
+    kept = {"cache_contexts": tmp_path_factory.mktemp("contexts")}
+    return pipeline.load(model, encoder, "distilled", "float32", [upsampler], **kept)
 
 
 NAME_2_3 = "ltx-2.3-22b-ic-lora-hdr-0.9.safetensors"

@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def packages(*trees: ast.AST) -> set[str]:
     return {name.split(".")[0] for tree in trees for name in imports(tree)}
 
 
+@functools.cache
 def parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text())
 

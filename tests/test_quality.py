@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import QuickVocoder
 from test_look import Page
 
 from ltx2 import checks, pipeline, quality, weights
@@ -17,6 +18,14 @@ from ltx2.pipeline import Pipeline
 from ltx2.quantization import layers, quantization, recipe
 
 SIZE = {"height": 64, "width": 64, "num_frames": 9}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_sound():
+    """As `quick_vocoder`, for the whole file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pipeline, "vocoder", QuickVocoder())
+        yield
 
 
 @pytest.fixture(scope="module")

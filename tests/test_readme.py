@@ -271,7 +271,7 @@ def test_the_first_commands_make_clips_and_their_image(tmp_path):
 
 
 @pytest.mark.parametrize("command", GENERATE[2:], ids=lambda c: c[19:60])
-def test_generate(command, folder, saved, checkpoint, request, capsys):
+def test_generate(command, folder, saved, checkpoint, quick_text, request, capsys):
     if command == SAVES:  # has been run
         names = {f"kept{end}" for end in SAVED}
         assert names <= {path.name for path in saved.iterdir()}
@@ -289,9 +289,12 @@ def test_generate(command, folder, saved, checkpoint, request, capsys):
 
 
 @pytest.mark.parametrize("command", TRAIN)
-def test_train(command, folder, checkpoint, tmp_path, capsys):
+def test_train(
+    command, folder, checkpoint, quick_text, quick_vocoder, tmp_path, capsys
+):
     model, encoder = (str(checkpoint(n)) for n in ("ltx-2", "gemma3"))
     extra = ["--model", model, "--text-encoder", encoder, "--iters", "2"]
+    extra += ["--kind", "distilled"]  # samples have few steps
     extra += ["--adapter-path", str(tmp_path / "my-lora"), "--resolution", "64x64x9"]
     run(train, command, extra, folder)
     assert "wrote" in capsys.readouterr().out

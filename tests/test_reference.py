@@ -52,11 +52,12 @@ def load(tmp_path_factory):
     shapes |= vocoder(sections["vocoder"])
     save(folder / "audio-vae.safetensors", shapes, 0, metadata)
     upsamplers = [str(V14 / "model" / f"{axis}-x2.safetensors") for axis in AXES]
-    pipes = {}
+    pipes, kept = {}, {"cache_contexts": folder.parent / "contexts"}
 
     def get(kind):
         if kind not in pipes:
-            pipes[kind] = pipeline.load(folder, None, kind, "float32", upsamplers)
+            files = folder, None, kind, "float32", upsamplers
+            pipes[kind] = pipeline.load(*files, **kept)
         return pipes[kind]
 
     return get

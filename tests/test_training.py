@@ -30,9 +30,7 @@ from ltx2.conversion import OFFICIAL, quant_predicate
 from ltx2.gradients import Trainee, make_example
 from ltx2.linear import quantize
 from ltx2.lora import Lora, attach
-from ltx2.pipeline import Pipeline
 from ltx2.sampling import DISTILLED_SIGMAS
-from ltx2.text import TextConfig
 
 TRAIN = HERE / "golden" / "train"
 CASES = (
@@ -386,23 +384,12 @@ def cache(tmp_path_factory):
 probe_once = functools.cache(media.probe)
 
 
-def some_contexts(pipe, prompts, trace=None):
-    """Random ones, which take no time: test_dataset and test_readme have the encoder's."""
-    c, found = TextConfig.from_dict(pipe.checkpoint.config["transformer"]), {}
-    for prompt in prompts:
-        key = mx.random.key(len(prompt))
-        shapes = [(1, 64, heads * dim) for heads, dim in (c.video, c.audio)]
-        found[prompt] = tuple(mx.random.normal(shape, key=key) for shape in shapes)
-    return found
-
-
 @pytest.fixture
-def run(checkpoint, clips, cache, monkeypatch, capsys, tmp_path):
+def run(checkpoint, clips, cache, quick_text, monkeypatch, capsys, tmp_path):
     """`run("--iters", "3", to="a")`: the folder of the adapter, and what was printed."""
 
     def call(*flags, to="adapter", model="ltx-2"):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(Pipeline, "encode_prompts", some_contexts)
         monkeypatch.setattr(media, "probe", probe_once)
         argv = ["train.py", "--model", str(checkpoint(model)), "--data", str(clips)]
         if model != "ltx-2.5":  # which has its own
