@@ -159,8 +159,7 @@ class Resolver:
         if r.hdr_double_frames and (self.codes == "srgb" or frames_in(r.video)):
             raise UserError("hdr_double_frames needs an HDR adapter and an SDR clip")
         if r.hdr_keyframes is not None and not self.makes_light:
-            made = "HDR of an SDR clip"
-            raise UserError(f"hdr_keyframes needs an adapter that makes {made}")
+            raise UserError("hdr_keyframes needs an HDR adapter and an SDR clip")
         if r.hdr_keyframes and r.generated_keyframes:
             raise UserError("generated_keyframes needs hdr_keyframes turned off")
 
@@ -390,6 +389,7 @@ class Resolver:
             f"{clip.width}x{clip.height} resized and {cut} to {width}x{height}": new,
             f"{float(clip.fps):g} fps changed to {fps:g}": other_rate,
             f"{frames} of {there} frames are read (8k+1)": frames != there,
+            f"extended by {(total - frames) / fps:.2f} s (8k frames)": r.extend,
             "it has no sound, so none is given to the adapter": silent,
         }
         self.notes += [f"{r.video}: {text}" for text, true in changes.items() if true]

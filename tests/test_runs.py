@@ -291,7 +291,9 @@ def test_an_extension_costs_what_is_new(
     job, shown = pipe.plan(request), []
     lengths = [33, 25] if seconds > 0 else [41]  # 24 frames are new
     assert [stage.size.num_frames for stage in job.stages] == lengths
-    assert f"only its {'last' if seconds > 0 else 'first'} 17 frames" in job.notes[0]
+    extended, seen = job.notes
+    assert "extended by 1.00 s" in extended  # 24 frames
+    assert f"only its {'last' if seconds > 0 else 'first'} 17 frames" in seen
     for event in pipe.stream(job, contexts=contexts):
         shown += [] if event.frames is None else [*event.frames]
     assert len(shown) == 65
