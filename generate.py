@@ -133,7 +133,7 @@ def main() -> None:
     if args.recorded and made.reference != REFERENCE:
         rules = f"rules of an earlier reference than {REFERENCE}"
         print(f"note: {args.recorded} follows the {rules}: the result may differ")
-    names = name_outputs(args, [job.request for job in jobs], say=True)  # HDR, perhaps
+    names = name_outputs(args, [job.request for job in jobs], say=True)  # HDR, maybe
     for line in dict.fromkeys(line for job in jobs for line in job.notes):
         print(f"note: {line}")
     print(describe(pipe, jobs[0]))
@@ -179,7 +179,7 @@ def make(pipe: Any, jobs: list, names: list[str], resume: Any, args: Any) -> Non
                 latents = path == next_to(output, LATENTS)
                 if path.exists() and (args.save_latents or not latents):
                     print(f"wrote {path}")
-        next(events, None)  # the last file is written, too
+        next(events, None)  # tells that the last file is written, too
     seconds, peaks = zip(*result.phases.values())
     phases = result.phases | {"all": (sum(seconds), max(peaks))}
     rows = [(k, round(s, 3), round(n / 1e9, 3)) for k, (s, n) in phases.items()]
@@ -198,7 +198,7 @@ def init_distributed() -> Any:
 
 
 def from_recording(args: Any, passed: dict[str, Any]) -> tuple[dict, Any, Any, Any]:
-    """What an earlier video or saved latents give: load, request, snapshot, record."""
+    """What is repeated or resumed: load options, request, snapshot, record."""
     several = args.recorded or args.config or args.prompts or args.num_videos > 1
     if args.resume and several:
         others = "--from, --config, --prompts, --num-videos"
@@ -243,7 +243,7 @@ def build_requests(
     if args.preview_every is not None:
         check_range("--preview-every", args.preview_every, 1, 1000)
     start = asdict(recorded) if recorded else {}
-    # What a passed option is instead of, and what is instead of it
+    # A passed option replaces recorded ones that it stands for, or that stand for it
     for field in fields(Request):
         others = field.metadata.get("instead_of", "").split()
         if field.name in passed:
@@ -275,18 +275,18 @@ def build_requests(
 
 
 def files_of(args: argparse.Namespace, r: Request) -> outputs.Files:
-    """What is written for each video."""
+    """The files that are written for each video."""
     kinds = {LATENTS: True, ".json": args.save_json, PREVIEW: args.preview_every}
     kinds = tuple(k for k, on in (kinds | {SHEET: args.save_sheet}).items() if on)
     return outputs.Files(kinds, args.codec, r.color_space or "srgb", r.audio_only)
 
 
 def name_outputs(args: Any, requests: list[Request], say: bool = False) -> list[str]:
-    """Names of the videos, none of them taken or an input, where all can be written."""
+    """Free names of the videos; UserError if one cannot be written or is an input."""
     r, files = requests[0], files_of(args, requests[0])
     suffix = ".wav" if r.audio_only else formats.FORMATS[args.codec or "h264"].suffix
     stem = (args.resume or "").removesuffix(LATENTS)
-    stem = stem if stem != args.resume else ""  # a resumed run has that of its latents
+    stem = stem if stem != args.resume else ""  # a resumed run's is its latents'
     output = args.output or (stem or "output") + suffix
     found = wanted = outputs.names(output, len(requests))
     if not args.overwrite:
@@ -372,10 +372,10 @@ class Progress:
                     latest.pop(event.job, None)
                     if len(self.names) > 1 and not self.args.save_latents:
                         next_to(self.names[event.job], LATENTS).unlink(missing_ok=True)
-        except base.OutputError:  # the same would come again
+        except base.OutputError:  # the same run would fail again
             advice = ""
             raise
-        finally:  # whatever has happened, also to who takes the events
+        finally:  # also if the caller that takes the events fails
             bar.close()
             for event in latest.values():
                 path = self.save_latents(event)

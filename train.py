@@ -80,7 +80,7 @@ def main() -> None:
         if args.plan:
             return
         if args.upload_repo:
-            hub.create_repository(args.upload_repo)  # fails now, not after the training
+            hub.create_repository(args.upload_repo)  # fails now, not after training
         if not args.no_caffeinate:
             awake()
         with memory.limits(plan):

@@ -226,7 +226,7 @@ def differences(
         path = key.removesuffix("weight")
         stored = [k for k in (key, f"{path}scales", f"{path}biases") if k in ours]
         w, stored = theirs.pop(key), [ours.pop(k) for k in stored]
-        mx.eval(w)  # before the others are read: laid out for MLX, it is there twice
+        mx.eval(w)  # before others are read: laid out for MLX, it is in memory twice
         how = quantization and layer_format(quantization, path.removesuffix("."))
         yield key, *check_tensor(stored, w, how)
         del w, stored
