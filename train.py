@@ -117,8 +117,8 @@ def describe(trainer: Any) -> str:
     o, data = trainer.options, trainer.data
     kept = "recomputed in" if trainer.by_block else "kept for"
     clips = o.batch_size * o.grad_accumulation_steps
-    counts = f"{len(data.items)} clips and {len(data.held_out)} held out"
-    steps = f"rank {o.rank}, {o.iters} steps of {clips} of {counts}"
+    counts = f"{clips} of {len(data.items)} clips each, {len(data.held_out)} held out"
+    steps = f"rank {o.rank}, {o.iters} steps with {counts}"
     return f"{trainer.base}: {steps}; activations are {kept} the backward pass"
 
 
