@@ -30,7 +30,6 @@ def is_set(options: Any, name: str) -> bool:
     return getattr(options, name) != type(options).__dataclass_fields__[name].default
 
 
-lower = str.lower  # argparse shows this name
 VALUES = {int: "N", float: "X", str: "TEXT", PathName: "FILE"}  # as --help names them
 
 
@@ -54,7 +53,8 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
         how |= {"action": "append"} if parsed or rules.get("repeat") else {}
         how |= {k: rules[k] for k in ("type", "metavar", "nargs") if k in rules}
         if "type" not in rules and "choices" in rules:
-            how |= {"choices": rules["choices"], "type": lower if kind is str else kind}
+            how["choices"] = rules["choices"]
+            how["type"] = str.lower if kind is str else kind
         elif kind in VALUES:
             how.setdefault("metavar", VALUES[kind])
         dashed, default, text = name.replace("_", "-"), field.default, rules["help"]

@@ -286,8 +286,9 @@ def text_encoder_files(name: str) -> list[File]:
         like = f"pass a folder or repository like {TEXT_ENCODER}"
         raise UserError(f"text encoder {name}: {what}: {like}")
     place = lambda sub: os.path.normpath(f"/{inner}/{sub}").strip("/")
-    read = lambda sub: hub.repository_files(repo, place(sub))
-    read = (lambda sub: hub.folder_files(folder / sub)) if folder.is_dir() else read
+    of_folder = lambda sub: hub.folder_files(folder / sub)
+    of_repository = lambda sub: hub.repository_files(repo, place(sub))
+    read = of_folder if folder.is_dir() else of_repository
     found, beside = read(""), "../tokenizer"
     has = lambda *names: {f.name.split("/")[-1] for f in found} & {*names}
     if not has("config.json"):
