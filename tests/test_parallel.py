@@ -106,7 +106,7 @@ def launch(ranks: int, *command: str):
         text=True,
         start_new_session=True,
     )
-    timer = threading.Timer(120, os.killpg, (launched.pid, signal.SIGKILL))
+    timer = threading.Timer(600, os.killpg, (launched.pid, signal.SIGKILL))
     timer.start()
     try:
         yield launched
@@ -137,7 +137,7 @@ def together_on_ring(ranks: int, folder: Path) -> None:
         )
         for rank in range(ranks)
     ]
-    assert [process.wait(timeout=200) for process in started] == [0] * ranks
+    assert [process.wait(timeout=600) for process in started] == [0] * ranks
 
 
 @pytest.fixture(scope="module")

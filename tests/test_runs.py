@@ -32,6 +32,7 @@ from ltx2.windows import extended
 
 SIZE = {"height": 64, "width": 96, "num_frames": 17}
 SHORT = SIZE | {"sigmas": (1.0, 0.5, 0.0)}
+QUICK = "--prompt", "a cat", "--sigmas", "1,0.5,0"
 
 
 @pytest.fixture(scope="module")
@@ -479,7 +480,7 @@ def test_an_enhanced_prompt_depends_on_the_seed(checkpoint):
 
 
 def test_an_mp4_is_regenerated_from_its_metadata(command, tmp_path):
-    command("--prompt", "a cat", "--seed", "5", "--save-latents", "--save-json")
+    command(*QUICK, "--seed", "5", "--save-latents", "--save-json")
     recorded = media.read_metadata(tmp_path / "output.mp4")
     assert recorded["request"]["prompt"] == "a cat" and recorded["load"]["dtype"]
     assert all(v.split(":")[1] for v in recorded["model"]["files"].values())
@@ -501,7 +502,7 @@ def test_an_mp4_is_regenerated_from_its_metadata(command, tmp_path):
     ],
 )
 def test_a_contact_sheet_is_next_to_each_output(command, names, flags, height):
-    said = command("--prompt", "a cat", "--sigmas", "1,0.5,0", "--save-sheet", *flags)
+    said = command(*QUICK, "--save-sheet", *flags)
     for name in names:
         sheet = f"{name.split('.')[0]}-sheet.png"
         assert f"wrote {sheet}" in said
@@ -509,7 +510,7 @@ def test_a_contact_sheet_is_next_to_each_output(command, names, flags, height):
 
 
 def test_earlier_files_stay_and_all_new_ones_are_said(command, tmp_path):
-    flags = "--prompt", "a cat", "--sigmas", "1,0.5,0", "--save-json", "--output"
+    flags = *QUICK, "--save-json", "--output"
     first = command(*flags, "new/a.mp4", "--seed", "3", "--preview-every", "1")
     assert "wrote new/a.mp4 (seed 3)" in first
     for name in ("a.json", "a.preview.png"):
@@ -530,7 +531,7 @@ def test_earlier_files_stay_and_all_new_ones_are_said(command, tmp_path):
 
 
 def test_progress_is_on_stderr(command, tmp_path):
-    flags = "--prompt", "a cat", "--preview-every", "1", "--sigmas", "1,0.5,0"
+    flags = *QUICK, "--preview-every", "1"
     flags += "--cache-contexts", str(tmp_path / "none")  # so that the text is encoded
     shown = []
     base.run(lambda: shown.append(command(*flags, "--open")))
@@ -542,7 +543,7 @@ def test_progress_is_on_stderr(command, tmp_path):
 
 
 def test_a_recording_of_an_earlier_reference_is_said(command, tmp_path):
-    command("--prompt", "a cat")
+    command(*QUICK)
     path = tmp_path / "output.mp4"
     again = "--from", "output.mp4", "--output", "again.mp4", "--plan"
     assert "earlier reference" not in command(*again)
@@ -560,7 +561,7 @@ def test_a_video_names_files_without_their_paths(command, tmp_path):
     image = tmp_path / "private" / "cat.png"
     image.parent.mkdir()
     media.save_png(image, np.random.default_rng(0).integers(0, 255, (64, 96, 3), "u1"))
-    flags = ("--prompt", "a cat", "--image", str(image))
+    flags = (*QUICK, "--image", str(image))
     command(*flags, "--save-json")
     recorded = media.read_metadata("output.mp4"), json.loads(read_text("output.json"))
     at = lambda x, path: functools.reduce(lambda x, k: x[k], path, x)
@@ -826,7 +827,7 @@ def test_noise_of_another_shape_is_an_error(pipe, contexts):
 
 def test_a_part_of_another_file_is_used_and_recorded(command, checkpoint, tmp_path):
     vae = str(checkpoint("ltx-2", 1))
-    command("--prompt", "a cat", "--part", f"vae={vae}", "--save-json")
+    command(*QUICK, "--part", f"vae={vae}", "--save-json")
     made = json.loads((tmp_path / "output.json").read_text())
     assert made["load"]["parts"] == {"vae": vae}
     command("--from", "output.json", "--trust", "--output", "again.mp4", small=False)
@@ -848,7 +849,7 @@ def test_ctrl_c_saves_the_latents(command, monkeypatch, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["output.latents.safetensors"]
     monkeypatch.setattr(generate.Progress, "save_preview", step)
     latents = "output.latents.safetensors"
-    command("--prompt", "a cat")  # does not replace the latents
+    command(*QUICK)  # does not replace the latents
     assert (tmp_path / "output-2.mp4").exists()
     # The video takes the name of its latents, unless another one is passed.
     assert "wrote output.mp4" in command("--resume", latents, small=False)
@@ -862,7 +863,7 @@ def test_a_full_disk_keeps_the_latents(command, monkeypatch, tmp_path):
 
     monkeypatch.setattr(formats.VideoWriter, "write", full)
     with pytest.raises(OSError):
-        command("--prompt", "a cat")
+        command(*QUICK)
     assert [p.name for p in tmp_path.iterdir()] == ["output.latents.safetensors"]
 
 
@@ -957,7 +958,7 @@ def test_an_invalid_video_is_not_written(command, monkeypatch, tmp_path):
     flat = lambda self, x, **_: iter([mx.zeros((1, 9, 64, 96, 3))])
     monkeypatch.setattr("ltx2.vae.VideoVAE.decode_stream", flat)
     with pytest.raises(OutputError, match="flat image.*expected"):
-        command("--prompt", "a cat")
+        command(*QUICK)
     assert (tmp_path / "output.mp4").read_text() == "earlier"
     assert (tmp_path / "output-2.latents.safetensors").exists()
 
