@@ -113,7 +113,7 @@ def test_above_30_frames_per_second_the_model_is_told_60():
 
 
 def test_a_temporal_round_doubles_the_frame_rate_not_the_duration(
-    load, checkpoint, quick_vocoder, monkeypatch, tmp_path, capsys
+    load, checkpoint, quick_text, quick_vocoder, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tqdm.tqdm.display", lambda *a, **k: None)

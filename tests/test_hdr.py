@@ -593,7 +593,9 @@ def test_the_autoencoder_sees_exr_files_as_acescct(tmp_path, space):
     assert 0.4 < codes.mean() < 0.8
 
 
-def test_an_exr_image_starts_an_hdr_video_of_a_plain_model(pipe, tmp_path):
+def test_an_exr_image_starts_an_hdr_video_of_a_plain_model(
+    pipe, quick_text, quick_vocoder, tmp_path
+):
     write_exr(tmp_path / "a", light(1, 64, 64), "acescg")
     image = str(tmp_path / "a" / "frame_00000.exr")
     options = {"height": 64, "width": 64, "num_frames": 9, "stages": "one"}
@@ -601,13 +603,13 @@ def test_an_exr_image_starts_an_hdr_video_of_a_plain_model(pipe, tmp_path):
     job = pipe.plan(r)
     assert job.codes == "acescct" and job.streams == ("video", "audio")
     assert not any(stage.slots for stage in job.stages)
-    result = pipe.generate(r)
+    result = pipe.generate(replace(r, sigmas=(1.0, 0.5, 0.0)))
     assert result.frames.dtype == np.float32 and result.frames.shape == (9, 64, 64, 3)
     assert result.waveform is not None
 
 
 def test_a_folder_of_exr_frames_is_a_reference_or_is_changed(
-    pipe, request_for, tmp_path
+    pipe, request_for, quick_text, quick_vocoder, tmp_path
 ):
     write_exr(tmp_path / "clip", light(9, 52, 74), "srgb_linear")
     clip = {"video": str(tmp_path / "clip"), "color_space": "srgb_linear"}
@@ -619,7 +621,8 @@ def test_a_folder_of_exr_frames_is_a_reference_or_is_changed(
     with pytest.raises(UserError, match="have no frame rate: pass fps"):
         pipe.plan(replace(shown, fps=None))
     retake = {"retake": (0.1, 0.3), "retake_streams": ("video",), "fps": 24.0}
-    result = pipe.generate(Request("a cat", seed=10, stages="one", **clip, **retake))
+    retake |= {"sigmas": (1.0, 0.5, 0.0), "stages": "one"}
+    result = pipe.generate(Request("a cat", seed=10, **clip, **retake))
     assert result.frames.dtype == np.float32
 
 

@@ -93,7 +93,7 @@ TWO = {"layout-to-render", "lipdub", "dubit", "hdr"}  # adapters of two stages
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_every_official_adapter_makes_a_clip(pipe, adapter, tmp_path, name):
+def test_every_official_adapter_makes_a_clip(pipe, adapter, quick_text, tmp_path, name):
     """The clip's sides do not suit the model: they are padded, and cut back."""
     save_clip(tmp_path / "odd.mkv", FRAMES[:9, :52, :74], 24)
     options = {"loras": (adapter(f"{name}-1.0"),), "sigmas": (1.0, 0.5, 0.0)}
@@ -154,7 +154,7 @@ def test_frames_after_the_end_of_a_reference_repeat_its_last(pipe, adapter, clip
     assert all(np.array_equal(frame, FRAMES[16]) for frame in frames[8:])
 
 
-def test_what_is_cut_off_is_not_heard(pipe, adapter, clip, quick_vocoder):
+def test_what_is_cut_off_is_not_heard(pipe, adapter, clip, quick_text, quick_vocoder):
     loras = (adapter("refine-details-1.0"),)
     request = Request("a", seed=10, video=clip, loras=loras, sigmas=(1.0, 0.0))
     *_, result = pipe.stream(request)
@@ -216,7 +216,7 @@ def test_alpha_gen_uses_a_dev_model_without_guidance(load, adapter, clip):
         dev.plan(guided)
 
 
-def test_a_mov_of_a_matte_has_the_clip_as_color(load, adapter, tmp_path):
+def test_a_mov_of_a_matte_has_the_clip_as_color(load, adapter, quick_text, tmp_path):
     save_clip(tmp_path / "odd.mkv", FRAMES[:9, :52, :74] // 2, 24)
     dev = load("ltx-2.5", "dev")
     options = {"video": str(tmp_path / "odd.mkv"), "sigmas": (1.0, 0.0)}
