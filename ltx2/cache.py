@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
@@ -25,12 +24,7 @@ def read_contexts(path: str | Path) -> tuple[Optional[mx.array], ...]:
     for stream in STREAMS:
         names = [name.format(stream) for name in NAMES]
         x = next((arrays[name] for name in names if name in arrays), None)
-        if x is not None:
-            if x.ndim < 2 or math.prod(x.shape[:-2]) != 1:
-                what = f"{stream} embeddings (tokens, width) of one prompt"
-                raise UserError(f"{path} must have {what}, got {x.shape}")
-            x = x.reshape(1, *x.shape[-2:])
-        found.append(x)
+        found.append(x[None] if x is not None and x.ndim == 2 else x)
     if found[0] is None:
         raise UserError(f"{path} has no text embeddings (no tensor video_context)")
     return tuple(found)
@@ -42,9 +36,13 @@ def check_contexts(path: str, contexts: Contexts, config: dict, streams: Sequenc
         width = "caption_channels"  # that is projected to the transformer's
         if config.get("caption_proj_before_connector"):
             width = "audio_" * (stream == "audio") + "cross_attention_dim"
-        if x is None and stream in streams:
-            raise UserError(f"{path} has no embeddings for audio: set no_audio")
-        if x is not None and x.shape[-1] != config[width]:
+        if x is None:
+            if stream in streams:
+                raise UserError(f"{path} has no embeddings for audio: set no_audio")
+            continue
+        one = f"{stream} embeddings (1, tokens, width)"
+        expect(x.ndim == 3 and len(x) == 1, one, x.shape, path)
+        if x.shape[-1] != config[width]:
             widths = f"embeddings have width {x.shape[-1]}, not {config[width]}"
             raise UserError(f"{path} is for another model: its {stream} {widths}")
 
@@ -58,9 +56,6 @@ def given_contexts(given: TextContexts, config: dict, streams: Sequence) -> dict
         both = isinstance(pair, (tuple, list)) and len(pair) == 2
         expect(both, "a pair (video, audio)", pair, where)
         found[prompt] = tuple(None if x is None else mx.array(x) for x in pair)
-        for x in (x for x in found[prompt] if x is not None):
-            one = x.ndim == 3 and len(x) == 1
-            expect(one, "(1, tokens, width)", x.shape, where)
         check_contexts(where, found[prompt], config, streams)
     return found
 

@@ -147,7 +147,7 @@ def test_each_video_has_the_contexts_of_its_own_file(model, save):
         (
             {"video": mx.concatenate([VIDEO, VIDEO])},
             "",
-            r"video embeddings \(tokens, width\) of one prompt, got \(2, ",
+            r"video embeddings \(1, tokens, width\), got \(2, ",
         ),
         (
             {"video": VIDEO, "audio": AUDIO},

@@ -770,7 +770,10 @@ def test_contexts_must_have_the_prompt_and_resuming_keeps_the_length(pipe, conte
         (5, "contexts must be an object, got 5"),
         ({"a cat": None}, r"contexts\['a cat'\] must be a pair"),
         ({"a cat": mx.ones((1, 8, 72))}, "must be a pair"),
-        ({"a cat": (mx.ones((8, 72)), None)}, r"must be \(1, tokens, width\)"),
+        (
+            {"a cat": (mx.ones((8, 72)), None)},
+            r"must be video embeddings \(1, tokens, width\)",
+        ),
         ({"a cat": (mx.ones((1, 8, 7)), None)}, "its video embeddings have width 7"),
     ],
 )
