@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,10 +190,12 @@ def adapter_file(name: str) -> Path:
 
 def check_once(files: Iterable[Path]) -> None:
     """UserError if two of the files of LoRAs used together are the same."""
-    for path, count in Counter(path.resolve() for path in files).items():
-        if count > 1:
+    seen: set[Path] = set()
+    for path in files:
+        if path.resolve() in seen:
             how = "pass it once, with the sum of the strengths"
-            raise UserError(f"LoRA {path.name} is used {count} times: {how}")
+            raise UserError(f"LoRA {path.name} is used twice: {how}")
+        seen.add(path.resolve())
 
 
 def parse(path: Path, key: str) -> tuple[str, str]:

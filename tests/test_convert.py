@@ -535,7 +535,7 @@ def test_a_lora_that_is_not_finite_is_refused(small, checkpoint, tmp_path, capsy
     assert "strength 0" in refused(capsys, *args, "--lora", f"{lora}:0")
     with pytest.raises(UserError, match="strength inf"):
         write(small, tmp_path / "m", loras=[(str(lora), float("inf"))])
-    assert "is used 2 times" in refused(
+    assert "is used twice" in refused(
         capsys, *args, "--lora", lora, "--lora", f"{lora}:0.5"
     )
 

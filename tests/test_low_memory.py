@@ -91,7 +91,7 @@ def test_a_lora_is_used_once_in_a_stage(checkpoint, tmp_path):
     twice = LoraFile(str(file), 0.5), LoraFile(str(other), 0.7)
     pipe = pipeline.load(str(checkpoint("ltx-2")), kind="distilled")
     assert pipe.plan(Request("a", seed=1, loras=twice[:1])).stages[0].loras
-    with pytest.raises(UserError, match="is used 2 times: pass it once, with the sum"):
+    with pytest.raises(UserError, match="is used twice: pass it once, with the sum"):
         pipe.plan(Request("a", seed=1, loras=twice))
 
 
