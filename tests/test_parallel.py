@@ -144,7 +144,7 @@ def together_on_ring(ranks: int, folder: Path) -> None:
 def cases(checkpoint, tmp_path_factory):
     """The cases that run on two and on four machines; the model has 4 heads."""
     sizes = {
-        "num_layers": 4,
+        "num_layers": 3,
         "num_attention_heads": 4,
         "attention_head_dim": 32,
         "cross_attention_dim": 128,
