@@ -30,7 +30,7 @@ def is_set(options: Any, name: str) -> bool:
     return getattr(options, name) != type(options).__dataclass_fields__[name].default
 
 
-VALUES = {int: "N", float: "X", str: "TEXT", PathName: "FILE"}  # as --help names them
+METAVARS = {int: "N", float: "X", str: "TEXT", PathName: "FILE", tuple[int, ...]: "N,N"}
 
 
 def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -> None:
@@ -55,8 +55,8 @@ def add_flags(add: Callable[[str], Callable], options: type, prefix: str = "") -
         if "type" not in rules and "choices" in rules:
             how["choices"] = rules["choices"]
             how["type"] = str.lower if kind is str else kind
-        elif kind in VALUES:
-            how.setdefault("metavar", VALUES[kind])
+        elif kind in METAVARS:
+            how.setdefault("metavar", METAVARS[kind])
         dashed, default, text = name.replace("_", "-"), field.default, rules["help"]
         no_value = default in (None, False, (), dataclasses.MISSING)
         if not no_value and "default" not in text:
