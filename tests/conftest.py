@@ -14,7 +14,7 @@ import split_checkpoint
 from fake_hub import fake_hub  # noqa: F401 (a fixture)
 from safetensors import safe_open
 
-from ltx2 import pipeline
+from ltx2 import pipeline, quantization
 from ltx2.text import TextConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -104,6 +104,15 @@ def some_contexts(pipe, prompts, trace=None):
 def quick_text(monkeypatch) -> None:
     """Replaces the text encoder in tests that do not look at what a prompt does."""
     monkeypatch.setattr(pipeline.Pipeline, "encode_prompts", some_contexts)
+
+
+@pytest.fixture(scope="module")
+def quick_rounding():
+    """Weights are quantized after a short search, in files that do not look at errors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantization, "STARTS", [(1.0, 0.0)])
+        patch.setattr(quantization, "CHANGES", [])
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from ltx2.linear import layer_formats
 from ltx2.lora import Lora
 from ltx2.quantization import quantize
 
+pytestmark = pytest.mark.usefixtures("quick_rounding")
 ROOT = Path(__file__).parent.parent
 
 

@@ -15,6 +15,8 @@ from ltx2.base import UserError
 from ltx2.dit import Block, DiT, Pass, StreamedBlocks, build_blocks
 from ltx2.request import LoraFile, Request
 
+pytestmark = pytest.mark.usefixtures("quick_rounding")
+
 
 def in_four_bits(path: Path, folder: Path) -> str:
     """The path of the model, converted."""

@@ -22,7 +22,10 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-pytestmark = pytest.mark.cpu  # machines are processes with one GPU
+pytestmark = [
+    pytest.mark.cpu,  # machines are processes with one GPU
+    pytest.mark.usefixtures("quick_rounding"),
+]
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for the started processes
 

@@ -32,6 +32,7 @@ from ltx2.linear import quantize
 from ltx2.lora import Lora, attach
 from ltx2.sampling import DISTILLED_SIGMAS
 
+pytestmark = pytest.mark.usefixtures("quick_rounding")
 TRAIN = HERE / "golden" / "train"
 CASES = (
     "av av_first_frame av_one_sigma_first_frame video_only audio_only audio_to_video "
