@@ -149,13 +149,12 @@ def test_all_phases_of_the_demo_are_predicted():
     assert_predicted(pipe, Request("a", seed=1, num_frames=9, sigmas=(1.0, 0.0)))
 
 
-@pytest.mark.usefixtures("in_step")
 def test_memory_does_not_grow_with_the_number_of_windows(load):
     pipe = load("ltx-2.5")
     options = {"height": 128, "width": 192, "stages": "one", "no_audio": True}
     options |= {"chunk_frames": 49, "carry_frames": 25, "sigmas": (1.0, 0.0)}
     peaks = []
-    for count in (2, 5):
+    for count in (2, 10):
         job = pipe.plan(
             Request("a", seed=10, num_frames=49 + 24 * (count - 1), **options)
         )
@@ -166,8 +165,8 @@ def test_memory_does_not_grow_with_the_number_of_windows(load):
         peaks.append({k: peak - others for k, (_, peak) in result.phases.items()})
         planned = job.memory.phases["video"].total(False)
         assert 0.85 < planned / peaks[-1]["video"] < 1.15
-    two, five = (max(found.values()) for found in peaks)
-    assert five < 1.02 * two
+    two, ten = (max(found.values()) for found in peaks)
+    assert ten < 1.05 * two
 
 
 @pytest.mark.usefixtures("in_step")

@@ -141,7 +141,7 @@ def test_of_an_unmeasured_device_a_range_is_told(planned):
     least, most = plan.seconds("stage1")
     assert 0 < least < most
     assert "a range, because applegpu_g99x in float32 was never timed" in str(plan)
-    assert re.search(r"phase +TFLOP +s from +to\n", str(plan))
+    assert re.search(r"phase +TFLOP +seconds from +to\n", str(plan))
 
 
 def test_the_remaining_time_is_the_measured_one(monkeypatch):
