@@ -42,8 +42,7 @@ TIGHT = 3 / 4  # memory is tight above this part of the limit
 # tokens, of those of the text and of the scores of its attentions (which are not fused while
 # they are differentiated), and of the scores while it is differentiated: on the CPU.
 KEPT, DURING = (38, 5, 1.2), 1.3
-# Float32 copies of the factors: moments, gradients and what a step makes, which are not
-# there while samples are made.
+# Float32 copies of the factors: with gradients and moments in a step, while sampling.
 FACTORS = 6, 3
 IN_FLIGHT = 16  # parts of weights that are dequantized at once, with their copies
 AHEAD = 2  # copies of a frame that the diffusion decoder computes ahead

@@ -63,6 +63,16 @@ def test_the_source_has_no_error(source, runs):
     assert quality.spectra(again.sound, runs[0].sound) == 0
 
 
+def test_a_model_is_read_once_for_all_its_steps(source, runs, monkeypatch):
+    p, read, load = pipe(source), [], weights.Checkpoint.load
+    count = lambda self, name, *how, **more: read.append(name) or load(
+        self, name, *how, **more
+    )
+    monkeypatch.setattr(weights.Checkpoint, "load", count)
+    assert len(quality.errors(p, runs[0], 3)) == 3
+    assert read.count("transformer") == 1
+
+
 def test_fewer_bits_have_a_larger_error(folders, runs):
     square = {
         bits: quality.mean_square([quality.errors(pipe(folder), runs[0], 2)])
