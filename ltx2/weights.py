@@ -332,6 +332,9 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
     if others:
         other = f"{where} is quantized by another tool than MLX ({others[0]})"
         raise UserError(f"{other}: use {TEXT_ENCODER}")
+    packed = any(k.endswith(".scales") for k in shapes)
+    if packed and not {"quantization", "quantization_config"} & {*section, *config}:
+        raise UserError(f"{where} is quantized, but its config.json does not say how")
     first, count = "layers.0.", sizes.get("num_hidden_layers") or 0
     leaves = [key.removeprefix(first) for key in shapes if key.startswith(first)]
     names = [f"layers.{i}.{k}" for i in range(min(count, 999)) for k in leaves]

@@ -830,6 +830,12 @@ MODEL = "model.safetensors"
             lambda f: renamed(f / MODEL, "0.mlp.down_proj.weight", "0.mlp.absmax"),
             "by another tool than MLX .*layers.0.mlp.absmax",
         ),
+        (
+            lambda f: renamed(
+                f / MODEL, "0.mlp.up_proj.weight", "0.mlp.up_proj.scales"
+            ),
+            "is quantized, but its config.json does not say how",
+        ),
     ],
 )
 def test_an_unfit_text_encoder_is_one_line(gemma, damage, message):
