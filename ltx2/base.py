@@ -134,9 +134,7 @@ def read_text(path: str) -> str:
         raise UserError(f"{path}: no such file")
     data = Path(path).read_bytes()
     codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    zeros = [
-        data[i::2].count(0) for i in (0, 1)
-    ]  # of ASCII's high bytes, without a mark
+    zeros = data[::2].count(0), data[1::2].count(0)  # high bytes, without a mark
     if codec != "utf-16" and any(zeros):
         codec = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
     try:

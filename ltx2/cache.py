@@ -65,11 +65,8 @@ class ContextCache:
     they depend on `made_by`."""
 
     def __init__(self, folder: str | Path, made_by: Any, config: dict):
-        self.folder, self.made_by, self.config = (
-            hub.make_folder(folder),
-            made_by,
-            config,
-        )
+        self.folder = hub.make_folder(folder)
+        self.made_by, self.config = made_by, config
 
     def path(self, prompt: str) -> Path:
         key = json.dumps([prompt.strip(), self.made_by], sort_keys=True)

@@ -214,12 +214,8 @@ class Components:
     def context_cache(self, folder: str | Path) -> ContextCache:
         """A folder of contexts made by this model and its text encoder."""
         encoder = {f.name: f.fingerprint for f in self.encoder_files}
-        made_by, config = [
-            self.files(),
-            encoder,
-            str(self.dtype),
-        ], self.checkpoint.config
-        return ContextCache(folder, made_by, config["transformer"])
+        made_by = [self.files(), encoder, str(self.dtype)]
+        return ContextCache(folder, made_by, self.checkpoint.config["transformer"])
 
     def encode_prompts(self, prompts: list[str], trace: Trace = None) -> TextContexts:
         """Contexts (video, audio), each (1, 1024, D), by prompt; frees what it loads."""

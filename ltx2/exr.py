@@ -79,8 +79,10 @@ def _layout(path: Path) -> list[bytes]:
             before = (16 if tiled else 4) + 4 * bool(several)
             file.seek(int(_chunks(head)[1].max()) + before)  # to the last one's size
             size = struct.unpack("<i", file.read(4))[0] + file.tell()
-        except (IndexError, ValueError, struct.error):
+        except struct.error:
             size = math.inf
+        except (IndexError, ValueError):  # unless the header is longer than that
+            size = math.inf if len(head) < 2**20 else 0
     if os.path.getsize(path) < size:  # ffmpeg would read the rest as black
         raise UserError(f"{path}: the file ends too early: copy or render it again")
     return re.findall(LAYOUT, head, re.DOTALL)

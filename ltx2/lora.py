@@ -183,7 +183,8 @@ def adapter_file(name: str) -> Path:
     if len(found) != 1:
         some = ", ".join(f.name for f in found[:5]) + ", ..." * (len(found) > 5)
         many = f"has {len(found)} safetensors files: add the name of one ({some})"
-        raise UserError(f"LoRA {name} {many if found else 'is not there'}")
+        none = "is not there" if inner else "has no .safetensors file"
+        raise UserError(f"LoRA {name} {many if found else none}")
     hub.fetch_all([*found, *(f for f in files if f.name == PEFT_CONFIG)])
     return found[0].path
 

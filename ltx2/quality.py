@@ -269,6 +269,7 @@ def report(model: Pipeline, source: Pipeline, options: dict, size: dict) -> None
     for text, part in compare(model, runs, limit):
         print(text, flush=True)
         html.append(part)
+    model.free("transformer")  # `errors` keeps it; no other plan counts it
     if file:
         kinds.measure(source, runs, min(limit or OF_A_KIND, OF_A_KIND))
         recipe, expected = kinds.recipe()

@@ -1,5 +1,6 @@
 """HDR from SDR clips equals the reference; what an HDR result holds is read back."""
 
+import struct
 import sys
 from dataclasses import replace
 from itertools import islice, product
@@ -550,6 +551,19 @@ def test_a_file_that_is_cut_off_is_one_line(tmp_path, size):
     for read in (lambda path: [*exr.read(path)], exr.probe):
         with pytest.raises(UserError, match="00001.exr: the file ends too early"):
             read(tmp_path / "a")
+
+
+def test_a_header_may_be_long(tmp_path):
+    """As that of a file with a Cryptomatte manifest."""
+    write_exr(tmp_path / "a", light(1, 6, 8), "acescg")
+    file = tmp_path / "a" / "frame_00000.exr"
+    data, long = file.read_bytes(), b"x\0string\0" + struct.pack("<i", 2**21)
+    start, table = exr._chunks(data)
+    header = data[: start - 1] + long + bytes(2**21) + b"\0"
+    table = table + len(header) - start
+    file.write_bytes(header + table.tobytes() + data[start + table.nbytes :])
+    assert exr.probe(file).width == 8
+    assert exr.still(file).shape == (6, 8, 3)
 
 
 def test_an_exr_reference_is_padded_not_cropped(tmp_path):
