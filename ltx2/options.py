@@ -128,7 +128,7 @@ def check_step(name: str, value: int, step: int, low: int, high: int, plus=0) ->
 
 
 def located(options: Any, place: Callable[[str], str], but: Container[str] = ()) -> Any:
-    """Options with paths changed by `place`: `path`, or text of metavar FILE, PATH."""
+    """Options with each `PathName`, also in their values, changed by `place`."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, Mapping):
