@@ -139,7 +139,9 @@ def judge(frames: np.ndarray, waveform: np.ndarray, rate: int) -> dict:
 
 def read_mp4(path: str | Path) -> tuple[np.ndarray, np.ndarray, int]:
     """Frames, stereo waveform and its rate of a clip; UserError if it cannot be read."""
-    return np.stack([*media.read_video(path)]), *media.read_audio(path)
+    sound, rate = media.read_audio(path)
+    sound = np.broadcast_to(sound, (len(sound), 2))  # also mono
+    return np.stack([*media.read_video(path)]), sound, rate
 
 
 def main() -> None:

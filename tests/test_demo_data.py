@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from demo import data
-from demo.judge import judge
+from demo.judge import judge, pan_track, read_mp4
+from ltx2 import formats
 from ltx2.weights import COMPONENTS
 
 
@@ -43,6 +44,17 @@ def test_pitch_is_measured_at_any_sample_rate(rate):
     for pitch, timbre in itertools.product(data.PITCHES, data.TIMBRES):
         scene = data.sample_scene(rng, pitch=pitch, timbre=timbre)
         assert measured(scene, rate)["pitch"] == pitch
+
+
+def test_a_mono_clip_is_heard_in_the_middle(tmp_path):
+    frames = np.zeros((24, 32, 32, 3), np.uint8)
+    tone = np.sin(np.arange(24000) * 0.1).astype(np.float32)[:, None] / 2
+    with formats.VideoWriter(tmp_path / "a.mp4", 24) as video:
+        video.write(frames)
+        video.sound = tone, 24000
+    seen, sound, _ = read_mp4(tmp_path / "a.mp4")
+    assert seen.shape == frames.shape and sound.shape[1] == 2
+    assert np.abs(pan_track(sound, 24) - 0.5).max() < 1e-3
 
 
 def test_an_empty_silent_clip_has_no_attributes():
