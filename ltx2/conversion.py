@@ -72,9 +72,10 @@ class Conversion:
         check_once(path for path, _ in self._files)
         for path, _ in self._files:
             Lora.planned(path)
-        self.text_encoder = self.source.encoder(self.text_encoder)
+        passed = self.text_encoder  # the recorded one may have been moved
+        self.text_encoder = self.source.encoder(passed)
         folder = user_path(self.text_encoder)
-        is_local = folder.is_dir() or not split_repository(self.text_encoder)[0]
+        is_local = folder.is_dir() or passed and not split_repository(passed)[0]
         if self.source.version < GEMMA_4 and is_local:
             check_text_encoder(self.text_encoder, self.source)
             self.text_encoder = str(folder.resolve())  # from any working directory

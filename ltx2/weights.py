@@ -356,6 +356,8 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
 def fetch_text_encoder(name: str) -> Path:
     """The folder of a text encoder in Hugging Face layout, downloaded if needed."""
     files = text_encoder_files(name)
+    if not files:
+        raise UserError(f"text encoder {name} has no files")
     hub.fetch_all(files)
     return files[0].path.parent
 

@@ -468,6 +468,15 @@ def test_a_text_encoder_that_is_not_there_is_refused(small, tmp_path, capsys, na
     assert not (tmp_path / "model").exists()
 
 
+def test_a_model_whose_text_encoder_was_moved_is_converted(small, checkpoint, tmp_path):
+    gemma = shutil.copytree(checkpoint("gemma3"), tmp_path / "gemma")
+    how = quantization(group_size=32)
+    write(small, tmp_path / "model", how, text_encoder=str(gemma))
+    gemma.rename(tmp_path / "elsewhere")
+    plain = write(tmp_path / "model", tmp_path / "plain", dequantize=True)
+    assert plain.quantization is None and plain.text_encoder == str(gemma)
+
+
 def test_a_text_encoder_that_does_not_fit_is_refused(
     small, quantized, checkpoint, tmp_path, capsys
 ):

@@ -296,7 +296,6 @@ def test_train(
 ):
     model, encoder = (str(checkpoint(n)) for n in ("ltx-2", "gemma3"))
     extra = ["--model", model, "--text-encoder", encoder, "--iters", "2"]
-    extra += ["--kind", "distilled"]  # samples have few steps
     extra += ["--adapter-path", str(tmp_path / "my-lora"), "--resolution", "64x64x9"]
     run(train, command, extra, folder)
     assert "wrote" in capsys.readouterr().out

@@ -857,6 +857,11 @@ def test_a_text_encoder_of_another_size_is_refused(gemma, checkpoint):
         weights.check_text_encoder(str(gemma), model)
 
 
+def test_an_empty_folder_is_no_text_encoder(tmp_path):
+    with pytest.raises(UserError, match="has no files"):
+        weights.fetch_text_encoder(str(tmp_path))
+
+
 def test_a_text_encoder_in_a_single_file_is_refused(gemma):
     with pytest.raises(UserError, match="a single file: pass a folder"):
         weights.check_text_encoder(str(gemma / MODEL))
