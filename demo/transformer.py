@@ -5,7 +5,7 @@
 
 All weights are trained by the gradients of ltx2/gradients.py, on clips that the model's
 own autoencoders encode. It writes ltx-2.3-demo-distilled.safetensors in the official
-layout, about once a minute, and goes on from there. A batch depends only on its step.
+layout, about once a minute, and resumes from there. A batch depends only on its step.
 """
 
 from __future__ import annotations

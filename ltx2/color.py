@@ -42,14 +42,14 @@ def identity(x: np.ndarray) -> np.ndarray:
 
 
 def srgb_to_linear(x: np.ndarray) -> np.ndarray:
-    """From sRGB's curve to light; the curve goes on above 1."""
+    """From sRGB's curve to light; values above 1 follow the same curve."""
     x = np.float64(x)
     power = ((np.maximum(x, 0) + 0.055) / 1.055) ** 2.4
     return np.where(x <= 0.04045, x / 12.92, power).astype(np.float32)
 
 
 def linear_to_srgb(x: np.ndarray) -> np.ndarray:
-    """From light to sRGB's curve; the curve goes on above 1."""
+    """From light to sRGB's curve; values above 1 follow the same curve."""
     x = np.float64(x)
     power = 1.055 * np.maximum(x, 0.0031308) ** (1 / 2.4) - 0.055
     return np.where(x <= 0.0031308, x * 12.92, power).astype(np.float32)

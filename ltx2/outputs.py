@@ -22,7 +22,7 @@ def names(output: str, videos: int, number: int = 1) -> list[str]:
     """out.mp4, or out-1.mp4, ... of several; of set 2 out-2.mp4, or out-2-1.mp4, ..."""
     path = Path(output)
     if not path.name:
-        raise UserError(f"--output {output} is no name: pass a file or a new folder")
+        raise UserError(f"--output {output}: no file name: use a file or a new folder")
     stem = path.stem + f"-{number}" * (number > 1)
     stems = [f"{stem}-{n}" for n in range(1, videos + 1)] if videos > 1 else [stem]
     return [str(path.with_name(stem + path.suffix)) for stem in stems]

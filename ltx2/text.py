@@ -81,7 +81,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """Where the tokenizer of a text encoder's folder is: in it or, of diffusers, beside."""
+    """The folder of a text encoder's tokenizer: its own, or one next to it (diffusers)."""
     inside = any((folder / name).is_file() for name in TOKENIZERS)
     return folder if inside else folder / "../tokenizer"
 

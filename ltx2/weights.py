@@ -289,12 +289,12 @@ def text_encoder_files(name: str) -> list[File]:
     of_folder = lambda sub: hub.folder_files(folder / sub)
     of_repository = lambda sub: hub.repository_files(repo, place(sub))
     read = of_folder if folder.is_dir() else of_repository
-    found, beside = read(""), "../tokenizer"
+    found, sibling = read(""), "../tokenizer"
     has = lambda *names: {f.name.split("/")[-1] for f in found} & {*names}
     if not has("config.json"):
-        found, beside = read("text_encoder"), "tokenizer"
+        found, sibling = read("text_encoder"), "tokenizer"
     if not has(*TOKENIZERS):
-        found += read(beside)
+        found += read(sibling)
     found = [f for f in found if f.name.endswith((".safetensors", ".json", ".model"))]
     return sorted(found, key=lambda f: f.name.split("/")[-1] != "config.json")
 

@@ -743,6 +743,9 @@ def test_saved_latents_that_were_changed_are_refused(pipe, contexts, tmp_path):
     before_digests = str(tmp_path / "old.safetensors")
     mx.save_safetensors(before_digests, arrays, {"ltx2": json.dumps(old)})
     assert Snapshot.read(before_digests).step == 2
+    mx.save_safetensors(str(path), {}, {"ltx2": json.dumps(old | {"shapes": {}})})
+    with pytest.raises(UserError, match="does not contain saved latents"):
+        Snapshot.read(path)
     for changed in (
         {k: x[:, 1:] for k, x in arrays.items()},
         {k: x * 2 for k, x in arrays.items()},

@@ -871,7 +871,7 @@ def test_a_text_encoder_in_a_single_file_is_refused(gemma):
 def test_a_text_encoder_may_be_laid_out_as_in_diffusers(
     gemma, fake_hub, tmp_path, name
 ):
-    """With its tokenizer in a folder beside it, as in Lightricks/LTX-2 itself."""
+    """With its tokenizer in a folder next to it, as in Lightricks/LTX-2 itself."""
     local = tmp_path / "diffusers"
     (local / "tokenizer").mkdir(parents=True)
     (gemma / "tokenizer.json").rename(local / "tokenizer" / "tokenizer.json")
