@@ -29,7 +29,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for the started processes
 
-from ltx2 import conversion, parallel, pipeline, weights  # noqa: E402
+from ltx2 import conversion, outputs, parallel, pipeline, weights  # noqa: E402
 from ltx2.base import UserError  # noqa: E402
 from ltx2.request import LoraFile, Request  # noqa: E402
 
@@ -303,9 +303,11 @@ def test_all_machines_end_and_leave_no_file_if_one_dies(command, contexts, tmp_p
         launched.stdout.read()  # until the end (mlx.launch spins if stdin is closed)
         launched.wait()
         assert not processes(str(output))
-    # Rank 0 may be killed too while it waits: the next run removes the partial folder.
-    kept = re.compile(r"out\.latents\.safetensors|\.out\.mp4-\w+\.partial")
-    assert all(kept.fullmatch(path.name) for path in tmp_path.iterdir())
+    # Rank 0 may be killed too while it waits: its lock is free, and the next run removes
+    # its partial folder.
+    kept = r"out\.latents\.safetensors|\.out\.mp4(-\w+\.partial|\.lock)"
+    assert all(re.fullmatch(kept, path.name) for path in tmp_path.iterdir())
+    assert not outputs.is_claimed(str(output))
 
 
 def test_a_mistake_is_told_and_ends_all(command, tmp_path):
