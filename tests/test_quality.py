@@ -176,13 +176,15 @@ def test_parts_are_measured_one_at_a_time(source, runs):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """All parts of the layers cause the same error."""
+    """All parts of the layers cause the same error, and are rounded without a search."""
 
     def measure(kinds, source, runs, limit):
         kinds.squares = dict.fromkeys(kinds.parts, 1e-4)
 
     monkeypatch.setattr(quality.Kinds, "measure", measure)
     monkeypatch.setattr(quality, "CLIPS", 1)
+    monkeypatch.setattr("ltx2.quantization.STARTS", [(1.0, 0.0)])
+    monkeypatch.setattr("ltx2.quantization.CHANGES", [])
 
 
 def run_convert(monkeypatch, source, folder, *args):

@@ -23,6 +23,7 @@ from ltx2 import checks, formats, media, pipeline, text
 from ltx2.base import UserError
 from ltx2.defaults import NEGATIVE_PROMPT
 
+pytestmark = pytest.mark.usefixtures("quick_rounding")
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 import macs  # noqa: E402
