@@ -29,7 +29,7 @@ def pytest_addoption(parser) -> None:
 
 # Files that take longest come first: with `-n 2 --dist loadfile`, one that begins last
 # would leave a core idle. (Else xdist begins with those of the most tests.)
-FIRST = "readme parallel runs memory convert training demo hdr checks reference".split()
+FIRST = "readme runs training parallel checks hdr demo quality memory reference".split()
 
 
 def pytest_collection_modifyitems(items) -> None:
