@@ -386,13 +386,13 @@ class Stage:
     final: tuple[str, ...] = ("video", "audio")  # streams that the result takes from it
     part: Whole = WHOLE  # which part of the previous latents
     window: Window = WHOLE_CLIP
-    first: bool = True  # the first of its window: starts from noise
     tile: Optional[tuple[int, int]] = None  # latents of a model call: height, width
     prompts: Prompts = Prompts()
 
     streams = property(lambda self: tuple(self.conditions))  # that it denoises
     whole = property(lambda self: self.part.whole(self.size))  # the video's size
     steps = property(lambda self: len(self.sigmas) - 1)
+    first = property(lambda self: self.noise_scale == 1)  # starts from noise alone
 
     @property
     def spans(self) -> list[list[Span]]:

@@ -181,7 +181,7 @@ class Estimator:
             self.size[name] = sum(layers.values())
             self.streamable[name] = streamable(layers, self.gpu)
             if name == "vae":  # one half is used at a time
-                self.vae = checkpoint.build(name, tensors)
+                self.vae = checkpoint.sketch(name)
                 for half, other in (("vae.encoder", "decoder."), ("vae", "encoder.")):
                     used = (w for k, w in tensors.items() if not k.startswith(other))
                     self.size[half] = sum(w.nbytes for w in used)

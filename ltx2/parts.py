@@ -243,7 +243,7 @@ def check_part(part: Part, model_version: str, checkpoint: File) -> None:
             other = f"{checkpoint.name} was trained with {want}: use that encoder"
             raise UserError(f"{f.name} is Gemma 4 {have}, but {other}")
     if part.component != "connectors":  # the checkpoint configures them
-        check_config(part.component, part.section, part.tensors)
+        check_config(part.component, part.section, part.tensors, len(part.tensors))
 
 
 # Versions and configurations
@@ -295,8 +295,8 @@ def config_errors(file: str) -> Iterator[None]:
         raise UserError(f"{file}: invalid configuration ({text})") from error
 
 
-def check_config(name: str, section: Any, tensors: Tensors) -> None:
-    """Check a component's section, as far as possible without building a module."""
+def check_config(name: str, section: Any, tensors: Tensors, count: int) -> None:
+    """Check a component's section, without building it; a model of `count` tensors."""
     component, file = COMPONENTS[name][1], first_file(tensors).name
     if section is None:
         raise UserError(f"{file} has no configuration of the {name}")
@@ -305,6 +305,7 @@ def check_config(name: str, section: Any, tensors: Tensors) -> None:
         found = checked(dict, section, COMPONENTS[name][0])
         if hasattr(component, "config_class"):  # the vocoder has one of several
             component.config_class.from_dict(component.infer_sizes(found, shapes))
+        limit_depth(found, count)
 
 
 def limit_depth(section: Any, tensors: int) -> None:

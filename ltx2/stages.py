@@ -322,7 +322,6 @@ class Planner(Resolver):
                 self.conditions(n, size, row, window, own, handed),
                 row.final,
                 window=window,
-                first=first,
                 tile=r.tile_size and tuple(side // SPACE_SCALE for side in r.tile_size),
                 prompts=self.prompts(window.start, size, 1.0),
             )
@@ -399,7 +398,6 @@ class Planner(Resolver):
             conditions={stream: both[stream] for stream in self.streams},
             final=VIDEO,
             part=part,
-            first=False,
             prompts=self.prompts(part.first, size, fps / rate),
         )
 

@@ -153,9 +153,7 @@ class Trainer:
     @cached_property
     def layers(self) -> dict[str, tuple[int, int]]:
         """Outputs and inputs of the layers to train."""
-        checkpoint = self.pipe.checkpoint
-        shapes = checkpoint.shapes("transformer", self.pipe.dtype)
-        model = checkpoint.build("transformer", shapes)
+        model = self.pipe.checkpoint.sketch("transformer")
         found = gradients.target_layers(model, self.endings)
         if not found:
             ends, names = (", ".join(x) for x in (self.endings, TARGETS["both"]))

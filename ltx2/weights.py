@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
-from functools import partialmethod
+from functools import cache, partialmethod
 from itertools import islice
 from pathlib import Path
 from typing import Any, Optional
@@ -71,8 +71,12 @@ class Checkpoint(FolderConfig):
         used = {COMPONENTS[name][0] for name in held}
         unused = {section for section, _ in COMPONENTS.values()} - used
         self.config = {k: v for k, v in self.config.items() if k not in unused}
+        count = sum(map(len, self.parts.values()))
         for name, tensors in self.parts.items():
-            parts.check_config(name, self.config.get(COMPONENTS[name][0]), tensors)
+            section = self.config.get(COMPONENTS[name][0])
+            parts.check_config(name, section, tensors, count)
+        # Components without weights, for planning: each is built once.
+        self.sketch = cache(lambda name: self.build(name, self.shapes(name)))
 
     @property
     def files(self) -> list[File]:
@@ -97,7 +101,7 @@ class Checkpoint(FolderConfig):
         """UserError for components that are missing or do not fit, by headers alone."""
         self.require(*names)
         for name in names:
-            self.build(name, self.shapes(name))
+            self.sketch(name)
         keys = {"transformer": "in_channels", "vae": "latent_channels"}
         keys |= dict.fromkeys(UPSAMPLERS, "in_channels")
         latent = {n: self.config[n].get(keys[n], 128) for n in names if n in keys}
@@ -136,7 +140,6 @@ class Checkpoint(FolderConfig):
         file = parts.first_file(self.parts[name]).name
         shapes = {key: w.shape for key, w in weights.items()}
         with parts.config_errors(file):
-            parts.limit_depth(self.config[section], sum(map(len, self.parts.values())))
             sized = component.infer_sizes(self.config[section], shapes)
             module = component.from_config(sized)
         if any(key.endswith(".scales") for key in weights):

@@ -140,7 +140,7 @@ def operations(job: Any, checkpoint: Checkpoint) -> dict[str, float]:
     config, shapes = checkpoint.config, checkpoint.shapes
     dit = DiTConfig.from_dict(config["transformer"])
     sizes = {stage.window: stage.whole for stage in job.stages}.values()
-    vae = "vae" in checkpoint.parts and checkpoint.build("vae", shapes("vae"))
+    vae = "vae" in checkpoint.parts and checkpoint.sketch("vae")
     flops = lambda *what: sum(conv.flops for conv in video_convs(vae, *what))
     encoded = [(c, size) for c, size in job.encoded if c.encoder == "vae"]
     encode = lambda c, size: flops(size, "encoder", c.num_encoded)
