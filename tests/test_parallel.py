@@ -4,7 +4,6 @@ Machines are processes here. Run as a script, this file is one of them.
 """
 
 import gc
-import importlib
 import io
 import json
 import os
@@ -88,13 +87,8 @@ def run(case: dict, group=None) -> dict:
 
 
 def worker(folder: Path) -> None:
-    cases = json.loads((folder / "cases.json").read_text())
-    encodes = any(case.get("encodes") for case in cases)
-    if encodes and os.environ["MLX_RANK"] == "0":
-        # Before the ranks are connected: the others would spin during a later import.
-        importlib.import_module("mlx_lm.utils")
     group = mx.distributed.init()
-    for case in cases:
+    for case in json.loads((folder / "cases.json").read_text()):
         found = run(case, group)
         name = f"{case['name']}.{group.rank()}.safetensors"
         mx.save_safetensors(str(folder / name), found.pop("latents"))
