@@ -246,8 +246,9 @@ def test_timesteps_by_token_take_no_memory():
         return mx.get_peak_memory() - before
 
     for function, n in ((dit.modulate, 2), (partial(dit.gated_add, x), 1)):
-        several = peak(function, *[rows] * n, levels)
-        assert several < 1.2 * peak(function, *[rows[:1]] * n)
+        # The least of many: MLX can write over the norm's array only if it is free in time
+        least = min(peak(function, *[rows] * n, levels) for _ in range(50))
+        assert x.nbytes <= least < 1.2 * x.nbytes
     for count in (1, 3, 6):
         values, index = mx.random.normal((count, 64)), levels % count
         assert mx.array_equal(dit.by_token(values, index) + 0 * x[0], values[index])
