@@ -68,12 +68,15 @@ def usb_disk() -> Callable[[Path], None]:
 @pytest.fixture
 def in_step(monkeypatch) -> None:
     """MLX waits for each operation, so that peaks of memory do not depend on how busy the
-    computer is: at other times up to ten wait for their turn, with all their arrays."""
-    before = mx.set_memory_limit(1)
+    computer is: at other times up to ten wait for their turn, with all their arrays. Nor
+    do they depend on earlier tests, whose larger buffers would be used again."""
+    before, cached = mx.set_memory_limit(1), mx.set_cache_limit(0)
+    mx.clear_cache()
     monkeypatch.setattr(mx, "set_memory_limit", lambda limit: before)
     yield
     monkeypatch.undo()
     mx.set_memory_limit(before)
+    mx.set_cache_limit(cached)
 
 
 class QuickVocoder:
