@@ -243,7 +243,7 @@ def check_part(part: Part, model_version: str, checkpoint: File) -> None:
             other = f"{checkpoint.name} was trained with {want}: use that encoder"
             raise UserError(f"{f.name} is Gemma 4 {have}, but {other}")
     if part.component != "connectors":  # the checkpoint configures them
-        check_config(part.component, part.section, part.tensors, len(part.tensors))
+        check_config(part.component, part.section, part.tensors)
 
 
 # Versions and configurations
@@ -295,7 +295,7 @@ def config_errors(file: str) -> Iterator[None]:
         raise UserError(f"{file}: invalid configuration ({text})") from error
 
 
-def check_config(name: str, section: Any, tensors: Tensors, count: int) -> None:
+def check_config(name: str, section: Any, tensors: Tensors, count=float("inf")) -> None:
     """Check a component's section, without building it; a model of `count` tensors."""
     component, file = COMPONENTS[name][1], first_file(tensors).name
     if section is None:
@@ -308,7 +308,7 @@ def check_config(name: str, section: Any, tensors: Tensors, count: int) -> None:
         limit_depth(found, count)
 
 
-def limit_depth(section: Any, tensors: int) -> None:
+def limit_depth(section: Any, tensors: float) -> None:
     """UserError for more layers than tensors; building those would not end."""
     for path, value in tree_flatten(section):
         *_, name = re.sub(r"(\.\d+)+$", "", path).split(".")  # of a list's items, too

@@ -109,12 +109,17 @@ def quick_text(monkeypatch) -> None:
     monkeypatch.setattr(pipeline.Pipeline, "encode_prompts", some_contexts)
 
 
+def round_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Weights are quantized after a short search."""
+    patch.setattr(quantization, "STARTS", [(1.0, 0.0)])
+    patch.setattr(quantization, "CHANGES", [])
+
+
 @pytest.fixture(scope="module")
 def quick_rounding():
-    """Weights are quantized after a short search, in files that do not look at errors."""
+    """`round_quickly`, in files that do not look at errors."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantization, "STARTS", [(1.0, 0.0)])
-        patch.setattr(quantization, "CHANGES", [])
+        round_quickly(patch)
         yield
 
 

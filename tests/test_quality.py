@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import QuickVocoder
+from conftest import QuickVocoder, round_quickly
 from test_look import Page
 
 from ltx2 import checks, pipeline, quality, weights
@@ -176,15 +176,14 @@ def test_parts_are_measured_one_at_a_time(source, runs):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """All parts of the layers cause the same error, and are rounded without a search."""
+    """All parts of the layers cause the same error, and are rounded after a short search."""
 
     def measure(kinds, source, runs, limit):
         kinds.squares = dict.fromkeys(kinds.parts, 1e-4)
 
     monkeypatch.setattr(quality.Kinds, "measure", measure)
     monkeypatch.setattr(quality, "CLIPS", 1)
-    monkeypatch.setattr("ltx2.quantization.STARTS", [(1.0, 0.0)])
-    monkeypatch.setattr("ltx2.quantization.CHANGES", [])
+    round_quickly(monkeypatch)
 
 
 def run_convert(monkeypatch, source, folder, *args):
