@@ -20,17 +20,14 @@ from .lora import adapter_file
 
 ADAPTERS, STATE = "adapters.safetensors", "state.safetensors"
 CONFIG, LOSSES, CHART = "adapter_config.json", "loss.csv", "loss.png"
-Row = Sequence  # step, loss, held-out loss or None
 COLORS = {"loss": (160, 190, 220), "mean": (20, 80, 160), "held out": (210, 80, 40)}
 
 
 def official(parameters: Parameters, dtype: mx.Dtype) -> Parameters:
     """Factors under the key names of official LoRAs."""
-    names, found = {"lora_a": "lora_A", "lora_b": "lora_B"}, {}
-    for key, w in parameters.items():
-        path, name = key.rsplit(".", 1)
-        found[f"diffusion_model.{path}.{names[name]}.weight"] = w.astype(dtype)
-    return found
+    name = lambda key: key.replace("lora_a", "lora_A").replace("lora_b", "lora_B")
+    items = parameters.items()
+    return {f"diffusion_model.{name(k)}.weight": w.astype(dtype) for k, w in items}
 
 
 def check_folder(folder: Path, resumed: Optional[str]) -> None:
@@ -43,8 +40,8 @@ def check_folder(folder: Path, resumed: Optional[str]) -> None:
         raise UserError(f"{text}, or continue with --resume-adapter-file {folder}")
 
 
-def save_losses(folder: Path, history: Sequence[Row]) -> None:
-    """loss.csv and its picture loss.png."""
+def save_losses(folder: Path, history: Sequence[Sequence]) -> None:
+    """loss.csv of rows (step, loss, held-out loss or None), and its picture loss.png."""
     with open(folder / LOSSES, "w", newline="") as f:
         csv.writer(f).writerows([("step", "loss", "held_out"), *history])
     drawn = lambda x: x is not None and math.isfinite(x)

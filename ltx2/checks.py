@@ -9,7 +9,7 @@ import sys
 from collections import defaultdict, namedtuple
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Iterator, Optional
 
 import mlx.core as mx
 
@@ -27,18 +27,12 @@ SIZE = {"height": 256, "width": 256, "num_frames": 9}  # of a traced run
 SPREAD = {"waveform": USUAL_LEVEL, "frames": USUAL_CONTRAST}  # on scales of their own
 
 
-class Report(NamedTuple):
-    """A table of measurements, and one line for each fault."""
-
-    text: str
-    faults: list[str]
+Report = tuple[str, list[str]]  # a table of measurements, and one line for each fault
+Check = tuple[Optional[float], Optional[str]]  # of a tensor: error, fault
+Values = namedtuple("Values", "mean std min max")
 
 
 # Stages of a run
-
-
-Check = tuple[Optional[float], Optional[str]]  # of a tensor: error, fault
-Values = namedtuple("Values", "mean std min max")
 
 
 class Tracer:
@@ -213,7 +207,7 @@ def compare(converted: Checkpoint, source: Checkpoint) -> Report:
         values, _ = zip(*errors[kind])
         rows.append([kind, len(values), sum(values) / len(values), *max(errors[kind])])
     heads = ["quantized", "layers", "mean error", "worst", "layer"]
-    return Report(f"{text}\n\n{table(heads, rows)}" if rows else text, faults)
+    return f"{text}\n\n{table(heads, rows)}" if rows else text, faults
 
 
 def differences(
@@ -289,7 +283,7 @@ def probe_decoder(vae: VideoVAE) -> Report:
         values = statistics(video, first)
         rows.append([name, *values.values()])
         faults += [f"{name}: {a}" for a in anomalies(values, least, not x.any())]
-    return Report(table(["input", *values], rows), faults)
+    return table(["input", *values], rows), faults
 
 
 def statistics(video: mx.array, first: mx.array) -> dict[str, float]:
@@ -391,9 +385,8 @@ def print_trace(args: argparse.Namespace) -> None:
     try:
         for dtype in dtypes:
             pipe = pipeline.load(args.model, args.text_encoder, dtype=dtype)
-            start = starting_point(pipe, args)
             tracers.append(Tracer())
-            trace(pipe, tracers[-1], start)
+            trace(pipe, tracers[-1], starting_point(pipe, args))
     finally:  # also when a result is rejected
         if tracers and tracers[0].chunks:
             print(tracers[0].table(*tracers[1:]))
@@ -435,12 +428,12 @@ def main() -> None:
 
     model = open_model(args.model)
     if args.check == "compare":
-        report = compare(model, open_model(args.source, upsamplers=args.upsampler))
+        source = open_model(args.source, upsamplers=args.upsampler)
+        text, faults = compare(model, source)
     else:
-        report = probe_decoder(model.load("vae", mx.float32))
-    faults = [*report.faults[:20], f"{len(report.faults) or 'no'} faults"]
-    print("\n".join([report.text, "", *faults]))
-    sys.exit(1 if report.faults else 0)
+        text, faults = probe_decoder(model.load("vae", mx.float32))
+    print(text, "", *faults[:20], f"{len(faults) or 'no'} faults", sep="\n")
+    sys.exit(1 if faults else 0)
 
 
 if __name__ == "__main__":

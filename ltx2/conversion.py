@@ -183,8 +183,7 @@ class Conversion:
 
     def summary(self) -> str:
         """How the weights are quantized, and with which error, for the card."""
-        how = layer_formats(self.stored)
-        if not how:
+        if not (how := layer_formats(self.stored)):
             return "The weights are not quantized."
         several = lambda key: ", ".join(sorted({str(f[key]) for f in how.values()}))
         gemma = " and the text encoder's" if "gemma" in self.source.parts else ""
@@ -266,8 +265,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{folder} exists: pass --overwrite to replace it")
-    config = converted_config(folder_files(folder))
-    if not config:
+    if not (config := converted_config(folder_files(folder))):
         raise UserError(f"{folder} is not a converted model; refusing to overwrite it")
     own = ["config.json", "README.md", "LICENSE.md", "LICENSE"]
     own += [config.json().get("text_encoder")]

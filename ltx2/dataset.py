@@ -161,8 +161,7 @@ def default_buckets(defaults: Mapping[str, float]) -> list[Size]:
 
 def choose_bucket(width: int, height: int, frames: int, buckets: list[Size]) -> Size:
     """The bucket of the nearest shape, longest, largest, not longer than the clip."""
-    short = [b for b in buckets if b.num_frames <= frames]
-    if not short:
+    if not (short := [b for b in buckets if b.num_frames <= frames]):
         least = f"the {min(b.num_frames for b in buckets)} of the shortest bucket"
         raise UserError(f"it has {frames} frames, fewer than {least}")
     off = lambda b: abs(math.log(width / height * b.height / b.width))

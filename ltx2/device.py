@@ -118,12 +118,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: Any, added: Any) -> P
 def convolution(size: tuple, out: int, taps: tuple, step=1, groups=1) -> Pair:
     """A convolution of (1, *size), and exact values at some places of its output."""
     x, w = draw((1, *size)), draw((out, *taps, size[-1] // groups))
-    if len(taps) == 3:
-        y = conv.conv3d(x, w, padding=0)
-    elif len(taps) == 2:
-        y = mx.conv2d(x, w)
-    else:
-        y = mx.conv1d(x, w, dilation=step, groups=groups)
+    how = {"padding": 0} if len(taps) == 3 else {"dilation": step, "groups": groups}
+    y = (mx.conv1d, mx.conv2d, conv.conv3d)[len(taps) - 1](x, w, **how)
     if groups > 1:  # each output has one input
         w = mx.where(mx.eye(out)[:, None] == 1, w, 0)
     places = np.random.default_rng(0).integers(0, y.shape[1:-1], (64, y.ndim - 2))
@@ -203,8 +199,7 @@ def fp8(codes: np.ndarray) -> np.ndarray:
     """E4M3: a sign, four bits of exponent, three of mantissa."""
     codes = codes.astype(np.int64)
     exponent, mantissa = codes >> 3 & 15, codes & 7
-    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7)
-    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
+    size = np.ldexp(mantissa + 8 * (exponent > 0), np.maximum(exponent, 1) - 10)
     return np.where(codes & 128, -size, size)
 
 
@@ -332,13 +327,12 @@ def matmul_rate(dtype: mx.Dtype) -> float:
 
 def rates() -> list[Row]:
     """Rates of products, and of attention and a quantized layer relative to them."""
-    found = {dtype_name(d): matmul_rate(d) for d in LIMITS}
-    best = max(found, key=found.get)
-    dtype, rate = getattr(mx, best), found[best]
-    text = ", ".join(f"{r / 1e12:.3g} {d}" for d, r in found.items())
+    found = {d: matmul_rate(d) for d in LIMITS}
+    dtype, rate = max(found.items(), key=lambda pair: pair[1])
+    text = ", ".join(f"{r / 1e12:.3g} {dtype_name(d)}" for d, r in found.items())
     blas = "on Linux, put LD_PRELOAD=libopenblas.so.0 before the command"
     advice = blas if rate < 1e10 else "use --dtype float32"
-    good = rate >= 1e10 and found["bfloat16"] > found["float32"] / 2
+    good = rate >= 1e10 and found[mx.bfloat16] > found[mx.float32] / 2
     rows = [judged("matmul, TFLOP/s", good, text, advice, "slow")]
     tokens = min(max(int((rate * SECONDS / 16384) ** 0.5), 128), 16384) // 64 * 64
     q = mx.random.normal((1, 32, tokens, 128)).astype(dtype)
@@ -352,7 +346,8 @@ def rates() -> list[Row]:
         ("layer of 4 bits", 2 * x.size * WIDTH, lambda: layer(x), "use 8 bits or none"),
     ):
         share = flops / seconds(compute) / rate
-        text = f"{share * rate / 1e12:.3g} {best}, {share:.0%} of matmul"
+        flops = share * rate / 1e12
+        text = f"{flops:.3g} {dtype_name(dtype)}, {share:.0%} of matmul"
         # On a CPU, attention is not fused.
         good = share > (0.1 if mx.default_device().type == mx.cpu else 0.3)
         rows.append(judged(f"{check}, TFLOP/s", good, text, advice, "slow"))

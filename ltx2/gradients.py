@@ -20,10 +20,11 @@ from mlx.utils import tree_unflatten
 
 from .dit import Block, Both, DiT, Streams, Tokens
 from .guidance import stream_tokens
-from .latents import LatentState
+from .latents import States
 from .layers import prefetch
 from .lora import Lora, linear_layers, linear_shape
 
+Layers = dict[str, tuple[int, int]]  # outputs and inputs of linear layers, by path
 Parameters = dict[str, mx.array]  # by their names in the transformer
 Losses = tuple[mx.array, Both]  # all, and of the video and the audio
 
@@ -73,11 +74,7 @@ class Example:
 
 
 def make_example(
-    model: DiT,
-    states: Mapping[str, LatentState],
-    noise: Mapping[str, mx.array],
-    sigmas: Mapping[str, float],
-    contexts: Both,
+    model: DiT, states: States, noise: Mapping, sigmas: Mapping, contexts: Both
 ) -> Example:
     """Mix the states' tokens with noise (1, n, C) at the sigmas, by stream. As in the
     reference, no token is marked as a keyframe."""
@@ -138,8 +135,7 @@ def losses(found: Parameters) -> Losses:
 
 def put(module: nn.Module, parameters: Parameters, prefix: str = "") -> None:
     """Set a module's parameters, named with `prefix` in front."""
-    named = [(k.removeprefix(prefix), w) for k, w in parameters.items()]
-    if named:
+    if named := [(k.removeprefix(prefix), w) for k, w in parameters.items()]:
         module.update(tree_unflatten(named))
 
 
@@ -207,7 +203,6 @@ class Trainee:
         return found
 
     def loss(self, example: Example) -> Losses:
-        """The loss alone."""
         return losses(self._forward(example)[-1])
 
     @contextmanager
@@ -282,16 +277,14 @@ class Trainee:
 # Parameters and steps
 
 
-def target_layers(
-    model: nn.Module, endings: Sequence[str]
-) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of the linear layers whose names have these endings."""
+def target_layers(model: nn.Module, endings: Sequence[str]) -> Layers:
+    """The linear layers whose names have these endings."""
     ends, layers = tuple(f".{ending}" for ending in endings), linear_layers(model)
-    found = {path: layer for path, layer in layers.items() if f".{path}".endswith(ends)}
-    return {path: linear_shape(layer) for path, layer in found.items()}
+    found = [path for path in layers if f".{path}".endswith(ends)]
+    return {path: linear_shape(layers[path]) for path in found}
 
 
-def new_factors(layers: Mapping[str, tuple[int, int]], rank: int, seed: int) -> Lora:
+def new_factors(layers: Layers, rank: int, seed: int) -> Lora:
     """A LoRA without effect, as PEFT starts: A uniform within 1/sqrt(in), B zero."""
     factors = {}
     for path, (outputs, inputs) in layers.items():

@@ -255,8 +255,7 @@ def choose(name: str, files: list[File], file: Optional[str] = None) -> list[Fil
     parts, the newest of each upsampler, the license."""
     weights = [f for f in files if f.name.endswith(".safetensors")]
     licenses = [f for f in files if f.name.startswith("LICENSE")]
-    config = None if file else converted_config(files)
-    if config:
+    if not file and (config := converted_config(files)):
         return [config, *weights, *licenses]
     if file:
         chosen = [f for f in weights if file in (f.name, f.name.split("/")[-1])]
@@ -345,8 +344,7 @@ def repository_files(repo: str, folder: str = "") -> list[File]:
 
 def fetch_all(files: list[File]) -> None:
     """List the files to download; download them if the disk has room for all."""
-    missing = [f for f in files if f.path is None]
-    if missing:
+    if missing := [f for f in files if f.path is None]:
         LOG.info(listing(missing))
         check_space({cache_folder(): sum(f.size for f in missing)})
         for f in missing:
@@ -404,8 +402,7 @@ def upload(folder: Path, repo: str, message: str = "Add the converted model") ->
         api.upload_folder(repo_id=repo, commit_message=message, **options)
         found = api.verify_repo_checksums(repo, local_dir=folder)
     lost = filter_repo_objects(found.extra_paths, ignore_patterns=ASIDE)
-    wrong = [*lost, *(changed["path"] for changed in found.mismatches)]
-    if wrong:
+    if wrong := [*lost, *(changed["path"] for changed in found.mismatches)]:
         names = ", ".join(sorted(wrong)[:5])
         raise UserError(f"{repo} differs from {folder}: {names}; run the command again")
     return found.checked_count

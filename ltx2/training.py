@@ -45,12 +45,10 @@ class Options(Checked):
     batch_size: int = ask("clips per batch", 1, between=(1, 1024))
     grad_accumulation_steps: int = ask("batches per step", 1, between=(1, 1024))
     learning_rate: float = ask("first learning rate", 1e-4, between=(1e-9, 1))
-    lr_schedule: str = ask(
-        "how the learning rate falls", "linear", choices=tuple(SCHEDULES)
-    )
+    lr_schedule: str = ask("how the learning rate falls", "linear", choices=SCHEDULES)
     max_grad_norm: float = ask("largest gradient norm; 0 is off", 1.0, between=(0, 1e9))
     rank: int = ask("rank of the LoRA", 32, between=(1, 1024))
-    streams: str = ask("streams to train", "both", choices=tuple(TARGETS))
+    streams: str = ask("streams to train", "both", choices=TARGETS)
     target_modules: tuple[str, ...] = ask(
         "layers to train, by the ends of their names (default: attention)",
         (),
@@ -151,8 +149,8 @@ class Trainer:
         return self.memory
 
     @cached_property
-    def layers(self) -> dict[str, tuple[int, int]]:
-        """Outputs and inputs of the layers to train."""
+    def layers(self) -> gradients.Layers:
+        """The layers to train."""
         model = self.pipe.checkpoint.sketch("transformer")
         found = gradients.target_layers(model, self.endings)
         if not found:

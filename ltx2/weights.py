@@ -90,8 +90,7 @@ class Checkpoint(FolderConfig):
 
     def require(self, *names: str) -> None:
         """UserError for parts that this model does not have."""
-        missing = [name for name in names if name not in self.parts]
-        if missing:
+        if missing := [name for name in names if name not in self.parts]:
             problems = [text for held, text in self.problems if held & {*missing}]
             reasons = f" (not used: {'; '.join(problems[:3])})" if problems else ""
             text = f"missing model parts: {', '.join(missing)}{reasons}; pass a folder"
@@ -191,8 +190,8 @@ def open_model(
     component) replace its own; without `fetch` only headers are downloaded."""
     chosen = read_chosen(upsamplers, parts or {})
     files = hub.choose(name, *hub.resolve(name, file))
-    is_converted = files[0].name == "config.json"
-    model = (converted if is_converted else official)(files, chosen)
+    read = converted if files[0].name == "config.json" else official
+    model = read(files, chosen)
     path = f"{name}/{file}" if file else name
     model.opened = {"model": path, "upsamplers": upsamplers, "parts": parts or {}}
     if kind is not None:
@@ -311,8 +310,7 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
         if not files.keys() & {*names}:
             raise UserError(f"{where} has no {' or '.join(names)}")
     config = files["config.json"].json()
-    kind = config.get("model_type")
-    if kind not in ("gemma3", "gemma3_text"):
+    if (kind := config.get("model_type")) not in ("gemma3", "gemma3_text"):
         raise UserError(f"{where} is {kind!r}, not Gemma 3: use {TEXT_ENCODER}")
     section = checked(dict, config.get("text_config", config), f"{where}: text_config")
     sizes = {k: v for k, v in section.items() if re.search("size$|num_|_dim$", k)}
@@ -320,9 +318,8 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
     if index := files.get("model.safetensors.index.json"):
         shards = index.json().get("weight_map")
         shards = checked(dict[str, str], shards, f"{where}: weight_map")
-        lacks = ", ".join(sorted({*shards.values()} - files.keys())[:5])
-        if lacks:
-            raise UserError(f"{where} lacks {lacks}: download it again")
+        if lacks := sorted({*shards.values()} - files.keys()):
+            raise UserError(f"{where} lacks {', '.join(lacks[:5])}: download it again")
     shapes = {}
     for file, f in files.items():
         if re.fullmatch(r"model.*\.safetensors", file):
@@ -342,10 +339,10 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
     leaves = [key.removeprefix(first) for key in shapes if key.startswith(first)]
     names = [f"layers.{i}.{k}" for i in range(min(count, 999)) for k in leaves]
     names += ["norm.weight", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"]
-    lacks = [name for name in names if name not in shapes]
-    if lacks:
-        some = f"{len(lacks)} tensors: {lacks[0]}, ...; {example}"
-        raise UserError(f"{where} lacks {some}")
+    if lacks := [name for name in names if name not in shapes]:
+        raise UserError(
+            f"{where} lacks {len(lacks)} tensors: {lacks[0]}, ...; {example}"
+        )
     width, found = sizes.get("hidden_size"), shapes["norm.weight"]
     if found != (width,):
         raise UserError(f"{where}: hidden_size is {width}, but norm.weight is {found}")
@@ -358,8 +355,7 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
 
 def fetch_text_encoder(name: str) -> Path:
     """The folder of a text encoder in Hugging Face layout, downloaded if needed."""
-    files = text_encoder_files(name)
-    if not files:
+    if not (files := text_encoder_files(name)):
         raise UserError(f"text encoder {name} has no files")
     hub.fetch_all(files)
     return files[0].path.parent
