@@ -9,6 +9,8 @@ import argparse
 import re
 from pathlib import Path
 
+import mlx.core as mx
+
 from ltx2.base import Parser, UserError, awake, note, run, user_path
 from ltx2.options import add_all, name_and_file
 
@@ -95,7 +97,6 @@ def main() -> None:
 
 def convert(args: argparse.Namespace, folder: Path) -> None:
     """List what is read and written, check it, then write the model folder."""
-    import mlx.core as mx
     from tqdm import tqdm
 
     from ltx2 import conversion, hub, quantization, weights
@@ -152,8 +153,6 @@ def convert(args: argparse.Namespace, folder: Path) -> None:
 
 def peaks(folder: Path) -> str:
     """The memory of a Mac, without the text encoder; "" for a model with parts missing."""
-    import mlx.core as mx
-
     from ltx2 import memory, pipeline, request, weights
 
     model = weights.open_model(str(folder), fetch=False)

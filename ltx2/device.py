@@ -81,8 +81,7 @@ def judge(check: str, cases: Iterable[Case]) -> list[Row]:
         found = f"{error:.1e} ({case})"
         largest = max(largest, (error / LIMITS[dtype], found))
         if error > LIMITS[dtype]:
-            rounded = dtype == mx.float32 and 1e-4 < error < 2e-2
-            advice = TF32 if rounded else UPDATE
+            advice = TF32 if dtype == mx.float32 and 1e-4 < error < 2e-2 else UPDATE
             rows.append(Row(check, "wrong", f"error {found}", advice))
     return rows or [Row(check, "ok", f"{len(cases)} cases, largest error {largest[1]}")]
 
@@ -346,8 +345,7 @@ def rates() -> list[Row]:
         ("layer of 4 bits", 2 * x.size * WIDTH, lambda: layer(x), "use 8 bits or none"),
     ):
         share = flops / seconds(compute) / rate
-        flops = share * rate / 1e12
-        text = f"{flops:.3g} {dtype_name(dtype)}, {share:.0%} of matmul"
+        text = f"{share * rate / 1e12:.3g} {dtype_name(dtype)}, {share:.0%} of matmul"
         # On a CPU, attention is not fused.
         good = share > (0.1 if mx.default_device().type == mx.cpu else 0.3)
         rows.append(judged(f"{check}, TFLOP/s", good, text, advice, "slow"))

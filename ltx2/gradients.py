@@ -106,7 +106,6 @@ def begin(model: DiT, example: Example) -> tuple[Parameters, Streams, Both]:
 
 
 def run(block: Block, states: Parameters, streams: Streams, texts: Both) -> Parameters:
-    """The states after a block."""
     read = block.text_keys_values(streams, texts)
     return present(block(tuple(map(states.get, STREAMS)), streams, read))
 

@@ -81,12 +81,11 @@ def recipe(name: str | None, how: dict[str, Any], weights: Weights) -> dict[str,
     """`how` with the bits of single layers, as mlx-lm writes them: "mixed_4_6" and the
     like, a JSON file (a folder's config.json too), or None: by `KINDS` and `QUARTERS`.
     `weights` are those of the transformer and of Gemma; only their shapes are read."""
-    found = layers(weights, how["group_size"])
     mixed = MIXED.fullmatch(name or "mixed_4_6")
     if not mixed:
         return from_file(Path(name), how, layers(weights, 32))
     high = {"group_size": how["group_size"], "bits": int(mixed[2])}
-    own = dict.fromkeys(mlx_lm_picks(found), high)
+    own = dict.fromkeys(mlx_lm_picks(layers(weights, how["group_size"])), high)
     if name is None:
         own = {path: v for path, v in own.items() if "transformer_" not in path}
         own |= allocate(weights, how, default_shares)

@@ -292,9 +292,7 @@ class Trainer:
         self.stopping = mx.distributed.all_max(number, group=self.group).item()
         return self.stopping
 
-    def _example(
-        self, clip: Clip, rng: np.random.Generator, at: Optional[float] = None
-    ) -> gradients.Example:
+    def _example(self, clip: Clip, rng, at=None) -> gradients.Example:
         """A clip with the noise and sigmas of one step; `at` is the quantile of a fixed
         sigma. Of a distilled base, the sigma of all streams is half of the time one of
         its steps'."""
