@@ -103,8 +103,7 @@ def convert(args: argparse.Namespace, folder: Path) -> None:
 
     options, name = None, args.quant_predicate
     if args.quantize:
-        how = args.q_mode, args.q_bits, args.q_group_size
-        options = quantization.choose(name, *how)
+        options = quantization.choose(name, args.q_mode, args.q_bits, args.q_group_size)
     conversion.check_target(folder, args.overwrite)
     names = args.hf_path, args.kind, args.file, args.upsampler
     source = weights.open_model(*names, fetch=False, parts=dict(args.part))

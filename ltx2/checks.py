@@ -155,19 +155,18 @@ def starting_point(pipe: Pipeline, args: argparse.Namespace) -> Snapshot:
     from .snapshot import Snapshot
 
     own = {k: v for k, v in pipe.checkpoint.defaults.items() if k in SIZE}
-    usual = {**SIZE, **own, "seed": 10}
-    passed = ((k, getattr(args, k)) for k in (*usual, "steps"))
-    options = {k: v for k, v in passed if v is not None}
+    names = *SIZE, "seed", "steps"
+    passed = {k: v for k in names if (v := getattr(args, k)) is not None}
+    options = {**SIZE, "seed": 10, **own, **passed}
     if args.prompt is not None:
-        request = Request(args.prompt, **{**usual, **options})
-        return pipe.initial_snapshot(pipe.plan(request))
+        return pipe.initial_snapshot(pipe.plan(Request(args.prompt, **options)))
     synthetic = args.latents in ("zeros", "random")
-    if args.steps or options and not synthetic:
-        option = f"--{[*options][-1].replace('_', '-')}"
+    if args.steps or passed and not synthetic:
+        option = f"--{[*passed][-1].replace('_', '-')}"
         raise UserError(f"{option} cannot be combined with --latents {args.latents}")
     if not synthetic:
         return Snapshot.read(args.latents)
-    job = pipe.plan(Request("only decoded", stages="one", **{**usual, **options}))
+    job = pipe.plan(Request("only decoded", stages="one", **options))
     draw, scale = seeded_noise(job.request.seed), float(args.latents == "random")
     video, audio = pipe.vae.config, pipe.audio_vae.config
     shapes = {
