@@ -137,11 +137,10 @@ def winograd_cases() -> Iterator[Case]:
 
 def convolution_cases() -> Iterator[Case]:
     """Narrow convolutions, and those of the vocoder."""
-    float32 = mx.float32
-    yield "3x3x3", float32, convolution, (6, 22, 26, 32), 48, (3, 3, 3)
-    yield "7, dilated", float32, convolution, (2000, 64), 64, (7,), 3
-    yield "depthwise", float32, convolution, (500, 32), 32, (12,), 1, 32
-    yield "transposed", float32, transposed, draw((1, 200, 64)), draw((32, 16, 64))
+    yield "3x3x3", mx.float32, convolution, (6, 22, 26, 32), 48, (3, 3, 3)
+    yield "7, dilated", mx.float32, convolution, (2000, 64), 64, (7,), 3
+    yield "depthwise", mx.float32, convolution, (500, 32), 32, (12,), 1, 32
+    yield "transposed", mx.float32, transposed, draw((1, 200, 64)), draw((32, 16, 64))
 
 
 def transposed(x: mx.array, w: mx.array) -> Pair:

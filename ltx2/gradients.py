@@ -295,11 +295,10 @@ def new_factors(layers: Layers, rank: int, seed: int) -> Lora:
 
 def factor_parameters(lora: Lora) -> Parameters:
     """The factors, by their names in a transformer with the LoRA attached."""
-    return {
-        f"{path}.{name}": w.astype(mx.float32)
-        for path, pair in lora.factors.items()
-        for name, w in zip(("lora_a", "lora_b"), pair)
-    }
+    found = {}
+    for path, (a, b) in lora.factors.items():
+        found |= {f"{path}.lora_a": a, f"{path}.lora_b": b}
+    return {key: w.astype(mx.float32) for key, w in found.items()}
 
 
 def optimizer(learning_rate: float) -> optim.AdamW:

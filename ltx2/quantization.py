@@ -151,9 +151,8 @@ def allocate(weights: Weights, how: dict[str, Any], shares: Shares) -> dict[str,
     fixed = size(blocks) - size(found) + 2 * size(found) / group  # others, scales
     most = (MEAN_BITS + how["bits"] - 4) * sum(w.size for w in blocks.values()) - fixed
     room = max(most, how["bits"] * total) - least * total
-    levels = sorted(b for b in ERROR if b >= least)
-    higher = dict(zip(levels, [*levels[1:], math.inf]))  # which never fits
-    cost = lambda key: (higher[bits[key]] - bits[key]) * numbers[key]
+    higher = {b: min((c for c in ERROR if c > b), default=math.inf) for b in ERROR}
+    cost = lambda key: (higher[bits[key]] - bits[key]) * numbers[key]  # inf never fits
     error = lambda key: ERROR[bits[key]] - ERROR[higher[bits[key]]]
     gain = lambda key: shares(*key) * error(key) / cost(key)
     while fits := [key for key in alike if cost(key) <= room]:
@@ -162,12 +161,9 @@ def allocate(weights: Weights, how: dict[str, Any], shares: Shares) -> dict[str,
             break
         room -= cost(best)
         bits[best] = higher[bits[best]]
-    return {
-        path: {"group_size": group, "bits": bits[key]}
-        for key, paths in alike.items()
-        for path in paths
-        if bits[key] != how["bits"]
-    }
+    changed = [key for key in alike if bits[key] != how["bits"]]
+    form = lambda key: {"group_size": group, "bits": bits[key]}
+    return {path: form(key) for key in changed for path in alike[key]}
 
 
 # Rounding

@@ -147,16 +147,13 @@ class Checkpoint(FolderConfig):
             except (AttributeError, TypeError, ValueError):
                 how = layer_formats(self.quantization).get("")
                 raise UserError(f"{file} cannot be quantized with {how}") from None
-        expected = {key: p.shape for key, p in tree_flatten(module.parameters())}
-        wrong = [
-            f"{key} is {shapes.get(key, 'missing')}, not {expected.get(key, 'expected')}"
-            for key in sorted(expected.keys() | shapes.keys())
-            if expected.get(key) != shapes.get(key)
-        ]
-        if wrong:
-            more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
-            text = "; ".join(wrong[:5] + more)
-            raise UserError(f"{file}: {name} tensors do not match its config: {text}")
+        fits = {key: p.shape for key, p in tree_flatten(module.parameters())}
+        if wrong := sorted({key for key, _ in fits.items() ^ shapes.items()}):
+            has = lambda k: f"{shapes.get(k, 'missing')}, not {fits.get(k, 'expected')}"
+            texts = [f"{key} is {has(key)}" for key in wrong[:5]]
+            texts += [f"and {len(wrong) - 5} more"] * (len(wrong) > 5)
+            text = f"tensors do not match its config: {'; '.join(texts)}"
+            raise UserError(f"{file}: {name} {text}")
         return module
 
     def load(

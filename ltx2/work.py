@@ -142,12 +142,9 @@ def operations(job: Any, checkpoint: Checkpoint) -> dict[str, float]:
     sizes = {stage.window: stage.whole for stage in job.stages}.values()
     vae = "vae" in checkpoint.parts and checkpoint.sketch("vae")
     flops = lambda *what: sum(conv.flops for conv in video_convs(vae, *what))
-    encoded = [(c, size) for c, size in job.encoded if c.encoder == "vae"]
-    encode = lambda c, size: flops(size, "encoder", c.num_encoded)
-    found = {
-        "text": counted(shapes("connectors"), {"": len(job.texts) * MAX_TOKENS}),
-        "inputs": sum(encode(*pair) for pair in encoded),
-    }
+    encoded = [(size, c.num_encoded) for c, size in job.encoded if c.encoder == "vae"]
+    found = {"text": counted(shapes("connectors"), {"": len(job.texts) * MAX_TOKENS})}
+    found["inputs"] = sum(flops(size, "encoder", n) for size, n in encoded)
     for stage in job.stages:
         found[stage.name] = found.get(stage.name, 0) + denoising(dit, stage)
     if job.decodes_audio:
