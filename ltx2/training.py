@@ -104,8 +104,7 @@ class Trainer:
         encoders = (dataset.ENCODERS[s] for s in self.streams)
         c.check("transformer", "connectors", *encoders)
         pipe.check_text_encoder()
-        cache = user_path(cache or self.folder / "cache")
-        self.data = dataset.Dataset(cache, pipe, o)
+        self.data = dataset.Dataset(user_path(cache or self.folder / "cache"), pipe, o)
         self.stopping = 0  # the number of a signal
         self.skipped = 0  # steps, the last ones
         self.history: list[list] = []  # step, loss, held-out loss
