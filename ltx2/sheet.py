@@ -44,9 +44,8 @@ class Sheet:
 
     def draw(self, waveform: Optional[np.ndarray], rate: Optional[int]) -> np.ndarray:
         """The sheet (H, W, 3) uint8; the waveform (samples, channels) may be missing."""
-        width, height = self.tiles[0][1].size if self.tiles else (0, -LABEL - GAP)
-        columns = min(COLUMNS, len(self.tiles))
-        rows = max(1, -(-len(self.tiles) // COLUMNS))
+        width, height = self.tiles[0][1].size if self.tiles else (0, 0)
+        columns, rows = min(COLUMNS, len(self.tiles)), -(-len(self.tiles) // COLUMNS)
         across = columns * (width + GAP) - GAP if columns else COLUMNS * SIDE
         across = max(NARROW, across)
         below = GAP + rows * (height + LABEL + GAP)
