@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any, Callable
@@ -35,6 +36,12 @@ FIRST = "readme runs training parallel checks hdr demo quality memory reference"
 def pytest_collection_modifyitems(items) -> None:
     order = {f"test_{name}": n for n, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not visit it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config) -> None:
