@@ -59,15 +59,11 @@ def run(case: dict, group=None) -> dict:
         for seed in range(case.get("videos", 1))
     ]
     requests = [Request(**{**vars(r), **more}) for r in requests]
-    contexts = None
-    if not case.get("encodes"):  # short random contexts
-        mx.random.seed(0)
-        jobs = [pipe.plan(r) for r in requests]
-        contexts = {
-            prompt: (mx.random.normal((1, 8, 128)), mx.random.normal((1, 8, 128)))
-            for job in jobs
-            for prompt in (job.request.prompt, job.negative_prompt)
-        }
+    jobs = [pipe.plan(r) for r in requests]
+    contexts = drawn_contexts([text for job in jobs for text in job.texts])
+    if case.get("encodes"):  # on the first machine, whose contexts all others use
+        seed, contexts = 0 if group is None else group.rank(), None
+        pipe.encode_prompts = lambda prompts, trace: drawn_contexts(prompts, seed)
     gc.collect()  # of the last case
     held, latents = mx.get_active_memory(), {}
     found = {"drawn": pipe.plan(replace(requests[0], seed=None)).request.seed}
@@ -84,6 +80,13 @@ def run(case: dict, group=None) -> dict:
             latents = {k: x[0] for k, x in event.snapshot.latents.items()}
             break
     return dict(found, latents=latents, mode=pipe.machines.mode)
+
+
+def drawn_contexts(prompts: list[str], seed: int = 0) -> dict:
+    """Short random contexts, instead of the text encoder's."""
+    mx.random.seed(seed)
+    draw = lambda: mx.random.normal((1, 8, 128))
+    return {prompt: (draw(), draw()) for prompt in prompts}
 
 
 def worker(folder: Path) -> None:
@@ -127,20 +130,21 @@ def free_ports(number: int) -> list[int]:
     return ports
 
 
-def together_on_ring(ranks: int, folder: Path) -> None:
-    """Run the cases on several machines, like mlx.launch, but with fewer threads: waiting
-    threads would keep the cores of a small computer busy."""
+def start_on_ring(ranks: int, folder: Path, *command: str, **options) -> list:
+    """Start a Python program on several machines, like mlx.launch, but without its own
+    process and with fewer threads: what waits would keep the cores of a small computer
+    busy."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
     one_thread = {"OPENBLAS_NUM_THREADS": "1", "MLX_HOSTFILE": str(hosts)}
-    started = [
+    return [
         subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
+            [sys.executable, *command],
             env=os.environ | one_thread | {"MLX_RANK": str(rank)},
+            **options,
         )
         for rank in range(ranks)
     ]
-    assert [process.wait(timeout=600) for process in started] == [0] * ranks
 
 
 @pytest.fixture(scope="module")
@@ -159,27 +163,26 @@ def cases(checkpoint, tmp_path_factory):
     }
     model = checkpoint("ltx-2.3", transformer=sizes)
     lora = str(checkpoint("ltx-2.3-lora", transformer=sizes))
+    # Machines that wait for each other spin, on a small computer for long: those that
+    # share each layer have one step, four of them one block.
+    one_block = checkpoint("ltx-2.3", transformer=sizes | {"num_layers": 1})
     in_4_bits = tmp_path_factory.mktemp("converted") / "model"
     how = conversion.quantization(group_size=32)
     conversion.Conversion(weights.open_model(str(model)), how).write(in_4_bits)
     in_4_bits = str(in_4_bits)
     dev, distilled = dict(kind="dev"), dict(kind="distilled")
+    shared = dict(parallel="tensor", more=dict(sigmas=(1.0, 0.0)))
     listed = dict(
         data=dict(distilled, videos=3, silent=True, parallel="data"),
         encodes=dict(distilled, videos=2, silent=True, parallel="data", encodes=True),
         passes=dict(dev, parallel="passes", loras=[lora]),
         cached=dict(dev, parallel="passes", model=in_4_bits, more=dict(step_cache=0.9)),
-        tensor=dict(distilled, parallel="tensor"),
-        streamed=dict(
-            dev,
-            parallel="tensor",
-            loras=[lora],
-            low_memory=True,
-            more=dict(nag_scale=5.0),
-        ),
-        tensor_4_bits=dict(distilled, parallel="tensor", model=in_4_bits, loras=[lora]),
-        one_step=dict(distilled, parallel="tensor", more=dict(sigmas=(1.0, 0.0))),
+        tensor=dict(shared | distilled),
+        streamed=dict(shared | dev, loras=[lora], low_memory=True),
+        tensor_4_bits=dict(shared | distilled, model=in_4_bits, loras=[lora]),
+        one_block=dict(shared | distilled, model=str(one_block)),
     )
+    listed["streamed"]["more"] = shared["more"] | dict(nag_scale=5.0)
     files = dict(model=str(model), encoder=str(checkpoint("gemma3")))
     return [dict(files, name=name, **case) for name, case in listed.items()]
 
@@ -190,17 +193,20 @@ def alone(cases):
     return {case["name"]: run(dict(case, parallel=None)) for case in cases}
 
 
-FOUR = ("passes", "one_step")  # four processes on a small computer are slow
+CASES = {  # by the number of machines
+    2: "data encodes passes cached tensor streamed tensor_4_bits".split(),
+    4: ["passes", "one_block"],
+}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def together(request, cases, tmp_path_factory):
     """The number of machines, and the results of each by case."""
     folder, ranks = tmp_path_factory.mktemp("ranks"), request.param
-    if ranks == 4:
-        cases = [case for case in cases if case["name"] in FOUR]
+    cases = [case for case in cases if case["name"] in CASES[ranks]]
     (folder / "cases.json").write_text(json.dumps(cases))
-    together_on_ring(ranks, folder)
+    started = start_on_ring(ranks, folder, __file__, str(folder))
+    assert [process.wait(timeout=600) for process in started] == [0] * ranks
     found = {}
     for case in cases:
         for rank in range(ranks):
@@ -232,7 +238,7 @@ def test_machines_draw_the_same_seeds(cases, together):
 def test_a_machine_holds_only_its_part_of_the_blocks(alone, together):
     ranks, found = together
     for name, rank in found:
-        if name in ("tensor", "tensor_4_bits", "one_step"):
+        if name in ("tensor", "tensor_4_bits", "one_block"):
             whole, part = alone[name], found[name, rank]
             assert part["blocks"] < (1 / ranks + 0.1) * whole["blocks"]
             if name != "tensor_4_bits":  # (MLX copies no slice of less than 16 KiB)
@@ -268,6 +274,7 @@ def contexts(cases, tmp_path_factory):
     folder, files = tmp_path_factory.mktemp("contexts"), cases[0]
     model, encoder = files["model"], files["encoder"]
     load = pipeline.load(model, encoder, "dev", "float32", cache_contexts=folder)
+    load.encode_prompts = lambda prompts, trace: drawn_contexts(prompts)
     request = Request("a cat", height=64, width=64, num_frames=9, sigmas=(1.0, 0.0))
     assert any(event.phase == "stage1" for event in load.stream(request))
     return "--cache-contexts", str(folder)
@@ -310,12 +317,15 @@ def test_all_machines_end_and_leave_no_file_if_one_dies(command, contexts, tmp_p
     assert not outputs.is_claimed(str(output))
 
 
-def test_a_mistake_is_told_and_ends_all(command, tmp_path):
+def test_a_mistake_is_told_and_ends_all(command, tmp_path, tmp_path_factory):
     flags = "--output", str(tmp_path / "out.mp4"), "--parallel", "data"
-    with launch(2, *command, *flags) as launched:
-        printed = launched.stdout.read()
+    pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    hosts = tmp_path_factory.mktemp("hosts")
+    started = start_on_ring(2, hosts, *command, *flags, text=True, **pipes)
+    printed = "".join(process.communicate(timeout=600)[0] for process in started)
     assert "--parallel data needs more than one video" in printed
-    assert "exited with code 2" in printed and "Traceback" not in printed
+    assert [process.returncode for process in started] == [2, 2]
+    assert "Traceback" not in printed
     assert not list(tmp_path.iterdir())
 
 
