@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import round_quickly
 from test_pipeline import latents_of
 
 ROOT = Path(__file__).parents[1]
@@ -79,19 +80,22 @@ def test_the_sound_moves_with_the_shape(prompts, made):
             assert moved * {"right": 1, "left": -1}[s.motion] > 0.1
 
 
-def test_a_4_bit_model_follows_its_prompt(prompts, tmp_path):
+def test_a_4_bit_model_follows_its_prompt(prompts, tmp_path, monkeypatch):
+    round_quickly(monkeypatch)
     ((path, _),) = make(DEMO, prompts[:1], tmp_path, bits=4)
     found = judge(*read_mp4(path))
     assert (found["color"], found["pitch"]) == ("red", "low")
 
 
-def test_the_first_frame_of_image_to_video_is_the_image(prompts, tmp_path):
+def test_the_first_frame_of_image_to_video_is_the_image(
+    prompts, tmp_path, quick_vocoder
+):
     ((path, result),) = make(DEMO, prompts[:1], tmp_path, image=True)
     drawn = data.render(prompts[0][0], [0])[0]
     assert prompt_adherence.decibels(result.frames[0], drawn) > 25
 
 
-def test_a_guided_run_follows_its_prompt(prompts, tmp_path):
+def test_a_guided_run_follows_its_prompt(prompts, tmp_path, quick_vocoder):
     ((path, result),) = make(
         DEMO, prompts[1:2], tmp_path, kind="dev", options=prompt_adherence.GUIDED
     )

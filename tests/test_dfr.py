@@ -233,7 +233,7 @@ def test_a_slice_has_the_images_of_its_frames(load, tmp_path):
 @pytest.mark.cpu
 def test_the_memory_of_every_stage_is_predicted(load, checkpoint):
     lora = LoraFile(str(checkpoint("ltx-2.5-lora2")))
-    options = QUICK | {"height": 256, "width": 256, "no_audio": True}
+    options = QUICK | {"height": 128, "width": 256, "no_audio": True}
     options |= {"spatial_rounds": 1, "num_frames": 25}
     request, pipe, peaks = (
         Request("a fox", seed=10, detailing_lora=lora, **options),
