@@ -16,7 +16,7 @@ from fake_hub import fake_hub  # noqa: F401 (a fixture)
 from safetensors import safe_open
 
 from ltx2 import pipeline, quantization
-from ltx2.text import TextConfig
+from ltx2.text import TextConfig, TextConnectors
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -114,6 +114,13 @@ def some_contexts(pipe, prompts, trace=None):
 def quick_text(monkeypatch) -> None:
     """Replaces the text encoder in tests that do not look at what a prompt does."""
     monkeypatch.setattr(pipeline.Pipeline, "encode_prompts", some_contexts)
+
+
+def shorten_contexts(patch: pytest.MonkeyPatch) -> None:
+    """Encoded prompts have 256 tokens, as with `quick_text` where nothing looks at them."""
+    call = TextConnectors.__call__
+    short = lambda model, states, length=0, trace=None: call(model, states, 256, trace)
+    patch.setattr(TextConnectors, "__call__", short)
 
 
 def round_quickly(patch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from conftest import shorten_contexts
 from parity import cosine, relative_error
 from streams import inputs, load
 from test_dit import four_passes
 from test_pipeline import events_to_latents
 
 import generate
-from ltx2 import chips, components, conversion, linear, pipeline, weights
+from ltx2 import chips, conversion, linear, pipeline, weights
 from ltx2.base import OutputError
 from ltx2.chips import Chip
 from ltx2.dit import DiT
@@ -127,7 +128,7 @@ def test_float16_runs_keep_states_beyond_the_range_of_float16(checkpoint, golden
 
 
 def test_a_float16_run_is_close_to_a_float32_run(checkpoint, monkeypatch):
-    monkeypatch.setattr(components, "MAX_TOKENS", 256)  # float16 is slow on CPUs
+    shorten_contexts(monkeypatch)  # float16 is slow on CPUs
     frames = []
     for dtype in (mx.float32, mx.float16):
         model, encoder = str(checkpoint("ltx-2.3")), str(checkpoint("gemma3"))

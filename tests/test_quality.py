@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import QuickVocoder, round_quickly
+from conftest import QuickVocoder, round_quickly, shorten_contexts
 from test_look import Page
 
 from ltx2 import checks, pipeline, quality, weights
@@ -21,9 +21,10 @@ SIZE = {"height": 64, "width": 64, "num_frames": 9}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_sound():
-    """As `quick_vocoder`, for the whole file."""
+def quick_sound_and_text():
+    """As `quick_vocoder`, for the whole file, and short contexts."""
     with pytest.MonkeyPatch.context() as patch:
+        shorten_contexts(patch)
         patch.setattr(Pipeline, "vocoder", QuickVocoder())
         yield
 
@@ -40,7 +41,9 @@ def folders(source, tmp_path_factory):
     for bits in (3, 8):
         found[bits] = tmp_path_factory.mktemp("quality") / str(bits)
         how = quantization(bits=bits, group_size=32)
-        Conversion(weights.open_model(source), how).write(found[bits])
+        with pytest.MonkeyPatch.context() as patch:
+            round_quickly(patch)
+            Conversion(weights.open_model(source), how).write(found[bits])
     return found
 
 
