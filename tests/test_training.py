@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import signal
+import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import replace
@@ -20,7 +21,7 @@ from released import HERE
 from streams import load
 from test_dataset import write_clip
 from test_low_memory import in_four_bits
-from test_parallel import ROOT, launch
+from test_parallel import ROOT, start_on_ring
 
 import generate
 import train
@@ -689,8 +690,9 @@ def test_two_machines_average_their_gradients(run, clips, cache, checkpoint, tmp
     command = [str(ROOT / "train.py"), *sys.argv[1:]]
     command[command.index("single")] = str(tmp_path / "double")
     command[command.index("--batch-size") + 1] = "1"
-    with launch(2, *command) as launched:
-        printed = launched.stdout.read()  # (mlx.launch spins if stdin is closed)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = start_on_ring(2, tmp_path, *command, **pipes)
+    printed = "".join(process.communicate(timeout=600)[0] for process in started)
     assert printed.count("Iter 2: loss") == 1, printed
     for f, arrays in files(single).items():
         for k, w in files(tmp_path / "double")[f].items():
