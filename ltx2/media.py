@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from subprocess import PIPE, Popen, run
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator, TypeVar
 
 import imageio_ffmpeg
 import numpy as np
@@ -26,7 +26,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from .base import UserError, hann_sinc, listed, lock, note, parse_json, user_path
 
-PathLike, Metadata = str | Path, dict[str, Any]
+PathLike, Metadata, T = str | Path, dict[str, Any], TypeVar("T")
 
 pillow_heif.register_heif_opener()
 Image.MAX_IMAGE_PIXELS = 2**28  # phones make 200 megapixels
@@ -182,6 +182,21 @@ def input_option(path: PathLike) -> str:
     return f"-i {shlex.quote(f'file:{os.path.abspath(path)}')}"
 
 
+def once(read: Callable[[PathLike], T]) -> Callable[[PathLike], T]:
+    """`read`, which starts ffmpeg, only of files that are new or have changed."""
+    kept = functools.lru_cache(lambda path, *state: read(path))
+
+    @functools.wraps(read)
+    def call(path: PathLike) -> T:
+        check_file(path)
+        state = os.stat(path)
+        changes = state.st_ino, state.st_size, state.st_mtime_ns
+        return kept(path, os.path.abspath(path), *changes)
+
+    return call
+
+
+@once
 def describe(path: PathLike) -> bytes:
     """What ffmpeg prints about a file."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *shlex.split(input_option(path))]
@@ -266,6 +281,7 @@ def count_frames(path: PathLike) -> int:
     return len(times_shown(_packets(path, "-an -c copy")["video"][1]))
 
 
+@once
 def probe(path: PathLike) -> Media:
     """Measure the first video and sound of a file by reading all their packets."""
     streams, found = _packets(path, "-c copy"), {}
