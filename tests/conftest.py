@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
+import subprocess
 from pathlib import Path
 from typing import Any, Callable
 
 import checkpoints
+import imageio_ffmpeg
 import mlx.core as mx
 import parity
 import pytest
@@ -15,7 +18,7 @@ import split_checkpoint
 from fake_hub import fake_hub  # noqa: F401 (a fixture)
 from safetensors import safe_open
 
-from ltx2 import pipeline, quantization
+from ltx2 import media, pipeline, quantization
 from ltx2.text import TextConfig, TextConnectors
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -84,6 +87,37 @@ def in_step(monkeypatch) -> None:
     monkeypatch.undo()
     mx.set_memory_limit(before)
     mx.set_cache_limit(cached)
+
+
+def save_clip(path, frames, fps, waveform=None, rate=None):
+    """Write a lossless clip, with a waveform (channels, samples) if there is one."""
+    height, width = frames.shape[1:3]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    command += ["-r", str(media.frame_rate(fps)), "-i", "-"]
+    if waveform is not None:
+        sound = path.with_suffix(".f32")
+        sound.write_bytes(waveform.T.astype("<f4").tobytes())
+        command += ["-f", "f32le", "-ar", str(rate), "-ac", "2", "-i", str(sound)]
+        command += ["-c:a", "pcm_f32le"]
+    command += ["-c:v", "ffv1", "-pix_fmt", "gbrp", str(path)]
+    subprocess.run(command, input=frames.tobytes(), check=True)
+
+
+@pytest.fixture(scope="session")
+def clip_of(tmp_path_factory) -> Callable[..., str]:
+    """`clip_of(frames, fps)`: the path of a lossless clip, which no test may change; each
+    is written once."""
+    folder, written = tmp_path_factory.mktemp("clips"), {}
+
+    def get(frames, fps=24) -> str:
+        key = frames.shape, fps, hashlib.sha256(frames.tobytes()).digest()
+        if key not in written:
+            written[key] = folder / f"{len(written)}.mkv"
+            save_clip(written[key], frames, fps)
+        return str(written[key])
+
+    return get
 
 
 class QuickVocoder:

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import save_clip
 from mlx.utils import tree_flatten
 from parity import channels_last, relative_error
 from test_formats import attributes, described
-from test_pipeline import latents_of, save_clip
+from test_pipeline import latents_of
 from test_reference import LORA, golden, load, recorded_noise  # noqa: F401
 
 import generate
@@ -41,16 +42,15 @@ def drawn_frames(count, seed):
     return values.reshape(count, 3, 8, 8).transpose(0, 2, 3, 1) * np.float32(255)
 
 
-def test_a_run_is_the_references(load, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_is_the_references(load, clip_of, monkeypatch):  # noqa: F811
     g, info = golden("hdr_ic_lora_keyframes")
     clip = drawn_frames(33, 82)  # not rounded to 8 bits, as a file's would be
     read = lambda path, start, count, fps: iter(clip[start : start + count])
     monkeypatch.setattr(media, "read_video", read)
     monkeypatch.setattr(conditions, "ANCHOR_STRENGTH", info["keyframe_strength"])
-    save_clip(tmp_path / "clip.mkv", FRAMES, info["frame_rate"])
     options = {"loras": (LORA,), "stages": "one", "no_audio": True}
     options["sigmas"] = tuple(info["stages"][0]["sigmas"])
-    options["video"] = str(tmp_path / "clip.mkv")
+    options["video"] = clip_of(FRAMES, info["frame_rate"])
     request = Request(info["prompt"], color_space="acescct", **options)
     pipe, frames = load("distilled"), []
     for event in pipe.stream(request, noise=recorded_noise(g, info)):
@@ -72,19 +72,16 @@ def pipe(checkpoint):
 
 
 @pytest.fixture
-def request_for(checkpoint, tmp_path):
+def request_for(checkpoint, tmp_path, clip_of):
     """`request_for(NAME, frames, fps, ...)`: of a clip, a LoRA and embeddings."""
 
     def request_for(name=NAME, frames=FRAMES, fps=24, model="2.5", **options):
-        clip, lora, text = (
-            str(tmp_path / n) for n in ("clip.mkv", name, "emb.safetensors")
-        )
-        save_clip(Path(clip), frames, fps)
+        lora, text = str(tmp_path / name), str(tmp_path / "emb.safetensors")
         factors = mx.load(str(checkpoint(f"ltx-{model}-lora2")))
         mx.save_safetensors(lora, factors, options.pop("metadata", {}))
         mx.save_safetensors(text, {"video_context": mx.ones((1, 8, 72))})
         options = {"prompt": "", "contexts_file": text} | options
-        options = {"sigmas": (1.0, 0.0), "video": clip} | options
+        options = {"sigmas": (1.0, 0.0), "video": clip_of(frames, fps)} | options
         options.setdefault("seed", 10)
         return Request(loras=(LoraFile(lora),), **options)
 
@@ -127,25 +124,26 @@ def test_fast_clips_are_conditioned_as_30_frames_per_second(
     )
 
 
-@pytest.mark.parametrize("space", ["srgb", "srgb_linear", "acescg", "acescct"])
-def test_frames_hold_the_color_space_that_is_asked_for(pipe, request_for, space):
-    frames = FRAMES[:9, :50, :62]  # padded to 64x64, and cut back
-    request = request_for(frames=frames, color_space=space)
-    result = pipe.generate(**vars(request))
-    assert result.frames.shape == (9, 50, 62, 3) and result.frames.dtype == np.float32
-    assert result.waveform is None
-    codes = pipe.generate(**vars(replace(request, color_space="acescct")))
-    expected = color.convert(codes.frames, "acescct", space)
-    np.testing.assert_allclose(result.frames, expected, atol=1e-6, rtol=1e-5)
+def test_frames_hold_the_color_space_that_is_asked_for(pipe, request_for):
+    request = request_for(frames=FRAMES[:9, :50, :62])  # padded to 64x64, and cut back
+    spaces, found = ("acescct", "srgb", "srgb_linear", "acescg"), {}
+    for space in spaces:
+        result = pipe.generate(**vars(replace(request, color_space=space)))
+        assert result.frames.shape == (9, 50, 62, 3)
+        assert result.frames.dtype == np.float32 and result.waveform is None
+        found[space] = result.frames
+        expected = color.convert(found["acescct"], "acescct", space)
+        np.testing.assert_allclose(result.frames, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("no_audio", [False, True])
 def test_the_clips_sound_is_kept_unless_it_is_not_wanted(
     pipe, request_for, tmp_path, no_audio
 ):
-    request = request_for(frames=FRAMES[:9], no_audio=no_audio)
+    clip = tmp_path / "clip.mkv"
+    request = request_for(video=str(clip), no_audio=no_audio)
     tone = np.sin(np.arange(48000) / 20)[None].repeat(2, 0).astype(np.float32)
-    save_clip(Path(request.video), FRAMES[:9], 24, tone, 48000)
+    save_clip(clip, FRAMES[:9], 24, tone, 48000)
     result = pipe.generate(**vars(request))
     assert result.audio_latents is None
     result.save(tmp_path / "hdr.mp4")
@@ -317,12 +315,11 @@ class MeanEncoder:
 @pytest.mark.parametrize(
     "tiles", [(), ((3, 1), (2, 1), (3, 1)), ((4, 2), (4, 2), (2, 0))]
 )
-def test_tiles_of_a_clip_add_up(tmp_path, tiles):
+def test_tiles_of_a_clip_add_up(clip_of, tiles):
     frames = np.random.default_rng(2).integers(0, 255, (49, 128, 160, 3), np.uint8)
-    save_clip(tmp_path / "a.mkv", frames, 24)
     encoders = Encoders(InputFiles(), lambda name: MeanEncoder())
     size = Size(160, 128, 41, 24.0)
-    found = encoders.clip(str(tmp_path / "a.mkv"), 5, 41, size, tiles=tiles)
+    found = encoders.clip(clip_of(frames), 5, 41, size, tiles=tiles)
     last = frames[5:46:8] / 127.5 - 1
     expected = last.reshape(6, 4, 32, 5, 32, 3).mean((2, 4))
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
@@ -408,8 +405,7 @@ def test_each_frame_of_an_hdr_clip_can_be_generated_twice(pipe, request_for):
     assert result.video_latents.shape[0] == 7
 
 
-def test_frames_are_doubled_before_the_autoencoder_sees_them(tmp_path):
-    save_clip(tmp_path / "a.mkv", FRAMES[:9], 24)
+def test_frames_are_doubled_before_the_autoencoder_sees_them(clip_of):
     seen = []
 
     class Encoder:
@@ -421,7 +417,7 @@ def test_frames_are_doubled_before_the_autoencoder_sees_them(tmp_path):
 
     encoders = Encoders(InputFiles(), lambda name: Encoder())
     size = Size(64, 64, 17, 24.0)
-    encoders.clip(str(tmp_path / "a.mkv"), 0, 17, size, repeats=2)
+    encoders.clip(clip_of(FRAMES[:9]), 0, 17, size, repeats=2)
     expected = FRAMES[:9].repeat(2, axis=0)[:17] / 127.5 - 1
     np.testing.assert_allclose(seen, expected, atol=1e-6)
 

@@ -1,13 +1,11 @@
 """Complete runs: with the reference's noise, every mode gives the reference's results."""
 
-import subprocess
 from functools import lru_cache
 
-import imageio_ffmpeg
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import QuickVocoder
+from conftest import QuickVocoder, save_clip
 from parity import channels_last, relative_error
 
 from ltx2 import media, pipeline
@@ -20,21 +18,6 @@ CASES = (
     "two_stage_distilled hq audio_to_video text_to_audio retake retake_audio "
     "retake_guided ic_lora"
 ).split()
-
-
-def save_clip(path, frames, fps, waveform=None, rate=None):
-    """Write a lossless clip, with a waveform (channels, samples) if there is one."""
-    height, width = frames.shape[1:3]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y"]
-    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-    command += ["-r", str(media.frame_rate(fps)), "-i", "-"]
-    if waveform is not None:
-        sound = path.with_suffix(".f32")
-        sound.write_bytes(waveform.T.astype("<f4").tobytes())
-        command += ["-f", "f32le", "-ar", str(rate), "-ac", "2", "-i", str(sound)]
-        command += ["-c:a", "pcm_f32le"]
-    command += ["-c:v", "ffv1", "-pix_fmt", "gbrp", str(path)]
-    subprocess.run(command, input=frames.tobytes(), check=True)
 
 
 def request_of(case, golden, checkpoint, folder):

@@ -6,9 +6,10 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import save_clip
 from parity import relative_error
 from test_formats import described
-from test_pipeline import events_to_latents, save_clip
+from test_pipeline import events_to_latents
 
 from ltx2 import media, pipeline, recipes
 from ltx2.base import UserError
@@ -29,9 +30,8 @@ def pipe(load):
 
 
 @pytest.fixture
-def clip(tmp_path):
-    save_clip(tmp_path / "clip.mkv", FRAMES, 24)
-    return str(tmp_path / "clip.mkv")
+def clip(clip_of):
+    return clip_of(FRAMES)
 
 
 @pytest.fixture
@@ -93,11 +93,12 @@ TWO = {"layout-to-render", "lipdub", "dubit", "hdr"}  # adapters of two stages
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_every_official_adapter_makes_a_clip(pipe, adapter, quick_text, tmp_path, name):
+def test_every_official_adapter_makes_a_clip(
+    pipe, adapter, quick_text, clip_of, tmp_path, name
+):
     """The clip's sides do not suit the model: they are padded, and cut back."""
-    save_clip(tmp_path / "odd.mkv", FRAMES[:9, :52, :74], 24)
     options = {"loras": (adapter(f"{name}-1.0"),), "sigmas": (1.0, 0.5, 0.0)}
-    options |= {"no_audio": True, "video": str(tmp_path / "odd.mkv")}
+    options |= {"no_audio": True, "video": clip_of(FRAMES[:9, :52, :74])}
     if name in PLAIN_LORAS:
         media.save_png(tmp_path / "first.png", FRAMES[0])
         options |= {"video": None, "images": (str(tmp_path / "first.png"),)}
@@ -388,9 +389,10 @@ def test_a_mask_is_averaged_over_each_latent(tmp_path):
     np.testing.assert_allclose(weights, [[[1, 0], [1, 0]]] * 3, atol=1e-6)
 
 
-def test_a_mask_must_be_as_long_as_its_reference(pipe, adapter, clip, tmp_path):
-    save_clip(tmp_path / "short.mkv", FRAMES[:9], 24)
-    options = {"video": clip, "attention_mask": str(tmp_path / "short.mkv")}
+def test_a_mask_must_be_as_long_as_its_reference(
+    pipe, adapter, clip, clip_of, tmp_path
+):
+    options = {"video": clip, "attention_mask": clip_of(FRAMES[:9])}
     with pytest.raises(UserError, match="9 frames at 24 fps, fewer than the 17"):
         pipe.plan(Request("a", seed=10, loras=(adapter("deblur-0.9"),), **options))
     options["attention_mask"] = str(tmp_path / "none.mkv")

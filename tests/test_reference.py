@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import component, save, vocoder
+from conftest import save_clip
 from parity import channels_last, relative_error
 from safetensors import safe_open
-from test_pipeline import save_clip
 
 from ltx2 import pipeline, windows
 from ltx2.guidance import Guidance

@@ -13,11 +13,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import save_clip
 from test_pipeline import (
     events_to_latents,
     latents_of,
     recorded_contexts,
-    save_clip,
 )
 
 import generate
