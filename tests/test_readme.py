@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import option_table
 import pytest
+from conftest import shorten_contexts
 from test_device import small
 
 import convert
@@ -19,9 +20,10 @@ import generate
 import ltx2
 import train
 from demo import strip
-from ltx2 import checks, formats, media, pipeline, text
+from ltx2 import checks, formats, media, pipeline, quality, text, training
 from ltx2.base import UserError
 from ltx2.defaults import NEGATIVE_PROMPT
+from ltx2.request import Request
 
 pytestmark = pytest.mark.usefixtures("quick_rounding")
 ROOT = Path(__file__).parent.parent
@@ -299,8 +301,17 @@ def test_generate(
 
 @pytest.mark.parametrize("command", TRAIN)
 def test_train(
-    command, folder, checkpoint, quick_text, quick_vocoder, tmp_path, capsys
+    command,
+    folder,
+    checkpoint,
+    quick_text,
+    quick_vocoder,
+    tmp_path,
+    capsys,
+    monkeypatch,
 ):
+    # Samples have two steps instead of 40.
+    monkeypatch.setattr(training, "Request", functools.partial(Request, steps=2))
     model, encoder = (str(checkpoint(n)) for n in ("ltx-2", "gemma3"))
     extra = ["--model", model, "--text-encoder", encoder, "--iters", "2"]
     extra += ["--adapter-path", str(tmp_path / "my-lora"), "--resolution", "64x64x9"]
@@ -338,8 +349,10 @@ def converted(folder, checkpoint):
 
 
 @pytest.mark.parametrize("command", CHECKS, ids=lambda c: c[22:60])
-def test_checks(command, converted, monkeypatch):
+def test_checks(command, converted, quick_vocoder, monkeypatch):
     extra = []
+    shorten_contexts(monkeypatch)
+    monkeypatch.setattr(quality, "CLIPS", 1)
     if "device" in command:
         small(monkeypatch)
     if "trace" in command or "quality" in command:
