@@ -21,7 +21,7 @@ from test_pipeline import (
 )
 
 import generate
-from ltx2 import base, formats, media, memory, pipeline, weights
+from ltx2 import base, formats, media, memory, pipeline, timing, weights
 from ltx2.base import OutputError, UserError, read_text
 from ltx2.guidance import GuidedDenoiser
 from ltx2.request import Image, LoraFile, Request
@@ -68,6 +68,9 @@ def encoded(tmp_path_factory):
 def command(checkpoint, encoded, quick_vocoder, monkeypatch, tmp_path, capsys):
     """`command("--seed", "3")`: runs generate.py in an empty folder, returns its output."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        timing, "matmul_rate", lambda dtype: 1e10
+    )  # takes half a second
 
     def call(*flags, small=True):
         argv = ["generate.py", "--cache-contexts", encoded]
