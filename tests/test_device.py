@@ -16,7 +16,7 @@ from ltx2.device import Row, judge
 def small(monkeypatch) -> None:
     """Sizes for a second."""
     sizes = {"SECONDS": 1e-3, "FILE_BYTES": 1 << 20, "BEYOND": 1 << 20, "WIDTH": 256}
-    sizes |= {"HEADS": (64,), "MODES": device.MODES[2:3]}
+    sizes |= {"HEADS": (64,), "MODES": device.MODES[2:3], "ROWS": 1 << 10}
     for name, size in sizes.items():
         monkeypatch.setattr(device, name, size)
 
