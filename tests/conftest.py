@@ -157,6 +157,12 @@ def shorten_contexts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TextConnectors, "__call__", short)
 
 
+@pytest.fixture
+def short_contexts(monkeypatch) -> None:
+    """`shorten_contexts`, in tests that encode a prompt but do not look at it."""
+    shorten_contexts(monkeypatch)
+
+
 def round_quickly(patch: pytest.MonkeyPatch) -> None:
     """Weights are quantized after a short search."""
     patch.setattr(quantization, "STARTS", [(1.0, 0.0)])

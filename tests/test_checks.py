@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import round_quickly, shorten_contexts
+from conftest import round_quickly
 from test_look import Page
 
 from ltx2 import base, checks, pipeline, weights
@@ -160,8 +160,7 @@ def test_every_stage_of_a_decode_is_traced(check, checkpoint, latents, std, flag
     assert 0 <= low < high <= 1
 
 
-def test_every_stage_of_a_run_is_traced(check, checkpoint, monkeypatch):
-    shorten_contexts(monkeypatch)
+def test_every_stage_of_a_run_is_traced(check, checkpoint, short_contexts):
     run = ("--prompt", "a dog", "--steps", 2, "--text-encoder", checkpoint("gemma3"))
     run += ("--dtype", "float32")  # which is faster on CPUs
     code, out = check("trace", checkpoint("ltx-2-notc"), *run, *SMALL)

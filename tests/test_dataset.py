@@ -12,6 +12,7 @@ from ltx2.base import UserError
 from ltx2.dataset import Dataset, choose_bucket, find_clips
 from ltx2.latents import Size
 
+pytestmark = pytest.mark.usefixtures("short_contexts")
 BUCKETS = [Size(64, 64, n, 0) for n in (17, 9, 1)] + [Size(96, 64, 9, 0)]
 
 

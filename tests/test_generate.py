@@ -225,7 +225,7 @@ def test_impossible_guidance_of_a_dev_model_is_one_line(cli, flags):
     assert code == 2 and err.count("\n") == 1 and GUIDED[flags] in err
 
 
-def test_a_full_disk_is_one_line(cli, monkeypatch, tmp_path):
+def test_a_full_disk_is_one_line(cli, quick_text, quick_vocoder, monkeypatch, tmp_path):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 

@@ -4,7 +4,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import shorten_contexts
 from parity import cosine, relative_error
 from streams import inputs, load
 from test_dit import four_passes
@@ -127,8 +126,7 @@ def test_float16_runs_keep_states_beyond_the_range_of_float16(checkpoint, golden
             assert cosine(a, b) > 0.999
 
 
-def test_a_float16_run_is_close_to_a_float32_run(checkpoint, monkeypatch):
-    shorten_contexts(monkeypatch)  # float16 is slow on CPUs
+def test_a_float16_run_is_close_to_a_float32_run(checkpoint, short_contexts):
     frames = []
     for dtype in (mx.float32, mx.float16):
         model, encoder = str(checkpoint("ltx-2.3")), str(checkpoint("gemma3"))

@@ -12,7 +12,6 @@ import mlx.core as mx
 import numpy as np
 import option_table
 import pytest
-from conftest import shorten_contexts
 from test_device import small
 
 import convert
@@ -349,9 +348,8 @@ def converted(folder, checkpoint):
 
 
 @pytest.mark.parametrize("command", CHECKS, ids=lambda c: c[22:60])
-def test_checks(command, converted, quick_vocoder, monkeypatch):
+def test_checks(command, converted, quick_vocoder, short_contexts, monkeypatch):
     extra = []
-    shorten_contexts(monkeypatch)
     monkeypatch.setattr(quality, "CLIPS", 1)
     if "device" in command:
         small(monkeypatch)
