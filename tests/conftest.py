@@ -33,7 +33,7 @@ def pytest_addoption(parser) -> None:
 
 # Files that take longest come first: with `-n 2 --dist loadfile`, one that begins last
 # would leave a core idle. (Else xdist begins with those of the most tests.)
-FIRST = "readme runs training parallel checks hdr demo quality memory reference".split()
+FIRST = "readme parallel training runs hdr convert checks demo reference memory".split()
 
 
 def pytest_collection_modifyitems(items) -> None:
