@@ -173,8 +173,7 @@ def cases(checkpoint, tmp_path_factory):
     dev, distilled = dict(kind="dev"), dict(kind="distilled")
     shared = dict(parallel="tensor", more=dict(sigmas=(1.0, 0.0)))
     listed = dict(
-        data=dict(distilled, videos=3, silent=True, parallel="data"),
-        encodes=dict(distilled, videos=2, silent=True, parallel="data", encodes=True),
+        data=dict(distilled, videos=3, silent=True, parallel="data", encodes=True),
         passes=dict(dev, parallel="passes", loras=[lora]),
         cached=dict(dev, parallel="passes", model=in_4_bits, more=dict(step_cache=0.9)),
         tensor=dict(shared | distilled),
@@ -194,7 +193,7 @@ def alone(cases):
 
 
 CASES = {  # by the number of machines
-    2: "data encodes passes cached tensor streamed tensor_4_bits".split(),
+    2: "data passes cached tensor streamed tensor_4_bits".split(),
     4: ["passes", "one_block"],
 }
 
