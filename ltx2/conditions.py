@@ -197,7 +197,8 @@ class ReferenceClip(Condition):
             # After an upsampler of 1.5 a latent may not be whole pixels of the mask.
             if sides.height % smaller.latent[1] or sides.width % smaller.latent[2]:
                 sides = size
-            weights = source.weights(path, *frames, sides, smaller, self.slow)
+            how = self.slow, self.path
+            weights = source.weights(path, *frames, sides, smaller, *how)
             weights = self.part.under(weights[None])[0, self.skip :]
             visible = visible * weights.flatten()
         facts = clip, size.rate, self.strength, *scale, visible, self.skip

@@ -145,16 +145,28 @@ class Encoders:
         return total
 
     def weights(
-        self, path: str, start: int, num_frames: int, size: Size, grid: Size, slow: int
+        self,
+        path: str,
+        start: int,
+        num_frames: int,
+        size: Size,
+        grid: Size,
+        slow: int,
+        of: str,
     ) -> np.ndarray:
         """The brightness (f, h, w) in [0, 1] of a picture or of a clip's frames at the
-        sides of `size`, averaged over each latent of `grid` that `clip` would give."""
+        sides of `size`, averaged over each latent of `grid` that `clip` would give; as
+        the reference `of` which it weighs, it is cropped or padded."""
         still = self.files.probe(path).num_frames == 1
         frames = frames_of(path, start, num_frames, size.fps)
         frames = [self.files.image(path)] if still else frames
+        padded = bool(exr.frames_in(of))
+        if padded:
+            clip = self.files.probe(of)
+            frames = (media.resize(x, clip.height, clip.width) for x in frames)
         _, h, w = grid.latent
         shape = h, size.height // h, w, size.width // w, 3
-        pixels = (filling(x, size).reshape(shape) for x in frames)
+        pixels = (filling(x, size, crop=not padded).reshape(shape) for x in frames)
         shown = np.array([x.mean((1, 3, 4)) / 2 + 0.5 for x in pixels])
         shown = shown.repeat(num_frames if still else 1, axis=0)
         # As in the reference, also frames count that a slow clip leaves out.

@@ -581,6 +581,17 @@ def test_an_exr_reference_is_padded_not_cropped(tmp_path):
     np.testing.assert_allclose(smaller[..., 1], np.tile(expected, (64, 1)), atol=1e-4)
     expected = [*range(80), *[79] * 16]  # not scaled
     np.testing.assert_allclose(larger[..., 0], np.tile(expected, (96, 1)), atol=1e-4)
+    # A mask of it, here of half its sides, is padded as it is
+    mask = np.zeros((20, 40, 3), np.uint8)
+    mask[:, :16] = 255
+    media.save_png(tmp_path / "mask.png", mask)
+    file, of, size = (
+        str(tmp_path / "mask.png"),
+        str(tmp_path / "a"),
+        Size(96, 96, 1, 24),
+    )
+    [weights] = source.weights(file, 0, 1, size, size, 1, of)
+    np.testing.assert_allclose(weights, [[1, 0, 0]] * 3, atol=0.02)
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):

@@ -376,15 +376,17 @@ def test_a_mask_is_averaged_over_each_latent(tmp_path):
     save_clip(tmp_path / "mask.mkv", frames, 24)
     path, size = str(tmp_path / "mask.mkv"), Size(64, 64, 17, 24.0)
     source = Encoders(InputFiles(), None)
-    weights = source.weights(path, 0, 17, size, size, 1)
+    weights = source.weights(path, 0, 17, size, size, 1, path)
     expected = [np.ones((2, 2)), [[0.5, 0], [0.5, 0]], [[0, 0.5], [0, 0]]]
     np.testing.assert_allclose(weights, expected, atol=1e-6)
-    slow = source.weights(path, 0, 17, size, size, 2)  # all 16 frames count, not 8
+    slow = source.weights(
+        path, 0, 17, size, size, 2, path
+    )  # all 16 frames count, not 8
     np.testing.assert_allclose(slow[1], [[0.25, 0.25], [0.25, 0]], atol=1e-6)
-    assert len(source.weights(path, 0, 1, size, size, 2)) == 1
+    assert len(source.weights(path, 0, 1, size, size, 2, path)) == 1
     media.save_png(tmp_path / "mask.png", frames[1])
-    weights = source.weights(str(tmp_path / "mask.png"), 0, 17, size, size, 1)
-    slow = source.weights(str(tmp_path / "mask.png"), 0, 25, size, size, 2)
+    weights = source.weights(str(tmp_path / "mask.png"), 0, 17, size, size, 1, path)
+    slow = source.weights(str(tmp_path / "mask.png"), 0, 25, size, size, 2, path)
     assert len(slow) == 2  # of 13 frames, the last 4 are left out as in the encoder
     np.testing.assert_allclose(weights, [[[1, 0], [1, 0]]] * 3, atol=1e-6)
 
