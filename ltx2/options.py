@@ -114,7 +114,8 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
 def check_range(name: str, value: Any, low: float, high: float) -> None:
     """UserError unless `value` is a number from `low` to `high`."""
     if not (isinstance(value, (int, float)) and low <= value <= high):
-        raise UserError(f"{name} must be between {low:g} and {high:g}, got {value}")
+        low, high = (x if isinstance(x, int) else f"{x:g}" for x in (low, high))
+        raise UserError(f"{name} must be between {low} and {high}, got {value}")
 
 
 def check_step(name: str, value: int, step: int, low: int, high: int, plus=0) -> None:

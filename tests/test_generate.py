@@ -124,7 +124,7 @@ REFUSED = {
     "--fps 0": "fps must be between 1 and 120, got 0",
     "--fps 1000": "got 1000",
     "--fps nan": "fps must be a finite number, got nan",
-    "--seed -1": "seed must be between 0 and 9.22337e+18, got -1",
+    "--seed -1": "seed must be between 0 and 9223372036854775807, got -1",
     "--num-videos 0": "--num-videos must be between 1 and 1000, got 0",
     "--height tall": "invalid int value: 'tall'",
     # sampling
