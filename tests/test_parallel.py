@@ -181,7 +181,8 @@ def cases(checkpoint, tmp_path_factory):
         tensor_4_bits=dict(shared | distilled, model=in_4_bits, loras=[lora]),
         one_block=dict(shared | distilled, model=str(one_block)),
     )
-    listed["streamed"]["more"] = shared["more"] | dict(nag_scale=5.0)
+    # Two steps: the blocks are read again
+    listed["streamed"]["more"] = dict(sigmas=(1.0, 0.5, 0.0), nag_scale=5.0)
     files = dict(model=str(model), encoder=str(checkpoint("gemma3")))
     return [dict(files, name=name, **case) for name, case in listed.items()]
 
