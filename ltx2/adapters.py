@@ -80,11 +80,12 @@ def draw_chart(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]]) -> 
 
 def upload(folder: Path, repo: str, license: tuple[str, str, str]) -> None:
     """Put the adapter into a Hub repository, with a card and the base's `license`."""
+    config = json.loads((folder / CONFIG).read_bytes())
     hub.create_repository(repo)
     with tempfile.TemporaryDirectory() as copy:
         for name in (ADAPTERS, CONFIG, CHART):
             shutil.copyfile(folder / name, Path(copy, name))
-        card = model_card(json.loads((folder / CONFIG).read_bytes()), repo, license)
+        card = model_card(config, repo, license)
         (Path(copy) / "README.md").write_text(card, "utf-8", "replace")
         hub.upload(Path(copy), repo, "Add the LoRA")
 

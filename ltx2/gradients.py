@@ -106,6 +106,7 @@ def begin(model: DiT, example: Example) -> tuple[Parameters, Streams, Both]:
 
 
 def run(block: Block, states: Parameters, streams: Streams, texts: Both) -> Parameters:
+    """The states after a block."""
     read = block.text_keys_values(streams, texts)
     return present(block(tuple(map(states.get, STREAMS)), streams, read))
 
@@ -202,6 +203,7 @@ class Trainee:
         return found
 
     def loss(self, example: Example) -> Losses:
+        """The loss alone."""
         return losses(self._forward(example)[-1])
 
     @contextmanager

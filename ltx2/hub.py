@@ -69,6 +69,7 @@ class File:
     metadata = property(lambda self: self._headers[1])
 
     def json_metadata(self, key: str) -> dict[str, Any]:
+        """A JSON object in the metadata."""
         if key not in self.metadata:
             what = f"no {key} in its metadata"
             raise UserError(f"{self.name} is not an LTX-2 file ({what}){INSTEAD}")

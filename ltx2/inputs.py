@@ -44,7 +44,7 @@ class InputFiles:
 
     def probe(self, path: str) -> media.Media:
         """What a clip or sound file contains."""
-        return self._once(exr.probe if exr.frames_in(path) else media.probe, path)
+        return self._once(exr.probe, path) if exr.frames_in(path) else media.probe(path)
 
     def lora_file(self, path: str) -> Path:
         """The file of a LoRA; one of the Hub is downloaded."""

@@ -181,9 +181,11 @@ class Trainer:
         base = metadata.get("base_model", self.base)
         if base != self.base:
             raise UserError(f"{name} was trained on {base}, this model is {self.base}")
-        found = {k: w.shape for k, w in arrays.items()}
-        fresh = factor_parameters(gradients.new_factors(self.layers, o.rank, o.seed))
-        expected = {f"{part}.{k}": w.shape for part in parts for k, w in fresh.items()}
+        found, expected = {k: w.shape for k, w in arrays.items()}, {}
+        for path, (outputs, inputs) in self.layers.items():
+            pair = {"lora_a": (o.rank, inputs), "lora_b": (outputs, o.rank)}
+            for k, shape in pair.items():
+                expected |= {f"{part}.{path}.{k}": shape for part in parts}
         expected |= {"step": ()} if self.history else {}
         if wrong := expected.items() ^ found.items():
             k, _ = min(wrong)

@@ -585,11 +585,8 @@ def test_an_exr_reference_is_padded_not_cropped(tmp_path):
     mask = np.zeros((20, 40, 3), np.uint8)
     mask[:, :16] = 255
     media.save_png(tmp_path / "mask.png", mask)
-    file, of, size = (
-        str(tmp_path / "mask.png"),
-        str(tmp_path / "a"),
-        Size(96, 96, 1, 24),
-    )
+    file, of = str(tmp_path / "mask.png"), str(tmp_path / "a")
+    size = Size(96, 96, 1, 24.0)
     [weights] = source.weights(file, 0, 1, size, size, 1, of)
     np.testing.assert_allclose(weights, [[1, 0, 0]] * 3, atol=0.02)
 

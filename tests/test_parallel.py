@@ -147,6 +147,14 @@ def start_on_ring(ranks: int, folder: Path, *command: str, **options) -> list:
     ]
 
 
+def run_on_ring(ranks: int, folder: Path, *command: str, **options):
+    """What a program prints on several machines, and their exit codes."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = start_on_ring(ranks, folder, *command, **pipes, **options)
+    printed = [process.communicate(timeout=600)[0] for process in started]
+    return "".join(printed), [process.returncode for process in started]
+
+
 @pytest.fixture(scope="module")
 def cases(checkpoint, tmp_path_factory):
     """The cases that run on two and on four machines; the model has 4 heads."""
@@ -319,12 +327,10 @@ def test_all_machines_end_and_leave_no_file_if_one_dies(command, contexts, tmp_p
 
 def test_a_mistake_is_told_and_ends_all(command, tmp_path, tmp_path_factory):
     flags = "--output", str(tmp_path / "out.mp4"), "--parallel", "data"
-    pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     hosts = tmp_path_factory.mktemp("hosts")
-    started = start_on_ring(2, hosts, *command, *flags, text=True, **pipes)
-    printed = "".join(process.communicate(timeout=600)[0] for process in started)
+    printed, codes = run_on_ring(2, hosts, *command, *flags, cwd=ROOT)
     assert "--parallel data needs more than one video" in printed
-    assert [process.returncode for process in started] == [2, 2]
+    assert codes == [2, 2]
     assert "Traceback" not in printed
     assert not list(tmp_path.iterdir())
 

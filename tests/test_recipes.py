@@ -379,9 +379,8 @@ def test_a_mask_is_averaged_over_each_latent(tmp_path):
     weights = source.weights(path, 0, 17, size, size, 1, path)
     expected = [np.ones((2, 2)), [[0.5, 0], [0.5, 0]], [[0, 0.5], [0, 0]]]
     np.testing.assert_allclose(weights, expected, atol=1e-6)
-    slow = source.weights(
-        path, 0, 17, size, size, 2, path
-    )  # all 16 frames count, not 8
+    # All 16 frames count, not 8
+    slow = source.weights(path, 0, 17, size, size, 2, path)
     np.testing.assert_allclose(slow[1], [[0.25, 0.25], [0.25, 0]], atol=1e-6)
     assert len(source.weights(path, 0, 1, size, size, 2, path)) == 1
     media.save_png(tmp_path / "mask.png", frames[1])

@@ -68,9 +68,8 @@ def encoded(tmp_path_factory):
 def command(checkpoint, encoded, quick_vocoder, monkeypatch, tmp_path, capsys):
     """`command("--seed", "3")`: runs generate.py in an empty folder, returns its output."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        timing, "matmul_rate", lambda dtype: 1e10
-    )  # takes half a second
+    # Measuring takes half a second
+    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e10)
 
     def call(*flags, small=True):
         argv = ["generate.py", "--cache-contexts", encoded]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import signal
-import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import replace
@@ -21,7 +19,7 @@ from released import HERE
 from streams import load
 from test_dataset import write_clip
 from test_low_memory import in_four_bits
-from test_parallel import ROOT, start_on_ring
+from test_parallel import ROOT, run_on_ring
 
 import generate
 import train
@@ -383,16 +381,12 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-probe_once = functools.cache(media.probe)
-
-
 @pytest.fixture
 def run(checkpoint, clips, cache, quick_text, monkeypatch, capsys, tmp_path):
     """`run("--iters", "3", to="a")`: the folder of the adapter, and what was printed."""
 
     def call(*flags, to="adapter", model="ltx-2"):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(media, "probe", probe_once)
         argv = ["train.py", "--model", str(checkpoint(model)), "--data", str(clips)]
         if model != "ltx-2.5":  # which has its own
             argv += ["--text-encoder", str(checkpoint("gemma3"))]
@@ -690,9 +684,7 @@ def test_two_machines_average_their_gradients(run, clips, cache, checkpoint, tmp
     command = [str(ROOT / "train.py"), *sys.argv[1:]]
     command[command.index("single")] = str(tmp_path / "double")
     command[command.index("--batch-size") + 1] = "1"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = start_on_ring(2, tmp_path, *command, **pipes)
-    printed = "".join(process.communicate(timeout=600)[0] for process in started)
+    printed, _ = run_on_ring(2, tmp_path, *command)
     assert printed.count("Iter 2: loss") == 1, printed
     for f, arrays in files(single).items():
         for k, w in files(tmp_path / "double")[f].items():
