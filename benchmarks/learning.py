@@ -16,6 +16,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from statistics import mode
 
 import mlx.core as mx
 import numpy as np
@@ -86,9 +87,9 @@ def shows(name: str, frames, waveform, rate) -> bool:
         return dx > 0.2 and dy > 0.2
     if name == "mauve":
         return name_color(frames, cover) == OLD_COLOR
-    if name == "red to blue":
-        ends = slice(0, 8), slice(-8, None)
-        return [name_color(frames[s], cover[s]) for s in ends] == ["red", "blue"]
+    if name == "red to blue":  # by frame: a growing shape's last ones have most pixels
+        seen = [name_color(*one) for one in zip(frames[:, None], cover[:, None])]
+        return [mode(seen[:8]), mode(seen[-8:])] == ["red", "blue"]
     part = 2 * len(waveform) // 5
     ends = waveform[:part], waveform[-part:]
     return [name_pitch(w, rate) for w in ends] == ["low", "high"]

@@ -23,6 +23,7 @@ from .guidance import stream_tokens
 from .latents import States
 from .layers import prefetch
 from .lora import Lora, linear_layers, linear_shape
+from .sampling import DISTILLED_SIGMAS
 
 Layers = dict[str, tuple[int, int]]  # outputs and inputs of linear layers, by path
 Parameters = dict[str, mx.array]  # by their names in the transformer
@@ -59,6 +60,11 @@ def sample_sigmas(
     x = (x - low) / (high - low)
     x = np.where(x < 0.001, 0.002 - x, x).clip(0, 1)
     return np.where(np.asarray(coin) > 0.1, x, 0.001 + 0.999 * np.asarray(uniform))
+
+
+def sigma_of_step(uniform: float) -> float:
+    """The sigma of a distilled model's step, drawn (0 to 1) in proportion to its length."""
+    return min(sigma for sigma in DISTILLED_SIGMAS if sigma > uniform)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from statistics import NormalDist, fmean, mode
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any, Iterator, Mapping, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,11 +27,12 @@ from .options import ask, check, located, many
 from .pipeline import Pipeline, Result
 from .record import name_only
 from .request import Request
-from .sampling import DISTILLED_SIGMAS
 from .stages import Job
 from .weights import save_arrays
 
 MEAN_OF = 100  # steps in the running mean of the loss
+# All steps preserve at sigmas above this, of the others, whose clips show, only a part.
+PRESERVED_ABOVE, PRESERVED_BELOW = 0.8, 0.1
 MOST_SKIPPED = 10  # steps in a row
 HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
 REPEATED = {"default": (), "type": str, "repeat": True}
@@ -109,9 +110,7 @@ class Trainer:
         self.skipped = 0  # steps, the last ones
         self.history: list[list] = []  # step, loss, held-out loss
         self.start: Parameters = {}  # factors and moments of an earlier training
-        self.sigmas: Sequence[float] = ()
         if c.kind == "distilled":
-            self.sigmas = DISTILLED_SIGMAS[:-1]  # all that it is used at
             note("the base is distilled; LoRAs are better trained on the dev model")
 
     step = property(lambda self: len(self.history))
@@ -214,8 +213,7 @@ class Trainer:
         parameters = factor_parameters(lora)
         self.opt = gradients.optimizer(o.learning_rate)
         self.opt.init(parameters)
-        if self.start:
-            parameters = {k: self.start[f"p.{k}"] for k in parameters}
+        parameters = {k: self.start.get(f"p.{k}", w) for k, w in parameters.items()}
         if self.history:
             moments = lambda k: {part: self.start[f"{part}.{k}"] for part in "mv"}
             self.opt.state |= {k: moments(k) for k in parameters}
@@ -312,8 +310,9 @@ class Trainer:
                 if reference is not None:
                     state = state.show(reference, size.fps, 1.0, o.reference_downscale)
             states[name] = state
-        if at is None and self.sigmas and rng.uniform() < 0.5:
-            sigmas = dict.fromkeys(sigmas, float(rng.choice(self.sigmas)))
+        distilled = self.pipe.checkpoint.kind == "distilled"
+        if at is None and distilled and rng.uniform() < 0.5:
+            sigmas = dict.fromkeys(sigmas, gradients.sigma_of_step(rng.uniform()))
         model, contexts = self.trainee.model, self.data.context(clip.caption)
         return gradients.make_example(model, states, noise, sigmas, contexts)
 
@@ -327,7 +326,8 @@ class Trainer:
             rng = np.random.default_rng([o.seed, index])
             example = self._example(self._clip(index), rng)
             (loss, _), grads = self.trainee.gradients(example)
-            if o.preserve:
+            hidden = min(t.sigma.item() for t in example.tokens if t) > PRESERVED_ABOVE
+            if o.preserve and (hidden or rng.uniform() < PRESERVED_BELOW):
                 prompt = o.preserve[rng.integers(len(o.preserve))]
                 kept = self.trainee.preserved(example, self.data.context(prompt))
                 _, more = self.trainee.gradients(kept)
@@ -402,8 +402,7 @@ class Trainer:
         for name in filter(None, (ADAPTERS, copy)):
             save_arrays(self.folder / name, factors, self.metadata())
         arrays = {f"p.{k}": w for k, w in parameters.items()} | {"step": state["step"]}
-        for part in "mv":
-            arrays |= {f"{part}.{k}": state[k][part] for k in parameters}
+        arrays |= {f"{m}.{k}": state[k][m] for m in "mv" for k in parameters}
         rows = [[n, x if math.isfinite(x) else None, y] for n, x, y in self.history]
         facts = {"base_model": self.base, "history": json.dumps(rows)}
         save_arrays(self.folder / STATE, arrays, facts)

@@ -321,7 +321,28 @@ def test_what_is_to_be_preserved_is_the_bases_prediction(g):
     assert all(mx.isfinite(w).all() and w.any() for w in grads.values())
 
 
-def test_preserving_a_prompt_changes_the_training(run):
+def test_prompts_are_preserved_mainly_where_noise_hides_the_clip(run, monkeypatch):
+    drawn, kept, make = [], [], gradients.make_example
+
+    def record(model, states, noise, sigmas, contexts):
+        drawn.append(min(sigmas.values()))
+        return make(model, states, noise, sigmas, contexts)
+
+    def preserved(trainee, example, contexts):
+        kept.append(len(drawn) - 1)
+        return example
+
+    monkeypatch.setattr(gradients, "make_example", record)
+    monkeypatch.setattr(Trainee, "preserved", preserved)
+    run("--iters", "60", "--kind", "distilled", "--preserve", "a dog")
+    hidden = {n for n, sigma in enumerate(drawn) if sigma > 0.8}
+    others = len(drawn) - len(hidden)
+    assert hidden <= {*kept} and len(hidden) > 3 and others > 40
+    assert 0 < len({*kept} - hidden) < 0.3 * others
+
+
+def test_preserving_a_prompt_changes_the_training(run, monkeypatch):
+    monkeypatch.setattr(training, "PRESERVED_ABOVE", 0)  # in each step
     flags = ("--iters", "2")  # in the first one the model is still the base
     folders = [
         run(*flags, *more, to=to)[0]
@@ -332,6 +353,13 @@ def test_preserving_a_prompt_changes_the_training(run):
     ]
     plain, held = map(files, folders)
     assert not same(plain, held)
+
+
+def test_a_distilled_models_steps_are_drawn_by_their_lengths():
+    draws = (np.arange(20000) + 0.5) / 20000
+    found = [gradients.sigma_of_step(draw) for draw in draws]
+    for sigma, after in zip(DISTILLED_SIGMAS, DISTILLED_SIGMAS[1:]):
+        assert np.mean(np.equal(found, sigma)) == pytest.approx(sigma - after, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["dev", "distilled"])
