@@ -31,7 +31,7 @@ from .stages import Job
 from .weights import save_arrays
 
 MEAN_OF = 100  # steps in the running mean of the loss
-# All steps preserve at sigmas above this, of the others, whose clips show, only a part.
+# Steps that preserve prompts: all above a sigma, a share below, where the clip shows.
 PRESERVED_ABOVE, PRESERVED_BELOW = 0.8, 0.1
 MOST_SKIPPED = 10  # steps in a row
 HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
@@ -213,7 +213,8 @@ class Trainer:
         parameters = factor_parameters(lora)
         self.opt = gradients.optimizer(o.learning_rate)
         self.opt.init(parameters)
-        parameters = {k: self.start.get(f"p.{k}", w) for k, w in parameters.items()}
+        if self.start:
+            parameters = {k: self.start[f"p.{k}"] for k in parameters}
         if self.history:
             moments = lambda k: {part: self.start[f"{part}.{k}"] for part in "mv"}
             self.opt.state |= {k: moments(k) for k in parameters}
@@ -290,9 +291,8 @@ class Trainer:
         return self.stopping
 
     def _example(self, clip: Clip, rng, at=None) -> gradients.Example:
-        """A clip with the noise and sigmas of one step; `at` is the quantile of a fixed
-        sigma. Of a distilled base, the sigma of all streams is half of the time one of
-        its steps'."""
+        """A clip with a step's noise and sigmas; `at` is the quantile of fixed ones. Half of
+        the time, a distilled base's streams all have the sigma of one of its steps."""
         o, size, found = self.options, clip.size, self.data.load(clip)
         reference = found.pop("reference", None)
         states, noise, sigmas = {}, {}, {}

@@ -321,21 +321,31 @@ def test_what_is_to_be_preserved_is_the_bases_prediction(g):
     assert all(mx.isfinite(w).all() and w.any() for w in grads.values())
 
 
-def test_prompts_are_preserved_mainly_where_noise_hides_the_clip(run, monkeypatch):
-    drawn, kept, make = [], [], gradients.make_example
+@pytest.fixture
+def drawn(monkeypatch):
+    """The sigmas of each example that is made, by stream."""
+    found, make = [], gradients.make_example
 
     def record(model, states, noise, sigmas, contexts):
-        drawn.append(min(sigmas.values()))
+        found.append(sigmas)
         return make(model, states, noise, sigmas, contexts)
+
+    monkeypatch.setattr(gradients, "make_example", record)
+    return found
+
+
+def test_prompts_are_preserved_mainly_where_noise_hides_the_clip(
+    run, drawn, monkeypatch
+):
+    kept = []
 
     def preserved(trainee, example, contexts):
         kept.append(len(drawn) - 1)
         return example
 
-    monkeypatch.setattr(gradients, "make_example", record)
     monkeypatch.setattr(Trainee, "preserved", preserved)
     run("--iters", "60", "--kind", "distilled", "--preserve", "a dog")
-    hidden = {n for n, sigma in enumerate(drawn) if sigma > 0.8}
+    hidden = {n for n, sigmas in enumerate(drawn) if min(sigmas.values()) > 0.8}
     others = len(drawn) - len(hidden)
     assert hidden <= {*kept} and len(hidden) > 3 and others > 40
     assert 0 < len({*kept} - hidden) < 0.3 * others
@@ -363,18 +373,10 @@ def test_a_distilled_models_steps_are_drawn_by_their_lengths():
 
 
 @pytest.mark.parametrize("kind", ["dev", "distilled"])
-def test_a_distilled_base_trains_also_at_the_sigmas_of_its_steps(
-    run, monkeypatch, kind
-):
-    drawn, make = [], gradients.make_example
-
-    def record(model, states, noise, sigmas, contexts):
-        drawn.append({*sigmas.values()})
-        return make(model, states, noise, sigmas, contexts)
-
-    monkeypatch.setattr(gradients, "make_example", record)
+def test_a_distilled_base_trains_also_at_the_sigmas_of_its_steps(run, drawn, kind):
     run("--iters", "12", "--kind", kind)
-    own = [sigmas for sigmas in drawn if sigmas < {*DISTILLED_SIGMAS}]
+    values = [{*sigmas.values()} for sigmas in drawn]
+    own = [sigmas for sigmas in values if sigmas < {*DISTILLED_SIGMAS}]
     assert len(drawn) == 12 and all(len(sigmas) == 1 for sigmas in own)
     assert 3 <= len(own) <= 9 if kind == "distilled" else not own
 
