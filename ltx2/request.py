@@ -43,6 +43,9 @@ NOT_IN_HDR = (  # what the reference's stages of HDR do not have
 WEIGHT = OF_REFERENCE | {"between": (0, 1)}
 Settings = Union[Guidance, Mapping[str, Any], None]
 MORE_FRAMES = {"modes": NOT_DFR, "excludes": "audio_only retake extend"}
+CHANGES_CLIP = {"needs": "video", "modes": "one"}
+OF_HDR = {"needs": "video", "modes": "one two"}
+RANGE = {"type": span, "metavar": "FROM-TO"}
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,9 @@ class Image(Checked):
             index = round(float(seconds) * fps)
         index += num_frames if index < 0 else 0
         if not 0 <= index < num_frames:
-            frames = f"the video, which has frames 0 to {num_frames - 1} at {fps:g} fps"
-            raise UserError(
-                f"image {self.path}: frame {self.frame} is outside of {frames}"
-            )
+            video = f"the video, which has frames 0 to {num_frames - 1} at {fps:g} fps"
+            outside = f"frame {self.frame} is outside of {video}"
+            raise UserError(f"image {self.path}: {outside}")
         return index
 
 
@@ -182,8 +184,7 @@ class Request(Checked):
     guidance_interval: tuple[float, float] = ask(
         "sigmas at which guidance is used",
         (0.0, 1.0),
-        type=span,
-        metavar="FROM-TO",
+        **RANGE,
         between=(0, 1),
         modes=NOT_DFR,
         model="dev",
@@ -261,11 +262,9 @@ class Request(Checked):
     )
     retake: Optional[tuple[float, float]] = ask(
         "seconds of the video to regenerate",
-        type=span,
-        metavar="FROM-TO",
-        needs="video",
+        **RANGE,
+        **CHANGES_CLIP,
         excludes="images extend",
-        modes="one",
     )
     retake_streams: tuple[str, ...] = ask(
         "what to regenerate",
@@ -278,9 +277,8 @@ class Request(Checked):
     extend: Optional[float] = ask(
         "continue the video by these seconds; if negative, add them before it",
         metavar="SECONDS",
-        needs="video",
+        **CHANGES_CLIP,
         excludes="images num_frames",
-        modes="one",
     )
     reference_strength: float = ask(
         "how closely to keep the reference, 0 to 1", 1.0, **WEIGHT
@@ -315,16 +313,14 @@ class Request(Checked):
     )
     hdr_keyframes: Optional[bool] = ask(
         "HDR adapters: also generate single frames, for sharpness (default: on)",
-        needs="video",
-        modes="one two",
+        **OF_HDR,
         model="2.5",
     )
     hdr_double_frames: bool = ask(
         "HDR adapters: generate each frame twice, keep one: smoother, twice the time",
         False,
-        needs="video",
+        **OF_HDR,
         excludes=f"{NOT_IN_HDR} decode_with_keyframes attention_mask",
-        modes="one two",
     )
     # Outputs
     no_audio: bool = ask("video only", False, excludes="audio_only")
