@@ -272,9 +272,8 @@ class Resolver:
         self.grid = multiple, max(multiple, 2 * SPACE_SCALE) if reflects else multiple
         self.sides = step, low = (2, 2) if self.recipe.pads else self.grid
         if self.by_name:
-            sides = self.r.height, self.r.width
-            sides = [max(round(side / multiple), 1) * multiple for side in sides]
-            self.r = replace(self.r, height=sides[0], width=sides[1])
+            fit = lambda side: max(round(side / multiple), 1) * multiple
+            self.r = replace(self.r, height=fit(self.r.height), width=fit(self.r.width))
         if self.r.video is not None:
             self.fit_clip()
         defaults = SIZE | self.checkpoint.defaults
@@ -339,11 +338,10 @@ class Resolver:
         starts = [*(s.start for s in r.segments), r.num_frames / r.fps]
         near = all(abs(a - b) < latent + 1e-6 for a, b in zip(ends, starts))
         if r.segments and not (near and all(s.start < s.end for s in r.segments)):
-            raise UserError(
-                f"segments must follow each other from 0 to {starts[-1]:.2f} s, with gaps "
-                f"and overlaps of at most {latent:.2g} s, got "
-                + ", ".join(f"{s.start:g}-{s.end:g}" for s in r.segments)
-            )
+            most = f"gaps and overlaps of at most {latent:.2g} s"
+            rule = f"must follow each other from 0 to {starts[-1]:.2f} s, with {most}"
+            got = ", ".join(f"{s.start:g}-{s.end:g}" for s in r.segments)
+            raise UserError(f"segments {rule}, got {got}")
 
     def padded(self, side: int) -> int:
         """The next larger side that the model can have."""
@@ -377,10 +375,9 @@ class Resolver:
             check_range("num_frames of a retake of this clip", total, 1, frames)
             start, end = r.retake
             if not 0 <= start < end or start >= total / fps:
-                raise UserError(
-                    f"retake {start:g}-{end:g} must start and end in the clip, which has "
-                    f"{total / fps:.2f} s, and end after its start"
-                )
+                has = f"has {total / fps:.2f} s, and end after its start"
+                rule = f"must start and end in the clip, which {has}"
+                raise UserError(f"retake {start:g}-{end:g} {rule}")
         frames, other_rate = min(frames, total), media.frame_rate(fps) != clip.fps
         new = (height, width) != (clip.height * larger, clip.width * larger)
         silent = self.recipe.uses_sound and not clip.has_audio
@@ -407,10 +404,8 @@ class Resolver:
         if mask.num_frames == 1:
             self.files.image(path)
         elif (there := frames_at(mask, fps)) < frames:
-            raise UserError(
-                f"{path} has {there} frames at {fps:g} fps, fewer than the {frames} of "
-                "the reference: use a longer clip, or a picture"
-            )
+            few = f"has {there} frames at {fps:g} fps, fewer than the {frames} of the"
+            raise UserError(f"{path} {few} reference: use a longer clip, or a picture")
 
     def reference_scale(self) -> tuple[int, int]:
         """How many times smaller and slower the LoRAs need a reference clip."""
@@ -465,10 +460,9 @@ class Resolver:
         if r.sigmas is not None:
             s, falling = r.sigmas, all(a > b for a, b in zip(r.sigmas, r.sigmas[1:]))
             if len(s) < 2 or not falling or not 0 <= s[-1] < s[0] <= 1:
-                raise UserError(
-                    "sigmas must fall from at most 1 to at least 0, e.g. "
-                    f"1,0.9,0.7,0.4,0; got {','.join(f'{v:g}' for v in s)}"
-                )
+                rule = "must fall from at most 1 to at least 0, e.g. 1,0.9,0.7,0.4,0"
+                got = ",".join(f"{v:g}" for v in s)
+                raise UserError(f"sigmas {rule}; got {got}")
             return s
         if self.distilled or self.mode == "dfr":
             return DISTILLED_SIGMAS

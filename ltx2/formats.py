@@ -115,8 +115,7 @@ def choose(path: PathLike, codec: Optional[str] = None, space: str = "srgb") -> 
 
 def frames_next_to(path: PathLike, codec: str, space: str) -> list[Path]:
     """The folder of EXR frames next to an HDR video."""
-    path = Path(path)
-    folder = path.with_name(f"{path.stem}_{space}_exr")
+    folder = Path(path).with_name(f"{Path(path).stem}_{space}_exr")
     return [folder] if codec == "hevc" and space != "srgb" else []
 
 
@@ -180,9 +179,8 @@ class VideoWriter:
         """Append frames (F, H, W, 3) of one size, uint8 or float."""
         height, width = size = frames.shape[1:3]
         if self.format.even and (height % 2 or width % 2):
-            raise UserError(
-                f"{self.path}: {width}x{height} has an odd side: both must be even"
-            )
+            odd = f"{width}x{height} has an odd side: both must be even"
+            raise UserError(f"{self.path}: {odd}")
         self._size = self._size or size
         if size != self._size or frames.dtype not in (np.uint8, np.float32):
             raise ValueError(f"{frames.shape} {frames.dtype} frames after {self._size}")

@@ -100,10 +100,9 @@ class Machines:
         divides = all(h % n == 0 for h in heads)
         divides &= all(width % (n * group_size) == 0 for width in widths)
         if mode == "tensor" and not divides:
-            raise UserError(
-                f"--parallel tensor cannot divide {heads[0]} and {heads[1]} heads "
-                f"among {n} machines: use fewer machines or --parallel passes"
-            )
+            many = f"{heads[0]} and {heads[1]} heads among {n} machines"
+            fewer = "use fewer machines or --parallel passes"
+            raise UserError(f"--parallel tensor cannot divide {many}: {fewer}")
         self.mode = mode
 
     def deal(self, jobs: Sequence[T]) -> list[tuple[int, T]]:
