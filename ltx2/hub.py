@@ -21,8 +21,7 @@ DEFAULT_FILES = (  # where there are several checkpoints
     "ltx-2-19b-distilled.safetensors",
     "ltx-2.5-22b-distilled-transformer-bf16.safetensors",
 )
-# Of LTX-2.5, which has one file per component, and of ComfyUI; the first holds the
-# transformers.
+# Of LTX-2.5, with one file per component, and ComfyUI; the first holds transformers.
 FOLDERS = "diffusion_models text_encoders vae latent_upscale_models".split()
 FOLDERS += "model_patches loras checkpoints".split()
 ASIDE = ["*.DS_Store", "._*", "*/._*", ".cache/*", ".git/*"]  # never uploaded

@@ -30,10 +30,8 @@ class UpsamplerConfig(Config):
 
     def __post_init__(self):
         if self.spatial_upsample == self.temporal_upsample:
-            raise UserError(
-                "upsampler: spatial_upsample and temporal_upsample are both "
-                f"{self.spatial_upsample}, only one of them is implemented"
-            )
+            both = f"are both {self.spatial_upsample}, only one of them is implemented"
+            raise UserError(f"upsampler: spatial_upsample and temporal_upsample {both}")
 
 
 class Conv3d(nn.Conv3d):
@@ -100,8 +98,7 @@ class LatentUpsampler(Component):
         if self.config.temporal_upsample:
             # The first latent frame is one video frame, not eight: it is not doubled.
             return depth_to_space(self.upsampler[0](x), (2, 1, 1))[:, 1:]
-        rational = self.config.rational_resampler
-        conv = self.upsampler["conv"] if rational else self.upsampler[0]
+        conv = self.upsampler["conv" if self.config.rational_resampler else 0]
         # (O, 3, 3, C) to (O, 1, 3, 3, C): each frame is convolved separately.
         x = conv3d(x, conv.weight[:, None], padding=1) + conv.bias
         x = depth_to_space(x, (1, self.up, self.up))

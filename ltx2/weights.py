@@ -299,8 +299,7 @@ def text_encoder_files(name: str) -> list[File]:
 
 
 def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
-    """Raise UserError unless a Gemma 3 folder or repository is complete and of the size
-    that `model` was trained with, by headers alone."""
+    """UserError unless a Gemma 3 is complete and of the `model`'s size, by headers."""
     where = f"text encoder {name}"
     files = {f.name.split("/")[-1]: f for f in text_encoder_files(name)}
     for names in (["config.json"], TOKENIZERS):
@@ -337,9 +336,8 @@ def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
     names = [f"layers.{i}.{k}" for i in range(min(count, 999)) for k in leaves]
     names += ["norm.weight", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"]
     if lacks := [name for name in names if name not in shapes]:
-        raise UserError(
-            f"{where} lacks {len(lacks)} tensors: {lacks[0]}, ...; {example}"
-        )
+        first = f"{len(lacks)} tensors: {lacks[0]}, ..."
+        raise UserError(f"{where} lacks {first}; {example}")
     width, found = sizes.get("hidden_size"), shapes["norm.weight"]
     if found != (width,):
         raise UserError(f"{where}: hidden_size is {width}, but norm.weight is {found}")
