@@ -111,8 +111,7 @@ class Components:
 
     def _factors(self, loras: tuple[LoraFile, ...]) -> list[Scaled]:
         """LoRAs, whose factors are not read yet, with their strengths."""
-        read = lambda file: Lora.read(self.inputs.lora_file(file.path))
-        return [(read(file), file.strength) for file in loras]
+        return [(Lora.read(self.inputs.lora_file(x.path)), x.strength) for x in loras]
 
     def adopt(self, transformer: DiT) -> None:
         """Use this transformer, with what is attached to it, until it is freed."""
@@ -173,8 +172,7 @@ class Components:
     def enlarged(
         self, decoder: str, stills: list[mx.array], height: int, width: int, draw: Noise
     ) -> mx.array:
-        """Latents (1, K, H, W, C) of stills (1, 1, h, w, C): decoded, enlarged as
-        pictures and encoded again."""
+        """Stills (1, 1, h, w, C), enlarged as pictures, as latents (1, K, H, W, C)."""
         made = []
         for n, still in enumerate(stills):
             noise = lambda name, shape, n=n: draw(f"plane{n}.{name}", shape)

@@ -173,8 +173,7 @@ class ReferenceClip(Condition):
     weighs = property(lambda self: self.attention != 1 or self.mask is not None)
 
     def tokens(self, size: Size) -> int:
-        frames = latents.latent_frames(self.num_frames) - self.skip
-        frames = min(frames, size.latent[0])
+        frames = min(latents.latent_frames(self.num_frames) - self.skip, size.latent[0])
         return frames * size.frame_tokens // self.downscale**2
 
     @property

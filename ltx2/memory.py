@@ -134,8 +134,7 @@ def suggest_smaller(r: Request, fits: Callable[[Request], bool]) -> str:
     smaller = [*product((1, 2, 4), lengths)][1:]  # the first is the request
     for part, frames in smaller if r.video is None else ():
         height, width = (max(n // part // 64, 1) * 64 for n in (r.height, r.width))
-        less = replace(r, height=height, width=width, num_frames=frames)
-        if fits(less):
+        if fits(replace(r, height=height, width=width, num_frames=frames)):
             found.append(f"{width}x{height} with {frames} frames would fit")
             return ", or ".join(found)
     instead = "try a lower-bit model (convert.py --quantize) or a smaller video"
@@ -211,8 +210,7 @@ class Estimator:
             if stage.upsampler and stage.part.decoder:  # also enlarges keyframes
                 encode = self.convolutions(stage.size, "encoder")
                 decode = self.decoding(decoder, stage.size.divided(2))
-                weights = need.weights + self.size["vae.encoder"]
-                weights += self.size[decoder]
+                weights = need.weights + self.size["vae.encoder"] + self.size[decoder]
                 buffers = contexts + max(encode, decode)
                 more = Footprint(weights, buffers, need.streamable)
                 need = max(need, more, key=Footprint.total)
@@ -361,8 +359,7 @@ class Estimator:
         channels, places = c["stage_channels"][-1], size.height * size.width // 16
         row = size.width // 4 * math.prod(groups[:2])
         scores = 2 * self.scores(channels // c["head_dim"], row, math.prod(spans))
-        copies = 2 * c["stage_depths"][-1] + 14
-        frames = copies * spans[0] + AHEAD * ahead
+        frames = (2 * c["stage_depths"][-1] + 14) * spans[0] + AHEAD * ahead
         return frames * places * channels * self.item + scores
 
     def convolutions(self, size: Size, half: str, frames: int = 1) -> float:
@@ -390,8 +387,7 @@ class Estimator:
         for _, c, (_, *lengths) in generators(self.config["vocoder"], frames):
             channels = c["upsample_initial_channel"]
             widest = max(n * (channels >> i) for i, n in enumerate(lengths, 1))
-            unfolded = 25 + 6 * max(c["resblock_kernel_sizes"])
-            hifigan = unfolded, SPECTRAL[1]
+            hifigan = 25 + 6 * max(c["resblock_kernel_sizes"]), SPECTRAL[1]
             copies = BIGVGAN if c["resblock"] == "AMP1" else hifigan
             buffers.append(copies[self.gpu] * FLOAT * widest)
         return max(buffers)

@@ -74,8 +74,7 @@ def add_all(add: Callable, flags: Mapping[str, str], details: Mapping = MET) -> 
         name, short, metavar = re.fullmatch(r"(\S+)( -\S+)?( \S+)?", flag).groups("")
         how = {"metavar": metavar.strip(), "type": PathName} if metavar else {}
         how |= details.get(name, {})
-        names = f"--{name}", *short.split()
-        add(*names, help=help, **(how or {"action": "store_true"}))
+        add(f"--{name}", *short.split(), help=help, **(how or {"action": "store_true"}))
 
 
 def check(options: Any, mode: str = "", model: Mapping = MET, label: str = "") -> None:

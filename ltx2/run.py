@@ -94,8 +94,7 @@ def save(path: str, r: Request, fps, events, codec=None, metadata=True) -> Resul
     made = lambda result: changed(result.metadata, name_only) if metadata else None
     if r.audio_only:
         result = next(e for e in events if isinstance(e, Result))
-        sound = result.waveform, result.sample_rate
-        media.write_wav(path, *sound, made(result))
+        media.write_wav(path, result.waveform, result.sample_rate, made(result))
         return result
     picture = None
     if makes_matte(r):
@@ -199,8 +198,7 @@ class Run:
         if r.auto_duration is None or not contexts:
             return job
         head = model.checkpoint.load("duration_head", mx.float32)
-        predict = lambda: head(*contexts[r.prompt]).item()
-        seconds = model.machines.on_rank_0(predict)
+        seconds = model.machines.on_rank_0(lambda: head(*contexts[r.prompt]).item())
         frames = min(whole_frames(seconds, r.fps, *r.auto_duration), r.num_frames)
         length = f"{frames} frames, {frames / r.fps:.1f} s"
         how = f"{seconds:.1f} s predicted from the prompt; --num-frames sets the length"
@@ -213,8 +211,7 @@ class Run:
         sees = "acescct" if job.codes == "acescct" else "srgb"
         spaces = sees, formats.exr_space(job.request.color_space or "srgb")
         component = partial(self.model.component, exact=job.codes != "srgb")
-        facts = self.model.inputs, component, self.frozen_from_noise
-        return Encoders(*facts, *spaces)
+        return Encoders(self.model.inputs, component, self.frozen_from_noise, *spaces)
 
     def load_conditions(self, job: Job, resume: Optional[Snapshot]) -> list[Loaded]:
         """Encode input files: the conditionings of each stage not done yet."""
@@ -258,16 +255,14 @@ class Run:
                 if not all(mx.isfinite(v).all() for v in x0.values()):
                     if self.model.fallback and i == at.step + 1:
                         raise NotFinite
-                    raise OutputError(
-                        f"{stage.name}: step {i} predicted values that are not finite; "
-                        "python -m ltx2.checks trace finds where they begin"
-                    )
+                    wrong = f"step {i} predicted values that are not finite"
+                    how = "python -m ltx2.checks trace finds where they begin"
+                    raise OutputError(f"{stage.name}: {wrong}; {how}")
                 skips = any(g.skip_step for g in stage.guidance.values())
                 guided = denoiser.cached_x0 if skips else {}
                 now = replace(at, step=i, tokens=x, guided=guided)
-                denoised = self.latents(stage, states, x0)
                 count = {"step": min(i, stage.steps), "steps": stage.steps}
-                what = {"snapshot": now, "denoised": denoised}
+                what = {"snapshot": now, "denoised": self.latents(stage, states, x0)}
                 yield Step(phase=stage.name, job=job, **count, **what)
             for k, v in x.items():
                 traced(trace, k, v)
@@ -301,9 +296,8 @@ class Run:
         """The stage's transformer with its LoRAs and guidance, whole or in tiles."""
         machines, model = self.model.machines, self.model
         transformer = model.transformer_with(stage.loras, self.streamed)
-        texts = transformer.project_text(contexts)
         transformer = machines.transformer(transformer)
-        facts = texts, stage, machines.agree, trace
+        facts = transformer.project_text(contexts), stage, machines.agree, trace
         make = lambda states: GuidedDenoiser(transformer, states, *facts)
         if stage.spans:
             return TiledDenoiser(make, states, stage.size, stage.spans)
@@ -438,6 +432,5 @@ class Run:
             stills = [latents[w.prefix + "keyframes"] for w in places]
             stills = [x[:, -len(p) :] for x, p in zip(stills, places.values())]
             stills = mx.concatenate(stills, axis=1)
-            facts = sum(places.values(), ()), window.start
-            how["keyframes"] = Keyframes(stills, *facts)
+            how["keyframes"] = Keyframes(stills, sum(places.values(), ()), window.start)
         return self.model.decoded(job.decoder, video, draw, job.codes != "srgb", **how)
