@@ -383,10 +383,8 @@ class Planner(Resolver):
         size = replace(full, num_frames=part.num_frames, fps=fps, conditioned_fps=rate)
         size = replace(size, audio_tokens=audio_tokens(part.num_frames, rate))
         images = self.images(size, part.first, range(self.r.num_frames))
-        both = {
-            "video": (*images, conditions.SliceKeyframes(part)),
-            "audio": (conditions.SliceSound(part),),
-        }
+        video = *images, conditions.SliceKeyframes(part)
+        both = {"video": video, "audio": (conditions.SliceSound(part),)}
         return Stage(
             f"stage{n}",
             size,
@@ -407,12 +405,11 @@ class Planner(Resolver):
         r = self.r
         general = n != 2 or not r.has_reference or r.reference_in_stage_2
         loras = [x for x in r.loras if x.stage == n or general and x.stage is None]
-        if r.distilled_lora and distilled:
-            strength = r.distilled_lora.strength * distilled
-            loras.append(replace(r.distilled_lora, strength=strength))
-        if r.detailing_lora and (n == 2 or detail):
-            strength = r.detailing_lora.strength * DETAIL
-            loras.append(replace(r.detailing_lora, strength=strength))
+        details = DETAIL * (n == 2 or detail)
+        scaled = (r.distilled_lora, distilled), (r.detailing_lora, details)
+        for lora, factor in scaled:
+            if lora and factor:
+                loras.append(replace(lora, strength=lora.strength * factor))
         return tuple(loras)
 
     def conditions(
