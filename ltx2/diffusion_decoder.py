@@ -404,10 +404,9 @@ class DiffusionDecoder(Component):
         clip = self.contexts(clip, keyframes, trace)
         length = max(clip.length - 8 * pad_frames, self.config.stage5_kernel[0])
         clip = replace(clip, frames=islice(clip.frames, length), length=length)
-        pixels = self.denoise(clip, noise, trace)
         frames, height, width = size
         top, left = 32 * (pad_h // 2), 32 * (pad_w // 2)
-        for x in islice(pixels, 8 * frames - 7):
+        for x in islice(self.denoise(clip, noise, trace), 8 * frames - 7):
             x = x[:, :, top : top + 32 * height, left : left + 32 * width]
             x = mx.contiguous(mx.clip((x.astype(mx.float32) + 1) / 2 + bias, 0, 1))
             mx.eval(x)

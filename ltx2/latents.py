@@ -289,8 +289,7 @@ class LatentState:
             bounds[0] = np.maximum(bounds[0] * np.float32(slow) - late, 0)
         bounds = bounds[:, skip * height * width :]
         tokens = to_tokens(latents[:, skip:])
-        visible = np.asarray(visibility, np.float32)
-        visible = np.broadcast_to(visible, tokens.shape[1])
+        visible = np.broadcast_to(np.asarray(visibility, np.float32), tokens.shape[1])
         attention = None if (visible == 1).all() else visible
         return self.append(tokens, bounds, strength, attention)
 

@@ -80,8 +80,7 @@ def rope_cos_sin(
     to dim / 2. Frequencies are float64 and angles float32, as in training; in numpy,
     because MLX computes float64 sines in float32 on the CPU.
     """
-    axes = len(positions)
-    grid = theta ** np.linspace(0.0, 1.0, dim // (2 * axes)) * (np.pi / 2)
+    grid = theta ** np.linspace(0.0, 1.0, dim // (2 * len(positions))) * (np.pi / 2)
     scale = np.asarray(max_pos, np.float32)[:, None]
     fraction = positions.astype(np.float32) / scale * np.float32(2) - np.float32(1)
     angles = fraction.T[:, None, :] * grid.astype(np.float32)[:, None]
@@ -142,8 +141,7 @@ def _extrapolated(z, negative, scale):
     """scale z - (scale - 1) negative, and a token's 1-norms of that and of z, float32."""
     z = z.astype(mx.float32)
     g = scale * z - (scale - 1) * negative
-    norms = [mx.abs(x).sum((1, 3), keepdims=True) for x in (g, z)]
-    return g, mx.stack(norms)
+    return g, mx.stack([mx.abs(x).sum((1, 3), keepdims=True) for x in (g, z)])
 
 
 @mx.compile
@@ -154,8 +152,7 @@ def _normalized(z, g, norms, tau, alpha):
 
 
 class Steering(NamedTuple):
-    """How tokens read a prompt: which part, by a mask (1, 1, T, n), and away from
-    what."""
+    """How tokens read a prompt: which part, by a mask (1, 1, T, n), away from what."""
 
     mask: Optional[mx.array] = None
     nag: Optional[Nag] = None

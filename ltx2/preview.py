@@ -19,8 +19,7 @@ class Preview:
         frames = vae.decode(latents, noise=noise)
         colors = frames[0, 0].reshape(size, 32, size, 32, 3).mean((1, 3))
         colors, x = np.array(colors).reshape(-1, 3), np.array(latents)[0, 0]
-        x = x.reshape(-1, channels)
-        x = np.pad(x, ((0, 0), (0, 1)), constant_values=1)
+        x = np.pad(x.reshape(-1, channels), ((0, 0), (0, 1)), constant_values=1)
         ridge = 1e-3 * len(x) * np.eye(channels + 1)
         self.matrix = np.linalg.solve(x.T @ x + ridge, x.T @ colors)
 

@@ -98,10 +98,8 @@ def res_2s(denoise, x, sigmas, blend, noise, first=0):
             mid[k] = blend(k, step.midpoint(sigma_mid, draw(k, "substep")))
             step.anchor(mid[k])
         x0_mid = denoise(mid, sigma_mid, 0)  # never skipped
-        x = {
-            k: blend(k, step.end(x0_mid[k], draw(k, "step")))
-            for k, step in steps.items()
-        }
+        ends = {k: step.end(x0_mid[k], draw(k, "step")) for k, step in steps.items()}
+        x = {k: blend(k, end) for k, end in ends.items()}
         yield x, x0
     if to_zero and first < len(sigmas):
         x = denoise(x, sigmas[-1], len(sigmas) - 1)

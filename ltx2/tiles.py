@@ -10,6 +10,7 @@ import numpy as np
 from .latents import LatentState, Size, States, Streams, divided_evenly
 
 Denoiser = Callable[[Streams, float, int], Streams]
+Make = Callable[[States], Denoiser]
 OVERLAP = 10  # of the reference's dfr, in cells (rows or columns of latents)
 Part = tuple[LatentState, np.ndarray, np.ndarray]
 Tiles = tuple[tuple[int, int], ...]  # on each axis: how many or how long, and overlap
@@ -115,11 +116,7 @@ class TiledDenoiser:
     the sound and of appended tokens that several tiles have."""
 
     def __init__(
-        self,
-        make: Callable[[States], Denoiser],
-        states: States,
-        size: Size,
-        sides: Iterable[list[Span]],
+        self, make: Make, states: States, size: Size, sides: Iterable[list[Span]]
     ):
         """`make(states)` is a denoiser; `sides` are the spans of rows and of columns."""
         video, self.cached_x0 = states["video"], {}  # no prediction is reused

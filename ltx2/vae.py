@@ -301,9 +301,8 @@ class Encoder(nn.Module):
         conv = partial(Conv3d, causal=True)
         dim = config.encoder_base_channels
         self.conv_in = conv(3 * config.patch_size**2, dim)
-        self.down_blocks, dim = build(
-            config.encoder_blocks, dim, DOWN, Downsample, conv
-        )
+        made = build(config.encoder_blocks, dim, DOWN, Downsample, conv)
+        self.down_blocks, dim = made
         # The last channel is the log-variance of all others.
         self.conv_out = conv(dim, config.latent_channels + 1)
 

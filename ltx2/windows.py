@@ -252,8 +252,7 @@ class Slice(Whole):
         return [(p - self.first, n) for n, p in enumerate(self.guides) if p in own]
 
     def merge(self, before: Streams, made: Streams) -> Streams:
-        """The same canvas and what is refined so far; after the last slice the refined
-        canvas with its keyframes."""
+        """The canvas and what is refined; after the last slice this with keyframes."""
         new = {"refined": made["video"][:, self.held :]}
         new |= {"slots": made["keyframes"]} if self.slots else {}
         if self.start:
@@ -264,8 +263,7 @@ class Slice(Whole):
 
     def all_keyframes(self, canvas: Streams) -> mx.array:
         """All keyframes (1, K, H, W, C): a new one before each of the canvas's."""
-        both = canvas["slots"], canvas["keyframes"]
-        return mx.stack(both, axis=2).flatten(1, 2)
+        return mx.stack([canvas["slots"], canvas["keyframes"]], axis=2).flatten(1, 2)
 
     def sound(self, audio: mx.array, tokens: int) -> mx.array:
         """Audio latents (1, tokens, mel, C) of its frames, sampled from the canvas's."""
