@@ -41,8 +41,7 @@ OF_FRAMES = r"frame_\d{5,}\.exr|sound\.wav|metadata\.json"
 # Pixels made square; swscale's "bilinear" is the reference's conversion to RGB.
 SQUARE = "scale=w=round(iw*sar):h=ih:flags=bilinear"
 
-# HDR to SDR: its reference white, 203 nits (ITU-R BT.2408), becomes white, what is
-# brighter is clipped.
+# HDR to SDR: white is its reference white, 203 nits (ITU-R BT.2408); more is clipped.
 SDR = "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709:t=bt709:r=pc,format=gbrp"
 
 

@@ -74,9 +74,8 @@ def chart(
     bands: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
     marks: Mapping[int, str] = {},
 ) -> str:
-    """A sparkline: lines (the second one dashed), areas between pairs of lines, and
-    marks with texts by place. Values above 1 are logarithmic, infinite ones left
-    out."""
+    """A sparkline: lines (the second one dashed), areas between pairs of lines, marks
+    with texts by place. Values above 1 are logarithmic, infinite ones left out."""
     curves = [*lines, *(curve for band in bands for curve in band)]
     values = [math.asinh(v) for c in curves for v in c if math.isfinite(v)]
     values += [0.0] * (not (bands and values))
