@@ -12,6 +12,7 @@ import os
 import sys
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
@@ -267,11 +268,8 @@ def build_requests(
         passed[name] = (start.get(name) or {}) | passed[name]
     first = Request(**{**start, **passed, "prompt": prompts[0] or ""})
     seed = random_seed(group) if first.seed is None else first.seed
-    return [
-        replace(first, prompt=prompt or "", seed=seed + n)
-        for prompt in prompts
-        for n in range(args.num_videos)
-    ]
+    pairs = product(prompts, range(args.num_videos))
+    return [replace(first, prompt=prompt or "", seed=seed + n) for prompt, n in pairs]
 
 
 def files_of(args: argparse.Namespace, r: Request) -> outputs.Files:
@@ -296,9 +294,8 @@ def name_outputs(args: Any, requests: list[Request], say: bool = False) -> list[
     for name in found:
         files.check(name, inputs)
     if say and found != wanted:
-        print(
-            f"note: earlier files stay: writing {found[0]} (--overwrite replaces them)"
-        )
+        how = f"writing {found[0]} (--overwrite replaces them)"
+        print(f"note: earlier files stay: {how}")
     return found
 
 
@@ -309,18 +306,15 @@ def describe(pipe: Any, job: Any) -> str:
     kind, dtype = f"{checkpoint.kind}{assumed}", pipe.origin.dtype
     lines = [f"LTX-2 {checkpoint.model_version} ({kind}), {dtype}, seed {r.seed}"]
     at_most = "up to " if r.auto_duration else ""
-    lines += [
-        pipe.inputs.lora(x.path).describe(x.strength)
-        for x in dict.fromkeys(lora for stage in job.stages for lora in stage.loras)
-    ]
+    loras = dict.fromkeys(lora for stage in job.stages for lora in stage.loras)
+    lines += [pipe.inputs.lora(x.path).describe(x.strength) for x in loras]
     if len(job.windows) > 1:
         lines.append(f"{len(job.windows)} windows, the first one:")
     for stage in (s for s in job.stages if s.window == job.windows[0]):
         size, guided = stage.size, "guided" if stage.guidance else "not guided"
-        lines.append(
-            f"{stage.phase}: {size.width}x{size.height}, {at_most}{size.num_frames} "
-            f"frames at {size.fps:g} fps, {stage.steps} steps of {stage.sampler}, {guided}"
-        )
+        frames = f"{at_most}{size.num_frames} frames at {size.fps:g} fps"
+        steps = f"{stage.steps} steps of {stage.sampler}, {guided}"
+        lines.append(f"{stage.phase}: {size.width}x{size.height}, {frames}, {steps}")
     return "\n".join(lines)
 
 
@@ -328,11 +322,10 @@ def enhanced(pipe: Any, job: Any) -> Any:
     """The job with its prompt expanded."""
     if job.request.contexts_file or job.request.segments:
         raise UserError("--enhance-prompt cannot be combined with --contexts/--segment")
-    prompt, *negative = job.prompts
-    prompt = pipe.enhance(prompt, job.request.seed)
+    prompt = pipe.enhance(job.prompts[0], job.request.seed)
     print(f"prompt: {prompt}")
     request = replace(job.request, prompt=prompt)
-    return replace(job, request=request, prompts=(prompt, *negative))
+    return replace(job, request=request, prompts=(prompt, *job.prompts[1:]))
 
 
 @dataclass

@@ -1,12 +1,11 @@
 """Train a LoRA on a folder of clips with captions."""
 
-if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
-    import signal
+import signal
 
+if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import signal
 from pathlib import Path
 from typing import Any
 
