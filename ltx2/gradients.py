@@ -67,6 +67,16 @@ def sigma_of_step(uniform: float) -> float:
     return min(sigma for sigma in DISTILLED_SIGMAS if sigma > uniform)
 
 
+def some_rows(contexts: Both, least: int, rng: np.random.Generator) -> Both:
+    """The first rows of contexts (1, N, D), where the words are, and others at random: in
+    all `least`, twice as many and so on, up to N, equally often."""
+    rows = next(len(x[0]) for x in contexts if x is not None)
+    counts = [least << i for i in range(10) if least << i < rows] + [rows]
+    chosen = least + rng.permutation(rows - least)[: rng.choice(counts) - least]
+    chosen = mx.array(np.concatenate([np.arange(least), np.sort(chosen)]))
+    return tuple(None if x is None else x[:, chosen] for x in contexts)
+
+
 @dataclass(frozen=True)
 class Example:
     """A clip with the noise of one step, by stream: inputs, velocities (1, n, C) of its
@@ -310,8 +320,10 @@ def factor_parameters(lora: Lora) -> Parameters:
 
 
 def optimizer(learning_rate: float) -> optim.AdamW:
-    """AdamW as in the reference, with bias correction, which MLX leaves off."""
-    return optim.AdamW(learning_rate, [0.9, 0.999], 1e-8, 0.01, bias_correction=True)
+    """The reference's AdamW, compiled; it has the bias correction that MLX leaves off."""
+    opt = optim.AdamW(learning_rate, [0.9, 0.999], 1e-8, 0.01, bias_correction=True)
+    opt.apply_gradients = mx.compile(opt.apply_gradients, opt.state, opt.state)
+    return opt
 
 
 def step(

@@ -18,7 +18,7 @@ from . import __version__, dataset, gradients, latents, media, memory
 from .adapters import ADAPTERS, CONFIG, STATE, official, save_losses
 from .base import Checked, OutputError, PathName, UserError, note, parse_json, user_path
 from .dataset import Clip, of_streams
-from .dit import StreamedBlocks
+from .dit import Both, StreamedBlocks
 from .gradients import SCHEDULES, STREAMS, TARGETS, Parameters, factor_parameters
 from .hub import check_space, fetch_all, make_folder, read_arrays
 from .latents import LatentState, Size
@@ -28,6 +28,7 @@ from .pipeline import Pipeline, Result
 from .record import name_only
 from .request import Request
 from .stages import Job
+from .text import MAX_TOKENS
 from .weights import save_arrays
 
 MEAN_OF = 100  # steps in the running mean of the loss
@@ -71,6 +72,10 @@ class Options(Checked):
     preserve: tuple[str, ...] = ask(
         "prompt whose videos must not change; repeatable (default: the model's)",
         **REPEATED,
+    )
+    caption_orders: int = ask("orders of each caption's parts", 1, between=(1, 1000))
+    text_rows: Optional[int] = ask(
+        "fewest rows of a text in a step (default: all)", between=(1, MAX_TOKENS)
     )
     val_clips: Optional[int] = ask("clips held out (default: a tenth, up to 8)")
     grad_checkpoint: bool = ask("save memory: recompute blocks", False)
@@ -313,8 +318,17 @@ class Trainer:
         distilled = self.pipe.checkpoint.kind == "distilled"
         if at is None and distilled and rng.uniform() < 0.5:
             sigmas = dict.fromkeys(sigmas, gradients.sigma_of_step(rng.uniform()))
-        model, contexts = self.trainee.model, self.data.context(clip.caption)
+        contexts = self.data.context(clip.caption)
+        if at is None:
+            caption = dataset.reorder(clip.caption, rng.integers(o.caption_orders))
+            contexts = self._contexts(caption, rng)
+        model = self.trainee.model
         return gradients.make_example(model, states, noise, sigmas, contexts)
+
+    def _contexts(self, caption: str, rng: np.random.Generator) -> Both:
+        """What a step reads of a caption's contexts."""
+        contexts, least = self.data.context(caption), self.options.text_rows
+        return gradients.some_rows(contexts, least, rng) if least else contexts
 
     def _batch(self) -> tuple[float, Parameters]:
         """The mean loss and gradients of a step's clips, divided among machines."""
@@ -329,7 +343,7 @@ class Trainer:
             hidden = min(t.sigma.item() for t in example.tokens if t) > PRESERVED_ABOVE
             if o.preserve and (hidden or rng.uniform() < PRESERVED_BELOW):
                 prompt = o.preserve[rng.integers(len(o.preserve))]
-                kept = self.trainee.preserved(example, self.data.context(prompt))
+                kept = self.trainee.preserved(example, self._contexts(prompt, rng))
                 _, more = self.trainee.gradients(kept)
                 grads = {k: g + more[k] for k, g in grads.items()}
             sums = {k: g / count + sums.get(k, 0) for k, g in grads.items()}

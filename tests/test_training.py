@@ -372,6 +372,39 @@ def test_a_distilled_models_steps_are_drawn_by_their_lengths():
         assert np.mean(np.equal(found, sigma)) == pytest.approx(sigma - after, abs=1e-4)
 
 
+def test_other_orders_of_captions_are_encoded_first_and_trained_on(run, monkeypatch):
+    read, context = [], dataset.Dataset.context
+
+    def record(data, caption):
+        assert data.contexts.read(caption) is not None
+        read.append(caption)
+        return context(data, caption)
+
+    monkeypatch.setattr(dataset.Dataset, "context", record)
+    monkeypatch.setattr(
+        dataset, "reorder", lambda caption, n: f"{caption} {n}" if n else caption
+    )
+    held_out = "clip 2"
+    more = "--preserve", "a dog", "--caption-orders", "3", "--val-clips", "1"
+    run("--iters", "24", *more)
+    assert {caption[7:] for caption in read if caption != "a dog"} >= {"1", "2"}
+    assert {c for c in read if c.startswith(held_out)} == {held_out} and "a dog" in read
+
+
+def test_a_step_reads_the_first_rows_of_a_text_and_some_of_the_others():
+    rows = mx.arange(64.0).reshape(1, 64, 1)
+    rng, counts = np.random.default_rng(0), []
+    for _ in range(300):
+        video, audio = gradients.some_rows((rows, rows + 1), 8, rng)
+        found = video.flatten().tolist()
+        assert found[:8] == [*range(8)] and found == sorted({*found})
+        assert mx.array_equal(audio, video + 1)
+        counts.append(len(found))
+    assert {*counts} == {8, 16, 32, 64}
+    assert all(50 < counts.count(n) < 100 for n in counts)
+    assert gradients.some_rows((None, rows), 64, rng)[1].shape == rows.shape
+
+
 @pytest.mark.parametrize("kind", ["dev", "distilled"])
 def test_a_distilled_base_trains_also_at_the_sigmas_of_its_steps(run, drawn, kind):
     run("--iters", "12", "--kind", kind)
