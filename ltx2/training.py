@@ -318,10 +318,11 @@ class Trainer:
         distilled = self.pipe.checkpoint.kind == "distilled"
         if at is None and distilled and rng.uniform() < 0.5:
             sigmas = dict.fromkeys(sigmas, gradients.sigma_of_step(rng.uniform()))
-        contexts = self.data.context(clip.caption)
         if at is None:
             caption = dataset.reorder(clip.caption, rng.integers(o.caption_orders))
             contexts = self._contexts(caption, rng)
+        else:
+            contexts = self.data.context(clip.caption)
         model = self.trainee.model
         return gradients.make_example(model, states, noise, sigmas, contexts)
 
