@@ -61,7 +61,8 @@ def given_contexts(given: TextContexts, config: dict, streams: Sequence) -> dict
 
 
 class ContextCache:
-    """A folder of contexts for a transformer's `config`, by prompt and `made_by`."""
+    """A folder of contexts for the transformer with this `config`; besides the prompt
+    they depend on `made_by`."""
 
     def __init__(self, folder: str | Path, made_by: Any, config: dict):
         self.folder = hub.make_folder(folder)

@@ -172,7 +172,8 @@ class Components:
     def enlarged(
         self, decoder: str, stills: list[mx.array], height: int, width: int, draw: Noise
     ) -> mx.array:
-        """Stills (1, 1, h, w, C), enlarged as pictures, as latents (1, K, H, W, C)."""
+        """Latents (1, K, H, W, C) of stills (1, 1, h, w, C): decoded, enlarged as
+        pictures and encoded again."""
         made = []
         for n, still in enumerate(stills):
             noise = lambda name, shape, n=n: draw(f"plane{n}.{name}", shape)

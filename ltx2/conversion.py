@@ -303,7 +303,8 @@ remain under the [{license[0]}]({license[1]}).
 
 
 def card_head(name: str, base: Sequence[str], relation: str, tags: str) -> str:
-    """The start of a card, with the Hub's metadata; `base` is like one in OFFICIAL."""
+    """The start of a card, with the metadata that the Hub reads; `base` is a repository,
+    name and text of its license, as in OFFICIAL."""
     relation = f"base_model_relation: {relation}\n" * bool(relation)
     return f"""---
 base_model: {base[0]}

@@ -197,9 +197,11 @@ def fit(clip: Clip, buckets: Sequence[Size], streams: str) -> tuple[Clip, str]:
 
 def reorder(caption: str, number: int) -> str:
     """The parts of a caption between punctuation in another order; 0: as it is."""
+    if not number:
+        return caption
     rng = np.random.default_rng([number, zlib.crc32(caption.encode())])
     parts = re.findall(r"[^\s,.;!?].*?(?=[,.;!?]+\s|[,.;!?]*$)", caption)
-    return ", ".join(rng.permutation(parts)) if number and parts else caption
+    return ", ".join(rng.permutation(parts)) if parts else caption
 
 
 class Dataset:

@@ -375,9 +375,10 @@ class Resolver:
             check_range("num_frames of a retake of this clip", total, 1, frames)
             start, end = r.retake
             if not 0 <= start < end or start >= total / fps:
-                has = f"has {total / fps:.2f} s, and end after its start"
-                rule = f"must start and end in the clip, which {has}"
-                raise UserError(f"retake {start:g}-{end:g} {rule}")
+                raise UserError(
+                    f"retake {start:g}-{end:g} must start and end in the clip, which has "
+                    f"{total / fps:.2f} s, and end after its start"
+                )
         frames, other_rate = min(frames, total), media.frame_rate(fps) != clip.fps
         new = (height, width) != (clip.height * larger, clip.width * larger)
         silent = self.recipe.uses_sound and not clip.has_audio
@@ -404,8 +405,10 @@ class Resolver:
         if mask.num_frames == 1:
             self.files.image(path)
         elif (there := frames_at(mask, fps)) < frames:
-            few = f"has {there} frames at {fps:g} fps, fewer than the {frames} of the"
-            raise UserError(f"{path} {few} reference: use a longer clip, or a picture")
+            raise UserError(
+                f"{path} has {there} frames at {fps:g} fps, fewer than the {frames} of "
+                "the reference: use a longer clip, or a picture"
+            )
 
     def reference_scale(self) -> tuple[int, int]:
         """How many times smaller and slower the LoRAs need a reference clip."""

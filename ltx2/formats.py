@@ -115,7 +115,8 @@ def choose(path: PathLike, codec: Optional[str] = None, space: str = "srgb") -> 
 
 def frames_next_to(path: PathLike, codec: str, space: str) -> list[Path]:
     """The folder of EXR frames next to an HDR video."""
-    folder = Path(path).with_name(f"{Path(path).stem}_{space}_exr")
+    path = Path(path)
+    folder = path.with_name(f"{path.stem}_{space}_exr")
     return [folder] if codec == "hevc" and space != "srgb" else []
 
 

@@ -58,9 +58,10 @@ class InputFiles:
         """By how much a reference is smaller and slower, by the LoRAs' metadata."""
         factors = [1, 1]
         for lora in loras:
+            metadata = self.lora(lora.path).metadata
             for i, axis in enumerate(("downscale", "temporal_scale")):
                 name, other = f"reference_{axis}_factor", factors[i]
-                value = self.lora(lora.path).metadata.get(name, str(other))
+                value = metadata.get(name, str(other))
                 if not re.fullmatch("[1-9]", value) or other not in (1, int(value)):
                     fault = "is not supported, or differs from another LoRA's"
                     raise UserError(f"LoRA {lora.path}: {name} {value!r} {fault}")

@@ -359,7 +359,8 @@ class Estimator:
         channels, places = c["stage_channels"][-1], size.height * size.width // 16
         row = size.width // 4 * math.prod(groups[:2])
         scores = 2 * self.scores(channels // c["head_dim"], row, math.prod(spans))
-        frames = (2 * c["stage_depths"][-1] + 14) * spans[0] + AHEAD * ahead
+        copies = 2 * c["stage_depths"][-1] + 14
+        frames = copies * spans[0] + AHEAD * ahead
         return frames * places * channels * self.item + scores
 
     def convolutions(self, size: Size, half: str, frames: int = 1) -> float:
@@ -387,7 +388,8 @@ class Estimator:
         for _, c, (_, *lengths) in generators(self.config["vocoder"], frames):
             channels = c["upsample_initial_channel"]
             widest = max(n * (channels >> i) for i, n in enumerate(lengths, 1))
-            hifigan = 25 + 6 * max(c["resblock_kernel_sizes"]), SPECTRAL[1]
+            unfolded = 25 + 6 * max(c["resblock_kernel_sizes"])
+            hifigan = unfolded, SPECTRAL[1]
             copies = BIGVGAN if c["resblock"] == "AMP1" else hifigan
             buffers.append(copies[self.gpu] * FLOAT * widest)
         return max(buffers)

@@ -53,9 +53,11 @@ class Record:
         files = checked(dict[str, str], files, f"{path}: model.files")
         return cls(recorded(o["request"]), o["load"], files, version)
 
-    def find(self, path: str, near: list[Path], but: set[str], trust: bool) -> "Record":
+    def find(
+        self, path: str, nearby: list[Path], but: set[str], trust: bool
+    ) -> "Record":
         """With the files that it names, but those of the fields `but`, found next to
-        the record `path`, the model's also in folders `near` and the Hub's cache;
+        the record `path`, the model's also in `nearby` folders and the Hub's cache;
         without `trust` UserError for others."""
 
         def locate(name: str, *nearby: Path) -> str:
@@ -71,7 +73,7 @@ class Record:
 
         def locate_model(name: str) -> str:
             repo = hub.split_repository(name)[0]
-            return name if hub.cached_copy(repo) else locate(name, *near)
+            return name if hub.cached_copy(repo) else locate(name, *nearby)
 
         load = located(self.load, locate_model, but)
         return replace(self, load=load, request=located(self.request, locate, but))
@@ -102,7 +104,6 @@ def read_config(path: str) -> tuple[dict[str, Any], Request]:
 def provenance(model: Any, job: Any, seconds: Mapping[str, float]) -> dict[str, Any]:
     """How a model made a job's result: enough to make it again."""
     checkpoint = model.checkpoint
-    versions = {"ltx2": __version__, "reference": REFERENCE, "mlx": mx.__version__}
     return {
         "request": asdict(located(job.request, absolute)),
         "negative_prompt": job.negative_prompt,
@@ -113,7 +114,12 @@ def provenance(model: Any, job: Any, seconds: Mapping[str, float]) -> dict[str, 
             "files": model.files(),
         },
         "load": asdict(located(model.origin, absolute)),
-        "versions": {**versions, "platform": platform.platform()},
+        "versions": {
+            "ltx2": __version__,
+            "reference": REFERENCE,
+            "mlx": mx.__version__,
+            "platform": platform.platform(),
+        },
         "seconds": seconds,
     }
 

@@ -22,12 +22,13 @@ LOW, HIGH = (0.4, 0.2, 0.1), (0.95, 1.5, 0.8)  # for all others
 
 @dataclass(frozen=True)
 class TimePlan:
-    """Operations by phase, the matmul rate (per second), the shares of it reached."""
+    """Operations by phase, the matmul rate (per second), and the least and largest
+    shares of it that are reached."""
 
     work: Mapping[str, float]
     rate: float
-    low: tuple[float, float, float]  # the least shares
-    high: tuple[float, float, float]  # and the largest
+    low: tuple[float, float, float]
+    high: tuple[float, float, float]
     where: str
 
     def seconds(self, phase: str) -> tuple[float, float]:

@@ -316,9 +316,9 @@ class Trainer:
                     state = state.show(reference, size.fps, 1.0, o.reference_downscale)
             states[name] = state
         distilled = self.pipe.checkpoint.kind == "distilled"
-        if at is None and distilled and rng.uniform() < 0.5:
-            sigmas = dict.fromkeys(sigmas, gradients.sigma_of_step(rng.uniform()))
         if at is None:
+            if distilled and rng.uniform() < 0.5:
+                sigmas = dict.fromkeys(sigmas, gradients.sigma_of_step(rng.uniform()))
             caption = dataset.reorder(clip.caption, rng.integers(o.caption_orders))
             contexts = self._contexts(caption, rng)
         else:

@@ -188,12 +188,13 @@ class Generator(Vocoder):
 def generators(section: Section, frames: int) -> Iterator[tuple[str, Section, list]]:
     """Of each generator in a `vocoder` section, for so many mel frames: the prefix of its
     tensors, its configuration, its length before and after each upsampling."""
+    hop = section.get("bwe", {}).get("hop_length", 1)
     parts = {"vocoder.": "vocoder", "bwe_generator.": "bwe"}
     for prefix, name in parts.items() if "bwe" in section else [("", "")]:
         c = section[name] if name else section
         lengths = [*accumulate(c["upsample_rates"], mul, initial=frames)]
         yield prefix, c, lengths
-        frames = lengths[-1] // section.get("bwe", {}).get("hop_length", 1)
+        frames = lengths[-1] // hop
 
 
 class VocoderWithBWE(Vocoder):

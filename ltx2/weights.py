@@ -299,7 +299,8 @@ def text_encoder_files(name: str) -> list[File]:
 
 
 def check_text_encoder(name: str, model: Optional[Checkpoint] = None) -> None:
-    """UserError unless a Gemma 3 is complete and of the `model`'s size, by headers."""
+    """Raise UserError unless a Gemma 3 folder or repository is complete and of the size
+    that `model` was trained with, by headers alone."""
     where = f"text encoder {name}"
     files = {f.name.split("/")[-1]: f for f in text_encoder_files(name)}
     for names in (["config.json"], TOKENIZERS):

@@ -252,7 +252,8 @@ class Slice(Whole):
         return [(p - self.first, n) for n, p in enumerate(self.guides) if p in own]
 
     def merge(self, before: Streams, made: Streams) -> Streams:
-        """The canvas and what is refined; after the last slice this with keyframes."""
+        """The same canvas and what is refined so far; after the last slice the refined
+        canvas with its keyframes."""
         new = {"refined": made["video"][:, self.held :]}
         new |= {"slots": made["keyframes"]} if self.slots else {}
         if self.start:
