@@ -204,6 +204,11 @@ def reorder(caption: str, number: int) -> str:
     return ", ".join(rng.permutation(parts)) if parts else caption
 
 
+def digest(depends: Sequence) -> str:
+    """The key of latents that depend on these values."""
+    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+
+
 class Dataset:
     """Clips whose latents and contexts are in a folder."""
 
@@ -259,7 +264,7 @@ class Dataset:
         depends += [self.options.reference_downscale]
         depends += [first_file(parts[ENCODERS[s]]).fingerprint for s in clip.streams]
         depends += [print_of(clip.reference)] if clip.reference else []
-        return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+        return digest(depends)
 
     def path(self, clip: Clip) -> Path:
         return self.folder / f"{clip.key}.latents.safetensors"
@@ -276,9 +281,7 @@ class Dataset:
         self.clips = []
         for clip in base.counted(clips, "clips"):
             with skipping(clip.path):
-                try:
-                    read_arrays(self.path(clip))
-                except UserError:  # it is missing or damaged
+                if not self.has(clip):
                     self._save(clip, encoders)
                 self.clips.append(clip)
             encoders.files.clear()
@@ -309,6 +312,13 @@ class Dataset:
         if x.shape[1] != size.latent[0]:
             raise UserError(f"it ends before frame {size.num_frames}")
         return x
+
+    def has(self, clip: Clip) -> bool:
+        """Whether a clip's latents are in the folder, undamaged."""
+        try:
+            return bool(read_arrays(self.path(clip)))
+        except UserError:
+            return False
 
     def load(self, clip: Clip) -> Streams:
         """A clip's latents by stream and those of its "reference", with a batch axis."""

@@ -69,12 +69,11 @@ def sigma_of_step(uniform: float) -> float:
 
 def some_rows(contexts: Both, least: int, rng: np.random.Generator) -> Both:
     """The first rows of contexts (1, N, D), where the words are, and others at random: in
-    all `least`, twice as many and so on, up to N, equally often."""
+    all `least` in half of the cases, twice as many in half of the rest, and so on, up
+    to N."""
     rows = next(len(x[0]) for x in contexts if x is not None)
-    counts = [least << i for i in range(rows.bit_length()) if least << i < rows] + [
-        rows
-    ]
-    chosen = least + rng.permutation(rows - least)[: rng.choice(counts) - least]
+    count = min(least << int(rng.geometric(0.5)) - 1, rows)
+    chosen = least + rng.permutation(rows - least)[: count - least]
     chosen = mx.array(np.concatenate([np.arange(least), np.sort(chosen)]))
     return tuple(None if x is None else x[:, chosen] for x in contexts)
 

@@ -4,17 +4,19 @@ import itertools
 import json
 import math
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from statistics import NormalDist, fmean, mode
-from typing import Any, Iterator, Mapping, Optional
+from typing import Any, Callable, Iterator, Mapping, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from . import __version__, dataset, gradients, latents, media, memory
+from . import __version__, base, dataset, gradients, latents, media, memory
 from .adapters import ADAPTERS, CONFIG, STATE, official, save_losses
 from .base import Checked, OutputError, PathName, UserError, note, parse_json, user_path
 from .dataset import Clip, of_streams
@@ -24,7 +26,7 @@ from .hub import check_space, fetch_all, make_folder, read_arrays
 from .latents import LatentState, Size
 from .lora import Lora, adapter_file, attach
 from .options import ask, check, located, many
-from .pipeline import Pipeline, Result
+from .pipeline import Pipeline
 from .record import name_only
 from .request import Request
 from .stages import Job
@@ -32,8 +34,9 @@ from .text import MAX_TOKENS
 from .weights import save_arrays
 
 MEAN_OF = 100  # steps in the running mean of the loss
-# Steps that preserve prompts: all above a sigma, a share below, where the clip shows.
-PRESERVED_ABOVE, PRESERVED_BELOW = 0.8, 0.1
+# Steps that preserve prompts: all above a sigma, where noise hides the clip; below, a
+# share with the step's clip, a share with the video that the base makes of the prompt.
+PRESERVED_ABOVE, WITH_CLIP, WITH_OWN = 0.8, 0.2, 0.3
 MOST_SKIPPED = 10  # steps in a row
 HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
 REPEATED = {"default": (), "type": str, "repeat": True}
@@ -127,7 +130,8 @@ class Trainer:
         pipe, factors = self.pipe, self.nbytes
         estimator = memory.Estimator(pipe.checkpoint, pipe.dtype)
         text = estimator.text(dataset.PROMPTS_AT_ONCE, pipe.encoder_files)
-        samples = [job.memory.phases for job in self.samples[:1]]
+        jobs = [*self.samples, *self.own.values()]
+        samples = [job.memory.phases for job in jobs[:1]]
 
         def planned(sizes: list[Size], by_block: bool, low: Optional[bool]):
             phases = estimator.training(sizes, factors, by_block, samples)
@@ -182,9 +186,9 @@ class Trainer:
             lora.check_finite()
             arrays = {f"p.{k}": w for k, w in factor_parameters(lora).items()}
             metadata, parts = lora.metadata, "p"
-        base = metadata.get("base_model", self.base)
-        if base != self.base:
-            raise UserError(f"{name} was trained on {base}, this model is {self.base}")
+        model = metadata.get("base_model", self.base)
+        if model != self.base:
+            raise UserError(f"{name} was trained on {model}, this model is {self.base}")
         found, expected = {k: w.shape for k, w in arrays.items()}, {}
         for path, (outputs, inputs) in self.layers.items():
             pair = {"lora_a": (o.rank, inputs), "lora_b": (outputs, o.rank)}
@@ -207,10 +211,7 @@ class Trainer:
         check_space({self.folder: int(copies * self.nbytes)})
         fetch_all(self.pipe.checkpoint.files)
         prompts = [prompt for job in self.samples for prompt in job.prompts]
-        for rank in range(self.group.size()):  # others find what is on a common disk
-            if rank == self.group.rank():
-                self.data.encode([*prompts, *self.options.preserve])
-            mx.eval(mx.distributed.all_sum(mx.zeros(1)))
+        self._in_turn(lambda: self.data.encode([*prompts, *self.options.preserve]))
         o, streamed = self.options, self.memory.streamed
         model = self.pipe.checkpoint.load("transformer", self.pipe.dtype, streamed)
         lora = gradients.new_factors(self.layers, o.rank, o.seed)
@@ -230,6 +231,35 @@ class Trainer:
         if streamed:
             blocks = lambda: (block for _, block in self.trainee.blocks())
             model.transformer_blocks = StreamedBlocks(blocks)
+        self._in_turn(self._make_own)
+
+    def _in_turn(self, work: Callable[[], None]) -> None:
+        """Work on one machine after another, which finds what is on a common disk."""
+        for rank in range(self.group.size()):
+            if rank == self.group.rank():
+                work()
+            mx.eval(mx.distributed.all_sum(mx.zeros(1)))
+
+    @cached_property
+    def own(self) -> dict[Clip, Job]:
+        """The base's videos of prompts to preserve, and how they are made."""
+        found, dtype = {}, str(self.pipe.dtype)
+        for n, prompt in enumerate(self.options.preserve):
+            job = self._job(prompt, n)
+            size = of_streams(job.size, self.streams)
+            key = dataset.digest([self.pipe.files(), dtype, repr(size), prompt, n])
+            found[Clip(Path(prompt), prompt, None, size, self.streams, key)] = job
+        return found
+
+    def _make_own(self) -> None:
+        """Make those videos, up to their latents, that are not in the cache."""
+        missing = [clip for clip in self.own if not self.data.has(clip)]
+        with self.trainee.untrained():
+            for clip in base.counted(missing, "preserved prompts"):
+                with closing(self._generate(self.own[clip], Pipeline.stream)) as events:
+                    done = next(e for e in events if e.phase == "latents").snapshot
+                path = self.data.path(clip)
+                save_arrays(path, done.latents, {"prompt": clip.caption})
 
     # Training
 
@@ -295,9 +325,10 @@ class Trainer:
         self.stopping = mx.distributed.all_max(number, group=self.group).item()
         return self.stopping
 
-    def _example(self, clip: Clip, rng, at=None) -> gradients.Example:
+    def _example(self, clip: Clip, rng, at=None, given=None) -> gradients.Example:
         """A clip with a step's noise and sigmas; `at` is the quantile of fixed ones. Half of
-        the time, a distilled base's streams all have the sigma of one of its steps."""
+        the time, a distilled base's streams all have the sigma of one of its steps. With
+        sigmas `given`, the text is as it is."""
         o, size, found = self.options, clip.size, self.data.load(clip)
         reference = found.pop("reference", None)
         states, noise, sigmas = {}, {}, {}
@@ -316,13 +347,14 @@ class Trainer:
                     state = state.show(reference, size.fps, 1.0, o.reference_downscale)
             states[name] = state
         distilled = self.pipe.checkpoint.kind == "distilled"
-        if at is None:
+        if at is not None:
+            contexts = self.data.context(clip.caption)
+        else:
             if distilled and rng.uniform() < 0.5:
                 sigmas = dict.fromkeys(sigmas, gradients.sigma_of_step(rng.uniform()))
-            caption = dataset.reorder(clip.caption, rng.integers(o.caption_orders))
-            contexts = self._contexts(caption, rng)
-        else:
-            contexts = self.data.context(clip.caption)
+            order = 0 if given else rng.integers(o.caption_orders)
+            contexts = self._contexts(dataset.reorder(clip.caption, order), rng)
+            sigmas |= given or {}
         model = self.trainee.model
         return gradients.make_example(model, states, noise, sigmas, contexts)
 
@@ -341,10 +373,7 @@ class Trainer:
             rng = np.random.default_rng([o.seed, index])
             example = self._example(self._clip(index), rng)
             (loss, _), grads = self.trainee.gradients(example)
-            hidden = min(t.sigma.item() for t in example.tokens if t) > PRESERVED_ABOVE
-            if o.preserve and (hidden or rng.uniform() < PRESERVED_BELOW):
-                prompt = o.preserve[rng.integers(len(o.preserve))]
-                kept = self.trainee.preserved(example, self._contexts(prompt, rng))
+            if (kept := self._kept(example, rng)) is not None:
                 _, more = self.trainee.gradients(kept)
                 grads = {k: g + more[k] for k, g in grads.items()}
             sums = {k: g / count + sums.get(k, 0) for k, g in grads.items()}
@@ -354,6 +383,17 @@ class Trainer:
             sums = dict(tree_flatten(nn.average_gradients(sums)))
             total = mx.distributed.all_sum(mx.array(total)).item() / ranks
         return total, sums
+
+    def _kept(self, example: gradients.Example, rng) -> Optional[gradients.Example]:
+        """A prompt to preserve at the example's sigmas, if this step has one."""
+        sigmas = {k: t.sigma.item() for k, t in zip(STREAMS, example.tokens) if t}
+        hidden, draw = min(sigmas.values()) > PRESERVED_ABOVE, rng.uniform()
+        if not self.own or not hidden and draw > WITH_CLIP + WITH_OWN:
+            return None
+        own = [*self.own][rng.integers(len(self.own))]
+        if not hidden and draw > WITH_CLIP:
+            example = self._example(own, rng, given=sigmas)
+        return self.trainee.preserved(example, self._contexts(own.caption, rng))
 
     def _clip(self, index: int) -> Clip:
         """The clip of a number that counts through epochs, each in another order."""
@@ -376,15 +416,19 @@ class Trainer:
 
     @cached_property
     def samples(self) -> list[Job]:
-        """Clips of the most common size, with fixed seeds; none with references."""
+        """Clips with fixed seeds; none with references."""
         o, clips = self.options, self.data.items
         if clips[0].reference or not o.sample_every:
             return []
-        size = mode(clip.size for clip in clips)
-        how = {k: getattr(size, k) for k in ("width", "height", "num_frames", "fps")}
-        how |= {"audio_only": o.streams == "audio", "no_audio": o.streams == "video"}
         prompts = enumerate(o.sample_prompt or (clips[0].caption,), o.seed)
-        return [self.pipe.plan(Request(p, seed=n, **how)) for n, p in prompts]
+        return [self._job(prompt, seed) for seed, prompt in prompts]
+
+    def _job(self, prompt: str, seed: int) -> Job:
+        """A video of the most common size, and how it is made."""
+        kind, size = self.options.streams, mode(clip.size for clip in self.data.items)
+        how = {k: getattr(size, k) for k in ("width", "height", "num_frames", "fps")}
+        how |= {"audio_only": kind == "audio", "no_audio": kind == "video"}
+        return self.pipe.plan(Request(prompt, seed=seed, **how))
 
     def sample(self) -> None:
         """Sample clips, to the right of those of the untrained model."""
@@ -393,18 +437,19 @@ class Trainer:
             if job.request.audio_only:
                 self._generate(job).save(folder / f"{self.step:07d}-{n}.wav")
                 continue
-            base = folder / f"{0:07d}-{n}.mp4"
-            if not base.exists():
+            first = folder / f"{0:07d}-{n}.mp4"
+            if not first.exists():
                 with self.trainee.untrained():
-                    self._generate(job).save(base)
-            result, before = self._generate(job), np.stack([*media.read_video(base)])
+                    self._generate(job).save(first)
+            result, before = self._generate(job), np.stack([*media.read_video(first)])
             result.frames = np.concatenate([before, result.frames], axis=2)
             result.save(folder / f"{self.step:07d}-{n}.mp4")
 
-    def _generate(self, job: Job) -> Result:
+    def _generate(self, job: Job, make: Callable = Pipeline.generate) -> Any:
+        """Make a video by a method of the pipeline."""
         self.pipe.adopt(self.trainee.model)
         contexts = {prompt: self.data.context(prompt) for prompt in job.prompts}
-        return self.pipe.generate(job, contexts=contexts)
+        return make(self.pipe, job, contexts=contexts)
 
     # Files
 
