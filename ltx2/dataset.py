@@ -204,11 +204,6 @@ def reorder(caption: str, number: int) -> str:
     return ", ".join(rng.permutation(parts)) if parts else caption
 
 
-def digest(depends: Sequence) -> str:
-    """The key of latents that depend on these values."""
-    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
-
-
 class Dataset:
     """Clips whose latents and contexts are in a folder."""
 
@@ -264,7 +259,7 @@ class Dataset:
         depends += [self.options.reference_downscale]
         depends += [first_file(parts[ENCODERS[s]]).fingerprint for s in clip.streams]
         depends += [print_of(clip.reference)] if clip.reference else []
-        return digest(depends)
+        return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
 
     def path(self, clip: Clip) -> Path:
         return self.folder / f"{clip.key}.latents.safetensors"

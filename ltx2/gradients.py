@@ -69,8 +69,7 @@ def sigma_of_step(uniform: float) -> float:
 
 def some_rows(contexts: Both, least: int, rng: np.random.Generator) -> Both:
     """The first rows of contexts (1, N, D), where the words are, and others at random: in
-    all `least` in half of the cases, twice as many in half of the rest, and so on, up
-    to N."""
+    all `least` in half of the cases, twice as many in half of the rest, ..., or N."""
     rows = next(len(x[0]) for x in contexts if x is not None)
     count = min(least << int(rng.geometric(0.5)) - 1, rows)
     chosen = least + rng.permutation(rows - least)[: count - least]
@@ -234,15 +233,14 @@ class Trainee:
         finally:
             self.update(trained)
 
-    def preserved(self, example: Example, contexts: Both) -> Example:
-        """The example with another text, for which the base's velocities must stay."""
-        other = replace(example, contexts=contexts)
+    def preserved(self, example: Example) -> Example:
+        """The example with the base's velocities, which must stay."""
         with self.untrained():
-            states, streams = self._forward(other)[-2], begin(self.model, other)[1]
+            states, streams = self._forward(example)[-2], begin(self.model, example)[1]
             velocities = self.model.velocities(tuple(map(states.get, STREAMS)), streams)
             mx.eval(velocities)
         cut = lambda v, t: None if t is None else v[:, : t.shape[1]].astype(t.dtype)
-        return replace(other, targets=tuple(map(cut, velocities, example.targets)))
+        return replace(example, targets=tuple(map(cut, velocities, example.targets)))
 
     def gradients(self, example: Example) -> tuple[Losses, Parameters]:
         """The loss, and its gradients by the names of the parameters."""

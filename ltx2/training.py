@@ -130,8 +130,7 @@ class Trainer:
         pipe, factors = self.pipe, self.nbytes
         estimator = memory.Estimator(pipe.checkpoint, pipe.dtype)
         text = estimator.text(dataset.PROMPTS_AT_ONCE, pipe.encoder_files)
-        jobs = [*self.samples, *self.own.values()]
-        samples = [job.memory.phases for job in jobs[:1]]
+        samples = [job.memory.phases for job in self.jobs[:1]]
 
         def planned(sizes: list[Size], by_block: bool, low: Optional[bool]):
             phases = estimator.training(sizes, factors, by_block, samples)
@@ -210,8 +209,8 @@ class Trainer:
         copies = 3 + (self.options.iters // self.options.save_every + 1) / 2
         check_space({self.folder: int(copies * self.nbytes)})
         fetch_all(self.pipe.checkpoint.files)
-        prompts = [prompt for job in self.samples for prompt in job.prompts]
-        self._in_turn(lambda: self.data.encode([*prompts, *self.options.preserve]))
+        prompts = [prompt for job in self.jobs for prompt in job.prompts]
+        self._in_turn(lambda: self.data.encode(prompts))
         o, streamed = self.options, self.memory.streamed
         model = self.pipe.checkpoint.load("transformer", self.pipe.dtype, streamed)
         lora = gradients.new_factors(self.layers, o.rank, o.seed)
@@ -241,22 +240,22 @@ class Trainer:
             mx.eval(mx.distributed.all_sum(mx.zeros(1)))
 
     @cached_property
-    def own(self) -> dict[Clip, Job]:
-        """The base's videos of prompts to preserve, and how they are made."""
-        found, dtype = {}, str(self.pipe.dtype)
-        for n, prompt in enumerate(self.options.preserve):
-            job = self._job(prompt, n)
-            size = of_streams(job.size, self.streams)
-            key = dataset.digest([self.pipe.files(), dtype, repr(size), prompt, n])
-            found[Clip(Path(prompt), prompt, None, size, self.streams, key)] = job
+    def own(self) -> list[Clip]:
+        """The base's videos of prompts to preserve; their keys need the model's files."""
+        found, contexts = [], self.data.contexts
+        for job in self.preserving:
+            prompt, size = job.request.prompt, of_streams(job.size, self.streams)
+            key = contexts.path(f"{self.base}: {job.request}").stem
+            found.append(Clip(Path(prompt), prompt, None, size, self.streams, key))
         return found
 
     def _make_own(self) -> None:
         """Make those videos, up to their latents, that are not in the cache."""
-        missing = [clip for clip in self.own if not self.data.has(clip)]
+        made = zip(self.own, self.preserving)
+        missing = [(clip, job) for clip, job in made if not self.data.has(clip)]
         with self.trainee.untrained():
-            for clip in base.counted(missing, "preserved prompts"):
-                with closing(self._generate(self.own[clip], Pipeline.stream)) as events:
+            for clip, job in base.counted(missing, "preserved prompts"):
+                with closing(self._generate(job, Pipeline.stream)) as events:
                     done = next(e for e in events if e.phase == "latents").snapshot
                 path = self.data.path(clip)
                 save_arrays(path, done.latents, {"prompt": clip.caption})
@@ -390,10 +389,11 @@ class Trainer:
         hidden, draw = min(sigmas.values()) > PRESERVED_ABOVE, rng.uniform()
         if not self.own or not hidden and draw > WITH_CLIP + WITH_OWN:
             return None
-        own = [*self.own][rng.integers(len(self.own))]
+        own = self.own[rng.integers(len(self.own))]
         if not hidden and draw > WITH_CLIP:
-            example = self._example(own, rng, given=sigmas)
-        return self.trainee.preserved(example, self._contexts(own.caption, rng))
+            return self.trainee.preserved(self._example(own, rng, given=sigmas))
+        contexts = self._contexts(own.caption, rng)
+        return self.trainee.preserved(replace(example, contexts=contexts))
 
     def _clip(self, index: int) -> Clip:
         """The clip of a number that counts through epochs, each in another order."""
@@ -422,6 +422,13 @@ class Trainer:
             return []
         prompts = enumerate(o.sample_prompt or (clips[0].caption,), o.seed)
         return [self._job(prompt, seed) for seed, prompt in prompts]
+
+    @cached_property
+    def preserving(self) -> list[Job]:
+        """How the base makes a video of each prompt to preserve."""
+        return [self._job(prompt, n) for n, prompt in enumerate(self.options.preserve)]
+
+    jobs = property(lambda self: [*self.samples, *self.preserving])
 
     def _job(self, prompt: str, seed: int) -> Job:
         """A video of the most common size, and how it is made."""
