@@ -101,14 +101,15 @@ class DiTConfig(Config):
 @dataclass
 class Tokens:
     """One stream's input, shared by all passes of a step. Timesteps are by level, as a
-    conditioned run has two or three; `sigma` is the stream's, 0 when it is frozen."""
+    conditioned run has two or three; `sigma` is the stream's, 0 when it is frozen. The
+    clips of a training's batch have one of both each."""
 
     latent: mx.array  # (B, T, C)
     timesteps: mx.array  # (U,) float32 in [0, 1]
-    sigma: mx.array  # (1,)
+    sigma: mx.array  # (1,) or (B,)
     rope: Rope  # from DiT.rope
     cross_rope: Rope
-    level_index: Optional[mx.array] = None  # (T,); None: of all tokens 0
+    level_index: Optional[mx.array] = None  # (T,); None: a clip's tokens have one level
     mask: Optional[mx.array] = None  # self-attention weights (T, T) in [0, 1]
     keyframes: Optional[mx.array] = None  # (T,), > 0: stands for a single frame (2.5)
     steering: layers.Steering = layers.Steering()  # to text 0, away from text 1
@@ -146,8 +147,11 @@ def common_start(passes: list[Pass], n: int, blocks: int) -> tuple[int, int]:
 
 
 def by_token(values: mx.array, levels: Optional[mx.array]) -> mx.array:
-    """Values (U, D) by level as (1, D), or by token as (T, D). Few levels are selected,
-    not gathered: a compiled function then makes no array of them."""
+    """Values (U, D) by level as (1, D), by clip as (B, 1, D), or by token as (T, D). Few
+    levels are selected, not gathered: a compiled function then makes no array of them.
+    """
+    if levels is None and len(values) > 1:
+        return values[:, None]
     if len(values) > FEW_LEVELS:
         return values[levels]
     found = values[:1]

@@ -9,14 +9,13 @@ import math
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from .dit import Block, Both, DiT, Streams, Tokens
 from .guidance import stream_tokens
@@ -27,7 +26,7 @@ from .sampling import DISTILLED_SIGMAS
 
 Layers = dict[str, tuple[int, int]]  # outputs and inputs of linear layers, by path
 Parameters = dict[str, mx.array]  # by their names in the transformer
-Losses = tuple[mx.array, Both]  # all, and of the video and the audio
+Losses = tuple[mx.array, Both]  # the mean, and those of each video and audio, (B,)
 
 STREAMS = ("video", "audio")
 BLOCKS = "transformer_blocks."
@@ -67,19 +66,18 @@ def sigma_of_step(uniform: float) -> float:
     return min(sigma for sigma in DISTILLED_SIGMAS if sigma > uniform)
 
 
-def some_rows(contexts: Both, least: int, rng: np.random.Generator) -> Both:
-    """The first rows of contexts (1, N, D), where the words are, and others at random: in
-    all `least` in half of the cases, twice as many in half of the rest, ..., or N."""
-    rows = next(len(x[0]) for x in contexts if x is not None)
-    count = min(least << int(rng.geometric(0.5)) - 1, rows)
-    chosen = least + rng.permutation(rows - least)[: count - least]
-    chosen = mx.array(np.concatenate([np.arange(least), np.sort(chosen)]))
-    return tuple(None if x is None else x[:, chosen] for x in contexts)
+def some_rows(count: int, least: int, rng: np.random.Generator) -> mx.array:
+    """Numbers of a text's rows (of `count`): the first `least`, where the words are, and
+    others at random: in all `least` in half of the cases, twice as many in half of the
+    rest, ..., or `count`."""
+    more = min(least << int(rng.geometric(0.5)) - 1, count) - least
+    chosen = least + np.sort(rng.permutation(count - least)[:more])
+    return mx.array(np.concatenate([np.arange(least), chosen]))
 
 
 @dataclass(frozen=True)
 class Example:
-    """A clip with the noise of one step, by stream: inputs, velocities (1, n, C) of its
+    """Clips with the noise of one step, by stream: inputs, velocities (B, n, C) of their
     first n tokens, and which of them count (1, n, 1). None where a stream is absent or,
     but for the inputs, frozen."""
 
@@ -87,6 +85,8 @@ class Example:
     targets: Both
     masks: Both
     contexts: Both
+    places: tuple[bytes, ...] = ()  # of the tokens; none: no others can join its batch
+    preserved: int = 0  # of its clips, the last ones
 
 
 def make_example(
@@ -106,7 +106,37 @@ def make_example(
         ropes = model.rope(name, state.bounds)
         tokens[name] = stream_tokens(state, x, sigma, ropes, mx.zeros(count))
     both = (tuple(map(found.get, STREAMS)) for found in (tokens, targets, masks))
-    return Example(*both, contexts)
+    places = (bytes([s.frozen]) + s.bounds.tobytes() for s in states.values())
+    # With held frames or a reference, tokens have more than one level.
+    one = all(t.level_index is None for t in tokens.values())
+    return Example(*both, contexts, tuple(places) if one else ())
+
+
+def batches(examples: Sequence[Example]) -> list[Example]:
+    """Examples of one clip or more as few: those with tokens at the same places are one."""
+    groups = {}
+    for n, example in enumerate(examples):
+        groups.setdefault(example.places or n, []).append(example)
+    return [join(group) for group in groups.values()]
+
+
+def join(examples: Sequence[Example]) -> Example:
+    """One batch of examples with tokens at the same places."""
+
+    def arrays(parts: Sequence[Optional[mx.array]]) -> Optional[mx.array]:
+        return None if parts[0] is None else mx.concatenate(parts)
+
+    def tokens(parts: Sequence[Optional[Tokens]]) -> Optional[Tokens]:
+        if parts[0] is None:
+            return None
+        of = lambda name: mx.concatenate([getattr(t, name) for t in parts])
+        return replace(parts[0], **{k: of(k) for k in ("latent", "timesteps", "sigma")})
+
+    changed = {"preserved": sum(e.preserved for e in examples)}
+    for name, how in ("tokens", tokens), ("targets", arrays), ("contexts", arrays):
+        by_stream = zip(*(getattr(e, name) for e in examples))
+        changed[name] = tuple(map(how, by_stream))
+    return replace(examples[0], **changed)
 
 
 def present(both: Both) -> Parameters:
@@ -130,16 +160,16 @@ def run(block: Block, states: Parameters, streams: Streams, texts: Both) -> Para
 def end(
     model: DiT, example: Example, states: Parameters, streams: Streams, texts: Both
 ) -> Parameters:
-    """The mean squared error of each stream's generated tokens (0: none), and the sum."""
+    """The mean squared error of each stream's generated tokens (0: none), (B,), and the
+    sum of their means."""
     found, velocities = {}, model.velocities(tuple(map(states.get, STREAMS)), streams)
     parts = zip(STREAMS, velocities, example.targets, example.masks)
     for name, v, target, mask in parts:
         if target is not None:
             n, channels = target.shape[1:]
             squares = mask * (v[:, :n].astype(mx.float32) - target) ** 2
-            count = mx.maximum(mask.sum() * channels, 1) * len(v)
-            found[name] = squares.sum() / count
-    return {"loss": sum(found.values()), **found}
+            found[name] = squares.sum((1, 2)) / mx.maximum(mask.sum() * channels, 1)
+    return {"loss": sum(x.mean() for x in found.values()), **found}
 
 
 def losses(found: Parameters) -> Losses:
@@ -151,8 +181,10 @@ def losses(found: Parameters) -> Losses:
 
 def put(module: nn.Module, parameters: Parameters, prefix: str = "") -> None:
     """Set a module's parameters, named with `prefix` in front."""
-    if named := [(k.removeprefix(prefix), w) for k, w in parameters.items()]:
-        module.update(tree_unflatten(named))
+    inner = lambda at, name: at[int(name) if isinstance(at, list) else name]
+    for key, w in parameters.items():
+        *path, name = key.removeprefix(prefix).split(".")
+        reduce(inner, path, module)[name] = w
 
 
 def part(parameters: Parameters, prefix: str) -> Parameters:
@@ -192,7 +224,7 @@ class Trainee:
         blocks = [*(self.read() if self.read else self.model.transformer_blocks)]
         order = range(len(blocks))[:: -1 if backwards else 1]
         taken = (blocks.pop(-1 if backwards else 0) for _ in order)
-        for i, block in zip(order, prefetch(taken)):
+        for i, block in zip(order, prefetch(taken) if self.read else taken):
             prefix = f"{BLOCKS}{i}."
             if self.read is not None:  # else `update` has set them
                 put(block, part(self.parameters, prefix), prefix)
@@ -240,7 +272,9 @@ class Trainee:
             velocities = self.model.velocities(tuple(map(states.get, STREAMS)), streams)
             mx.eval(velocities)
         cut = lambda v, t: None if t is None else v[:, : t.shape[1]].astype(t.dtype)
-        return replace(example, targets=tuple(map(cut, velocities, example.targets)))
+        count = next(len(v) for v in velocities if v is not None)
+        targets = tuple(map(cut, velocities, example.targets))
+        return replace(example, targets=targets, preserved=count)
 
     def gradients(self, example: Example) -> tuple[Losses, Parameters]:
         """The loss, and its gradients by the names of the parameters."""

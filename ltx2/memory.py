@@ -310,9 +310,10 @@ class Estimator:
         factors: int,
         by_block: bool,
         samples: Sequence[Phases] = (),
+        batch: int = 1,
     ) -> dict[str, Footprint]:
-        """The plan of a training on clips of these sizes, with so many bytes of
-        factors: encoding, training, and samples with these phases."""
+        """The plan of a training on clips of these sizes, `batch` at a time, with so many
+        bytes of factors: encoding, training, and samples with these phases."""
         largest = max(sizes, key=lambda s: s.tokens + s.audio_tokens)
         tokens, sound = largest.tokens, largest.audio_tokens
         weights = buffers = 0
@@ -333,7 +334,8 @@ class Estimator:
             block += self.blocks / c.num_layers * 8 / self.bits * self.item
         kept = block + (c.num_layers + 1) * state if by_block else c.num_layers * block
         model, spared = self.size["transformer"], self.streamable["transformer"]
-        weights, buffers = model + FACTORS[0] * factors, kept + DURING * scores
+        buffers = batch * (kept + DURING * scores)
+        weights = model + FACTORS[0] * factors
         phases["train"] = Footprint(weights, buffers, spared)
         for needs in samples:
             decoders = (n.weights for k, n in needs.items() if k in ("audio", "video"))

@@ -20,7 +20,7 @@ from . import __version__, base, dataset, gradients, latents, media, memory
 from .adapters import ADAPTERS, CONFIG, STATE, official, save_losses
 from .base import Checked, OutputError, PathName, UserError, note, parse_json, user_path
 from .dataset import Clip, of_streams
-from .dit import Both, StreamedBlocks
+from .dit import Both, DiT, StreamedBlocks
 from .gradients import SCHEDULES, STREAMS, TARGETS, Parameters, factor_parameters
 from .hub import check_space, fetch_all, make_folder, read_arrays
 from .latents import LatentState, Size
@@ -131,9 +131,11 @@ class Trainer:
         estimator = memory.Estimator(pipe.checkpoint, pipe.dtype)
         text = estimator.text(dataset.PROMPTS_AT_ONCE, pipe.encoder_files)
         samples = [job.memory.phases for job in self.jobs[:1]]
+        o, low = self.options, pipe.low_memory
+        each = 2 if o.preserve else 1  # a clip, and a prompt to preserve
 
-        def planned(sizes: list[Size], by_block: bool, low: Optional[bool]):
-            phases = estimator.training(sizes, factors, by_block, samples)
+        def planned(sizes: list[Size], by_block: bool, low: Optional[bool], n=1):
+            phases = estimator.training(sizes, factors, by_block, samples, n * each)
             return memory.planned({"text": text} | phases, memory.available(), low)
 
         def fits(side: int, frames: int) -> bool:
@@ -141,13 +143,14 @@ class Trainer:
             return planned([of_streams(size, self.streams)], True, True).fits
 
         sizes = [of_streams(c.size, c.streams) for c in self.data.clips]
-        low = pipe.low_memory
-        self.by_block = self.options.grad_checkpoint
-        plan = planned(sizes, self.by_block, low)
+        self.by_block = o.grad_checkpoint
+        plan = planned(sizes, self.by_block, low, o.batch_size)
         if plan.streamed or not plan.fits:
-            self.by_block, plan = True, planned(sizes, True, low)
+            self.by_block, plan = True, planned(sizes, True, low, o.batch_size)
         advice = "try a lower-bit model (convert.py --quantize)"
-        if not plan.fits:
+        if not plan.fits and o.batch_size > 1 and planned(sizes, True, low).fits:
+            advice = "--batch-size 1 would fit"
+        elif not plan.fits:
             tried = itertools.product((576, 448, 320, 256, 128, 64), (49, 25, 9, 1))
             found = (f"{s}x{s}x{n} would fit" for s, n in tried if fits(s, n))
             advice = f"--resolution {small}" if (small := next(found, "")) else advice
@@ -211,6 +214,7 @@ class Trainer:
         fetch_all(self.pipe.checkpoint.files)
         prompts = [prompt for job in self.jobs for prompt in job.prompts]
         self._in_turn(lambda: self.data.encode(prompts))
+        self._in_turn(self._make_own)
         o, streamed = self.options, self.memory.streamed
         model = self.pipe.checkpoint.load("transformer", self.pipe.dtype, streamed)
         lora = gradients.new_factors(self.layers, o.rank, o.seed)
@@ -230,7 +234,6 @@ class Trainer:
         if streamed:
             blocks = lambda: (block for _, block in self.trainee.blocks())
             model.transformer_blocks = StreamedBlocks(blocks)
-        self._in_turn(self._make_own)
 
     def _in_turn(self, work: Callable[[], None]) -> None:
         """Work on one machine after another, which finds what is on a common disk."""
@@ -253,12 +256,12 @@ class Trainer:
         """Make those videos, up to their latents, that are not in the cache."""
         made = zip(self.own, self.preserving)
         missing = [(clip, job) for clip, job in made if not self.data.has(clip)]
-        with self.trainee.untrained():
-            for clip, job in base.counted(missing, "preserved prompts"):
-                with closing(self._generate(job, Pipeline.stream)) as events:
-                    done = next(e for e in events if e.phase == "latents").snapshot
-                path = self.data.path(clip)
-                save_arrays(path, done.latents, {"prompt": clip.caption})
+        for clip, job in base.counted(missing, "preserved prompts"):
+            model = self.pipe.transformer_with((), self.memory.streamed)
+            with closing(self._generate(job, model, Pipeline.stream)) as events:
+                done = next(e for e in events if e.phase == "latents").snapshot
+            save_arrays(self.data.path(clip), done.latents, {"prompt": clip.caption})
+        self.pipe.free("transformer")
 
     # Training
 
@@ -324,13 +327,29 @@ class Trainer:
         self.stopping = mx.distributed.all_max(number, group=self.group).item()
         return self.stopping
 
-    def _example(self, clip: Clip, rng, at=None, given=None) -> gradients.Example:
+    def _examples(self, index: int) -> list[gradients.Example]:
+        """The batches of a number: clips, and prompts to preserve with the base's
+        velocities. All read the same rows of a text."""
+        o, own, kept, rows = self.options, [], [], slice(None)
+        if o.text_rows:
+            rng = np.random.default_rng([o.seed, 1, index])
+            rows = gradients.some_rows(MAX_TOKENS, o.text_rows, rng)
+        for n in range(index * o.batch_size, (index + 1) * o.batch_size):
+            rng = np.random.default_rng([o.seed, n])
+            own.append(self._example(self._clip(n), rng, rows))
+            kept += self._kept(own[-1], rng, rows)
+        kept = map(self.trainee.preserved, gradients.batches(kept))
+        return gradients.batches([*own, *kept])
+
+    def _example(
+        self, clip: Clip, rng, rows=slice(None), at=None, given=None
+    ) -> gradients.Example:
         """A clip with a step's noise and sigmas; `at` is the quantile of fixed ones. Half of
         the time, a distilled base's streams all have the sigma of one of its steps. With
         sigmas `given`, the text is as it is."""
         o, size, found = self.options, clip.size, self.data.load(clip)
         reference = found.pop("reference", None)
-        states, noise, sigmas = {}, {}, {}
+        states, noise, sigmas, caption = {}, {}, {}, clip.caption
         for name, x in found.items():
             tokens = latents.to_tokens(x)
             state = LatentState.initial(size.bounds(name), tokens.shape[-1], tokens)
@@ -346,54 +365,48 @@ class Trainer:
                     state = state.show(reference, size.fps, 1.0, o.reference_downscale)
             states[name] = state
         distilled = self.pipe.checkpoint.kind == "distilled"
-        if at is not None:
-            contexts = self.data.context(clip.caption)
-        else:
+        if at is None and given is None:
             if distilled and rng.uniform() < 0.5:
                 sigmas = dict.fromkeys(sigmas, gradients.sigma_of_step(rng.uniform()))
-            order = 0 if given else rng.integers(o.caption_orders)
-            contexts = self._contexts(dataset.reorder(clip.caption, order), rng)
-            sigmas |= given or {}
-        model = self.trainee.model
+            caption = dataset.reorder(caption, rng.integers(o.caption_orders))
+        sigmas |= given or {}
+        model, contexts = self.trainee.model, self._contexts(caption, rows)
         return gradients.make_example(model, states, noise, sigmas, contexts)
 
-    def _contexts(self, caption: str, rng: np.random.Generator) -> Both:
-        """What a step reads of a caption's contexts."""
-        contexts, least = self.data.context(caption), self.options.text_rows
-        return gradients.some_rows(contexts, least, rng) if least else contexts
+    def _contexts(self, caption: str, rows: Any) -> Both:
+        """These rows of a caption's contexts."""
+        contexts = self.data.context(caption)
+        return tuple(None if x is None else x[:, rows] for x in contexts)
+
+    def _kept(self, example: gradients.Example, rng, rows) -> list[gradients.Example]:
+        """A prompt to preserve at the example's sigmas, if it has one."""
+        sigmas = {k: t.sigma.item() for k, t in zip(STREAMS, example.tokens) if t}
+        hidden, draw = min(sigmas.values()) > PRESERVED_ABOVE, rng.uniform()
+        if not self.own or not hidden and draw > WITH_CLIP + WITH_OWN:
+            return []
+        own = self.own[rng.integers(len(self.own))]
+        if not hidden and draw > WITH_CLIP:
+            return [self._example(own, rng, rows, given=sigmas)]
+        return [replace(example, contexts=self._contexts(own.caption, rows))]
 
     def _batch(self) -> tuple[float, Parameters]:
         """The mean loss and gradients of a step's clips, divided among machines."""
         o, total, sums = self.options, 0.0, {}
-        ranks = self.group.size()
-        count = o.batch_size * o.grad_accumulation_steps
-        for i in range(count):
-            index = (self.step * count + i) * ranks + self.group.rank()
-            rng = np.random.default_rng([o.seed, index])
-            example = self._example(self._clip(index), rng)
-            (loss, _), grads = self.trainee.gradients(example)
-            if (kept := self._kept(example, rng)) is not None:
-                _, more = self.trainee.gradients(kept)
-                grads = {k: g + more[k] for k, g in grads.items()}
-            sums = {k: g / count + sums.get(k, 0) for k, g in grads.items()}
-            mx.eval(loss, sums)
-            total += loss.item() / count
+        ranks, times = self.group.size(), o.grad_accumulation_steps
+        for i in range(times):
+            index = (self.step * times + i) * ranks + self.group.rank()
+            for batch in self._examples(index):
+                (_, both), grads = self.trainee.gradients(batch)
+                each = sum(x for x in both if x is not None)  # clip's loss
+                part = len(each) / (o.batch_size * times)
+                sums = {k: part * g + sums.get(k, 0) for k, g in grads.items()}
+                mx.eval(each, sums)
+                new = each[: len(each) - batch.preserved]
+                total += new.sum().item() / (o.batch_size * times)
         if ranks > 1:
             sums = dict(tree_flatten(nn.average_gradients(sums)))
             total = mx.distributed.all_sum(mx.array(total)).item() / ranks
         return total, sums
-
-    def _kept(self, example: gradients.Example, rng) -> Optional[gradients.Example]:
-        """A prompt to preserve at the example's sigmas, if this step has one."""
-        sigmas = {k: t.sigma.item() for k, t in zip(STREAMS, example.tokens) if t}
-        hidden, draw = min(sigmas.values()) > PRESERVED_ABOVE, rng.uniform()
-        if not self.own or not hidden and draw > WITH_CLIP + WITH_OWN:
-            return None
-        own = self.own[rng.integers(len(self.own))]
-        if not hidden and draw > WITH_CLIP:
-            return self.trainee.preserved(self._example(own, rng, given=sigmas))
-        contexts = self._contexts(own.caption, rng)
-        return self.trainee.preserved(replace(example, contexts=contexts))
 
     def _clip(self, index: int) -> Clip:
         """The clip of a number that counts through epochs, each in another order."""
@@ -408,7 +421,7 @@ class Trainer:
         count = max(len(clips), 8)
         for n in range(count):
             rng = np.random.default_rng([seed, HELD_OUT + n])
-            example = self._example(clips[n % len(clips)], rng, (n + 0.5) / count)
+            example = self._example(clips[n % len(clips)], rng, at=(n + 0.5) / count)
             losses.append(self.trainee.loss(example)[0].item())
         return fmean(losses)
 
@@ -439,22 +452,23 @@ class Trainer:
 
     def sample(self) -> None:
         """Sample clips, to the right of those of the untrained model."""
-        folder = self.folder / "samples"
+        folder, model = self.folder / "samples", self.trainee.model
         for n, job in enumerate(() if self.group.rank() else self.samples, 1):
             if job.request.audio_only:
-                self._generate(job).save(folder / f"{self.step:07d}-{n}.wav")
+                self._generate(job, model).save(folder / f"{self.step:07d}-{n}.wav")
                 continue
             first = folder / f"{0:07d}-{n}.mp4"
             if not first.exists():
                 with self.trainee.untrained():
-                    self._generate(job).save(first)
-            result, before = self._generate(job), np.stack([*media.read_video(first)])
+                    self._generate(job, model).save(first)
+            result = self._generate(job, model)
+            before = np.stack([*media.read_video(first)])
             result.frames = np.concatenate([before, result.frames], axis=2)
             result.save(folder / f"{self.step:07d}-{n}.mp4")
 
-    def _generate(self, job: Job, make: Callable = Pipeline.generate) -> Any:
-        """Make a video by a method of the pipeline."""
-        self.pipe.adopt(self.trainee.model)
+    def _generate(self, job: Job, model: DiT, make=Pipeline.generate) -> Any:
+        """Make a video with a transformer, by a method of the pipeline."""
+        self.pipe.adopt(model)
         contexts = {prompt: self.data.context(prompt) for prompt in job.prompts}
         return make(self.pipe, job, contexts=contexts)
 

@@ -123,15 +123,15 @@ def test_losses_and_gradients_are_the_references(g, name, case, by_block):
     g = g(name, case)
     model = transformer(name)
     trainee = adapted(model, g, case, by_block=by_block)
-    batch = len(g["out.loss_per_element"])
-    found = [trainee.gradients(example(model, g, i)) for i in range(batch)]
-    loss = sum(total.item() for (total, _), _ in found) / batch
-    assert loss == pytest.approx(g["out.loss"].item(), rel=1e-5)
-    for i, stream in enumerate(("video", "audio")):
+    count = len(g["out.loss_per_element"])
+    [batch] = gradients.batches([example(model, g, i) for i in range(count)])
+    (loss, by_stream), grads = trainee.gradients(batch)
+    assert loss.item() == pytest.approx(g["out.loss"].item(), rel=1e-5)
+    for stream, each in zip(("video", "audio"), by_stream):
         if f"out.{stream}_loss" in g:
-            mean = sum(parts[i].item() for (_, parts), _ in found) / batch
+            assert len(each) == count
+            mean = each.mean().item()
             assert mean == pytest.approx(g[f"out.{stream}_loss"].item(), rel=1e-5)
-    grads = {k: sum(grads[k] for _, grads in found) / batch for k in found[0][1]}
     silent = {golden_name(k) for k, w in grads.items() if not w.any()}
     assert silent == set(g["info"]["no_gradient"])
     theirs = {
@@ -258,8 +258,8 @@ def test_gradients_by_block_are_the_plain_ones(g, name, case):
             assert relative_error(grads[key], theirs[key]) < 1e-5
 
 
-def random_example(model, tokens=(3, 2, 3), audio=9, rows=8):
-    rng, c = np.random.default_rng(0), model.config
+def random_example(model, tokens=(3, 2, 3), audio=9, rows=8, seed=0, hold=False):
+    rng, c = np.random.default_rng(seed), model.config
     normal = lambda *shape: mx.array(rng.standard_normal(shape, np.float32))
     bounds = latents.video_bounds(*tokens, FPS), latents.audio_bounds(audio)
     found, noise, contexts = {}, {}, []
@@ -271,8 +271,60 @@ def random_example(model, tokens=(3, 2, 3), audio=9, rows=8):
         noise[name] = normal(*shape)
         width = width if c.caption_proj_before_connector else c.caption_channels
         contexts.append(normal(1, rows, width))
-    sigmas = {"video": 0.62, "audio": 0.31}
+    if hold:
+        first = found["video"].latent[:, : tokens[1] * tokens[2]]
+        found["video"] = found["video"].hold(first.reshape(1, 1, *tokens[1:], -1))
+    sigmas = {"video": 0.62 - 0.1 * seed, "audio": 0.31 + 0.1 * seed}
     return make_example(model, found, noise, sigmas, tuple(contexts))
+
+
+@pytest.mark.parametrize("by_block", [False, True], ids=["at once", "by block"])
+@pytest.mark.parametrize("name", ["ltx-2-tiny", "ltx-2.3-tiny"])
+def test_a_batch_has_the_losses_and_gradients_of_its_clips(g, name, by_block):
+    """Each clip has its own sigmas."""
+    g, model = g(name, "av"), transformer(name)
+    trainee = adapted(model, g, "av", by_block=by_block)
+    examples = [random_example(model, seed=n) for n in range(6)]
+    [batch] = gradients.batches(examples)
+    (loss, by_stream), grads = trainee.gradients(batch)
+    alone = [trainee.gradients(e) for e in examples]
+    mean = sum(total for (total, _), _ in alone) / len(examples)
+    assert loss.item() == pytest.approx(mean.item(), rel=1e-5)
+    for i, each in enumerate(by_stream):
+        theirs = mx.concatenate([parts[i] for (_, parts), _ in alone])
+        assert mx.allclose(each, theirs, rtol=1e-5)
+    for k, w in grads.items():
+        mean = sum(theirs[k] for _, theirs in alone) / len(examples)
+        assert relative_error(w, mean) < 1e-5, k
+
+
+def test_clips_of_other_sizes_and_held_frames_are_not_in_a_batch(g):
+    model = transformer("ltx-2.3-tiny")
+    kinds = ({}, {"tokens": (3, 3, 2)}, {"audio": 8}, {"hold": True})
+    made = [random_example(model, seed=n, **kind) for kind in kinds for n in (0, 1)]
+    found = [len(batch.contexts[0]) for batch in gradients.batches(made)]
+    assert found == [2, 2, 2, 1, 1]
+
+
+def test_only_new_clips_are_in_the_loss_that_is_reported(run, monkeypatch):
+    """Each step preserves a prompt, in one batch with its clip."""
+    found, compute = [], Trainee.gradients
+
+    def record(trainee, batch):
+        (loss, by_stream), grads = compute(trainee, batch)
+        each = [x for x in by_stream if x is not None]
+        assert batch.preserved == 1 and {*map(len, each)} == {2}
+        found.append(sum(x[0].item() for x in each))
+        return (loss, by_stream), grads
+
+    monkeypatch.setattr(training, "PRESERVED_ABOVE", 0)
+    monkeypatch.setattr(Trainee, "gradients", record)
+    flags = "--iters", "6", "--preserve", "a dog", "--first-frame-prob", "0"
+    folder, _ = run(*flags)
+    losses = (folder / "loss.csv").read_text().splitlines()[1:]
+    assert [float(row.split(",")[1]) for row in losses] == pytest.approx(
+        found, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("by_block", [False, True], ids=["at once", "by block"])
@@ -382,9 +434,9 @@ def test_the_base_makes_a_video_of_each_prompt_to_preserve_once(
     made, generate = [], training.Trainer._generate
 
     def record(trainer, job, *how):
-        weights = dict(tree_flatten(trainer.trainee.model.parameters()))
-        trained = [w.any() for k, w in weights.items() if k.endswith("lora_b")]
-        made.append((job.request.prompt, len(trained), mx.array(trained).any().item()))
+        names = dict(tree_flatten(trainer.pipe.transformer.parameters()))
+        assert names and not any("lora" in name for name in names)
+        made.append(job.request.prompt)
         assert all(trainer.data.contexts.read(p) is not None for p in job.prompts)
         return generate(trainer, job, *how)
 
@@ -401,11 +453,10 @@ def test_the_base_makes_a_video_of_each_prompt_to_preserve_once(
         run(*more, to=to)
         assert [caption in prompts for caption in loaded] == [False, True] * 6
         assert {*loaded} >= {*prompts}
-    assert [prompt for prompt, *_ in made] == [*prompts]
-    assert all(count and not trained for _, count, trained in made)
+    assert made == [*prompts]
     assert same(*map(files, (Path("second"), Path("third"))))
     run("--iters", "2", "--kind", "distilled", *more[4:], to="other")
-    assert [prompt for prompt, *_ in made] == [*prompts, *prompts]
+    assert made == [*prompts, *prompts]
 
 
 def test_preserving_a_prompt_changes_the_training(run, monkeypatch):
@@ -449,18 +500,36 @@ def test_other_orders_of_captions_are_encoded_first_and_trained_on(run, monkeypa
 
 
 def test_a_step_reads_the_first_rows_of_a_text_and_some_of_the_others():
-    rows = mx.arange(64.0).reshape(1, 64, 1)
     rng, counts = np.random.default_rng(0), []
     for _ in range(300):
-        video, audio = gradients.some_rows((rows, rows + 1), 8, rng)
-        found = video.flatten().tolist()
+        found = gradients.some_rows(64, 8, rng).tolist()
         assert found[:8] == [*range(8)] and found == sorted({*found})
-        assert mx.array_equal(audio, video + 1)
+        assert found[-1] < 64
         counts.append(len(found))
     shares = {8: 1 / 2, 16: 1 / 4, 32: 1 / 8, 64: 1 / 8}
     assert {*counts} == {*shares}
     assert all(abs(counts.count(n) / 300 - shares[n]) < 0.08 for n in shares)
-    assert gradients.some_rows((None, rows), 64, rng)[1].shape == rows.shape
+    assert gradients.some_rows(64, 64, rng).tolist() == [*range(64)]
+
+
+def test_steps_read_few_rows_of_texts_and_held_out_losses_all(run, monkeypatch):
+    rows = {"gradients": [], "loss": [], "preserved": []}
+
+    def recorded(compute, found):
+        def record(trainee, e):
+            found.append(next(x.shape[1] for x in e.contexts if x is not None))
+            return compute(trainee, e)
+
+        return record
+
+    for name, found in rows.items():
+        monkeypatch.setattr(Trainee, name, recorded(getattr(Trainee, name), found))
+    monkeypatch.setattr(training, "PRESERVED_ABOVE", 0)  # in each step
+    monkeypatch.setattr(training, "MAX_TOKENS", 64)
+    run("--iters", "24", "--text-rows", "8", "--preserve", "a dog", "--val-clips", "1")
+    assert {*rows["gradients"]} == {*rows["preserved"]} <= {8, 16, 32, 64}
+    assert rows["preserved"].count(8) > 6 and {*rows["preserved"]} != {8}
+    assert {*rows["loss"]} == {64}
 
 
 @pytest.mark.parametrize("kind", ["dev", "distilled"])
@@ -725,6 +794,9 @@ def test_a_plan_reads_no_weights(run, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 1 << 20)
     with pytest.raises(UserError, match="needs .* GB but .* try a lower-bit model"):
         run()
+    monkeypatch.setattr(memory, "available", lambda: 1 << 30)
+    with pytest.raises(UserError, match="needs .* GB but .*; --batch-size 1 would fit"):
+        run("--batch-size", "1024")
 
 
 @pytest.mark.parametrize(
@@ -813,8 +885,9 @@ def test_two_machines_average_their_gradients(run, clips, cache, checkpoint, tmp
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("by_block", [False, True], ids=["at once", "by block"])
-def test_training_holds_the_memory_that_is_planned(checkpoint, by_block):
+def test_training_holds_the_memory_that_is_planned(checkpoint, by_block, batch):
     wide = checkpoints.widths(heads=4, video=64, audio=32)
     path = checkpoint("ltx-2.3", transformer={**wide, "num_layers": 4})
     source = weights.open_model(str(path))
@@ -822,7 +895,7 @@ def test_training_holds_the_memory_that_is_planned(checkpoint, by_block):
     lora = gradients.new_factors(gradients.target_layers(model, ("to_q",)), 2, 0)
     attach(model, [(lora, 1.0)], apart=True)
     trainee = Trainee(model, gradients.factor_parameters(lora), by_block)
-    e = random_example(model, (5, 8, 8), 40, 1024)
+    [e] = gradients.batches([random_example(model, (5, 8, 8), 40, 1024)] * batch)
     mx.eval([t.latent for t in e.tokens], e.targets, e.contexts)
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -830,5 +903,5 @@ def test_training_holds_the_memory_that_is_planned(checkpoint, by_block):
     mx.eval(trainee.gradients(e))
     size = latents.Size(8 * 32, 8 * 32, 33, 24, 40)
     estimator = memory.Estimator(source, mx.float32)
-    planned = estimator.training([size], 0, by_block)["train"].buffers
+    planned = estimator.training([size], 0, by_block, batch=batch)["train"].buffers
     assert 0.7 < (mx.get_peak_memory() - before) / planned < 1.15
