@@ -127,8 +127,7 @@ def rope_cos_sin(
     for place, part in zip(places, (time, (dim - time) // 2, (dim - time) // 2)):
         frequencies = (10000.0 ** -(np.arange(0, part, 2) / part)).astype(np.float32)
         table = mx.array(place[..., None, None].astype(np.float32) * frequencies)
-        shape = len(times), height, width, 1, part // 2
-        angles.append(mx.broadcast_to(table, shape))
+        angles.append(mx.broadcast_to(table, (len(times), height, width, 1, part // 2)))
     x = mx.concatenate(angles, axis=-1)
     return mx.cos(x), mx.sin(x)
 
