@@ -85,8 +85,7 @@ def log_mel(waveform: mx.array) -> mx.array:
         least = f"at least {edge + 1} (32 ms) are needed"
         raise UserError(f"the audio is too short: {samples} samples at 16 kHz, {least}")
     # Reflected at both ends, so that frames are centered on multiples of the hop.
-    index = np.abs(np.arange(-edge, samples + edge))
-    index = np.minimum(index, 2 * (samples - 1) - index)
+    index = np.pad(np.arange(samples), edge, "reflect")
     frames = np.arange(0, samples + 1, HOP_LENGTH)[:, None] + np.arange(N_FFT)
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)
     x = waveform.swapaxes(1, 2)[..., mx.array(index[frames])]  # (B, 2, T, N_FFT)

@@ -9,7 +9,7 @@ from typing import Iterator, Mapping
 
 from . import media
 from .base import UserError
-from .cache import check_contexts
+from .cache import STREAMS, check_contexts
 from .duration import whole_frames
 from .exr import frames_in
 from .guidance import Guidance
@@ -30,8 +30,6 @@ MAX_FRAMES, MAX_SIDE = 2049, 4096
 USUAL_FPS = (24, 25, 30, 50, 60)
 AUTO_DURATION = (1.0, 20.0)  # the reference's, in seconds
 SHORTEST_SOUND = 0.033  # in seconds: a window of the spectrogram, see audio_vae.log_mel
-DECODERS = {"conv": "vae", "diffusion": "diffusion_decoder"}
-BOTH = ("video", "audio")
 # The encoding of decoded frames, by the metadata of HDR LoRAs.
 TRANSFORMS = {"acescct": "acescct", "logc3": "logc3", "true": "logc3"}
 PARTS = {  # components that a job needs: always, for prompts, for a stream
@@ -56,7 +54,7 @@ class Resolver:
         self.repeats = 1 + self.r.hdr_double_frames
         self.codes = (self.recipe.codes or "acescct") if r.color_space else "srgb"
         video_only = (self.recipe.codes or makes_matte(r)) and not r.audio
-        self.streams = BOTH[bool(r.audio_only) : 2 - bool(r.no_audio or video_only)]
+        self.streams = STREAMS[bool(r.audio_only) : 2 - bool(r.no_audio or video_only)]
         self.distilled = checkpoint.kind == "distilled"
         parts = checkpoint.components
         upsamplers = [name for name in parts if name.startswith("spatial_upsampler")]
@@ -391,7 +389,7 @@ class Resolver:
             "it has no sound, so none is given to the adapter": silent,
         }
         self.notes += [f"{r.video}: {text}" for text, true in changes.items() if true]
-        self.clip_streams = BOTH[: 1 + clip.has_audio]
+        self.clip_streams = STREAMS[: 1 + clip.has_audio]
         self.clip_frames = frames + self.recipe.extra * (frames == total)
         if r.attention_mask:
             self.check_mask(r.attention_mask, frames, fps)
@@ -455,7 +453,7 @@ class Resolver:
         kind = self.r.video_decoder or ("conv" if has["conv"] else "diffusion")
         if not has[kind] and "video" in self.streams:
             raise UserError(f"this model has no {kind} video decoder")
-        return DECODERS[kind]
+        return "vae" if kind == "conv" else "diffusion_decoder"
 
     def sigmas(self, size: Size) -> tuple[float, ...]:
         """The first stage's schedule: the request's, the distilled one, or by steps."""

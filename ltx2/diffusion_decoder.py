@@ -120,18 +120,14 @@ def rope_cos_sin(
 ) -> tuple[mx.array, mx.array]:
     """Cosines and sines (F, H, W, 1, dim / 2) of the three axes' angles, float32: about
     a quarter of the pairs is for time, the rest for rows and columns."""
-    places = times, np.arange(height), np.arange(width)
-    size = tuple(map(len, places))
+    places = np.ix_(times, np.arange(height), np.arange(width))
     time = dim // 4 // 2 * 2
     time -= (dim - time) // 2 % 2 * 2
     angles = []
-    for axis, part in enumerate((time, (dim - time) // 2, (dim - time) // 2)):
-        frequencies = 10000.0 ** -(np.arange(0, part, 2) / part)
-        positions = places[axis].astype(np.float32)
-        shape = [1, 1, 1, 1, part // 2]
-        shape[axis] = -1
-        table = mx.array(positions[:, None] * frequencies.astype(np.float32))
-        angles.append(mx.broadcast_to(table.reshape(shape), (*size, 1, part // 2)))
+    for place, part in zip(places, (time, (dim - time) // 2, (dim - time) // 2)):
+        frequencies = (10000.0 ** -(np.arange(0, part, 2) / part)).astype(np.float32)
+        table = mx.array(place[..., None, None].astype(np.float32) * frequencies)
+        angles.append(mx.broadcast_to(table, (len(times), height, width, 1, part // 2)))
     x = mx.concatenate(angles, axis=-1)
     return mx.cos(x), mx.sin(x)
 

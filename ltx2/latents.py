@@ -260,9 +260,8 @@ class LatentState:
         self, frames: tuple[int, ...], size: Size, initial: Optional[mx.array] = None
     ) -> LatentState:
         """Also generate single frames, from zeros or latents (1, K, H, W, C)."""
-        grid = video_bounds(1, *size.latent_sides, 1.0)
-        bounds = np.concatenate([grid] * len(frames), axis=1)
-        starts = np.repeat(np.float32(frames), grid.shape[1])
+        bounds = video_bounds(len(frames), *size.latent_sides, 1.0)
+        starts = np.repeat(np.float32(frames), size.frame_tokens)
         bounds[0] = np.stack([starts, starts + 1], axis=-1) / np.float32(size.rate)
         empty = mx.zeros((1, bounds.shape[1], self.latent.shape[-1]))
         initial = None if initial is None else to_tokens(initial)

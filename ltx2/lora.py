@@ -52,15 +52,13 @@ NAMED = "adapters.safetensors", PEFT_FILE
 LORA = re.compile(r"[^/]*\.safetensors")
 MERGE_FROM = 4000  # rows from which on LoRALinear adds B A to the weight first
 
-Factors = tuple[mx.array, mx.array]  # A (r, in), B (out, r)
-
 
 @dataclass
 class Lora:
     """Factors by module, B times alpha / r; `check` finds the model's modules."""
 
     name: str
-    factors: dict[str, Factors]
+    factors: dict[str, tuple[mx.array, mx.array]]  # A (r, in), B (out, r)
     metadata: dict[str, str]
     alphas: set[float] = field(default_factory=set)  # of all modules, if there are any
     fits: bool = False  # it has been checked against the model

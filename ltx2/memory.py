@@ -387,7 +387,7 @@ class Estimator:
     def sound(self, tokens: int) -> float:
         """Bytes of the audio VAE's decoder or, if it is wider, of the vocoder."""
         buffers, frames = [self.spectra(tokens)], MEL_FRAMES_PER_TOKEN * tokens
-        for _, c, (_, *lengths) in generators(self.config["vocoder"], frames):
+        for c, (_, *lengths) in generators(self.config["vocoder"], frames):
             channels = c["upsample_initial_channel"]
             widest = max(n * (channels >> i) for i, n in enumerate(lengths, 1))
             unfolded = 25 + 6 * max(c["resblock_kernel_sizes"])

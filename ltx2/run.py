@@ -11,7 +11,6 @@ import mlx.core as mx
 import numpy as np
 
 from . import color, formats, media
-from .audio_vae import AudioVAEConfig
 from .base import OutputError, Trace, note, traced, within
 from .components import Components
 from .conditions import Loaded, Stage
@@ -335,11 +334,10 @@ class Run:
             slots = np.flatnonzero(state.keyframes[target:]) + target
             if len(slots):
                 made = tokens["video"][:, mx.array(slots)]
-                shape = (1, -1, *size.latent_sides, channels)
-                latents["keyframes"] = made.reshape(shape)
+                latents["keyframes"] = made.reshape(1, -1, *size.latent_sides, channels)
         if "audio" in latents:
-            config = AudioVAEConfig.from_dict(self.model.checkpoint.config["audio_vae"])
-            latents["audio"] = audio_from_tokens(latents["audio"], config.z_channels)
+            channels = self.model.checkpoint.sketch("audio_vae").config.z_channels
+            latents["audio"] = audio_from_tokens(latents["audio"], channels)
         return latents
 
     def decode(self, n: int, job: Job, latents: Streams) -> Iterator[Event]:

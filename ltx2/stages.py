@@ -406,8 +406,7 @@ class Planner(Resolver):
         general = n != 2 or not r.has_reference or r.reference_in_stage_2
         loras = [x for x in r.loras if x.stage == n or general and x.stage is None]
         details = DETAIL * (n == 2 or detail)
-        scaled = (r.distilled_lora, distilled), (r.detailing_lora, details)
-        for lora, factor in scaled:
+        for lora, factor in (r.distilled_lora, distilled), (r.detailing_lora, details):
             if lora and factor:
                 loras.append(replace(lora, strength=lora.strength * factor))
         return tuple(loras)

@@ -139,8 +139,7 @@ class TiledDenoiser:
         total = {k: mx.zeros_like(v) for k, v in x.items()} | {"video": self.held}
         for states, index, weights in self.parts:
             x0 = self.make(states)(x | {"video": x["video"][:, index]}, sigma, step)
-            video = x0.pop("video") * weights
-            total["video"] = total["video"].at[:, index].add(video)
+            total["video"] = total["video"].at[:, index].add(x0.pop("video") * weights)
             for k, v in x0.items():
                 total[k] = total[k] + v / len(self.parts)
             mx.eval(total)  # one tile in memory at a time

@@ -62,13 +62,6 @@ class ResBlock(nn.Module):
         return nn.silu(x + self.norm2(self.conv2(h)))
 
 
-def blur_down(frames: mx.array, kernel: mx.array, stride: int) -> mx.array:
-    """Low-pass with `kernel` (1, 5, 5, 1) and keep every `stride`-th row and column."""
-    channels = frames.shape[-1]
-    kernel = mx.broadcast_to(kernel, (channels, 5, 5, 1))
-    return mx.conv2d(frames, kernel, stride, padding=2, groups=channels)
-
-
 class LatentUpsampler(Component):
     """Latents, not normalized, (B, F, H, W, C) to (B, F, sH, sW, C), s the spatial scale,
     or to (B, 2F - 1, H, W, C). Clips cannot be cut: group norms are over all frames."""
@@ -104,8 +97,11 @@ class LatentUpsampler(Component):
         x = depth_to_space(x, (1, self.up, self.up))
         if self.down == 1:  # the rational x2 file also stores an unused kernel
             return x
+        # Low-pass, of which every `down`-th row and column is kept.
+        frames, channels = x.flatten(0, 1), x.shape[-1]
         kernel = self.upsampler["blur_down"]["kernel"]
-        frames = blur_down(x.flatten(0, 1), kernel, self.down)
+        kernel = mx.broadcast_to(kernel, (channels, 5, 5, 1))
+        frames = mx.conv2d(frames, kernel, self.down, padding=2, groups=channels)
         return mx.unflatten(frames, 0, x.shape[:2])
 
     def __call__(self, latents: mx.array) -> mx.array:

@@ -93,9 +93,7 @@ def frames_at_once(pixels: int) -> int:
 
 def few_frames(frames: Chunks) -> Chunks:
     """As many frames together as is fastest."""
-    first = next(frames, None)
-    if first is None:
-        return
+    first = next(frames)
     size = frames_at_once(math.prod(first.shape[2:4]))
     frames = chain(iter([first]), frames)
     del first

@@ -185,15 +185,13 @@ class Generator(Vocoder):
         return mx.tanh(x) if self.config.use_tanh_at_final else mx.clip(x, -1, 1)
 
 
-def generators(section: Section, frames: int) -> Iterator[tuple[str, Section, list]]:
-    """Of each generator in a `vocoder` section, for so many mel frames: the prefix of its
-    tensors, its configuration, its length before and after each upsampling."""
+def generators(section: Section, frames: int) -> Iterator[tuple[Section, list[int]]]:
+    """Of each generator in a `vocoder` section, for so many mel frames: its configuration
+    and its length before and after each upsampling."""
     hop = section.get("bwe", {}).get("hop_length", 1)
-    parts = {"vocoder.": "vocoder", "bwe_generator.": "bwe"}
-    for prefix, name in parts.items() if "bwe" in section else [("", "")]:
-        c = section[name] if name else section
+    for c in (section["vocoder"], section["bwe"]) if "bwe" in section else (section,):
         lengths = [*accumulate(c["upsample_rates"], mul, initial=frames)]
-        yield prefix, c, lengths
+        yield c, lengths
         frames = lengths[-1] // hop
 
 

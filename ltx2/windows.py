@@ -41,14 +41,12 @@ class Window:
         """The frames that only this window makes."""
         return range(self.start + self.carried_in, self.start + self.num_frames)
 
-    own_frames = property(lambda self: self.num_frames - self.carried_in)
-
     def keyframes(self, places: int | tuple[int, ...]) -> tuple[int, ...]:
         """Where it generates keyframes, as frames of the window: a number of them evenly
         (one at the end if another window follows), or at frames of the video."""
         if not isinstance(places, tuple):
             count, at_end = places, bool(self.carried_out) and places > 0
-            even = np.linspace(0, self.own_frames - 1, count - at_end + 2)[1:-1]
+            even = np.linspace(0, len(self.owned) - 1, count - at_end + 2)[1:-1]
             places = [self.owned[round(i)] for i in even.tolist()]
             places += [self.owned[-1]] * at_end
         places = sorted(set(places))
@@ -127,7 +125,7 @@ def crossfaded(pieces: list, windows: list, fps: float, rate: int) -> np.ndarray
     done, waiting, end = [], pieces[0][:0], 0
     extends = any(window.given for window in windows)
     for wave, window in zip(pieces, windows):
-        own = min(len(wave), round(window.own_frames / fps * rate))
+        own = min(len(wave), round(len(window.owned) / fps * rate))
         if extends:  # a clip's sound is not 30 ms short, as generated sound is
             own = round(window.start / fps * rate) + len(wave) - end
         end += own
