@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_map
 
 from .dit import Block, Both, DiT, Streams, Tokens
 from .guidance import stream_tokens
@@ -122,21 +123,14 @@ def batches(examples: Sequence[Example]) -> list[Example]:
 
 def join(examples: Sequence[Example]) -> Example:
     """One batch of examples with tokens at the same places."""
-
-    def arrays(parts: Sequence[Optional[mx.array]]) -> Optional[mx.array]:
-        return None if parts[0] is None else mx.concatenate(parts)
-
-    def tokens(parts: Sequence[Optional[Tokens]]) -> Optional[Tokens]:
-        if parts[0] is None:
-            return None
-        of = lambda name: mx.concatenate([getattr(t, name) for t in parts])
-        return replace(parts[0], **{k: of(k) for k in ("latent", "timesteps", "sigma")})
-
-    changed = {"preserved": sum(e.preserved for e in examples)}
-    for name, how in ("tokens", tokens), ("targets", arrays), ("contexts", arrays):
-        by_stream = zip(*(getattr(e, name) for e in examples))
-        changed[name] = tuple(map(how, by_stream))
-    return replace(examples[0], **changed)
+    first, inputs = examples[0], ("latent", "timesteps", "sigma")
+    by_clip = lambda t: t and {k: getattr(t, k) for k in inputs}
+    parts = [([*map(by_clip, e.tokens)], e.targets, e.contexts) for e in examples]
+    joined = lambda *arrays: None if arrays[0] is None else mx.concatenate(arrays)
+    new, targets, contexts = tree_map(joined, *parts)
+    tokens = tuple(t and replace(t, **x) for t, x in zip(first.tokens, new))
+    preserved = sum(e.preserved for e in examples)
+    return Example(tokens, targets, first.masks, contexts, first.places, preserved)
 
 
 def present(both: Both) -> Parameters:
