@@ -36,7 +36,7 @@ from .weights import save_arrays
 MEAN_OF = 100  # steps in the running mean of the loss
 # Steps that preserve prompts: all above a sigma, where noise hides the clip; below, a
 # share with the step's clip, a share with the video that the base makes of the prompt.
-PRESERVED_ABOVE, WITH_CLIP, WITH_OWN = 0.8, 0.2, 0.3
+PRESERVED_ABOVE, WITH_CLIP, WITH_OWN = 0.8, 0.2, 0.5
 MOST_SKIPPED = 10  # steps in a row
 HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
 REPEATED = {"default": (), "type": str, "repeat": True}

@@ -425,7 +425,7 @@ def test_prompts_are_preserved_mainly_where_noise_hides_the_clip(
     assert kept >= own | hidden
     clips, others = kept - own - hidden, 60 - len(hidden)
     assert others > 40
-    assert 0.05 < len(clips) / others < 0.35 and 0.15 < len(own) / others < 0.45
+    assert 0.05 < len(clips) / others < 0.35 and 0.35 < len(own) / others < 0.65
 
 
 def test_the_base_makes_a_video_of_each_prompt_to_preserve_once(
