@@ -200,15 +200,14 @@ def init_distributed() -> Any:
 
 def from_recording(args: Any, passed: dict[str, Any]) -> tuple[dict, Any, Any, Any]:
     """What is repeated or resumed: load options, request, snapshot, record."""
-    several = args.recorded or args.config or args.prompts or args.num_videos > 1
-    if args.resume and several:
-        others = "--from, --config, --prompts, --num-videos"
-        raise UserError(f"--resume continues one video: remove {others}")
-    if args.recorded and args.config:
-        raise UserError("--config cannot be combined with --from")
     if args.resume:
+        if args.recorded or args.config or args.prompts or args.num_videos > 1:
+            others = "--from, --config, --prompts, --num-videos"
+            raise UserError(f"--resume continues one video: remove {others}")
         resume = Snapshot.read(args.resume)
         return asdict(resume.load), resume.request, resume, None
+    if args.recorded and args.config:
+        raise UserError("--config cannot be combined with --from")
     if args.config:
         return *read_config(args.config), None, None
     if args.recorded:

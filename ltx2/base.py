@@ -354,9 +354,8 @@ def run(main: Callable[[], None]) -> None:
     def stop(number: int, _: Any) -> None:
         raise Stopped(number)
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, stop)
     sys.stdout.reconfigure(errors="backslashreplace")  # where it is not UTF-8
     LOG.setLevel(logging.INFO)
     LOG.handlers[:] = [Printer()]
@@ -369,7 +368,6 @@ def run(main: Callable[[], None]) -> None:
             raise
         sys.stderr.write(f"error: {text}\n")
         sys.exit(1 if isinstance(error, (OutputError, RuntimeError)) else 2)
-    except KeyboardInterrupt as stopped:
-        number = stopped.args[0] if isinstance(stopped, Stopped) else signal.SIGINT
+    except Stopped as stopped:
         sys.stderr.write("interrupted\n")
-        sys.exit(128 + number)
+        sys.exit(128 + stopped.args[0])

@@ -160,8 +160,7 @@ class Components:
         self, decoder: str, latents: mx.array, draw: Noise, exact: bool, **how: Any
     ) -> Iterator[mx.array]:
         """The frames that a component decodes (see its `decode_stream`)."""
-        half = ".decoder" * (decoder == "vae")  # is all that is read
-        model = self.component(decoder + half, exact)
+        model = self.component("vae.decoder" if decoder == "vae" else decoder, exact)
         if decoder == "diffusion_decoder":
             noise = lambda name, shape: draw(f"vae.{name}", shape)
         else:

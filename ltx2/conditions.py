@@ -313,8 +313,7 @@ class SliceKeyframes(Carried):
     part: Slice
 
     def tokens(self, size: Size) -> int:
-        count = len(self.part.slots) + len(self.part.anchor_places)
-        return count * size.frame_tokens
+        return (len(self.part.slots) + len(self.part.anchor_places)) * size.frame_tokens
 
     def apply(self, state: LatentState, size: Size, before: Streams) -> LatentState:
         part, (frames, numbers) = self.part, zip(*self.part.anchor_places)

@@ -175,9 +175,8 @@ class Conversion:
     @property
     def hub_name(self) -> str:
         """The name that mlx-community gives it, like LTX-2.3-22b-distilled-4bit."""
-        q = layer_formats(self.stored).get("")
         how = FLOATS[dtype_name(self.dtype or mx.bfloat16)]
-        if q:
+        if q := layer_formats(self.stored).get(""):
             how = f"{q['bits']}bit" if q["mode"] == "affine" else q["mode"]
         return f"{NAMES[self.source.generation]}-{self.source.kind}-{how}"
 

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import tempfile
-import time
+import timeit
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
@@ -241,8 +241,7 @@ def weights(w: mx.array, how: dict[str, Any]) -> Pair:
 
 def product(x: mx.array, w: mx.array, how: dict[str, Any]) -> Pair:
     parts = mx.quantize(w, **how)
-    exact = exact64(x) @ decoded(parts, **how).T
-    return mx.quantized_matmul(x, *parts, **how), exact
+    return mx.quantized_matmul(x, *parts, **how), exact64(x) @ decoded(parts, **how).T
 
 
 # Large arrays, files, memory
@@ -275,9 +274,7 @@ def disk(folder: Path) -> list[Row]:
         os.fsync(file)
         if hasattr(os, "posix_fadvise"):  # Linux
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        start = time.perf_counter()
-        mx.eval(mx.load(file.name))
-        rate = size / (time.perf_counter() - start)
+        rate = size / timeit.timeit(lambda: mx.eval(mx.load(file.name)), number=1)
         read = mx.load(file.name)
         same = [mx.array_equal(2 * read[k], 2 * tensors[k]) for k in "60732514"]
         same = mx.all(mx.stack(same)).item()
@@ -303,12 +300,7 @@ def memory() -> Row:
 
 def seconds(compute: Callable[[], mx.array]) -> float:
     """The shorter time of two runs, after a warm-up."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        mx.eval(compute())
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(timeit.repeat(lambda: mx.eval(compute()), number=1, repeat=3)[1:])
 
 
 def matmul_rate(dtype: mx.Dtype) -> float:

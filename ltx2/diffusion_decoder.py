@@ -225,8 +225,7 @@ class Held:
 
     def read(self, reader: int, first: int, stop: int, done: int) -> list[mx.array]:
         """Frames [first, stop); the reader will not read those before `done` again."""
-        more = stop - self.start - len(self.held)
-        self.held += islice(self.frames, max(more, 0))
+        self.held += islice(self.frames, max(stop - self.start - len(self.held), 0))
         found = self.held[first - self.start : stop - self.start]
         self.done[reader] = done
         self.held = self.held[min(self.done) - self.start :]

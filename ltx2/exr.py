@@ -42,8 +42,7 @@ def probe(path: media.PathLike) -> media.Media:
 
 def _format(path: Path) -> tuple[bytes, ...]:
     """Planes, bits, byte order, width and height of a file, as ffmpeg reads it."""
-    found = re.search(FORMAT, media.describe(path))
-    if found is None:
+    if (found := re.search(FORMAT, media.describe(path))) is None:
         raise UserError(f"{path}: cannot be read as an EXR picture of gray or RGB")
     return found.groups()
 

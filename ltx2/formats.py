@@ -113,11 +113,12 @@ def choose(path: PathLike, codec: Optional[str] = None, space: str = "srgb") -> 
     return codec
 
 
-def frames_next_to(path: PathLike, codec: str, space: str) -> list[Path]:
-    """The folder of EXR frames next to an HDR video."""
-    path = Path(path)
-    folder = path.with_name(f"{path.stem}_{space}_exr")
-    return [folder] if codec == "hevc" and space != "srgb" else []
+def written(path: PathLike, codec: Optional[str], space: str) -> dict[PathLike, str]:
+    """The codec of a video, and of the folder of EXR frames next to an HDR one."""
+    names = {path: choose(path, codec, space)}
+    if names[path] == "hevc" and space != "srgb":
+        names[Path(path).with_name(f"{Path(path).stem}_{space}_exr")] = "exr"
+    return names
 
 
 def check_output(
@@ -129,8 +130,7 @@ def check_output(
     """UserError before any work if a video, or sound as .wav, cannot be written."""
     if sound_only and (codec or Path(path).suffix.lower() != ".wav"):
         raise UserError(f"{path}: sound alone must end in .wav, and has no codec")
-    names = {} if sound_only else {path: choose(path, codec, space)}
-    names |= {p: "exr" for p in frames_next_to(path, names.get(path, ""), space)}
+    names = {} if sound_only else written(path, codec, space)
     for encoder in (FORMATS[name].encoder for name in names.values()):
         if encoder not in media.encoders():
             raise UserError(f"{path}: this ffmpeg has no {encoder}, use another codec")
@@ -161,13 +161,12 @@ class VideoWriter:
     picture: Optional[Iterator[np.ndarray]] = None
 
     def __enter__(self) -> VideoWriter:
-        codec = choose(self.path, self.codec, self.color_space)
+        (_, codec), *beside = written(self.path, self.codec, self.color_space).items()
         self.format, self.num_frames, self._size = FORMATS[codec], 0, None
         self._blocks = ExitStack()
         self._blocks.enter_context(self._written())
-        paths = frames_next_to(self.path, codec, self.color_space)
         facts = self.fps, None, None, "exr", self.color_space
-        writers = (VideoWriter(path, *facts) for path in paths)
+        writers = (VideoWriter(path, *facts) for path, _ in beside)
         self._beside = [*map(self._blocks.enter_context, writers)]
         return self
 

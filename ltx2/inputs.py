@@ -210,9 +210,8 @@ def filling(frame: np.ndarray, size: Size, light=False, crop=True) -> np.ndarray
 
 
 def frames_of(path: str, start: int, num_frames: int, fps: float) -> Frames:
-    """Frames of a clip; the last one is repeated."""
-    is_exr = bool(exr.frames_in(path))  # has no rate of its own
-    read = exr.read if is_exr else partial(media.read_video, fps=fps)
+    """Frames of a clip; the last one is repeated. EXR files have no rate of their own."""
+    read = exr.read if exr.frames_in(path) else partial(media.read_video, fps=fps)
     for frame in read(path, start, num_frames):
         yield frame
         num_frames -= 1

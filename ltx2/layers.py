@@ -55,10 +55,9 @@ class Component(nn.Module):
     @classmethod
     def sanitize(cls, weights: Weights) -> Weights:
         """Official tensors as the module has them: convolutions in MLX's layout."""
-        used = {k: w for k, w in weights.items() if not k.startswith(cls.UNUSED)}
         # (O, I, ...) to (O, ..., I); a view would be copied by each convolution.
-        turned = lambda w: mx.contiguous(w.moveaxis(1, -1)) if w.ndim > 2 else w
-        return {k: turned(w) for k, w in used.items()}
+        turn = lambda w: mx.contiguous(w.moveaxis(1, -1)) if w.ndim > 2 else w
+        return {k: turn(w) for k, w in weights.items() if not k.startswith(cls.UNUSED)}
 
 
 def rms_norm(x: mx.array, eps: float = 1e-6) -> mx.array:
@@ -100,12 +99,10 @@ def apply_rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 def prefetch(modules: Iterator[nn.Module]) -> Iterator[nn.Module]:
     """Modules with their weights loaded: loads the next one while the current one
     computes (the caller uses `mx.async_eval`), then frees the current one."""
-    current = next(modules, None)
-    while current is not None:
+    for current in modules:
         mx.eval(current.parameters())
         mx.synchronize()  # of the one before
         yield current
-        current = next(modules, None)
 
 
 # macOS ends a process whose GPU command takes more than about 5 s: 1 s on an M1.
@@ -378,8 +375,7 @@ def space_to_depth(x: mx.array, stride: Stride) -> mx.array:
     B, F, H, W, C = x.shape
     p, q, r = stride
     x = x.reshape(B, F // p, p, H // q, q, W // r, r, C)
-    x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)
-    return x.reshape(B, F // p, H // q, W // r, -1)
+    return x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, F // p, H // q, W // r, -1)
 
 
 def depth_to_space(x: mx.array, stride: Stride) -> mx.array:

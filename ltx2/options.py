@@ -157,8 +157,7 @@ def parse(kind: type, text: str) -> Any:
 
 def match_groups(form: str, pattern: str, text: str) -> tuple[Any, ...]:
     """The groups of a flag's value, which must match `pattern`; `form` describes it."""
-    match = re.fullmatch(pattern, text)
-    if match is None:
+    if (match := re.fullmatch(pattern, text)) is None:
         raise UserError(f"{text!r} is not of the form {form}")
     return match.groups()
 

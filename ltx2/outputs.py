@@ -65,10 +65,9 @@ class Files:
 
     def of(self, output: str) -> list[Path]:
         """All files of a video, itself first."""
-        choose = lambda: formats.choose(output, self.codec, self.space)
-        codec = "" if self.sound_only else choose()
-        folders = formats.frames_next_to(output, codec, self.space)
-        return [Path(output), *folders, *(next_to(output, k) for k in self.kinds)]
+        how = self.codec, self.space
+        made = [output] if self.sound_only else formats.written(output, *how)
+        return [*map(Path, made), *(next_to(output, k) for k in self.kinds)]
 
     def free(self, output: str, videos: int, kept: Optional[str] = None) -> list[str]:
         """The first names without files or other runs; the file `kept` does not count."""

@@ -77,8 +77,7 @@ def read_parts(f: File) -> Parts:
         return {(name, ""): Part(f, name, section, tensors)}
     config, parts = sections(f), {}
     for key in f.header:
-        places = map_key(key, "diffusion_decoder" in config)
-        if places is None:
+        if (places := map_key(key, "diffusion_decoder" in config)) is None:
             raise UserError(f"{f.name}: unexpected tensor {key}")
         for component, inner in places:
             add_tensor(parts, config, component, inner, (f, key))

@@ -51,8 +51,7 @@ class Pipeline(Components):
         files = {file.path for stage in job.stages for file in stage.loras}
         for stage in job.stages:
             check_once(self.inputs.lora_file(file.path) for file in stage.loras)
-        loras = [lora for lora in map(self.inputs.lora, files) if not lora.fits]
-        if loras:
+        if loras := [lora for lora in map(self.inputs.lora, files) if not lora.fits]:
             model = self.checkpoint.load("transformer", self.dtype, lazy=True)
             for lora in loras:
                 lora.check(model)

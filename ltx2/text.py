@@ -34,10 +34,9 @@ class TextEncoder:
         if not low_memory:
             mx.eval(self.model.parameters())
         # Without the scaling of its long-range layers, the states are wrong in silence.
-        pattern = self.model.sliding_window_pattern
         for i, layer in enumerate(self.model.layers):
             scale = layer.self_attn.rope.scale
-            expected = 1.0 if (i + 1) % pattern else 1 / 8
+            expected = 1.0 if (i + 1) % self.model.sliding_window_pattern else 1 / 8
             if not math.isclose(scale, expected):
                 has = f"layer {i} has RoPE scale {scale}, Gemma 3 has {expected}"
                 raise UserError(f"{has}: config.json lacks rope_scaling")
