@@ -354,8 +354,9 @@ def run(main: Callable[[], None]) -> None:
     def stop(number: int, _: Any) -> None:
         raise Stopped(number)
 
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, stop)
+    signal.signal(signal.SIGTERM, stop)
     sys.stdout.reconfigure(errors="backslashreplace")  # where it is not UTF-8
     LOG.setLevel(logging.INFO)
     LOG.handlers[:] = [Printer()]
@@ -368,6 +369,7 @@ def run(main: Callable[[], None]) -> None:
             raise
         sys.stderr.write(f"error: {text}\n")
         sys.exit(1 if isinstance(error, (OutputError, RuntimeError)) else 2)
-    except Stopped as stopped:
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if isinstance(stopped, Stopped) else signal.SIGINT
         sys.stderr.write("interrupted\n")
-        sys.exit(128 + stopped.args[0])
+        sys.exit(128 + number)

@@ -391,7 +391,8 @@ class Estimator:
             channels = c["upsample_initial_channel"]
             widest = max(n * (channels >> i) for i, n in enumerate(lengths, 1))
             unfolded = 25 + 6 * max(c["resblock_kernel_sizes"])
-            copies = BIGVGAN if c["resblock"] == "AMP1" else (unfolded, SPECTRAL[1])
+            hifigan = unfolded, SPECTRAL[1]
+            copies = BIGVGAN if c["resblock"] == "AMP1" else hifigan
             buffers.append(copies[self.gpu] * FLOAT * widest)
         return max(buffers)
 
