@@ -89,6 +89,8 @@ class Example:
     places: tuple[bytes, ...] = ()  # of the tokens; none: no others can join its batch
     preserved: int = 0  # of its clips, the last ones
 
+    clips = property(lambda self: next(len(x) for x in self.contexts if x is not None))
+
 
 def make_example(
     model: DiT, states: States, noise: Mapping, sigmas: Mapping, contexts: Both
@@ -123,8 +125,8 @@ def batches(examples: Sequence[Example]) -> list[Example]:
 
 def join(examples: Sequence[Example]) -> Example:
     """One batch of examples with tokens at the same places."""
-    first, inputs = examples[0], ("latent", "timesteps", "sigma")
-    by_clip = lambda t: t and {k: getattr(t, k) for k in inputs}
+    first, names = examples[0], ("latent", "timesteps", "sigma")
+    by_clip = lambda t: t and {k: getattr(t, k) for k in names}
     parts = [([*map(by_clip, e.tokens)], e.targets, e.contexts) for e in examples]
     joined = lambda *arrays: None if arrays[0] is None else mx.concatenate(arrays)
     new, targets, contexts = tree_map(joined, *parts)
@@ -250,10 +252,9 @@ class Trainee:
 
     @contextmanager
     def untrained(self) -> Iterator[None]:
-        """Use the base model in a block: with B zero, factors have no effect."""
+        """Use the base model in a block: factors without rows are not computed."""
         trained = self.parameters
-        zero = lambda k, w: mx.zeros_like(w) if k.endswith("lora_b") else w
-        self.update({k: zero(k, w) for k, w in trained.items()})
+        self.update({k: w[:0] if "lora_a" in k else w for k, w in trained.items()})
         try:
             yield
         finally:
@@ -266,27 +267,27 @@ class Trainee:
             velocities = self.model.velocities(tuple(map(states.get, STREAMS)), streams)
             mx.eval(velocities)
         cut = lambda v, t: None if t is None else v[:, : t.shape[1]].astype(t.dtype)
-        count = next(len(v) for v in velocities if v is not None)
         targets = tuple(map(cut, velocities, example.targets))
-        return replace(example, targets=targets, preserved=count)
+        return replace(example, targets=targets, preserved=example.clips)
 
-    def gradients(self, example: Example) -> tuple[Losses, Parameters]:
-        """The loss, and its gradients by the names of the parameters."""
+    def gradients(self, example: Example, weight=1.0) -> tuple[Losses, Parameters]:
+        """The loss, and its gradients by the names of the parameters, times a weight."""
         if self.by_block or self.read is not None:
-            return self._by_block(example)
+            return self._by_block(example, weight)
 
-        def loss(parameters: Parameters) -> Losses:
+        def loss(parameters: Parameters) -> tuple[mx.array, Losses]:
             put(self.model, parameters)
-            return losses(self._forward(example, evaluate=False)[-1])
+            found = losses(self._forward(example, evaluate=False)[-1])
+            return weight * found[0], found
 
-        found = mx.value_and_grad(loss)(self.parameters)
+        (_, found), grads = mx.value_and_grad(loss)(self.parameters)
         put(self.model, self.parameters)  # in place of the traced ones
-        return found
+        return found, grads
 
-    def _by_block(self, example: Example) -> tuple[Losses, Parameters]:
+    def _by_block(self, example: Example, weight: float) -> tuple[Losses, Parameters]:
         """As `gradients`, but each stage is computed again in the backward pass."""
         *before, made = self._forward(example)
-        grads, cotangents = {}, {"loss": mx.array(1.0)}
+        grads, cotangents = {}, {"loss": mx.array(weight)}
         outer, fixed = part(self.parameters, ""), begin(self.model, example)
         start = lambda: begin(self.model, example) if outer else fixed
         for stage in self._stages(example, backwards=True):

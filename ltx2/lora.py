@@ -288,6 +288,8 @@ class LoRALinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         a, b, s = (w.astype(x.dtype) for w in (self.lora_a, self.lora_b, self.strength))
         rows, linear = x.size // x.shape[-1], self.linear
+        if not a.size:
+            return linear(x)
         if rows < MERGE_FROM or not isinstance(linear, QuantizedLinear):
             return linear(x) + (x @ a.T * s) @ b.T
         return linear(x, lambda rows: b[rows] * s @ a)

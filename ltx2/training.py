@@ -21,7 +21,7 @@ from .adapters import ADAPTERS, CONFIG, STATE, official, save_losses
 from .base import Checked, OutputError, PathName, UserError, note, parse_json, user_path
 from .dataset import Clip, of_streams
 from .dit import Both, DiT, StreamedBlocks
-from .gradients import SCHEDULES, STREAMS, TARGETS, Parameters, factor_parameters
+from .gradients import SCHEDULES, STREAMS, TARGETS, Example, Parameters
 from .hub import check_space, fetch_all, make_folder, read_arrays
 from .latents import LatentState, Size
 from .lora import Lora, adapter_file, attach
@@ -186,7 +186,7 @@ class Trainer:
             note(f"{name} has no {STATE}: training begins at step 0")
             lora = Lora.read(file)
             lora.check_finite()
-            arrays = {f"p.{k}": w for k, w in factor_parameters(lora).items()}
+            arrays = {f"p.{k}": w for k, w in gradients.factor_parameters(lora).items()}
             metadata, parts = lora.metadata, "p"
         model = metadata.get("base_model", self.base)
         if model != self.base:
@@ -219,7 +219,7 @@ class Trainer:
         model = self.pipe.checkpoint.load("transformer", self.pipe.dtype, streamed)
         lora = gradients.new_factors(self.layers, o.rank, o.seed)
         attach(model, [(lora, 1.0)], apart=True)
-        parameters = factor_parameters(lora)
+        parameters = gradients.factor_parameters(lora)
         self.opt = gradients.optimizer(o.learning_rate)
         self.opt.init(parameters)
         if self.start:
@@ -255,7 +255,7 @@ class Trainer:
     def _make_own(self) -> None:
         """Make those videos, up to their latents, that are not in the cache."""
         made = zip(self.own, self.preserving)
-        missing = [(clip, job) for clip, job in made if not self.data.has(clip)]
+        missing = [pair for pair in made if not self.data.has(pair[0])]
         for clip, job in base.counted(missing, "preserved prompts"):
             model = self.pipe.transformer_with((), self.memory.streamed)
             with closing(self._generate(job, model, Pipeline.stream)) as events:
@@ -327,7 +327,7 @@ class Trainer:
         self.stopping = mx.distributed.all_max(number, group=self.group).item()
         return self.stopping
 
-    def _examples(self, index: int) -> list[gradients.Example]:
+    def _examples(self, index: int) -> list[Example]:
         """The batches of a number: clips, and prompts to preserve with the base's
         velocities. All read the same rows of a text."""
         o, own, kept, rows = self.options, [], [], slice(None)
@@ -341,9 +341,7 @@ class Trainer:
         kept = map(self.trainee.preserved, gradients.batches(kept))
         return gradients.batches([*own, *kept])
 
-    def _example(
-        self, clip: Clip, rng, rows=slice(None), at=None, given=None
-    ) -> gradients.Example:
+    def _example(self, clip, rng, rows=slice(None), at=None, given=None) -> Example:
         """A clip with a step's noise and sigmas; `at` is the quantile of fixed ones. Half of
         the time, a distilled base's streams all have the sigma of one of its steps. With
         sigmas `given`, the text is as it is."""
@@ -378,7 +376,7 @@ class Trainer:
         contexts = self.data.context(caption)
         return tuple(None if x is None else x[:, rows] for x in contexts)
 
-    def _kept(self, example: gradients.Example, rng, rows) -> list[gradients.Example]:
+    def _kept(self, example: Example, rng, rows) -> list[Example]:
         """A prompt to preserve at the example's sigmas, if it has one."""
         sigmas = {k: t.sigma.item() for k, t in zip(STREAMS, example.tokens) if t}
         hidden, draw = min(sigmas.values()) > PRESERVED_ABOVE, rng.uniform()
@@ -396,12 +394,12 @@ class Trainer:
         for i in range(times):
             index = (self.step * times + i) * ranks + self.group.rank()
             for batch in self._examples(index):
-                (_, both), grads = self.trainee.gradients(batch)
-                each = sum(x for x in both if x is not None)  # clip's loss
-                part = len(each) / (o.batch_size * times)
-                sums = {k: part * g + sums.get(k, 0) for k, g in grads.items()}
+                weight = batch.clips / (o.batch_size * times)
+                (_, both), grads = self.trainee.gradients(batch, weight)
+                sums = {k: g + sums[k] for k, g in grads.items()} if sums else grads
+                each = sum(x for x in both if x is not None)  # of a clip
                 mx.eval(each, sums)
-                new = each[: len(each) - batch.preserved]
+                new = each[: batch.clips - batch.preserved]
                 total += new.sum().item() / (o.batch_size * times)
         if ranks > 1:
             sums = dict(tree_flatten(nn.average_gradients(sums)))

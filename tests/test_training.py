@@ -293,9 +293,12 @@ def test_a_batch_has_the_losses_and_gradients_of_its_clips(g, name, by_block):
     for i, each in enumerate(by_stream):
         theirs = mx.concatenate([parts[i] for (_, parts), _ in alone])
         assert mx.allclose(each, theirs, rtol=1e-5)
+    (again, _), thrice = trainee.gradients(batch, 3)
+    assert again.item() == loss.item()
     for k, w in grads.items():
         mean = sum(theirs[k] for _, theirs in alone) / len(examples)
         assert relative_error(w, mean) < 1e-5, k
+        assert relative_error(thrice[k], 3 * w) < 1e-5, k
 
 
 def test_clips_of_other_sizes_and_held_frames_are_not_in_a_batch(g):
@@ -310,8 +313,9 @@ def test_only_new_clips_are_in_the_loss_that_is_reported(run, monkeypatch):
     """Each step preserves a prompt, in one batch with its clip."""
     found, compute = [], Trainee.gradients
 
-    def record(trainee, batch):
-        (loss, by_stream), grads = compute(trainee, batch)
+    def record(trainee, batch, weight):
+        assert weight == 2  # the mean of two is their sum
+        (loss, by_stream), grads = compute(trainee, batch, weight)
         each = [x for x in by_stream if x is not None]
         assert batch.preserved == 1 and {*map(len, each)} == {2}
         found.append(sum(x[0].item() for x in each))
@@ -516,9 +520,9 @@ def test_steps_read_few_rows_of_texts_and_held_out_losses_all(run, monkeypatch):
     rows = {"gradients": [], "loss": [], "preserved": []}
 
     def recorded(compute, found):
-        def record(trainee, e):
+        def record(trainee, e, *weight):
             found.append(next(x.shape[1] for x in e.contexts if x is not None))
-            return compute(trainee, e)
+            return compute(trainee, e, *weight)
 
         return record
 
