@@ -89,4 +89,3 @@ class ContextCache:
             arrays, _ = hub.read_arrays(self.path(prompt))
             given = {prompt: tuple(map(arrays.get, STREAMS))}
             return given_contexts(given, self.config, STREAMS)[prompt]
-        return None

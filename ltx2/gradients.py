@@ -217,10 +217,11 @@ class Trainee:
 
     def blocks(self, backwards: bool = False) -> Iterator[tuple[str, Block]]:
         """The blocks with their prefixes, each in memory only while it is used."""
+        alone = self.by_block or self.read is not None
         blocks = [*(self.read() if self.read else self.model.transformer_blocks)]
         order = range(len(blocks))[:: -1 if backwards else 1]
         taken = (blocks.pop(-1 if backwards else 0) for _ in order)
-        for i, block in zip(order, prefetch(taken) if self.read else taken):
+        for i, block in zip(order, prefetch(taken) if alone else taken):
             prefix = f"{BLOCKS}{i}."
             if self.read is not None:  # else `update` has set them
                 put(block, part(self.parameters, prefix), prefix)

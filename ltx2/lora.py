@@ -279,6 +279,8 @@ class LoRALinear(nn.Module):
     the rows of all LoRAs. The strengths s (r,) are not folded into B, which 16 bits would
     round. From MERGE_FROM rows on it is faster to add B A to the dequantized weight."""
 
+    apart = False  # always, as in training: 16 bits would round small changes away
+
     def __init__(self, linear: nn.Module, a: mx.array, b: mx.array, s: mx.array):
         super().__init__()
         self.linear, self.lora_a, self.lora_b, self.strength = linear, a, b, s
@@ -288,10 +290,8 @@ class LoRALinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         a, b, s = (w.astype(x.dtype) for w in (self.lora_a, self.lora_b, self.strength))
         rows, linear = x.size // x.shape[-1], self.linear
-        if not a.size:
-            return linear(x)
-        if rows < MERGE_FROM or not isinstance(linear, QuantizedLinear):
-            return linear(x) + (x @ a.T * s) @ b.T
+        if self.apart or rows < MERGE_FROM or not isinstance(linear, QuantizedLinear):
+            return linear(x) + (x @ a.T * s) @ b.T if a.size else linear(x)
         return linear(x, lambda rows: b[rows] * s @ a)
 
 
@@ -344,5 +344,6 @@ def attach(
         s = mx.concatenate([mx.full(len(f[0]), f[2], mx.float32) for f in factors])
         a, b = mx.concatenate(a), mx.concatenate(b, axis=1)
         replaced[path] = LoRALinear(layer, a, b, s)
+        replaced[path].apart = apart
     changed = [(k.removeprefix(prefix), layer) for k, layer in replaced.items()]
     model.update_modules(tree_unflatten(changed))

@@ -330,13 +330,13 @@ class Estimator:
         state = self.per_token(tokens, sound)
         block = KEPT[0] * state + KEPT[1] * self.per_token(MAX_TOKENS, MAX_TOKENS)
         block += KEPT[2] * scores
-        if self.bits and tokens > this_chip().dequantize_from:  # such weights, too
-            block += self.blocks / c.num_layers * 8 / self.bits * self.item
         kept = block + (c.num_layers + 1) * state if by_block else c.num_layers * block
-        model, spared = self.size["transformer"], self.streamable["transformer"]
         buffers = batch * (kept + DURING * scores)
-        weights = model + FACTORS[0] * factors
-        phases["train"] = Footprint(weights, buffers, spared)
+        if self.bits and batch * tokens > this_chip().dequantize_from:
+            parts = c.num_layers if by_block else 1  # of the weights, dequantized
+            buffers += self.blocks / parts * 8 / self.bits * self.item
+        model, spared = self.size["transformer"], self.streamable["transformer"]
+        phases["train"] = Footprint(model + FACTORS[0] * factors, buffers, spared)
         for needs in samples:
             decoders = (n.weights for k, n in needs.items() if k in ("audio", "video"))
             weights = model + FACTORS[1] * factors + max(decoders)
@@ -391,8 +391,7 @@ class Estimator:
             channels = c["upsample_initial_channel"]
             widest = max(n * (channels >> i) for i, n in enumerate(lengths, 1))
             unfolded = 25 + 6 * max(c["resblock_kernel_sizes"])
-            hifigan = unfolded, SPECTRAL[1]
-            copies = BIGVGAN if c["resblock"] == "AMP1" else hifigan
+            copies = BIGVGAN if c["resblock"] == "AMP1" else (unfolded, SPECTRAL[1])
             buffers.append(copies[self.gpu] * FLOAT * widest)
         return max(buffers)
 

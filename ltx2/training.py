@@ -34,8 +34,8 @@ from .text import MAX_TOKENS
 from .weights import save_arrays
 
 MEAN_OF = 100  # steps in the running mean of the loss
-# Steps that preserve prompts: all above a sigma, where noise hides the clip; below, a
-# share with the step's clip, a share with the video that the base makes of the prompt.
+# Clips with which a prompt is preserved: all above a sigma, where noise hides them; below,
+# a share, and in place of a share of them the video that the base makes of the prompt.
 PRESERVED_ABOVE, WITH_CLIP, WITH_OWN = 0.8, 0.2, 0.5
 MOST_SKIPPED = 10  # steps in a row
 HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
@@ -60,7 +60,7 @@ class Options(Checked):
         type=many(str),
     )
     first_frame_prob: float = ask(
-        "share of the steps in which the first frame is given", 0.1, between=(0, 1)
+        "share of the clips whose first frame is given", 0.1, between=(0, 1)
     )
     resolution: tuple[str, ...] = ask(
         "WxHxF, a size to fit clips to; repeatable (default: the model's)", **REPEATED
@@ -132,10 +132,11 @@ class Trainer:
         text = estimator.text(dataset.PROMPTS_AT_ONCE, pipe.encoder_files)
         samples = [job.memory.phases for job in self.jobs[:1]]
         o, low = self.options, pipe.low_memory
-        each = 2 if o.preserve else 1  # a clip, and a prompt to preserve
+        alone = any(clip.reference for clip in self.data.clips)
+        batch = 1 if alone else o.batch_size * (2 if o.preserve else 1)
 
-        def planned(sizes: list[Size], by_block: bool, low: Optional[bool], n=1):
-            phases = estimator.training(sizes, factors, by_block, samples, n * each)
+        def planned(sizes: list[Size], by_block: bool, low: Optional[bool], n=batch):
+            phases = estimator.training(sizes, factors, by_block, samples, n)
             return memory.planned({"text": text} | phases, memory.available(), low)
 
         def fits(side: int, frames: int) -> bool:
@@ -144,12 +145,12 @@ class Trainer:
 
         sizes = [of_streams(c.size, c.streams) for c in self.data.clips]
         self.by_block = o.grad_checkpoint
-        plan = planned(sizes, self.by_block, low, o.batch_size)
+        plan = planned(sizes, self.by_block, low)
         if plan.streamed or not plan.fits:
-            self.by_block, plan = True, planned(sizes, True, low, o.batch_size)
+            self.by_block, plan = True, planned(sizes, True, low)
         advice = "try a lower-bit model (convert.py --quantize)"
-        if not plan.fits and o.batch_size > 1 and planned(sizes, True, low).fits:
-            advice = "--batch-size 1 would fit"
+        if not plan.fits and o.batch_size > 1 and planned(sizes, True, low, 2).fits:
+            advice = "--batch-size 1 with more --grad-accumulation-steps would fit"
         elif not plan.fits:
             tried = itertools.product((576, 448, 320, 256, 128, 64), (49, 25, 9, 1))
             found = (f"{s}x{s}x{n} would fit" for s, n in tried if fits(s, n))
@@ -328,8 +329,8 @@ class Trainer:
         return self.stopping
 
     def _examples(self, index: int) -> list[Example]:
-        """The batches of a number: clips, and prompts to preserve with the base's
-        velocities. All read the same rows of a text."""
+        """The clips of the batch with this number, and prompts to preserve with the base's
+        velocities, joined. All read the same rows of a text."""
         o, own, kept, rows = self.options, [], [], slice(None)
         if o.text_rows:
             rng = np.random.default_rng([o.seed, 1, index])
@@ -362,9 +363,8 @@ class Trainer:
                 if reference is not None:
                     state = state.show(reference, size.fps, 1.0, o.reference_downscale)
             states[name] = state
-        distilled = self.pipe.checkpoint.kind == "distilled"
         if at is None and given is None:
-            if distilled and rng.uniform() < 0.5:
+            if self.pipe.checkpoint.kind == "distilled" and rng.uniform() < 0.5:
                 sigmas = dict.fromkeys(sigmas, gradients.sigma_of_step(rng.uniform()))
             caption = dataset.reorder(caption, rng.integers(o.caption_orders))
         sigmas |= given or {}
@@ -373,8 +373,8 @@ class Trainer:
 
     def _contexts(self, caption: str, rows: Any) -> Both:
         """These rows of a caption's contexts."""
-        contexts = self.data.context(caption)
-        return tuple(None if x is None else x[:, rows] for x in contexts)
+        found = self.data.context(caption)
+        return tuple(x if x is None else x[:, rows] for x in found)
 
     def _kept(self, example: Example, rng, rows) -> list[Example]:
         """A prompt to preserve at the example's sigmas, if it has one."""
@@ -494,7 +494,7 @@ class Trainer:
         o, version = self.options, self.pipe.checkpoint.model_version
         found = {"format": "pt", "rank": str(o.rank), "alpha": str(o.rank)}
         found |= {"base_model": self.base, "model_version": version}
-        found["steps"] = str(self.step)
+        found |= {"steps": str(self.step)}
         found |= {"trigger_words": o.trigger} if o.trigger else {}
         if any(clip.reference for clip in self.data.clips):
             found["reference_downscale_factor"] = str(o.reference_downscale)

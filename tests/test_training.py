@@ -26,6 +26,7 @@ import generate
 import train
 from ltx2 import adapters, dataset, gradients, latents, media, memory, training, weights
 from ltx2.base import OutputError, UserError
+from ltx2.chips import Chip
 from ltx2.conversion import OFFICIAL, quant_predicate
 from ltx2.gradients import Trainee, make_example
 from ltx2.linear import quantize
@@ -715,8 +716,10 @@ def four_bits(checkpoint, tmp_path_factory):
 
 
 @pytest.mark.parametrize("memory", [("--grad-checkpoint",), ("--low-memory",)])
-def test_a_4_bit_model_is_trained(run, checkpoint, four_bits, memory):
+def test_a_4_bit_model_is_trained(run, checkpoint, four_bits, memory, monkeypatch):
     flags = ("--model", four_bits, "--iters", "2", *memory)
+    flags += ("--batch-size", "2", "--preserve", "a dog", "--text-rows", "8")
+    monkeypatch.setattr(training, "MAX_TOKENS", 64)
     folder, _ = run(*flags, "--learning-rate", "0.02", model="ltx-2.3")
     lora = Lora.read(folder)
     lora.check(load(checkpoint("ltx-2.3")))
@@ -758,10 +761,11 @@ def test_the_card_names_base_license_and_trigger():
 
 
 def test_streamed_training_is_that_in_memory(run):
-    flags = ("--iters", "2", "--val-clips", "1")
-    plain, printed = run(*flags, to="plain")
+    flags = ("--iters", "2", "--val-clips", "1", "--batch-size", "2")
+    flags += ("--preserve", "a dog", "--cache")
+    plain, printed = run(*flags, "one", to="plain")
     assert "held in memory" in printed and "kept for the backward pass" in printed
-    streamed, printed = run(*flags, "--low-memory", to="streamed")
+    streamed, printed = run(*flags, "two", "--low-memory", to="streamed")
     assert "read block by block" in printed
     for f, arrays in files(plain).items():
         for k, w in files(streamed)[f].items():
@@ -799,7 +803,9 @@ def test_a_plan_reads_no_weights(run, monkeypatch):
     with pytest.raises(UserError, match="needs .* GB but .* try a lower-bit model"):
         run()
     monkeypatch.setattr(memory, "available", lambda: 1 << 30)
-    with pytest.raises(UserError, match="needs .* GB but .*; --batch-size 1 would fit"):
+    with pytest.raises(
+        UserError, match="; --batch-size 1 with more --grad.* would fit"
+    ):
         run("--batch-size", "1024")
 
 
@@ -909,3 +915,21 @@ def test_training_holds_the_memory_that_is_planned(checkpoint, by_block, batch):
     estimator = memory.Estimator(source, mx.float32)
     planned = estimator.training([size], 0, by_block, batch=batch)["train"].buffers
     assert 0.7 < (mx.get_peak_memory() - before) / planned < 1.15
+
+
+def test_dequantized_weights_are_planned_once_for_a_batch(four_bits, monkeypatch):
+    """They are kept from as many rows on as all clips of the batch have."""
+    monkeypatch.setattr(memory, "this_chip", lambda: Chip(dequantize_from=100))
+    source = weights.open_model(four_bits)
+    estimator = memory.Estimator(source, mx.float32)
+    size = latents.Size(8 * 32, 8 * 32, 1, 24, 1)  # of 64 tokens
+    for by_block, parts in (
+        (False, 1),
+        (True, source.config["transformer"]["num_layers"]),
+    ):
+        one, two = (
+            estimator.training([size], 0, by_block, batch=n)["train"].buffers
+            for n in (1, 2)
+        )
+        held = estimator.blocks / parts * 8 / estimator.bits * 4
+        assert two - 2 * one == pytest.approx(held)
