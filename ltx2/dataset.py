@@ -215,6 +215,7 @@ class Dataset:
     # Clips to train on, and those that are held out
     items = property(lambda self: [c for c in self.clips if not c.held_out])
     held_out = property(lambda self: [c for c in self.clips if c.held_out])
+    has_references = property(lambda self: any(c.reference for c in self.clips))
 
     def find(self, data: str) -> None:
         """Find clips, choose their buckets, hold out some; skipped ones are named."""

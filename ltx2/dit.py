@@ -147,9 +147,8 @@ def common_start(passes: list[Pass], n: int, blocks: int) -> tuple[int, int]:
 
 
 def by_token(values: mx.array, levels: Optional[mx.array]) -> mx.array:
-    """Values (U, D) by level as (1, D), by clip as (B, 1, D), or by token as (T, D). Few
-    levels are selected, not gathered: a compiled function then makes no array of them.
-    """
+    """Values (U, D): of one level (1, D), by clip (B, 1, D) or by token (T, D). Few levels
+    are selected, not gathered: a compiled function then makes no array of them."""
     if levels is None and len(values) > 1:
         return values[:, None]
     if len(values) > FEW_LEVELS:

@@ -161,17 +161,17 @@ class VideoWriter:
     picture: Optional[Iterator[np.ndarray]] = None
 
     def __enter__(self) -> VideoWriter:
-        (_, codec), *beside = written(self.path, self.codec, self.color_space).items()
+        (_, codec), *folders = written(self.path, self.codec, self.color_space).items()
         self.format, self.num_frames, self._size = FORMATS[codec], 0, None
         self._blocks = ExitStack()
         self._blocks.enter_context(self._written())
         facts = self.fps, None, None, "exr", self.color_space
-        writers = (VideoWriter(path, *facts) for path, _ in beside)
-        self._beside = [*map(self._blocks.enter_context, writers)]
+        writers = (VideoWriter(path, *facts) for path, _ in folders)
+        self._copies = [*map(self._blocks.enter_context, writers)]
         return self
 
     def __exit__(self, *failure) -> None:
-        for writer in self._beside:
+        for writer in self._copies:
             writer.metadata = self.metadata
         self._blocks.__exit__(*failure)
 
@@ -184,7 +184,7 @@ class VideoWriter:
         self._size = self._size or size
         if size != self._size or frames.dtype not in (np.uint8, np.float32):
             raise ValueError(f"{frames.shape} {frames.dtype} frames after {self._size}")
-        for writer in self._beside:
+        for writer in self._copies:
             writer.write(frames)
         for frame in frames:
             if self.picture and self.format.alpha:

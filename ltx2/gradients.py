@@ -180,7 +180,7 @@ def put(module: nn.Module, parameters: Parameters, prefix: str = "") -> None:
     inner = lambda at, name: at[int(name) if isinstance(at, list) else name]
     for key, w in parameters.items():
         *path, name = key.removeprefix(prefix).split(".")
-        reduce(inner, path, module)[name] = w
+        reduce(inner, path, module).update({name: w})
 
 
 def part(parameters: Parameters, prefix: str) -> Parameters:
@@ -209,6 +209,7 @@ class Trainee:
     read: Optional[Callable[[], Iterable[Block]]] = None
 
     def __post_init__(self):
+        self.one_by_one = self.by_block or self.read is not None
         self.update(self.parameters)
 
     def update(self, parameters: Parameters) -> None:
@@ -217,11 +218,10 @@ class Trainee:
 
     def blocks(self, backwards: bool = False) -> Iterator[tuple[str, Block]]:
         """The blocks with their prefixes, each in memory only while it is used."""
-        alone = self.by_block or self.read is not None
         blocks = [*(self.read() if self.read else self.model.transformer_blocks)]
         order = range(len(blocks))[:: -1 if backwards else 1]
         taken = (blocks.pop(-1 if backwards else 0) for _ in order)
-        for i, block in zip(order, prefetch(taken) if alone else taken):
+        for i, block in zip(order, prefetch(taken) if self.one_by_one else taken):
             prefix = f"{BLOCKS}{i}."
             if self.read is not None:  # else `update` has set them
                 put(block, part(self.parameters, prefix), prefix)
@@ -273,7 +273,7 @@ class Trainee:
 
     def gradients(self, example: Example, weight=1.0) -> tuple[Losses, Parameters]:
         """The loss, and its gradients by the names of the parameters, times a weight."""
-        if self.by_block or self.read is not None:
+        if self.one_by_one:
             return self._by_block(example, weight)
 
         def loss(parameters: Parameters) -> tuple[mx.array, Losses]:

@@ -132,8 +132,8 @@ class Trainer:
         text = estimator.text(dataset.PROMPTS_AT_ONCE, pipe.encoder_files)
         samples = [job.memory.phases for job in self.jobs[:1]]
         o, low = self.options, pipe.low_memory
-        alone = any(clip.reference for clip in self.data.clips)
-        batch = 1 if alone else o.batch_size * (2 if o.preserve else 1)
+        batch = o.batch_size * (2 if o.preserve else 1)
+        batch = 1 if self.data.has_references else batch
 
         def planned(sizes: list[Size], by_block: bool, low: Optional[bool], n=batch):
             phases = estimator.training(sizes, factors, by_block, samples, n)
@@ -373,8 +373,7 @@ class Trainer:
 
     def _contexts(self, caption: str, rows: Any) -> Both:
         """These rows of a caption's contexts."""
-        found = self.data.context(caption)
-        return tuple(x if x is None else x[:, rows] for x in found)
+        return tuple(x[:, rows] for x in self.data.context(caption))
 
     def _kept(self, example: Example, rng, rows) -> list[Example]:
         """A prompt to preserve at the example's sigmas, if it has one."""
@@ -494,9 +493,9 @@ class Trainer:
         o, version = self.options, self.pipe.checkpoint.model_version
         found = {"format": "pt", "rank": str(o.rank), "alpha": str(o.rank)}
         found |= {"base_model": self.base, "model_version": version}
-        found |= {"steps": str(self.step)}
+        found["steps"] = str(self.step)
         found |= {"trigger_words": o.trigger} if o.trigger else {}
-        if any(clip.reference for clip in self.data.clips):
+        if self.data.has_references:
             found["reference_downscale_factor"] = str(o.reference_downscale)
         return found
 

@@ -235,6 +235,13 @@ def test_every_factor_learns_also_outside_of_the_blocks(g, name):
         )
 
 
+def test_only_parameters_that_there_are_can_be_set():
+    model, w = transformer("ltx-2.3-tiny"), mx.zeros(1)
+    for name in ("transformer_blocks.0.attn1.to_q.lora_a", "extra"):
+        with pytest.raises(ValueError, match="does not have parameter"):
+            gradients.put(model, {name: w})
+
+
 def in_memory(model):
     """Blocks as they would be read from the disk: new ones, each time."""
     return lambda: [deepcopy(block) for block in model.transformer_blocks]
