@@ -38,15 +38,13 @@ RECIPES = {  # steps, batch size, learning rate: half an hour in all on a large 
 
 @dataclasses.dataclass
 class Run:
-    """Options of a run: folder of checkpoints, device, processes, recipe changes."""
+    """Options of a run: folder of checkpoints, device, recipe changes."""
 
     work: Path
     device: str
     workers: int
     steps: int | None
     batch: int | None
-    rank: int
-    ranks: int
 
     @property
     def statistics(self) -> Path:
@@ -110,18 +108,11 @@ class Muon(torch.optim.Optimizer):
 class Batches(torch.utils.data.Dataset):
     """The batches that `batch_at` draws for step numbers."""
 
-    def __init__(self, stage, batch_at, steps, rank=0):
-        self.seed, self.batch_at, self.steps = (
-            [sum(stage.encode()), rank],
-            batch_at,
-            steps,
-        )
-
-    def __len__(self):
-        return self.steps
+    def __init__(self, stage, batch_at):
+        self.seed, self.batch_at = sum(stage.encode()), batch_at
 
     def __getitem__(self, step):
-        rng = np.random.default_rng([SEED, step] + self.seed)
+        rng = np.random.default_rng([SEED, step, self.seed])
         return self.batch_at(step, rng)
 
 
@@ -139,7 +130,7 @@ def fit(run: Run, stage: str, module, batch_at, loss_of):
             optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     batches = torch.utils.data.DataLoader(
-        Batches(stage, batch_at, steps, run.rank),
+        Batches(stage, batch_at),
         batch_size=None,
         sampler=range(start, steps),
         num_workers=run.workers,
@@ -154,23 +145,16 @@ def fit(run: Run, stage: str, module, batch_at, loss_of):
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * decay
-        torch.manual_seed(SEED + step * run.ranks + run.rank)
+        torch.manual_seed(SEED + step)
         losses = loss_of(batch)
         optimizer.zero_grad()
         sum(losses.values()).backward()
-        if run.ranks > 1:
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            gradients = [p.grad for p in parameters]
-            flat = torch.nn.utils.parameters_to_vector(gradients)
-            torch.distributed.all_reduce(flat)
-            torch.nn.utils.vector_to_parameters(flat / run.ranks, gradients)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         count += 1
         for name, value in losses.items():
             total[name] = total.get(name, 0.0) + value.detach()
-        if run.rank == 0 and (time.time() - since > 60 or step + 1 == steps):
+        if time.time() - since > 60 or step + 1 == steps:
             figures = " ".join(f"{k} {v.item() / count:.5f}" for k, v in total.items())
             pace = (time.time() - since) / count
             line = f"{stage} step {step + 1}/{steps} {figures} {pace:.3f} s/step"
@@ -444,23 +428,12 @@ def main():
     )
     parser.add_argument("--steps", type=int, help="replaces the recipe's")
     parser.add_argument("--batch", type=int, help="replaces the recipe's")
-    parser.add_argument(
-        "--ranks", type=int, default=1, help="processes that share a batch"
-    )
-    parser.add_argument("--rank", type=int, default=0, help="rank of this process")
     given = vars(parser.parse_args())
     torch.set_num_threads(given.pop("threads"))
     stages = given.pop("stages")
     if unknown := [stage for stage in stages if stage not in STAGES]:
         parser.error(f"unknown stage {unknown[0]}: choose from {', '.join(STAGES)}")
     given["work"].mkdir(parents=True, exist_ok=True)
-    if given["ranks"] > 1:
-        torch.distributed.init_process_group(
-            "gloo",
-            "tcp://127.0.0.1:29517",
-            rank=given["rank"],
-            world_size=given["ranks"],
-        )
     for stage in stages:
         STAGES[stage](Run(**given))
 

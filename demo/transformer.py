@@ -50,11 +50,9 @@ class Denoiser(DiT):
     def __init__(self, section: dict):
         super().__init__(DiTConfig.from_dict(section))
         layers = CONFIG["text_encoder"]["text_config"]["num_hidden_layers"]
-        section = {**section, "encoder_states": layers + 1}
-        config = {k: v for k, v in section.items() if k != "encoder_states"}
-        self.connectors = TextConnectors(
-            dataclasses.replace(TextConfig.from_dict(config), encoder_states=layers + 1)
-        )
+        config = TextConfig.from_dict(section)
+        config = dataclasses.replace(config, encoder_states=layers + 1)
+        self.connectors = TextConnectors(config)
         self.length = MAX_TOKENS  # of the contexts
 
     def project_text(self, contexts):
@@ -86,7 +84,8 @@ def open_denoiser(model: weights.Checkpoint, new: bool) -> Denoiser:
 def initial(denoiser: Denoiser) -> gradients.Parameters:
     """Weights to begin with, by name and shape."""
     rng, found = np.random.default_rng(SEED), {}
-    for name, w in tree_flatten(denoiser.parameters()):
+    parameters = dict(tree_flatten(denoiser.parameters()))
+    for name, w in parameters.items():
         uniform = lambda high, shape=w.shape: rng.uniform(-high, high, shape)
         if "adaln_single.linear" in name:
             x = np.zeros(w.shape)
@@ -100,9 +99,7 @@ def initial(denoiser: Denoiser) -> gradients.Parameters:
             # Nearly equal, so that attention separates words from registers early.
             x = uniform(1, w.shape[-1:]) + 0.1 * uniform(1)
         else:
-            matrix = dict(tree_flatten(denoiser.parameters()))[
-                name.removesuffix("bias") + "weight" if "bias" in name else name
-            ]
+            matrix = parameters[name.replace("bias", "weight")]
             x = uniform(1 / math.sqrt(matrix.shape[-1]))
         found[name] = mx.array(x, mx.float32)
     return found
@@ -194,13 +191,12 @@ def tree(parameters: gradients.Parameters) -> dict:
 def train(args: argparse.Namespace) -> None:
     model = weights.open_model(str(args.model), "distilled")
     denoiser = open_denoiser(model, args.new)
-    names = [k for k, _ in tree_flatten(denoiser.parameters())]
     parameters = dict(tree_flatten(denoiser.parameters()))
     opt, start, path = optimizer(), 0, args.work / "transformer.safetensors"
     opt.init(tree(parameters))
     if path.exists():
         saved, facts = mx.load(str(path), return_metadata=True)
-        parameters = {k: saved.pop(k) for k in names}
+        parameters = {k: saved.pop(k) for k in parameters}
         opt.state, start = tree(saved), int(facts["step"])
     trainee = gradients.Trainee(denoiser, parameters)
     encoder = TextEncoder(args.text_encoder, mx.float32)
