@@ -179,7 +179,7 @@ class ReferenceClip(Condition):
     @property
     def skip(self) -> int:
         """How many latents touch frames carried in from the window before."""
-        per_latent = latents.TIME_SCALE * self.slow
+        per_latent = TIME_SCALE * self.slow
         carried = self.window.carried_in
         return 1 + (carried + per_latent - 2) // per_latent if carried else 0
 

@@ -157,8 +157,7 @@ def default_buckets(defaults: Mapping[str, float]) -> list[Size]:
     sides, lengths = SIDES, LENGTHS
     if "width" in defaults:
         sides = ((defaults["width"], defaults["height"]),)
-        longest = defaults["num_frames"]
-        lengths = [n for n in range(longest, 0, -1) if n % TIME_SCALE == 1]
+        lengths = range(defaults["num_frames"], 0, -TIME_SCALE)
     return [Size(w, h, f, 0) for w, h in sides for f in lengths]
 
 

@@ -373,10 +373,9 @@ class Resolver:
             check_range("num_frames of a retake of this clip", total, 1, frames)
             start, end = r.retake
             if not 0 <= start < end or start >= total / fps:
-                raise UserError(
-                    f"retake {start:g}-{end:g} must start and end in the clip, which has "
-                    f"{total / fps:.2f} s, and end after its start"
-                )
+                rule = "must start and end in the clip, which has"
+                rule = f"{rule} {total / fps:.2f} s, and end after its start"
+                raise UserError(f"retake {start:g}-{end:g} {rule}")
         frames, other_rate = min(frames, total), media.frame_rate(fps) != clip.fps
         new = (height, width) != (clip.height * larger, clip.width * larger)
         silent = self.recipe.uses_sound and not clip.has_audio
@@ -403,10 +402,9 @@ class Resolver:
         if mask.num_frames == 1:
             self.files.image(path)
         elif (there := frames_at(mask, fps)) < frames:
-            raise UserError(
-                f"{path} has {there} frames at {fps:g} fps, fewer than the {frames} of "
-                "the reference: use a longer clip, or a picture"
-            )
+            short = f"{there} frames at {fps:g} fps, fewer than the {frames}"
+            how = "use a longer clip, or a picture"
+            raise UserError(f"{path} has {short} of the reference: {how}")
 
     def reference_scale(self) -> tuple[int, int]:
         """How many times smaller and slower the LoRAs need a reference clip."""
@@ -433,8 +431,9 @@ class Resolver:
         if r.audio:  # its stream is not generated
             del guidance["audio"]
         if len(self.streams) == 1:  # it cannot agree with another stream
-            alone = {"modality_scale": 1.0}
-            guidance = {k: replace(guidance[k], **alone) for k in self.streams}
+            guidance = {
+                k: replace(guidance[k], modality_scale=1.0) for k in self.streams
+            }
         return guidance
 
     def negative_prompt(self) -> tuple[str, ...]:

@@ -316,14 +316,10 @@ class Estimator:
         bytes of factors: encoding, training, and samples with these phases."""
         largest = max(sizes, key=lambda s: s.tokens + s.audio_tokens)
         tokens, sound = largest.tokens, largest.audio_tokens
-        weights = buffers = 0
-        if tokens:
-            weights = self.size["vae.encoder"]
-            buffers = self.convolutions(largest, "encoder", 8)
-        if sound:
-            weights += self.size["audio_vae"]
-            buffers = max(buffers, self.spectra(sound))
-        phases, c = {"encode": Footprint(weights, buffers)}, self.dit
+        encoders = {"vae.encoder": tokens and self.convolutions(largest, "encoder", 8)}
+        encoders |= {"audio_vae": sound and self.spectra(sound)}
+        weights = sum(self.size[name] for name, used in encoders.items() if used)
+        phases, c = {"encode": Footprint(weights, max(encoders.values()))}, self.dit
         heads = max(c.num_attention_heads, c.audio_num_attention_heads)
         pairs = tokens * (tokens + MAX_TOKENS + 2 * sound)
         scores = heads * (pairs + sound * (sound + MAX_TOKENS)) * self.item
