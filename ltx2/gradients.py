@@ -156,8 +156,7 @@ def run(block: Block, states: Parameters, streams: Streams, texts: Both) -> Para
 def end(
     model: DiT, example: Example, states: Parameters, streams: Streams, texts: Both
 ) -> Parameters:
-    """The mean squared error of each stream's generated tokens (0: none), (B,), and the
-    sum of their means."""
+    """The mean squared error of each stream's generated tokens (0: none), (B,)."""
     found, velocities = {}, model.velocities(tuple(map(states.get, STREAMS)), streams)
     parts = zip(STREAMS, velocities, example.targets, example.masks)
     for name, v, target, mask in parts:
@@ -165,11 +164,11 @@ def end(
             n, channels = target.shape[1:]
             squares = mask * (v[:, :n].astype(mx.float32) - target) ** 2
             found[name] = squares.sum((1, 2)) / mx.maximum(mask.sum() * channels, 1)
-    return {"loss": sum(x.mean() for x in found.values()), **found}
+    return found
 
 
 def losses(found: Parameters) -> Losses:
-    return found["loss"], tuple(map(found.get, STREAMS))
+    return sum(x.mean() for x in found.values()), tuple(map(found.get, STREAMS))
 
 
 # Gradients
@@ -271,24 +270,29 @@ class Trainee:
         targets = tuple(map(cut, velocities, example.targets))
         return replace(example, targets=targets, preserved=example.clips)
 
-    def gradients(self, example: Example, weight=1.0) -> tuple[Losses, Parameters]:
-        """The loss, and its gradients by the names of the parameters, times a weight."""
+    def gradients(
+        self, example: Example, weights: Optional[mx.array] = None
+    ) -> tuple[Losses, Parameters]:
+        """The loss, and by the names of the parameters the gradients of the sum of the
+        clips' losses times their weights (B,), which are 1 / B if not given."""
+        if weights is None:
+            weights = mx.full(example.clips, 1 / example.clips)
         if self.one_by_one:
-            return self._by_block(example, weight)
+            return self._by_block(example, weights)
 
         def loss(parameters: Parameters) -> tuple[mx.array, Losses]:
             put(self.model, parameters)
-            found = losses(self._forward(example, evaluate=False)[-1])
-            return weight * found[0], found
+            found = self._forward(example, evaluate=False)[-1]
+            return sum((weights * x).sum() for x in found.values()), losses(found)
 
         (_, found), grads = mx.value_and_grad(loss)(self.parameters)
         put(self.model, self.parameters)  # in place of the traced ones
         return found, grads
 
-    def _by_block(self, example: Example, weight: float) -> tuple[Losses, Parameters]:
+    def _by_block(self, example: Example, weights) -> tuple[Losses, Parameters]:
         """As `gradients`, but each stage is computed again in the backward pass."""
         *before, made = self._forward(example)
-        grads, cotangents = {}, {"loss": mx.array(weight)}
+        grads, cotangents = {}, dict.fromkeys(made, weights)
         outer, fixed = part(self.parameters, ""), begin(self.model, example)
         start = lambda: begin(self.model, example) if outer else fixed
         for stage in self._stages(example, backwards=True):

@@ -36,7 +36,8 @@ from .weights import save_arrays
 MEAN_OF = 100  # steps in the running mean of the loss
 # Clips with which a prompt is preserved: all above a sigma, where noise hides them; below,
 # a share, and in place of a share of them the video that the base makes of the prompt.
-PRESERVED_ABOVE, WITH_CLIP, WITH_OWN = 0.8, 0.2, 0.5
+# WEIGHT is that of its loss; a clip's is 1.
+PRESERVED_ABOVE, WITH_CLIP, WITH_OWN, WEIGHT = 0.8, 0.2, 0.5, 1.5
 MOST_SKIPPED = 10  # steps in a row
 HELD_OUT = 1 << 40  # where the random draws of the held-out loss begin
 REPEATED = {"default": (), "type": str, "repeat": True}
@@ -393,13 +394,14 @@ class Trainer:
         for i in range(times):
             index = (self.step * times + i) * ranks + self.group.rank()
             for batch in self._examples(index):
-                weight = batch.clips / (o.batch_size * times)
-                (_, both), grads = self.trainee.gradients(batch, weight)
+                new = batch.clips - batch.preserved
+                weights = [1.0] * new + [WEIGHT] * batch.preserved
+                weights = mx.array(weights) / (o.batch_size * times)
+                (_, both), grads = self.trainee.gradients(batch, weights)
                 sums = {k: g + sums[k] for k, g in grads.items()} if sums else grads
                 each = sum(x for x in both if x is not None)  # of a clip
                 mx.eval(each, sums)
-                new = each[: batch.clips - batch.preserved]
-                total += new.sum().item() / (o.batch_size * times)
+                total += each[:new].sum().item() / (o.batch_size * times)
         if ranks > 1:
             sums = dict(tree_flatten(nn.average_gradients(sums)))
             total = mx.distributed.all_sum(mx.array(total)).item() / ranks

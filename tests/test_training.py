@@ -301,12 +301,14 @@ def test_a_batch_has_the_losses_and_gradients_of_its_clips(g, name, by_block):
     for i, each in enumerate(by_stream):
         theirs = mx.concatenate([parts[i] for (_, parts), _ in alone])
         assert mx.allclose(each, theirs, rtol=1e-5)
-    (again, _), thrice = trainee.gradients(batch, 3)
+    weights = [0.5, 3.0, 0.0, 1.0, 1.0, 2.0]
+    (again, _), weighted = trainee.gradients(batch, mx.array(weights))
     assert again.item() == loss.item()
     for k, w in grads.items():
-        mean = sum(theirs[k] for _, theirs in alone) / len(examples)
-        assert relative_error(w, mean) < 1e-5, k
-        assert relative_error(thrice[k], 3 * w) < 1e-5, k
+        theirs = [found[k] for _, found in alone]
+        assert relative_error(w, sum(theirs) / len(examples)) < 1e-5, k
+        theirs = sum(x * weight for x, weight in zip(theirs, weights))
+        assert relative_error(weighted[k], theirs) < 1e-5, k
 
 
 def test_clips_of_other_sizes_and_held_frames_are_not_in_a_batch(g):
@@ -321,9 +323,9 @@ def test_only_new_clips_are_in_the_loss_that_is_reported(run, monkeypatch):
     """Each step preserves a prompt, in one batch with its clip."""
     found, compute = [], Trainee.gradients
 
-    def record(trainee, batch, weight):
-        assert weight == 2  # the mean of two is their sum
-        (loss, by_stream), grads = compute(trainee, batch, weight)
+    def record(trainee, batch, weights):
+        assert weights.tolist() == [1, 1.5]  # what is preserved counts more
+        (loss, by_stream), grads = compute(trainee, batch, weights)
         each = [x for x in by_stream if x is not None]
         assert batch.preserved == 1 and {*map(len, each)} == {2}
         found.append(sum(x[0].item() for x in each))
