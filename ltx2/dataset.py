@@ -157,7 +157,8 @@ def default_buckets(defaults: Mapping[str, float]) -> list[Size]:
     sides, lengths = SIDES, LENGTHS
     if "width" in defaults:
         sides = ((defaults["width"], defaults["height"]),)
-        lengths = range(defaults["num_frames"], 0, -TIME_SCALE)
+        longest = defaults["num_frames"]
+        lengths = [n for n in range(longest, 0, -1) if n % TIME_SCALE == 1]
     return [Size(w, h, f, 0) for w, h in sides for f in lengths]
 
 

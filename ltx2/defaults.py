@@ -431,9 +431,8 @@ class Resolver:
         if r.audio:  # its stream is not generated
             del guidance["audio"]
         if len(self.streams) == 1:  # it cannot agree with another stream
-            guidance = {
-                k: replace(guidance[k], modality_scale=1.0) for k in self.streams
-            }
+            alone = {"modality_scale": 1.0}
+            guidance = {k: replace(guidance[k], **alone) for k in self.streams}
         return guidance
 
     def negative_prompt(self) -> tuple[str, ...]:
