@@ -530,9 +530,9 @@ def test_steps_read_few_rows_of_texts_and_held_out_losses_all(run, monkeypatch):
     rows = {"gradients": [], "loss": [], "preserved": []}
 
     def recorded(compute, found):
-        def record(trainee, e, *weight):
+        def record(trainee, e, *weights):
             found.append(next(x.shape[1] for x in e.contexts if x is not None))
-            return compute(trainee, e, *weight)
+            return compute(trainee, e, *weights)
 
         return record
 
@@ -812,9 +812,8 @@ def test_a_plan_reads_no_weights(run, monkeypatch):
     with pytest.raises(UserError, match="needs .* GB but .* try a lower-bit model"):
         run()
     monkeypatch.setattr(memory, "available", lambda: 1 << 30)
-    with pytest.raises(
-        UserError, match="; --batch-size 1 with more --grad.* would fit"
-    ):
+    smaller = "--batch-size 1 with more --grad-accumulation-steps would fit"
+    with pytest.raises(UserError, match=f"needs .* GB but .*; {smaller}"):
         run("--batch-size", "1024")
 
 
