@@ -13,10 +13,10 @@ import mlx.core as mx
 from PIL import Image, ImageDraw
 
 from . import hub
-from .base import UserError
+from .base import UserError, note, parse_json
 from .conversion import SAMPLE, card_head
-from .gradients import Parameters
-from .lora import adapter_file
+from .gradients import Layers, Parameters, factor_parameters
+from .lora import Lora, adapter_file
 
 ADAPTERS, STATE = "adapters.safetensors", "state.safetensors"
 CONFIG, LOSSES, CHART = "adapter_config.json", "loss.csv", "loss.png"
@@ -38,6 +38,39 @@ def check_folder(folder: Path, resumed: Optional[str]) -> None:
     if there and own not in [(folder / name).resolve() for name in (ADAPTERS, STATE)]:
         text = f"{folder} has an earlier {there[0]}: use another --adapter-path"
         raise UserError(f"{text}, or continue with --resume-adapter-file {folder}")
+
+
+def read_state(name: str, base: str, layers: Layers, rank: int) -> tuple[list, dict]:
+    """Steps with losses, factors and moments of an earlier training, or a LoRA's factors
+    alone; only headers are read. UserError if they are not of this base and layers."""
+    file, history = adapter_file(name), []
+    state = file.with_name(STATE)
+    if file.name in (ADAPTERS, STATE) and state.is_file():
+        arrays, metadata = hub.read_arrays(state)
+        kind = list[tuple[int, Optional[float], Optional[float]]]
+        rows = parse_json(metadata.get("history", ""), f"{state}: history", kind)
+        history = [[n, math.nan if x is None else x, y] for n, x, y in rows]
+        parts = "pmv"
+    else:
+        note(f"{name} has no {STATE}: training begins at step 0")
+        lora = Lora.read(file)
+        lora.check_finite()
+        arrays = {f"p.{k}": w for k, w in factor_parameters(lora).items()}
+        metadata, parts = lora.metadata, "p"
+    if (model := metadata.get("base_model", base)) != base:
+        raise UserError(f"{name} was trained on {model}, this model is {base}")
+    found, expected = {k: w.shape for k, w in arrays.items()}, {}
+    for path, (outputs, inputs) in layers.items():
+        pair = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)}
+        for k, shape in pair.items():
+            expected |= {f"{part}.{path}.{k}": shape for part in parts}
+    expected |= {"step": ()} if history else {}
+    if wrong := expected.items() ^ found.items():
+        k, _ = min(wrong)
+        there, fits = found.get(k, "missing"), expected.get(k, "expected")
+        how = f"{k} is {there}, not {fits}; pass the flags that it was made with"
+        raise UserError(f"{name} does not fit: {how}")
+    return history, arrays
 
 
 def save_losses(folder: Path, history: Sequence[Sequence]) -> None:

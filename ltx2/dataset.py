@@ -6,8 +6,6 @@ import hashlib
 import io
 import json
 import math
-import re
-import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
 
 import mlx.core as mx
-import numpy as np
 
 from . import base, media
 from .base import LOG, UserError, checked, note, parse_json, read_text, user_path
@@ -195,15 +192,6 @@ def fit(clip: Clip, buckets: Sequence[Size], streams: str) -> tuple[Clip, str]:
     return replace(clip, size=size, streams=has), done
 
 
-def reorder(caption: str, number: int) -> str:
-    """The parts of a caption between punctuation in another order; 0: as it is."""
-    if not number:
-        return caption
-    rng = np.random.default_rng([number, zlib.crc32(caption.encode())])
-    parts = re.findall(r"[^\s,.;!?].*?(?=[,.;!?]+\s|[,.;!?]*$)", caption)
-    return ", ".join(rng.permutation(parts)) if parts else caption
-
-
 class Dataset:
     """Clips whose latents and contexts are in a folder."""
 
@@ -267,9 +255,7 @@ class Dataset:
 
     def encode(self, prompts: Sequence[str] = ()) -> None:
         """Encode captions, other prompts and clips that are not in the folder yet."""
-        orders = range(self.options.caption_orders)
-        captions = [reorder(clip.caption, n) for clip in self.clips for n in orders]
-        captions = dict.fromkeys([*captions, *prompts])
+        captions = dict.fromkeys([*(clip.caption for clip in self.clips), *prompts])
         missing = [c for c in captions if self.contexts.read(c) is None]
         for i in range(0, len(missing), PROMPTS_AT_ONCE):
             self.contexts(missing[i : i + PROMPTS_AT_ONCE], self.pipe.encode_prompts)

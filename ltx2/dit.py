@@ -395,8 +395,7 @@ class DiT(Component):
 
     def embed(self, video: Tokens | None, audio: Tokens | None) -> tuple[Both, Streams]:
         """The first states (B, T, D) of both streams, and what the blocks read of them."""
-        pairs = map(self._embed, PREFIXES, (video, audio), (audio, video))
-        return tuple(zip(*pairs))
+        return tuple(zip(*map(self._embed, PREFIXES, (video, audio), (audio, video))))
 
     def _embed(self, prefix: str, tokens: Optional[Tokens], other: Optional[Tokens]):
         if tokens is None:

@@ -17,14 +17,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from . import __version__, base, dataset, gradients, latents, media, memory
-from .adapters import ADAPTERS, CONFIG, STATE, official, save_losses
-from .base import Checked, OutputError, PathName, UserError, note, parse_json, user_path
+from .adapters import ADAPTERS, CONFIG, STATE, official, read_state, save_losses
+from .base import Checked, OutputError, PathName, UserError, note, user_path
 from .dataset import Clip, of_streams
 from .dit import Both, DiT, StreamedBlocks
 from .gradients import SCHEDULES, STREAMS, TARGETS, Example, Parameters
-from .hub import check_space, fetch_all, make_folder, read_arrays
+from .hub import check_space, fetch_all, make_folder
 from .latents import LatentState, Size
-from .lora import Lora, adapter_file, attach
+from .lora import attach
 from .options import ask, check, located, many
 from .pipeline import Pipeline
 from .record import name_only
@@ -52,6 +52,7 @@ class Options(Checked):
     grad_accumulation_steps: int = ask("batches per step", 1, between=(1, 1024))
     learning_rate: float = ask("first learning rate", 1e-4, between=(1e-9, 1))
     lr_schedule: str = ask("how the learning rate falls", "linear", choices=SCHEDULES)
+    weight_decay: float = ask("weight decay of the factors", 0.01, between=(0, 100))
     max_grad_norm: float = ask("largest gradient norm; 0 is off", 1.0, between=(0, 1e9))
     rank: int = ask("rank of the LoRA", 32, between=(1, 1024))
     streams: str = ask("streams to train", "both", choices=TARGETS)
@@ -77,7 +78,9 @@ class Options(Checked):
         "prompt whose videos must not change; repeatable (default: the model's)",
         **REPEATED,
     )
-    caption_orders: int = ask("orders of each caption's parts", 1, between=(1, 1000))
+    text_jitter: float = ask(
+        "how far texts are moved at random", 0.0, between=(0, 10), needs="preserve"
+    )
     text_rows: Optional[int] = ask(
         "fewest rows of a text in a step (default: all)", between=(1, MAX_TOKENS)
     )
@@ -133,8 +136,7 @@ class Trainer:
         text = estimator.text(dataset.PROMPTS_AT_ONCE, pipe.encoder_files)
         samples = [job.memory.phases for job in self.jobs[:1]]
         o, low = self.options, pipe.low_memory
-        batch = o.batch_size * (2 if o.preserve else 1)
-        batch = 1 if self.data.has_references else batch
+        batch = 1 if self.data.has_references else o.batch_size * (1 + bool(o.preserve))
 
         def planned(sizes: list[Size], by_block: bool, low: Optional[bool], n=batch):
             phases = estimator.training(sizes, factors, by_block, samples, n)
@@ -176,35 +178,8 @@ class Trainer:
 
     def resume(self, name: str) -> None:
         """Continue an earlier training, or from a LoRA's factors; only headers are read."""
-        file, o = adapter_file(name), self.options
-        state = file.with_name(STATE)
-        if file.name in (ADAPTERS, STATE) and state.is_file():
-            arrays, metadata = read_arrays(state)
-            kind = list[tuple[int, Optional[float], Optional[float]]]
-            rows = parse_json(metadata.get("history", ""), f"{state}: history", kind)
-            self.history = [[n, math.nan if x is None else x, y] for n, x, y in rows]
-            parts = "pmv"
-        else:
-            note(f"{name} has no {STATE}: training begins at step 0")
-            lora = Lora.read(file)
-            lora.check_finite()
-            arrays = {f"p.{k}": w for k, w in gradients.factor_parameters(lora).items()}
-            metadata, parts = lora.metadata, "p"
-        model = metadata.get("base_model", self.base)
-        if model != self.base:
-            raise UserError(f"{name} was trained on {model}, this model is {self.base}")
-        found, expected = {k: w.shape for k, w in arrays.items()}, {}
-        for path, (outputs, inputs) in self.layers.items():
-            pair = {"lora_a": (o.rank, inputs), "lora_b": (outputs, o.rank)}
-            for k, shape in pair.items():
-                expected |= {f"{part}.{path}.{k}": shape for part in parts}
-        expected |= {"step": ()} if self.history else {}
-        if wrong := expected.items() ^ found.items():
-            k, _ = min(wrong)
-            there, fits = found.get(k, "missing"), expected.get(k, "expected")
-            how = f"{k} is {there}, not {fits}; pass the flags that it was made with"
-            raise UserError(f"{name} does not fit: {how}")
-        self.start = arrays
+        found = read_state(name, self.base, self.layers, self.options.rank)
+        self.history, self.start = found
 
     # Before the first step
 
@@ -222,7 +197,7 @@ class Trainer:
         lora = gradients.new_factors(self.layers, o.rank, o.seed)
         attach(model, [(lora, 1.0)], apart=True)
         parameters = gradients.factor_parameters(lora)
-        self.opt = gradients.optimizer(o.learning_rate)
+        self.opt = gradients.optimizer(o.learning_rate, o.weight_decay)
         self.opt.init(parameters)
         if self.start:
             parameters = {k: self.start[f"p.{k}"] for k in parameters}
@@ -349,7 +324,7 @@ class Trainer:
         sigmas `given`, the text is as it is."""
         o, size, found = self.options, clip.size, self.data.load(clip)
         reference = found.pop("reference", None)
-        states, noise, sigmas, caption = {}, {}, {}, clip.caption
+        states, noise, sigmas = {}, {}, {}
         for name, x in found.items():
             tokens = latents.to_tokens(x)
             state = LatentState.initial(size.bounds(name), tokens.shape[-1], tokens)
@@ -364,17 +339,25 @@ class Trainer:
                 if reference is not None:
                     state = state.show(reference, size.fps, 1.0, o.reference_downscale)
             states[name] = state
+        model, contexts = self.trainee.model, self._contexts(clip.caption, rows)
         if at is None and given is None:
             if self.pipe.checkpoint.kind == "distilled" and rng.uniform() < 0.5:
                 sigmas = dict.fromkeys(sigmas, gradients.sigma_of_step(rng.uniform()))
-            caption = dataset.reorder(caption, rng.integers(o.caption_orders))
+            if o.text_jitter:
+                contexts = self._moved(contexts, rng, rows)
         sigmas |= given or {}
-        model, contexts = self.trainee.model, self._contexts(caption, rows)
         return gradients.make_example(model, states, noise, sigmas, contexts)
 
     def _contexts(self, caption: str, rows: Any) -> Both:
         """These rows of a caption's contexts."""
         return tuple(x[:, rows] for x in self.data.context(caption))
+
+    def _moved(self, contexts: Both, rng, rows) -> Both:
+        """Contexts moved by a random share of the difference of two preserved prompts'."""
+        pair = (self.own[rng.integers(len(self.own))].caption for _ in range(2))
+        first, second = (self._contexts(caption, rows) for caption in pair)
+        share = self.options.text_jitter * rng.uniform()
+        return tuple(x + share * (a - b) for x, a, b in zip(contexts, first, second))
 
     def _kept(self, example: Example, rng, rows) -> list[Example]:
         """A prompt to preserve at the example's sigmas, if it has one."""
@@ -493,9 +476,8 @@ class Trainer:
     def metadata(self) -> dict[str, str]:
         """What the adapter's file says about itself; alpha is the rank: scale 1."""
         o, version = self.options, self.pipe.checkpoint.model_version
-        found = {"format": "pt", "rank": str(o.rank), "alpha": str(o.rank)}
-        found |= {"base_model": self.base, "model_version": version}
-        found["steps"] = str(self.step)
+        found = {"base_model": self.base, "rank": str(o.rank), "alpha": str(o.rank)}
+        found |= {"format": "pt", "model_version": version, "steps": str(self.step)}
         found |= {"trigger_words": o.trigger} if o.trigger else {}
         if self.data.has_references:
             found["reference_downscale_factor"] = str(o.reference_downscale)

@@ -272,14 +272,3 @@ def test_default_buckets_are_the_models(pipe):
 def test_a_bucket_of_another_form_is_one_line(text):
     with pytest.raises(UserError, match=f"'{text}' is not of the form WxHxF"):
         dataset.parse_bucket(text)
-
-
-def test_the_parts_of_a_caption_are_put_in_an_order_by_number():
-    text = "A red ball rolls, on grass; a tone of 3.5 kHz is heard. Look!"
-    parts = ["A red ball rolls", "on grass", "a tone of 3.5 kHz is heard", "Look"]
-    found = [dataset.reorder(text, n) for n in range(6)]
-    assert found[0] == text and found == [dataset.reorder(text, n) for n in range(6)]
-    assert len({*found}) > 3
-    assert all(sorted(x.split(", ")) == sorted(parts) for x in found[1:])
-    assert dataset.reorder("one part", 2) == "one part"
-    assert dataset.reorder("...", 2) == "..."

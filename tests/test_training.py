@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import zlib
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +183,13 @@ def test_a_step_that_is_not_finite_changes_nothing():
     grads = {"w": mx.array([1.0, mx.nan, 0.0])}
     new, norm = gradients.step(opt, old, grads, 1.0)
     assert new is old and not np.isfinite(norm)
+
+
+def test_factors_decay_by_the_learning_rate_times_the_weight_decay():
+    for decay in (0.0, 2.0):
+        opt, old = gradients.optimizer(0.1, decay), {"w": mx.array([1.0, -3.0])}
+        new, _ = gradients.step(opt, old, {"w": mx.zeros(2)}, 1.0)
+        assert np.allclose(new["w"], (1 - 0.1 * decay) * old["w"])
 
 
 def test_sigmas_are_the_references(golden):
@@ -473,6 +481,11 @@ def test_the_base_makes_a_video_of_each_prompt_to_preserve_once(
     assert made == [*prompts, *prompts]
 
 
+def test_texts_are_moved_only_with_prompts_to_preserve(run):
+    with pytest.raises(UserError, match="text_jitter needs preserve"):
+        run("--iters", "1", "--text-jitter", "0.5")
+
+
 def test_preserving_a_prompt_changes_the_training(run, monkeypatch):
     monkeypatch.setattr(training, "PRESERVED_ABOVE", 0)  # in each step
     flags = ("--iters", "2")  # in the first one the model is still the base
@@ -494,23 +507,41 @@ def test_a_distilled_models_steps_are_drawn_by_their_lengths():
         assert np.mean(np.equal(found, sigma)) == pytest.approx(sigma - after, abs=1e-4)
 
 
-def test_other_orders_of_captions_are_encoded_first_and_trained_on(run, monkeypatch):
-    read, context = [], dataset.Dataset.context
+def test_texts_are_moved_by_part_of_the_difference_of_two_preserved_ones(
+    run, loaded, monkeypatch
+):
+    used, texts = [], {}
+    context, make = dataset.Dataset.context, gradients.make_example
 
-    def record(data, caption):
-        assert data.contexts.read(caption) is not None
-        read.append(caption)
-        return context(data, caption)
+    def record(model, states, noise, sigmas, contexts):
+        used.append(contexts)
+        return make(model, states, noise, sigmas, contexts)
 
-    monkeypatch.setattr(dataset.Dataset, "context", record)
-    monkeypatch.setattr(
-        dataset, "reorder", lambda caption, n: f"{caption} {n}" if n else caption
-    )
-    held_out = "clip 2"
-    more = "--preserve", "a dog", "--caption-orders", "3", "--val-clips", "1"
-    run("--iters", "24", *more)
-    assert {caption[7:] for caption in read if caption != "a dog"} >= {"1", "2"}
-    assert {c for c in read if c.startswith(held_out)} == {held_out} and "a dog" in read
+    def read(data, caption):
+        rng = np.random.default_rng(zlib.crc32(caption.encode()))
+        other = lambda x: mx.array(rng.standard_normal(x.shape, np.float32))
+        texts[caption] = tuple(map(other, context(data, caption)))
+        return texts[caption]
+
+    monkeypatch.setattr(gradients, "make_example", record)
+    monkeypatch.setattr(dataset.Dataset, "context", read)
+    monkeypatch.setattr(training, "PRESERVED_ABOVE", 1)
+    prompts = "--preserve", "a dog", "--preserve", "a cat"
+    run("--iters", "20", "--val-clips", "1", *prompts, "--text-jitter", "0.5")
+    assert len(loaded) == len(used)
+    dog, cat = texts["a dog"], texts["a cat"]
+    shares = {}
+    for caption, contexts in zip(loaded, used):
+        for x, text, a, b in zip(contexts, texts[caption], dog, cat):
+            way, moved = a - b, x - text
+            share = ((moved * way).sum() / (way * way).sum()).item()
+            assert mx.allclose(moved, share * way, atol=1e-5)
+            shares.setdefault(caption, []).append(share)
+    for caption in ("clip 2", "a dog", "a cat"):  # held out, or preserved
+        assert np.allclose(shares.pop(caption), 0, atol=1e-6)
+    found = np.array(sum(shares.values(), []))
+    assert (found[::2] == pytest.approx(found[1::2], abs=1e-4)) and len(found) == 40
+    assert -0.5 <= found.min() < -0.1 and 0.1 < found.max() <= 0.5
 
 
 def test_a_step_reads_the_first_rows_of_a_text_and_some_of_the_others():
