@@ -59,12 +59,11 @@ def read_state(name: str, base: str, layers: Layers, rank: int) -> tuple[list, d
         metadata, parts = lora.metadata, "p"
     if (model := metadata.get("base_model", base)) != base:
         raise UserError(f"{name} was trained on {model}, this model is {base}")
-    found, expected = {k: w.shape for k, w in arrays.items()}, {}
+    found = {k: w.shape for k, w in arrays.items()}
+    expected = {"step": ()} if history else {}
     for path, (outputs, inputs) in layers.items():
-        pair = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)}
-        for k, shape in pair.items():
+        for k, shape in (("lora_a", (rank, inputs)), ("lora_b", (outputs, rank))):
             expected |= {f"{part}.{path}.{k}": shape for part in parts}
-    expected |= {"step": ()} if history else {}
     if wrong := expected.items() ^ found.items():
         k, _ = min(wrong)
         there, fits = found.get(k, "missing"), expected.get(k, "expected")

@@ -154,9 +154,8 @@ def default_buckets(defaults: Mapping[str, float]) -> list[Size]:
     sides, lengths = SIDES, LENGTHS
     if "width" in defaults:
         sides = ((defaults["width"], defaults["height"]),)
-        longest = defaults["num_frames"]
-        lengths = [n for n in range(longest, 0, -1) if n % TIME_SCALE == 1]
-    return [Size(w, h, f, 0) for w, h in sides for f in lengths]
+        lengths = range(defaults["num_frames"], 0, -1)
+    return [Size(w, h, f, 0) for w, h in sides for f in lengths if f % TIME_SCALE == 1]
 
 
 def choose_bucket(width: int, height: int, frames: int, buckets: list[Size]) -> Size:

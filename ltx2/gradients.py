@@ -352,7 +352,7 @@ def factor_parameters(lora: Lora) -> Parameters:
     return {key: w.astype(mx.float32) for key, w in found.items()}
 
 
-def optimizer(learning_rate: float, decay: float = 0.01) -> optim.AdamW:
+def optimizer(learning_rate: float, decay: float) -> optim.AdamW:
     """The reference's AdamW, compiled; it has the bias correction that MLX leaves off."""
     opt = optim.AdamW(learning_rate, [0.9, 0.999], 1e-8, decay, bias_correction=True)
     opt.apply_gradients = mx.compile(opt.apply_gradients, opt.state, opt.state)

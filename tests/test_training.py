@@ -159,7 +159,7 @@ def test_three_steps_are_the_references(g, name, case):
     trainee = adapted(
         model, g, case, Lora("", {path: pair(path) for path in paths}, {})
     )
-    before, opt = trainee.parameters, gradients.optimizer(info["lr"])
+    before, opt = trainee.parameters, gradients.optimizer(info["lr"], 0.01)
     for k in (1, 2, 3):
         part = gradients.SCHEDULES[info["schedule"]]((k - 1) / info["total_steps"])
         assert part * info["lr"] == pytest.approx(g[f"step{k}.out.learning_rate"])
@@ -179,7 +179,7 @@ def test_three_steps_are_the_references(g, name, case):
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
-    opt, old = gradients.optimizer(1e-3), {"w": mx.ones(3)}
+    opt, old = gradients.optimizer(1e-3, 0.01), {"w": mx.ones(3)}
     grads = {"w": mx.array([1.0, mx.nan, 0.0])}
     new, norm = gradients.step(opt, old, grads, 1.0)
     assert new is old and not np.isfinite(norm)
@@ -397,12 +397,12 @@ def test_what_is_to_be_preserved_is_the_bases_prediction(g):
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """The sigmas of each example that is made, by stream."""
+def made(monkeypatch):
+    """The sigmas by stream and the contexts of each example that is made."""
     found, make = [], gradients.make_example
 
     def record(model, states, noise, sigmas, contexts):
-        found.append(sigmas)
+        found.append((sigmas, contexts))
         return make(model, states, noise, sigmas, contexts)
 
     monkeypatch.setattr(gradients, "make_example", record)
@@ -423,16 +423,17 @@ def loaded(monkeypatch):
 
 
 def test_prompts_are_preserved_mainly_where_noise_hides_the_clip(
-    run, drawn, loaded, monkeypatch
+    run, made, loaded, monkeypatch
 ):
     kept = []  # how many examples there were
 
     def preserved(trainee, example):
-        kept.append(len(drawn))
+        kept.append(len(made))
         return example
 
     monkeypatch.setattr(Trainee, "preserved", preserved)
     run("--iters", "60", "--kind", "distilled", "--preserve", "a dog")
+    drawn = [sigmas for sigmas, _ in made]
     assert len(loaded) == len(drawn)
     own = {n for n, caption in enumerate(loaded) if caption == "a dog"}
     hidden = {n for n, sigmas in enumerate(drawn) if min(sigmas.values()) > 0.8}
@@ -508,30 +509,24 @@ def test_a_distilled_models_steps_are_drawn_by_their_lengths():
 
 
 def test_texts_are_moved_by_part_of_the_difference_of_two_preserved_ones(
-    run, loaded, monkeypatch
+    run, made, loaded, monkeypatch
 ):
-    used, texts = [], {}
-    context, make = dataset.Dataset.context, gradients.make_example
-
-    def record(model, states, noise, sigmas, contexts):
-        used.append(contexts)
-        return make(model, states, noise, sigmas, contexts)
+    texts, context = {}, dataset.Dataset.context
 
     def read(data, caption):
+        assert data.contexts.read(caption) is not None  # encoded before the first step
         rng = np.random.default_rng(zlib.crc32(caption.encode()))
         other = lambda x: mx.array(rng.standard_normal(x.shape, np.float32))
         texts[caption] = tuple(map(other, context(data, caption)))
         return texts[caption]
 
-    monkeypatch.setattr(gradients, "make_example", record)
     monkeypatch.setattr(dataset.Dataset, "context", read)
     monkeypatch.setattr(training, "PRESERVED_ABOVE", 1)
     prompts = "--preserve", "a dog", "--preserve", "a cat"
     run("--iters", "20", "--val-clips", "1", *prompts, "--text-jitter", "0.5")
-    assert len(loaded) == len(used)
-    dog, cat = texts["a dog"], texts["a cat"]
-    shares = {}
-    for caption, contexts in zip(loaded, used):
+    assert len(loaded) == len(made)
+    dog, cat, shares = texts["a dog"], texts["a cat"], {}
+    for caption, (_, contexts) in zip(loaded, made):
         for x, text, a, b in zip(contexts, texts[caption], dog, cat):
             way, moved = a - b, x - text
             share = ((moved * way).sum() / (way * way).sum()).item()
@@ -578,11 +573,11 @@ def test_steps_read_few_rows_of_texts_and_held_out_losses_all(run, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["dev", "distilled"])
-def test_a_distilled_base_trains_also_at_the_sigmas_of_its_steps(run, drawn, kind):
+def test_a_distilled_base_trains_also_at_the_sigmas_of_its_steps(run, made, kind):
     run("--iters", "12", "--kind", kind)
-    values = [{*sigmas.values()} for sigmas in drawn]
+    values = [{*sigmas.values()} for sigmas, _ in made]
     own = [sigmas for sigmas in values if sigmas < {*DISTILLED_SIGMAS}]
-    assert len(drawn) == 12 and all(len(sigmas) == 1 for sigmas in own)
+    assert len(made) == 12 and all(len(sigmas) == 1 for sigmas in own)
     assert 3 <= len(own) <= 9 if kind == "distilled" else not own
 
 
